@@ -1,0 +1,189 @@
+"""Causal attention with ALiBi that never holds S x S scores, and the plain formula it is tested against.
+
+ALiBi here is one float32 vector per head, slope * (j - (S - 1)) for key j of S: softmax ignores what is constant along
+a row, so the query's own position drops out. The vector is anchored at the last key and stays float32: at 65,536 keys a
+bfloat16 bias is wrong by 0.15 in the output, float32 anchored at key 0 by 4.5e-3, this by 2e-6.
+
+Letters as in `mpt/model.py`. Sources: Press et al. 2021 (ALiBi); llm-foundry `attention.py` for MPT's use of it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# What the CPU's flash kernel is called with directly: it also returns the log-sum-exp, which `F.scaled_dot_product_
+# attention` keeps to itself and two-part attention needs. Private in torch; test_attention compares it with float64.
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def alibi_slopes(n_heads: int, bias_max: float = 8.0) -> Tensor:
+    """ALiBi's slope for each head, (H,) float32: 2^(-bias_max * (h + 1) / H) for head h.
+
+    When H is not a power of two, the slopes of the next one, P, are taken, every second of them first, then the
+    others, and H of these kept. Source: Press et al. 2021, get_slopes.
+    """
+    P = 1 << (n_heads - 1).bit_length()  # next power of two
+    slopes = 2.0 ** (-bias_max * torch.arange(1, P + 1, dtype=torch.float64) / P)  # (P,)
+    slopes = slopes if P == n_heads else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
+    return slopes.float()
+
+
+def alibi_bias(slopes: Tensor, n_keys: int) -> Tensor:
+    """The bias of each key, (1, H, 1, S) float32, anchored at the last key: zero there, falling to the left.
+
+    A bias for fewer keys is its tail: `bias[..., -S:]`.
+    """
+    distance = torch.arange(1 - n_keys, 1, dtype=torch.float32, device=slopes.device)  # (S,), exact to 2^24
+    return (slopes[:, None] * distance)[None, :, None, :]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of the last T of S positions, (B, H, T, D), in q's dtype.
+
+    q: (B, H, T, D); k, v: (B, H or fewer, S, D) with S >= T, the queries' own keys last. bias: (1, H, 1, >= S)
+    float32 as `alibi_bias` gives it. key_mask: (B, S) bool, False for keys nobody may see (padding); the output of a
+    query that sees no key is undefined. Memory beyond the inputs is O(H * S) on CPU and CUDA.
+    """
+    H, T = q.shape[1:3]
+    S = k.shape[2]
+    if k.shape[1] != H:  # grouped heads: each key head serves H / KV query heads in a row
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    if q.is_cuda and T > 1:
+        return _flex(q, k, v, scale, bias, key_mask)
+    if bias is not None:
+        bias = bias[..., -S:]
+    if key_mask is not None:
+        hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[:, None, None, :]
+        bias = hidden if bias is None else bias + hidden  # (B, 1 or H, 1, S)
+    if q.is_cuda:  # one token: a matrix-vector product per head, the scores are only (B, H, 1, S)
+        return eager(q, k, v, scale=scale, bias=bias)
+    if T == S or T == 1:
+        return _sdpa(q, k, v, scale, bias, causal=T > 1)
+    past = S - T
+    left = _flash_cpu(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale)
+    own = _flash_cpu(q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale)
+    return _merge(*left, *own)
+
+
+def attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, sequence_id: Tensor, *, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention over packed rows in which no document sees another, (B, H, T, D).
+
+    sequence_id: (B, T), the document each position belongs to, each document in one piece; -1 is padding, whose output
+    is zero. Equal to attending each document alone: ALiBi sees distances only, so positions need no reset.
+    """
+    if q.is_cuda:
+        return _flex(q, *_grouped(q, k, v), scale, bias, None, sequence_id)
+    out = torch.zeros_like(q)
+    for row, start, end in _documents(sequence_id):
+        at = (slice(row, row + 1), slice(None), slice(start, end))
+        out[at] = attend(q[at], k[at], v[at], scale=scale, bias=bias)
+    return out
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The formula as written, holding all scores: softmax(q k^T * scale + bias) v, (B, H, T, D).
+
+    allowed: bool, broadcastable to (B, H, T, S). Scores and softmax are float32, or float64 for float64 inputs.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * scale  # (B, H, T, S)
+    if bias is not None:
+        scores = scores + bias
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+
+
+def causal_mask(T: int, S: int, device: torch.device | None = None) -> Tensor:
+    """Which of S keys each of the last T positions may see, (T, S) bool."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal: bool) -> Tensor:
+    if bias is not None and q.dtype == torch.float64:
+        bias = bias.double()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
+
+
+def _part(bias: Tensor | None, start: int, end: int, q: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    part = bias[..., start:end]
+    return part.double() if q.dtype == torch.float64 else part
+
+
+def _merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> Tensor:
+    """Attention over two sets of keys from the attention over each and its log-sum-exp, (B, H, T, D)."""
+    total = torch.logaddexp(left_lse, right_lse)
+    return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(left.dtype)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
+
+
+def _documents(sequence_id: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Row, start and end of each document, in order; padding (-1) left out."""
+    for row, ids in enumerate(sequence_id.tolist()):
+        start = 0
+        for end in range(1, len(ids) + 1):
+            if end == len(ids) or ids[end] != ids[start]:
+                if ids[start] >= 0:
+                    yield row, start, end
+                start = end
+
+
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    sequence_id: Tensor | None = None,
+) -> Tensor:
+    """FlexAttention: on CUDA one fused kernel, forward and backward, whatever the mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, _, T, _ = q.shape
+    S = k.shape[2]
+    past = S - T
+    bias_of = None if bias is None else bias[0, :, 0, -S:].contiguous()  # (H, S)
+
+    def add_alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if bias_of is None else score + bias_of[h, j]
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = i + past >= j
+        if key_mask is not None:
+            seen = seen & key_mask[b, j]
+        if sequence_id is not None:
+            seen = seen & (sequence_id[b, i] == sequence_id[b, j]) & (sequence_id[b, j] >= 0)
+        return seen
+
+    rows = B if key_mask is not None or sequence_id is not None else None
+    mask = create_block_mask(visible, rows, None, T, S, device=q.device)
+    kernel = torch.compile(flex_attention, dynamic=True) if q.is_cuda else flex_attention
+    return kernel(q, k, v, score_mod=add_alibi, block_mask=mask, scale=scale)

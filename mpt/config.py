@@ -1,0 +1,296 @@
+"""The shape of an MPT: reads every config.json the family has been published with, refuses what it cannot honour.
+
+Reading is an allowlist: a known key at a supported value is used, a known key at its default is dropped, anything else
+is an error naming key and value. Read are llm-foundry's files of every age, the hub's, transformers' in-tree re-saves
+and the flat `mosaic_gpt` config of mpt-1b-redpajama-200b. What is written, transformers' in-tree `MptConfig` reads.
+
+Source: llm-foundry v0.1.0 to v0.21.0 (`MPTConfig`), mosaicml/examples v0.0.4 (`MosaicGPTConfig`).
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mpt.errors import UnsupportedConfig
+
+# Keys of `attn_config` that change what is computed, with the value a file means when it leaves them out.
+_ATTENTION_DEFAULTS: dict[str, Any] = {
+    "attn_type": "multihead_attention",
+    "kv_n_heads": None,
+    "attn_pdrop": 0,
+    "clip_qkv": None,
+    "softmax_scale": None,
+    "qk_ln": False,
+    "alibi": True,
+    "alibi_bias_max": 8,
+    # Whether training packed documents behind a mask. Packed documents are always masked here, so it changes nothing.
+    "attn_uses_sequence_id": False,
+    "prefix_lm": False,
+}
+_ATTENTION_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
+
+# Known keys whose every other value asks for something else than MPT as released. Per key: the values that mean "off".
+_ATTENTION_ONLY_AT: dict[str, tuple[Any, ...]] = {
+    "attn_impl": ("torch", "flash", "triton"),  # how, not what: any of them gives the same answer
+    "prefix_lm": (False,),
+    "qk_gn": (False,),
+    "fused_qkv": (True,),
+    "rope": (False,),
+    "nope": (False,),
+    "attn_logit_softcapping": (None,),
+    "sliding_window_size": (-1,),
+    "attn_temperature_tuning": (None, False),
+    "kv_dim": (None,),
+    "reuse_kv_layer_idx": (None,),
+    "reuse_kv_x_layer_idx": (None,),
+}
+_ATTENTION_IGNORED = {"rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config"}  # mean nothing with rope off
+_ONLY_AT: dict[str, tuple[Any, ...]] = {
+    "norm_type": ("low_precision_layernorm", "layernorm"),
+    "final_logit_softcapping": (None,),
+    "block_overrides": (None,),
+    "ffn_type": ("mptmlp",),
+    "attention_bias": (None,),
+    "quantization_config": (None,),
+    "use_pad_tok_in_ffn": (True, False),  # the same answer at every position that is not padding
+    "tie_encoder_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+# Keys about where a file came from or how somebody else's code was to run it.
+_IGNORED = {
+    "auto_map", "fc_type", "init_device", "initializer_range", "loss_fn", "name", "tokenizer_name", "verbose",
+    "attn_impl", "_from_model_config", "_commit_hash", "_attn_implementation_autoset", "model_type",
+    # What transformers 4 and 5 write into every config, nested ones included.
+    "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "chunk_size_feed_forward", "is_decoder",
+    "cross_attention_hidden_size", "finetuning_task", "prefix", "tokenizer_class", "task_specific_params",
+    "sep_token_id", "decoder_start_token_id", "output_attentions", "output_scores", "output_hidden_states",
+    "return_dict", "return_dict_in_generate", "id2label", "label2id", "num_labels", "problem_type", "architectures",
+    "transformers_version", "_name_or_path", "name_or_path", "attn_implementation", "experts_implementation",
+    "per_layer_config", "tie_last_hidden_states", "dtype", "torch_dtype",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id",
+}  # fmt: skip
+# The in-tree class saves attn_config as a config of its own, with these besides.
+_STOCK_JUNK = {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "use_cache", "base_config_key"}
+# Flat keys of `mosaic_gpt` (2023-04) and where they went.
+_MOSAIC_GPT_ATTENTION = {
+    "attn_qk_ln": "qk_ln", "attn_clip_qkv": "clip_qkv", "attn_pdrop": "attn_pdrop", "softmax_scale": "softmax_scale",
+    "attn_uses_sequence_id": "attn_uses_sequence_id", "alibi": "alibi", "alibi_bias_max": "alibi_bias_max",
+    "prefix_lm": "prefix_lm", "attn_impl": "attn_impl",
+}  # fmt: skip
+_MOSAIC_GPT_INIT = {
+    "fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "init_std", "emb_init_std",
+    "emb_init_uniform_lim",
+}  # fmt: skip
+_INIT_DEFAULTS = {"name": "kaiming_normal_", "fan_mode": "fan_in", "init_nonlinearity": "relu", "init_div_is_residual": True}
+
+
+class MPTConfig(PreTrainedConfig):
+    """The numbers that define an MPT, under the names its checkpoints use.
+
+    Raises UnsupportedConfig for a key or value this implementation would otherwise have to ignore. Left-out keys take
+    the released models' values (ALiBi, no biases), not llm-foundry's defaults; every published file spells them out.
+    """
+
+    model_type = "mpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers reads a plain class attribute)
+    attribute_map = {  # noqa: RUF012
+        "num_attention_heads": "n_heads",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_seq_len",
+    }
+
+    d_model: int = 2048
+    n_heads: int = 16
+    n_layers: int = 24
+    expansion_ratio: int | float = 4
+    max_seq_len: int = 2048
+    vocab_size: int = 50432
+    resid_pdrop: float = 0.0
+    emb_pdrop: float = 0.0
+    embedding_fraction: float = 1.0
+    learned_pos_emb: bool = True  # published as true beside ALiBi, where it means nothing: see `has_wpe`
+    attn_config: dict[str, Any] | None = None
+    init_config: dict[str, Any] | None = None
+    logit_scale: float | str | None = None
+    no_bias: bool = True
+    norm_type: str = "low_precision_layernorm"
+    norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **others: Any) -> None:
+        others = self._read_mosaic_gpt(others)
+        eps = others.pop("layer_norm_epsilon", None)  # the in-tree class's name for norm_eps
+        if eps is not None:
+            self.norm_eps = eps
+        self._check_ffn(others.pop("ffn_config", None))
+        head_dim = others.pop("head_dim", None)
+        self.attn_config = _read_attention(self.attn_config or {})
+        self.init_config = {**_INIT_DEFAULTS, **(self.init_config or {})}
+        self._check_numbers(head_dim)
+        for key, value in {**others, "norm_type": self.norm_type}.items():
+            if key in _ONLY_AT:
+                _refuse_unless(key, value, _ONLY_AT[key])
+            elif key not in _IGNORED and not key.startswith("_attn"):
+                raise UnsupportedConfig(f"config key `{key}` with value `{value!r}` is not one of MPT's; remove it if it means nothing")
+        kept = ("torch_dtype", "dtype", "name_or_path", "attn_implementation", "output_attentions", "num_labels")
+        super().__post_init__(**{key: others[key] for key in kept if key in others})
+
+    def _read_mosaic_gpt(self, others: dict[str, Any]) -> dict[str, Any]:
+        """Move the flat keys of `mosaic_gpt` into today's places; other configs pass through."""
+        if others.get("model_type") != "mosaic_gpt" and "mlp_ratio" not in others:
+            return others
+        others = dict(others)
+        self.expansion_ratio = others.pop("mlp_ratio", 4)
+        if not others.pop("low_precision_layernorm", True):
+            self.norm_type = "layernorm"
+        attention = {new: others.pop(old) for old, new in _MOSAIC_GPT_ATTENTION.items() if old in others}
+        self.attn_config = {**attention, **(self.attn_config or {})}
+        init = {key: others.pop(key) for key in _MOSAIC_GPT_INIT if key in others}
+        if "param_init_fn" in others:
+            init["name"] = others.pop("param_init_fn")
+        self.init_config = {**init, **(self.init_config or {})}
+        if self.attn_config.get("alibi") and self.n_heads & (self.n_heads - 1):
+            # Its slopes were 2^(-8 i / H) for every H; no such checkpoint was published.
+            raise UnsupportedConfig(f"`mosaic_gpt` with ALiBi and n_heads {self.n_heads}: only powers of two were released")
+        return others
+
+    def _check_ffn(self, ffn: dict[str, Any] | None) -> None:
+        for key, value in (ffn or {}).items():
+            if key == "ffn_type":
+                _refuse_unless("ffn_config.ffn_type", value, ("mptmlp",))
+            elif key == "ffn_hidden_size":
+                if value is not None and value != round(self.d_model * self.expansion_ratio):
+                    self.expansion_ratio = value / self.d_model
+            elif key == "ffn_act_fn":
+                exact = (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
+                _refuse_unless("ffn_config.ffn_act_fn", value, exact)
+            elif key not in ("fc_type", "use_pad_tok_in_ffn", "name"):
+                raise UnsupportedConfig(f"config key `ffn_config.{key}` with value `{value!r}` is not supported")
+
+    def _check_numbers(self, head_dim: int | None) -> None:
+        for key in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UnsupportedConfig(f"config key `{key}` must be a positive whole number, not `{value!r}`")
+        if self.d_model % self.n_heads:
+            raise UnsupportedConfig(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if head_dim is not None:
+            _refuse_unless("head_dim", head_dim, (self.d_model // self.n_heads,))
+        if self.n_heads % self.n_kv_heads:
+            raise UnsupportedConfig(f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}")
+        if abs(self.d_model * self.expansion_ratio - self.d_ffn) > 1e-6:
+            raise UnsupportedConfig(f"d_model {self.d_model} times expansion_ratio {self.expansion_ratio} is not whole")
+        if float(self.expansion_ratio).is_integer():
+            self.expansion_ratio = int(self.expansion_ratio)  # the in-tree class takes whole numbers only
+        if not 0 < self.embedding_fraction <= 1:
+            raise UnsupportedConfig(f"embedding_fraction must be in (0, 1], not {self.embedding_fraction}")
+        self.embedding_fraction = float(self.embedding_fraction)
+        if isinstance(self.logit_scale, str):
+            _refuse_unless("logit_scale", self.logit_scale, ("inv_sqrt_d_model",))
+
+    # -- what the model reads ------------------------------------------------------------------------------------
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """`attn_config`, complete: every key is there."""
+        assert self.attn_config is not None
+        return self.attn_config
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        kind = self.attention["attn_type"]
+        if kind == "multihead_attention":
+            return self.n_heads
+        return 1 if kind == "multiquery_attention" else self.attention["kv_n_heads"]
+
+    @property
+    def d_ffn(self) -> int:
+        return round(self.d_model * self.expansion_ratio)
+
+    @property
+    def has_wpe(self) -> bool:
+        """Whether positions are learned: never beside ALiBi, whatever `learned_pos_emb` says."""
+        return self.learned_pos_emb and not self.attention["alibi"]
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.attention["softmax_scale"] or self.d_head**-0.5
+
+    @property
+    def logit_factor(self) -> float | None:
+        """What logits are multiplied by, or None."""
+        return self.d_model**-0.5 if self.logit_scale == "inv_sqrt_d_model" else self.logit_scale  # type: ignore[return-value]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache a token needs in a 2-byte dtype: keys and values of every layer."""
+        return 2 * 2 * self.n_layers * self.n_kv_heads * self.d_head
+
+    def beyond_stock(self) -> list[str]:
+        """What transformers' in-tree MPT would compute differently, one phrase each; empty where it is right."""
+        attention = self.attention
+        checks = {
+            f"alibi_bias_max {attention['alibi_bias_max']} (it uses 8)": attention["alibi"] and attention["alibi_bias_max"] != 8,
+            "no ALiBi (it always adds it)": not attention["alibi"],
+            "qk_ln (it drops it)": attention["qk_ln"],
+            f"{attention['attn_type']} (it builds full heads)": attention["attn_type"] != "multihead_attention",
+            f"expansion_ratio {self.expansion_ratio} (it uses 4)": self.expansion_ratio != 4,
+            f"logit_scale {self.logit_scale} (it drops it)": self.logit_scale is not None,
+            "biases (it drops them)": not self.no_bias,
+        }
+        return [what for what, differs in checks.items() if differs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-ready values, in the forms transformers' strict in-tree reader accepts."""
+        out = super().to_dict()
+        attention = dict(self.attention)
+        if attention["kv_n_heads"] is None:
+            del attention["kv_n_heads"]
+        out["attn_config"] = attention
+        if self.norm_eps != 1e-5:
+            out["layer_norm_epsilon"] = self.norm_eps
+        return out
+
+
+def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
+    """`attn_config` with every key present and typed as transformers' strict reader wants it."""
+    if not isinstance(raw, dict):
+        raw = raw.to_dict()  # the in-tree class's own sub-config
+    attention = dict(_ATTENTION_DEFAULTS)
+    for key, value in raw.items():
+        if key in _ATTENTION_ONLY_AT:
+            _refuse_unless(f"attn_config.{key}", value, _ATTENTION_ONLY_AT[key])
+        elif key in attention:
+            attention[key] = value
+        elif key not in _ATTENTION_IGNORED | _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
+            raise UnsupportedConfig(f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's")
+    _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
+    if attention["attn_type"] == "grouped_query_attention" and not attention["kv_n_heads"]:
+        raise UnsupportedConfig("`grouped_query_attention` needs `attn_config.kv_n_heads`")
+    for key in ("clip_qkv", "softmax_scale"):  # 0 and null both mean none
+        attention[key] = float(attention[key]) if attention[key] else None
+    for key in ("alibi_bias_max", "attn_pdrop"):
+        attention[key] = int(attention[key]) if float(attention[key]).is_integer() else float(attention[key])
+    if attention["clip_qkv"] is not None and attention["clip_qkv"] < 0:
+        raise UnsupportedConfig(f"config key `attn_config.clip_qkv` must be positive, not {attention['clip_qkv']}")
+    return attention
+
+
+def _refuse_unless(key: str, value: object, supported: tuple[Any, ...]) -> None:
+    if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in supported):
+        names = ", ".join(f"`{good!r}`" for good in supported)
+        raise UnsupportedConfig(f"config key `{key}` is `{value!r}`; supported: {names}")

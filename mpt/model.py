@@ -1,0 +1,312 @@
+"""MPT, the decoder-only transformer: one class for every checkpoint of the family, behind transformers' interface.
+
+Letters used in shapes, here and everywhere: B rows, T new tokens, S stored positions, H heads, D head size,
+C = d_model, V vocabulary, L layers.
+
+Module names are the checkpoint's (`transformer.blocks.N.attn.Wqkv`), so weights load with no mapping. Not here: how a
+checkpoint is found and read (`mpt/checkpoint.py`), how attention is computed (`mpt/attention.py`), batching
+(`serving/engine.py`). Source: llm-foundry's MPT branch; clip comes before qk_ln, GELU is the exact erf form.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mpt import attention
+from mpt.config import MPTConfig
+from mpt.errors import UnsupportedConfig
+
+# How one layer's queries, keys and values (B, H, T, D) become its output (B, H, T, D): called with the layer's number.
+# The model computes everything else; whoever holds the cache decides this (transformers' cache below, or an engine).
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class MPTAttention(nn.Module):
+    def __init__(self, config: MPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
+        self.clip_qkv = config.attention["clip_qkv"]
+        widths = [config.d_model, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head]
+        self.widths = widths  # rows of Wqkv: all queries, then all keys, then all values
+        self.Wqkv = nn.Linear(config.d_model, sum(widths), bias=not config.no_bias)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=not config.no_bias)
+        if config.attention["qk_ln"]:  # over the whole width, not per head
+            self.q_ln = nn.LayerNorm(widths[0], eps=config.norm_eps, bias=not config.no_bias)
+            self.k_ln = nn.LayerNorm(widths[1], eps=config.norm_eps, bias=not config.no_bias)
+        else:
+            self.q_ln = self.k_ln = None
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.Wqkv(x)
+        if self.clip_qkv:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        q, k, v = qkv.split(self.widths, dim=-1)
+        if self.q_ln is not None and self.k_ln is not None:
+            q, k = self.q_ln(q), self.k_ln(k)
+        q = q.view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
+        v = v.view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
+        out = attend(self.layer, q, k, v)
+        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
+
+
+class MPTMLP(nn.Module):
+    def __init__(self, config: MPTConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.d_ffn, bias=not config.no_bias)
+        self.down_proj = nn.Linear(config.d_ffn, config.d_model, bias=not config.no_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class MPTBlock(GradientCheckpointingLayer):
+    def __init__(self, config: MPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
+        self.attn = MPTAttention(config, layer)
+        self.norm_2 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
+        self.ffn = MPTMLP(config)
+        self.attn.out_proj.feeds_residual = self.ffn.down_proj.feeds_residual = True  # type: ignore[assignment]
+        self.resid_pdrop = config.resid_pdrop
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + F.dropout(self.attn(self.norm_1(x), attend), self.resid_pdrop, self.training)
+        return x + F.dropout(self.ffn(self.norm_2(x)), self.resid_pdrop, self.training)
+
+
+class MPTPreTrainedModel(PreTrainedModel):
+    config: MPTConfig
+    config_class = MPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MPTBlock"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """llm-foundry's `kaiming_normal_` (fan_in, relu): std sqrt(2 / fan_in), norms 1, biases 0.
+
+        Projections back into the residual stream are divided by sqrt(2 L); an embedding counts d_model as its fan_in.
+        """
+        init = self.config.init_config or {}
+        if isinstance(module, nn.Linear | nn.Embedding):
+            if init["name"] != "kaiming_normal_" or init["fan_mode"] != "fan_in":
+                scheme = f"`{init['name']}`, `{init['fan_mode']}`"
+                raise UnsupportedConfig(f"init_config {scheme}: new weights are drawn by `kaiming_normal_`, `fan_in` only")
+            std = (2 / module.weight.shape[1]) ** 0.5
+            if init["init_div_is_residual"] and getattr(module, "feeds_residual", False):
+                std /= (2 * self.config.n_layers) ** 0.5
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+
+class MPTModel(MPTPreTrainedModel):
+    def __init__(self, config: MPTConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.has_wpe else None
+        self.blocks = nn.ModuleList(MPTBlock(config, layer) for layer in range(config.n_layers))
+        self.norm_f = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
+        self.gradient_checkpointing = False
+        self._bias: Tensor | None = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.wte = embeddings
+
+    def alibi_bias(self, n_keys: int) -> Tensor | None:
+        """ALiBi's bias for n_keys keys, (1, H, 1, S) float32, a view of a table that grows; None without ALiBi."""
+        if not self.config.attention["alibi"]:
+            return None
+        device = self.wte.weight.device
+        if self._bias is None or self._bias.shape[-1] < n_keys or self._bias.device != device:
+            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"]).to(device)
+            self._bias = attention.alibi_bias(slopes, max(n_keys, min(self.config.max_seq_len, 2 * n_keys)))
+        return self._bias[..., -n_keys:]
+
+    def run(self, x: Tensor, attend: Attend, position_ids: Tensor | None = None) -> Tensor:
+        """The whole stack on embeddings x, (B, T, C) -> (B, T, C); attention as `attend` says.
+
+        position_ids: (B, T), needed by learned positions only.
+        """
+        if self.wpe is not None:
+            assert position_ids is not None
+            x = x + self.wpe(position_ids)
+        fraction = self.config.embedding_fraction
+        if fraction < 1 and self.training:  # the value stays, the gradient shrinks (GLM-130B's trick)
+            x = x * fraction + x.detach() * (1 - fraction)
+        x = F.dropout(x, self.config.emb_pdrop, self.training)
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.norm_f(x)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, C) after the last norm.
+
+        attention_mask: (B, S), 0 for padding anywhere in the row. sequence_id: (B, T) document numbers of packed rows,
+        -1 for padding; not together with a cache or an attention_mask. Sequences may exceed max_seq_len with ALiBi.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None and sequence_id is None:
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if self.wpe is not None and position_ids is None:
+            position_ids = self._positions(x, attention_mask, sequence_id, past)
+        attend = self._attend_through(past_key_values, attention_mask, sequence_id, past, x.shape[1])
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.run(x, attend, position_ids), past_key_values=past_key_values
+        )
+
+    def _attend_through(
+        self, cache: Cache | None, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int, T: int
+    ) -> Attend:
+        """Attention over transformers' cache, padding and packed documents."""
+        scale, S = self.config.softmax_scale, past + T
+        bias = self.alibi_bias(S)
+        if sequence_id is not None and (cache is not None or attention_mask is not None):
+            raise ValueError("sequence_id goes without a cache and without attention_mask; mark padding with -1")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (B, S), not {tuple(attention_mask.shape)}")
+        key_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
+        dropout = self.config.attention["attn_pdrop"] if self.training else 0.0
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is not None:
+                k, v = cache.update(k, v, layer)
+                k, v = k[:, :, :S], v[:, :, :S]  # a static cache hands out its whole length
+            if dropout:
+                return self._attend_with_dropout(q, k, v, bias, key_mask, sequence_id, dropout)
+            if sequence_id is not None:
+                return attention.attend_documents(q, k, v, sequence_id, scale=scale, bias=bias)
+            return attention.attend(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
+
+        return attend
+
+    def _attend_with_dropout(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key_mask: Tensor | None,
+        sequence_id: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """Dropout falls on the probabilities, which only the eager formula holds; no released recipe uses it."""
+        T, S = q.shape[2], k.shape[2]
+        allowed = attention.causal_mask(T, S, q.device)[None, None]
+        if key_mask is not None:
+            allowed = allowed & key_mask[:, None, None, :]
+        if sequence_id is not None:
+            allowed = allowed & (sequence_id[:, None, :, None] == sequence_id[:, None, None, :])
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return attention.eager(q, k, v, scale=self.config.softmax_scale, bias=bias, allowed=allowed, dropout=dropout)
+
+    def _positions(
+        self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int
+    ) -> Tensor:
+        """Learned positions count real tokens from each row's (or document's) first, (B, T)."""
+        B, T = x.shape[:2]
+        positions = torch.arange(past, past + T, device=x.device).expand(B, T)
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        if sequence_id is not None:
+            first = torch.ones_like(sequence_id, dtype=torch.bool)
+            first[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
+            positions = positions - torch.where(first, positions, 0).cummax(-1).values
+        if int(positions.max()) >= self.config.max_seq_len:
+            raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_seq_len} learned ones")
+        return positions
+
+
+class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
+    """MPT with its language-model head: `forward`, transformers' `generate`, peft and pipelines work on it."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = MPTModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, embeddings: nn.Linear) -> None:
+        self.lm_head = embeddings
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C), in the model's dtype."""
+        logits = self.lm_head(hidden)
+        factor = self.config.logit_factor
+        return logits if factor is None else logits * factor
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), or of the last `logits_to_keep` positions; the mean loss when labels (B, T) are given.
+
+        Labels are the input ids, shifted inside; -100 is not learned.
+        """
+        states = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            sequence_id=sequence_id,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            position_ids=position_ids,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.unembed(states.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states.past_key_values)
+
+
+def register() -> None:
+    """Make transformers' AutoConfig and AutoModelForCausalLM, and so `pipeline`, load MPT with this class."""
+    AutoConfig.register("mpt", MPTConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MPTConfig, MPTForCausalLM, exist_ok=True)
