@@ -1,0 +1,312 @@
+"""Reads and writes checkpoint folders: config.json, weights, manifest.json with the sha256 of every file.
+
+Reading streams: each tensor goes from the file straight into its parameter, so loading peaks at the model plus its
+largest tensor (a memory-mapped reader keeps every page it touched: 3 times the model when measured). Weights are data:
+safetensors, or `pytorch_model*.bin` through torch's weights-only unpickler; code beside a checkpoint is never run.
+
+Not here: Composer and FasterTransformer folders, ONNX, GGUF (`conversion/`); training state (`training/checkpoint.py`).
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mpt.config import MPTConfig
+from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
+from mpt.model import MPTForCausalLM
+
+if TYPE_CHECKING:
+    from mpt.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_HEADER_LIMIT = 100_000_000  # the safetensors format's own bound on its JSON header
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# `mosaic_gpt` (the 1B) to today's names, in this order. Source: llm-foundry scripts/misc/convert_examples_ckpt.py
+_MOSAIC_GPT_NAMES = ((".ln_", ".norm_"), (".mlp_up.", ".up_proj."), (".mlp_down.", ".down_proj."), (".mlp.", ".ffn."))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor's bytes lie: contiguous, in row-major order."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill `target` of the same shape, converting dtype and device where they differ."""
+        direct = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
+        values = target if direct else torch.empty(self.shape, dtype=self.dtype)
+        if self.n_bytes:
+            with self.file.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                into = memoryview(values.detach().view(-1).view(torch.uint8).numpy())
+                done = 0
+                while done < self.n_bytes:  # one read returns at most 2 GiB
+                    n = file.readinto(into[done:])
+                    if not n:
+                        raise DamagedFile(f"`{self.file.name}` ends {self.n_bytes - done} bytes early; copy it again")
+                    done += n
+        if not direct:
+            target.copy_(values)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+) -> MPTForCausalLM:
+    """The model in a folder, or under a name of the catalog, ready for inference.
+
+    dtype: None keeps the file's. verify: check every file against the folder's manifest.json, where it has one.
+    Raises CheckpointNotFound, UnsupportedConfig, DamagedFile.
+    """
+    from mpt.catalog import resolve
+
+    folder = resolve(str(name_or_path))
+    if verify:
+        verify_manifest(folder)
+    config = read_config(folder)
+    stored = stored_tensors(folder)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _common_dtype(stored)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = MPTForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    _fill(model, stored, folder)
+    model.generation_config = _generation_config(folder)
+    model.name_or_path = str(name_or_path)
+    return model.eval().requires_grad_(False)
+
+
+def save(
+    model: MPTForCausalLM,
+    folder: str | Path,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    manifest: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a Hugging Face folder that appears only once it is whole; returns it.
+
+    manifest: entries to put beside the files' sha256 in manifest.json (name, recipe, scores ...). Raises UserError if
+    the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"`{folder}` exists and is not empty; choose another folder or remove it")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial, max_shard_size=max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(partial)
+        generation = GenerationConfig(eos_token_id=list(tokenizer.end_ids), use_cache=True)
+        generation.save_pretrained(partial)
+    write_manifest(partial, manifest or {})
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return folder
+
+
+def read_config(folder: Path) -> MPTConfig:
+    """The folder's config.json. Raises CheckpointNotFound, DamagedFile, UnsupportedConfig."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointNotFound(f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint")
+    raw = _read_json(path)
+    kind = raw.get("model_type")
+    if kind not in ("mpt", "mosaic_gpt"):
+        raise UnsupportedConfig(f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`")
+    return MPTConfig.from_dict(raw)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every weight of the folder under the name the model uses, without reading it.
+
+    Understands hub, in-tree and `mosaic_gpt` names and Composer's `model.` prefix; single and sharded files.
+    """
+    files = weight_files(folder)
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        entries = _safetensors_entries(file) if file.suffix == ".safetensors" else _torch_entries(file)
+        for name, tensor in entries:
+            name = canonical_name(name)
+            if name in found:
+                raise DamagedFile(f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{file.name}`")
+            found[name] = tensor
+    return found
+
+
+def canonical_name(name: str) -> str:
+    """The model's name for a tensor stored under an older or prefixed one."""
+    name = name.removeprefix("model.")
+    if name.startswith("transformer.ln_f."):
+        return name.replace(".ln_f.", ".norm_f.")
+    if name.startswith("transformer.blocks."):
+        for old, new in _MOSAIC_GPT_NAMES:
+            name = name.replace(old, new)
+    return name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: safetensors before .bin, an index before a glob."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / index).is_file():
+            names = sorted(set(_read_json(folder / index)["weight_map"].values()))
+            bad = [name for name in names if Path(name).name != name]
+            if bad:
+                raise DamagedFile(f"`{index}` points outside its folder: `{bad[0]}`")
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise DamagedFile(f"`{index}` names `{missing[0]}`, which is not there ({len(missing)} of {len(names)} missing)")
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise CheckpointNotFound(f"`{folder}` has no model.safetensors or pytorch_model.bin, single or sharded")
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole."""
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    text = json.dumps({**entries, "files": files}, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest, or None where there is none (most foreign checkpoints)."""
+    return _read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check every file against manifest.json, if there is one. Raises DamagedFile naming the first that differs."""
+    manifest = read_manifest(folder)
+    for name, expected in (manifest or {}).get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
+        if _sha256(path) != expected:
+            raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
+
+
+def _fill(model: MPTForCausalLM, stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Read every tensor into its parameter; names and shapes must match exactly."""
+    targets = dict(model.named_parameters())  # tied weights appear once
+    head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    missing, unknown = targets.keys() - stored.keys(), stored.keys() - targets.keys()
+    if missing or unknown:
+        what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to this config"
+        more = len(missing) + len(unknown) - 1
+        raise DamagedFile(f"`{folder}` {what}" + (f" (and {more} more names differ)" if more else ""))
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            if stored[name].shape != tuple(parameter.shape):
+                raise DamagedFile(
+                    f"`{name}` in `{stored[name].file.name}` is {list(stored[name].shape)}, "
+                    f"the config makes it {list(parameter.shape)}"
+                )
+            stored[name].read_into(parameter)
+        wte = model.transformer.wte.weight
+        if head is not None and head.shape == tuple(wte.shape):
+            written = torch.empty_like(wte)
+            head.read_into(written)
+            head = None if torch.equal(written, wte) else head
+    if head is not None:
+        raise DamagedFile(
+            f"`lm_head.weight` differs from the embedding it is tied to; set tie_word_embeddings to false in "
+            f"`{folder / 'config.json'}` if the head was trained on its own"
+        )
+
+
+def _safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Name and place of each tensor of a safetensors file. Format: u64 header size, JSON header, data."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as f:
+            (n_header,) = struct.unpack("<Q", f.read(8))
+            if n_header > min(_HEADER_LIMIT, size - 8):
+                raise ValueError(f"header of {n_header} bytes")
+            header = json.loads(f.read(n_header))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise UnsupportedConfig(f"`{name}` in `{file.name}` is {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+            tensor = StoredTensor(file, 8 + n_header + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if start < 0 or end - start != tensor.n_bytes or 8 + n_header + end > size:
+                raise ValueError(f"`{name}` does not fit in the file")
+            yield name, tensor
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise DamagedFile(f"`{file}` is not a whole safetensors file ({error}); copy it again") from error
+
+
+def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Name and place of each tensor of a `torch.save` file, unpickled weights-only and without its data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():  # gives shapes and, per storage, the offset of its bytes in the file
+            state = torch.load(file, weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
+        raise DamagedFile(f"`{file}` cannot be read as weights alone: {str(error).splitlines()[0]}") from error
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise DamagedFile(f"`{name}` in `{file.name}` is a {type(tensor).__name__}, not a tensor")
+        place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if place is None or not tensor.is_contiguous():
+            raise UnsupportedConfig(f"`{file.name}` is in torch's format from before 1.6; save it again with a newer torch")
+        offset = place + tensor.storage_offset() * tensor.dtype.itemsize
+        yield name, StoredTensor(file, offset, tensor.dtype, tuple(tensor.shape))
+
+
+def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    dtypes = [tensor.dtype for tensor in stored.values()]
+    return max(set(dtypes), key=dtypes.count)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """The folder's generation_config.json; the cache is always on, though the published files switch it off."""
+    has_file = (folder / "generation_config.json").is_file()
+    config = GenerationConfig.from_pretrained(folder) if has_file else GenerationConfig(eos_token_id=0)
+    config.use_cache = True
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"`{path}` holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
