@@ -97,7 +97,7 @@ def load(
     _fill(model, stored, folder)
     model.generation_config = _generation_config(folder)
     model.name_or_path = str(name_or_path)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def save(

@@ -1,0 +1,70 @@
+"""The naive generation loop, one sequence at a time: the truth every faster path is tested against."""
+
+import random
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from mpt.errors import UserError
+from mpt.model import MPTForCausalLM
+from mpt.sampling import sample
+
+_PREFILL_CHUNK = 4096  # bounds the MLP's activations of a long prompt; attention needs no bound
+
+
+def generate(
+    model: MPTForCausalLM,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    end_ids: Collection[int] = (),
+) -> list[int]:
+    """Up to max_new_tokens that continue ids; ends after, and includes, a token of end_ids."""
+    return list(
+        stream(model, ids, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, end_ids=end_ids)
+    )
+
+
+@torch.inference_mode()
+def stream(
+    model: MPTForCausalLM,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    end_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """The tokens of `generate`, each as it is drawn."""
+    if not ids:
+        raise UserError("the prompt is empty; give at least one token, for example the end-of-text token")
+    random_numbers = random.Random(seed)
+    cache = DynamicCache()
+    device = model.transformer.wte.weight.device
+    unread = list(ids)
+    for _ in range(max_new_tokens):
+        while unread:
+            chunk, unread = unread[:_PREFILL_CHUNK], unread[_PREFILL_CHUNK:]
+            rows = torch.tensor([chunk], device=device)
+            logits = model(rows, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        token = int(
+            sample(
+                logits.float().cpu(),
+                temperature=torch.tensor([temperature]),
+                top_p=torch.tensor([top_p]),
+                top_k=torch.tensor([top_k]),
+                min_p=torch.zeros(1),
+                uniform=torch.tensor([random_numbers.random()], dtype=torch.float64),
+            )
+        )
+        yield token
+        if token in end_ids:
+            return
+        unread = [token]

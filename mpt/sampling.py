@@ -1,0 +1,91 @@
+"""From logits to a token: penalties, filters and the draw, for a batch of rows that each want something else.
+
+Randomness comes in from outside as one uniform number a row and step, so a row's draw depends on nothing but its own
+logits and its own seed. Order: bias and penalties, temperature, top-k, top-p, min-p, draw by inverting the cumulative
+distribution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenCounts:
+    """What one sequence has said so far, for the penalties. Vectors over the vocabulary."""
+
+    generated: Tensor  # (V,) int32, how often each token was generated
+    seen: Tensor  # (V,) bool, tokens of the prompt or the answer
+
+    @classmethod
+    def of(cls, prompt: list[int], generated: list[int], vocab_size: int) -> "TokenCounts":
+        counts = torch.zeros(vocab_size, dtype=torch.int32)
+        seen = torch.zeros(vocab_size, dtype=torch.bool)
+        seen[torch.tensor(prompt + generated, dtype=torch.long)] = True
+        if generated:
+            counts += torch.bincount(torch.tensor(generated), minlength=vocab_size).int()
+        return cls(counts, seen)
+
+    def add(self, token: int) -> None:
+        self.generated[token] += 1
+        self.seen[token] = True
+
+
+def penalize(
+    logits: Tensor, counts: TokenCounts, *, presence: float = 0.0, frequency: float = 0.0, repetition: float = 1.0
+) -> None:
+    """Apply the penalties to one row of logits, (V,) float32, in place.
+
+    presence and frequency: OpenAI's, over generated tokens. repetition: Keskar et al. 2019, over prompt and answer.
+    """
+    if repetition != 1.0:
+        penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits.copy_(torch.where(counts.seen, penalized, logits))
+    if presence or frequency:
+        logits.sub_(presence * (counts.generated > 0) + frequency * counts.generated)
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Draw one token per row, (B,). logits: (B, V) float32; the others: (B,), `uniform` float64 in [0, 1).
+
+    Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
+    reaches it, min_p those with at least that share of the best one's probability; never fewer than one token stays.
+    """
+    greedy = logits.argmax(-1)
+    drawn = temperature > 0
+    if not bool(drawn.any()):
+        return greedy
+    out = greedy.clone()
+    filtered = drawn & ((top_p < 1) | (top_k > 0) | (min_p > 0))
+    plain = drawn & ~filtered
+    if bool(plain.any()):
+        out[plain] = _draw(_probabilities(logits[plain], temperature[plain]), uniform[plain])
+    if bool(filtered.any()):
+        probs, token = _probabilities(logits[filtered], temperature[filtered]).sort(-1, descending=True, stable=True)
+        rank = torch.arange(probs.shape[-1], device=probs.device)
+        limit = torch.where(top_k > 0, top_k, probs.shape[-1])[filtered]
+        probs = probs.masked_fill(rank >= limit[:, None], 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+        outside = probs.cumsum(-1) - probs >= top_p[filtered][:, None]  # the mass before this token is enough
+        outside |= probs < min_p[filtered][:, None] * probs[:, :1]
+        outside[:, 0] = False
+        pick = _draw(probs.masked_fill(outside, 0), uniform[filtered])
+        out[filtered] = token.gather(-1, pick[:, None]).squeeze(-1)
+    return out
+
+
+def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Softmax at a temperature, (B, V) float64: 50,432 float32 terms do not add up to 1 closely enough to invert."""
+    return (logits.double() / temperature[:, None]).softmax(-1)
+
+
+def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes `uniform`, (B,). probs need not add up to 1."""
+    cumulative = probs.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)  # rounding must not pass the last
+    return torch.minimum(token, last)
