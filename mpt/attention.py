@@ -63,15 +63,21 @@ def attend(
     if bias is not None:
         bias = bias[..., -S:]
     if key_mask is not None:
-        hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[:, None, None, :]
+        hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[
+            :, None, None, :
+        ]
         bias = hidden if bias is None else bias + hidden  # (B, 1 or H, 1, S)
     if q.is_cuda:  # one token: a matrix-vector product per head, the scores are only (B, H, 1, S)
         return eager(q, k, v, scale=scale, bias=bias)
     if T == S or T == 1:
         return _sdpa(q, k, v, scale, bias, causal=T > 1)
     past = S - T
-    left = _flash_cpu(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale)
-    own = _flash_cpu(q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale)
+    left = _flash_cpu(
+        q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale
+    )
+    own = _flash_cpu(
+        q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale
+    )
     return _merge(*left, *own)
 
 
@@ -136,7 +142,9 @@ def _part(bias: Tensor | None, start: int, end: int, q: Tensor) -> Tensor | None
 def _merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> Tensor:
     """Attention over two sets of keys from the attention over each and its log-sum-exp, (B, H, T, D)."""
     total = torch.logaddexp(left_lse, right_lse)
-    return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(left.dtype)
+    return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(
+        left.dtype
+    )
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,12 @@ MANIFEST = "manifest.json"
 _HEADER_LIMIT = 100_000_000  # the safetensors format's own bound on its JSON header
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # `mosaic_gpt` (the 1B) to today's names, in this order. Source: llm-foundry scripts/misc/convert_examples_ckpt.py
-_MOSAIC_GPT_NAMES = ((".ln_", ".norm_"), (".mlp_up.", ".up_proj."), (".mlp_down.", ".down_proj."), (".mlp.", ".ffn."))
+_MOSAIC_GPT_NAMES = (
+    (".ln_", ".norm_"),
+    (".mlp_up.", ".up_proj."),
+    (".mlp_down.", ".down_proj."),
+    (".mlp.", ".ffn."),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class StoredTensor:
                 while done < self.n_bytes:  # one read returns at most 2 GiB
                     n = file.readinto(into[done:])
                     if not n:
-                        raise DamagedFile(f"`{self.file.name}` ends {self.n_bytes - done} bytes early; copy it again")
+                        raise DamagedFile(
+                            f"`{self.file.name}` ends {self.n_bytes - done} bytes early; copy it again"
+                        )
                     done += n
         if not direct:
             target.copy_(values)
@@ -135,11 +142,15 @@ def read_config(folder: Path) -> MPTConfig:
     """The folder's config.json. Raises CheckpointNotFound, DamagedFile, UnsupportedConfig."""
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointNotFound(f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint")
+        raise CheckpointNotFound(
+            f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint"
+        )
     raw = _read_json(path)
     kind = raw.get("model_type")
     if kind not in ("mpt", "mosaic_gpt"):
-        raise UnsupportedConfig(f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`")
+        raise UnsupportedConfig(
+            f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`"
+        )
     return MPTConfig.from_dict(raw)
 
 
@@ -155,7 +166,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in entries:
             name = canonical_name(name)
             if name in found:
-                raise DamagedFile(f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{file.name}`")
+                raise DamagedFile(
+                    f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{file.name}`"
+                )
             found[name] = tensor
     return found
 
@@ -184,7 +197,9 @@ def weight_files(folder: Path) -> list[Path]:
                 raise DamagedFile(f"`{index}` points outside its folder: `{bad[0]}`")
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise DamagedFile(f"`{index}` names `{missing[0]}`, which is not there ({len(missing)} of {len(names)} missing)")
+                raise DamagedFile(
+                    f"`{index}` names `{missing[0]}`, which is not there ({len(missing)} of {len(names)} missing)"
+                )
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
@@ -193,7 +208,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole."""
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    files = {
+        path.name: _sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
     text = json.dumps({**entries, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -209,9 +228,13 @@ def verify_manifest(folder: Path) -> None:
     for name, expected in (manifest or {}).get("files", {}).items():
         path = folder / name
         if not path.is_file():
-            raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
+            raise DamagedFile(
+                f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again"
+            )
         if _sha256(path) != expected:
-            raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
+            raise DamagedFile(
+                f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again"
+            )
 
 
 def _fill(model: MPTForCausalLM, stored: dict[str, StoredTensor], folder: Path) -> None:
@@ -256,7 +279,9 @@ def _safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES:
-                raise UnsupportedConfig(f"`{name}` in `{file.name}` is {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+                raise UnsupportedConfig(
+                    f"`{name}` in `{file.name}` is {entry['dtype']}; supported: {', '.join(_DTYPES)}"
+                )
             tensor = StoredTensor(file, 8 + n_header + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
             if start < 0 or end - start != tensor.n_bytes or 8 + n_header + end > size:
                 raise ValueError(f"`{name}` does not fit in the file")
@@ -272,14 +297,20 @@ def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with FakeTensorMode():  # gives shapes and, per storage, the offset of its bytes in the file
             state = torch.load(file, weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
-        raise DamagedFile(f"`{file}` cannot be read as weights alone: {str(error).splitlines()[0]}") from error
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
+        raise DamagedFile(
+            f"`{file}` cannot be read as weights alone: {str(error).splitlines()[0]}"
+        ) from error
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DamagedFile(f"`{name}` in `{file.name}` is a {type(tensor).__name__}, not a tensor")
         place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if place is None or not tensor.is_contiguous():
-            raise UnsupportedConfig(f"`{file.name}` is in torch's format from before 1.6; save it again with a newer torch")
+            raise UnsupportedConfig(
+                f"`{file.name}` is in torch's format from before 1.6; save it again with a newer torch"
+            )
         offset = place + tensor.storage_offset() * tensor.dtype.itemsize
         yield name, StoredTensor(file, offset, tensor.dtype, tuple(tensor.shape))
 

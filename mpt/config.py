@@ -44,7 +44,12 @@ _ATTENTION_ONLY_AT: dict[str, tuple[Any, ...]] = {
     "reuse_kv_layer_idx": (None,),
     "reuse_kv_x_layer_idx": (None,),
 }
-_ATTENTION_IGNORED = {"rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config"}  # mean nothing with rope off
+_ATTENTION_IGNORED = {
+    "rope_theta",
+    "rope_impl",
+    "rope_dail_config",
+    "rope_hf_config",
+}  # mean nothing with rope off
 _ONLY_AT: dict[str, tuple[Any, ...]] = {
     "norm_type": ("low_precision_layernorm", "layernorm"),
     "final_logit_softcapping": (None,),
@@ -75,7 +80,14 @@ _IGNORED = {
     "forced_eos_token_id",
 }  # fmt: skip
 # The in-tree class saves attn_config as a config of its own, with these besides.
-_STOCK_JUNK = {"pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "use_cache", "base_config_key"}
+_STOCK_JUNK = {
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+    "base_config_key",
+}
 # Flat keys of `mosaic_gpt` (2023-04) and where they went.
 _MOSAIC_GPT_ATTENTION = {
     "attn_qk_ln": "qk_ln", "attn_clip_qkv": "clip_qkv", "attn_pdrop": "attn_pdrop", "softmax_scale": "softmax_scale",
@@ -86,7 +98,12 @@ _MOSAIC_GPT_INIT = {
     "fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "init_std", "emb_init_std",
     "emb_init_uniform_lim",
 }  # fmt: skip
-_INIT_DEFAULTS = {"name": "kaiming_normal_", "fan_mode": "fan_in", "init_nonlinearity": "relu", "init_div_is_residual": True}
+_INIT_DEFAULTS = {
+    "name": "kaiming_normal_",
+    "fan_mode": "fan_in",
+    "init_nonlinearity": "relu",
+    "init_div_is_residual": True,
+}
 
 
 class MPTConfig(PreTrainedConfig):
@@ -141,8 +158,17 @@ class MPTConfig(PreTrainedConfig):
             if key in _ONLY_AT:
                 _refuse_unless(key, value, _ONLY_AT[key])
             elif key not in _IGNORED and not key.startswith("_attn"):
-                raise UnsupportedConfig(f"config key `{key}` with value `{value!r}` is not one of MPT's; remove it if it means nothing")
-        kept = ("torch_dtype", "dtype", "name_or_path", "attn_implementation", "output_attentions", "num_labels")
+                raise UnsupportedConfig(
+                    f"config key `{key}` with value `{value!r}` is not one of MPT's; remove it if it means nothing"
+                )
+        kept = (
+            "torch_dtype",
+            "dtype",
+            "name_or_path",
+            "attn_implementation",
+            "output_attentions",
+            "num_labels",
+        )
         super().__post_init__(**{key: others[key] for key in kept if key in others})
 
     def _read_mosaic_gpt(self, others: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +187,9 @@ class MPTConfig(PreTrainedConfig):
         self.init_config = {**init, **(self.init_config or {})}
         if self.attn_config.get("alibi") and self.n_heads & (self.n_heads - 1):
             # Its slopes were 2^(-8 i / H) for every H; no such checkpoint was published.
-            raise UnsupportedConfig(f"`mosaic_gpt` with ALiBi and n_heads {self.n_heads}: only powers of two were released")
+            raise UnsupportedConfig(
+                f"`mosaic_gpt` with ALiBi and n_heads {self.n_heads}: only powers of two were released"
+            )
         return others
 
     def _check_ffn(self, ffn: dict[str, Any] | None) -> None:
@@ -175,21 +203,29 @@ class MPTConfig(PreTrainedConfig):
                 exact = (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
                 _refuse_unless("ffn_config.ffn_act_fn", value, exact)
             elif key not in ("fc_type", "use_pad_tok_in_ffn", "name"):
-                raise UnsupportedConfig(f"config key `ffn_config.{key}` with value `{value!r}` is not supported")
+                raise UnsupportedConfig(
+                    f"config key `ffn_config.{key}` with value `{value!r}` is not supported"
+                )
 
     def _check_numbers(self, head_dim: int | None) -> None:
         for key in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UnsupportedConfig(f"config key `{key}` must be a positive whole number, not `{value!r}`")
+                raise UnsupportedConfig(
+                    f"config key `{key}` must be a positive whole number, not `{value!r}`"
+                )
         if self.d_model % self.n_heads:
             raise UnsupportedConfig(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if head_dim is not None:
             _refuse_unless("head_dim", head_dim, (self.d_model // self.n_heads,))
         if self.n_heads % self.n_kv_heads:
-            raise UnsupportedConfig(f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}")
+            raise UnsupportedConfig(
+                f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}"
+            )
         if abs(self.d_model * self.expansion_ratio - self.d_ffn) > 1e-6:
-            raise UnsupportedConfig(f"d_model {self.d_model} times expansion_ratio {self.expansion_ratio} is not whole")
+            raise UnsupportedConfig(
+                f"d_model {self.d_model} times expansion_ratio {self.expansion_ratio} is not whole"
+            )
         if float(self.expansion_ratio).is_integer():
             self.expansion_ratio = int(self.expansion_ratio)  # the in-tree class takes whole numbers only
         if not 0 < self.embedding_fraction <= 1:
@@ -244,10 +280,12 @@ class MPTConfig(PreTrainedConfig):
         """What transformers' in-tree MPT would compute differently, one phrase each; empty where it is right."""
         attention = self.attention
         checks = {
-            f"alibi_bias_max {attention['alibi_bias_max']} (it uses 8)": attention["alibi"] and attention["alibi_bias_max"] != 8,
+            f"alibi_bias_max {attention['alibi_bias_max']} (it uses 8)": attention["alibi"]
+            and attention["alibi_bias_max"] != 8,
             "no ALiBi (it always adds it)": not attention["alibi"],
             "qk_ln (it drops it)": attention["qk_ln"],
-            f"{attention['attn_type']} (it builds full heads)": attention["attn_type"] != "multihead_attention",
+            f"{attention['attn_type']} (it builds full heads)": attention["attn_type"]
+            != "multihead_attention",
             f"expansion_ratio {self.expansion_ratio} (it uses 4)": self.expansion_ratio != 4,
             f"logit_scale {self.logit_scale} (it drops it)": self.logit_scale is not None,
             "biases (it drops them)": not self.no_bias,
@@ -277,7 +315,9 @@ def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
         elif key in attention:
             attention[key] = value
         elif key not in _ATTENTION_IGNORED | _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
-            raise UnsupportedConfig(f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's")
+            raise UnsupportedConfig(
+                f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's"
+            )
     _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
     if attention["attn_type"] == "grouped_query_attention" and not attention["kv_n_heads"]:
         raise UnsupportedConfig("`grouped_query_attention` needs `attn_config.kv_n_heads`")
@@ -286,7 +326,9 @@ def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("alibi_bias_max", "attn_pdrop"):
         attention[key] = int(attention[key]) if float(attention[key]).is_integer() else float(attention[key])
     if attention["clip_qkv"] is not None and attention["clip_qkv"] < 0:
-        raise UnsupportedConfig(f"config key `attn_config.clip_qkv` must be positive, not {attention['clip_qkv']}")
+        raise UnsupportedConfig(
+            f"config key `attn_config.clip_qkv` must be positive, not {attention['clip_qkv']}"
+        )
     return attention
 
 

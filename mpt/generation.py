@@ -26,7 +26,16 @@ def generate(
 ) -> list[int]:
     """Up to max_new_tokens that continue ids; ends after, and includes, a token of end_ids."""
     return list(
-        stream(model, ids, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, end_ids=end_ids)
+        stream(
+            model,
+            ids,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            end_ids=end_ids,
+        )
     )
 
 

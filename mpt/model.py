@@ -101,7 +101,9 @@ class MPTPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.Embedding):
             if init["name"] != "kaiming_normal_" or init["fan_mode"] != "fan_in":
                 scheme = f"`{init['name']}`, `{init['fan_mode']}`"
-                raise UnsupportedConfig(f"init_config {scheme}: new weights are drawn by `kaiming_normal_`, `fan_in` only")
+                raise UnsupportedConfig(
+                    f"init_config {scheme}: new weights are drawn by `kaiming_normal_`, `fan_in` only"
+                )
             std = (2 / module.weight.shape[1]) ** 0.5
             if init["init_div_is_residual"] and getattr(module, "feeds_residual", False):
                 std /= (2 * self.config.n_layers) ** 0.5
@@ -135,7 +137,9 @@ class MPTModel(MPTPreTrainedModel):
             return None
         device = self.wte.weight.device
         if self._bias is None or self._bias.shape[-1] < n_keys or self._bias.device != device:
-            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"]).to(device)
+            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"]).to(
+                device
+            )
             self._bias = attention.alibi_bias(slopes, max(n_keys, min(self.config.max_seq_len, 2 * n_keys)))
         return self._bias[..., -n_keys:]
 
@@ -187,16 +191,25 @@ class MPTModel(MPTPreTrainedModel):
         )
 
     def _attend_through(
-        self, cache: Cache | None, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int, T: int
+        self,
+        cache: Cache | None,
+        attention_mask: Tensor | None,
+        sequence_id: Tensor | None,
+        past: int,
+        T: int,
     ) -> Attend:
         """Attention over transformers' cache, padding and packed documents."""
         scale, S = self.config.softmax_scale, past + T
         bias = self.alibi_bias(S)
         if sequence_id is not None and (cache is not None or attention_mask is not None):
-            raise ValueError("sequence_id goes without a cache and without attention_mask; mark padding with -1")
+            raise ValueError(
+                "sequence_id goes without a cache and without attention_mask; mark padding with -1"
+            )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (B, S), not {tuple(attention_mask.shape)}")
-        key_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
+        key_mask = (
+            None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
+        )
         dropout = self.config.attention["attn_pdrop"] if self.training else 0.0
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -230,7 +243,9 @@ class MPTModel(MPTPreTrainedModel):
             allowed = allowed & (sequence_id[:, None, :, None] == sequence_id[:, None, None, :])
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return attention.eager(q, k, v, scale=self.config.softmax_scale, bias=bias, allowed=allowed, dropout=dropout)
+        return attention.eager(
+            q, k, v, scale=self.config.softmax_scale, bias=bias, allowed=allowed, dropout=dropout
+        )
 
     def _positions(
         self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int
@@ -245,7 +260,9 @@ class MPTModel(MPTPreTrainedModel):
             first[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
             positions = positions - torch.where(first, positions, 0).cummax(-1).values
         if int(positions.max()) >= self.config.max_seq_len:
-            raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_seq_len} learned ones")
+            raise ValueError(
+                f"position {int(positions.max())} is beyond the {self.config.max_seq_len} learned ones"
+            )
         return positions
 
 
@@ -302,7 +319,9 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         logits = self.unembed(states.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states.past_key_values)
 
 

@@ -33,7 +33,12 @@ class TokenCounts:
 
 
 def penalize(
-    logits: Tensor, counts: TokenCounts, *, presence: float = 0.0, frequency: float = 0.0, repetition: float = 1.0
+    logits: Tensor,
+    counts: TokenCounts,
+    *,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    repetition: float = 1.0,
 ) -> None:
     """Apply the penalties to one row of logits, (V,) float32, in place.
 
@@ -64,7 +69,9 @@ def sample(
     if bool(plain.any()):
         out[plain] = _draw(_probabilities(logits[plain], temperature[plain]), uniform[plain])
     if bool(filtered.any()):
-        probs, token = _probabilities(logits[filtered], temperature[filtered]).sort(-1, descending=True, stable=True)
+        probs, token = torch.sort(
+            _probabilities(logits[filtered], temperature[filtered]), dim=-1, descending=True, stable=True
+        )
         rank = torch.arange(probs.shape[-1], device=probs.device)
         limit = torch.where(top_k > 0, top_k, probs.shape[-1])[filtered]
         probs = probs.masked_fill(rank >= limit[:, None], 0)
@@ -87,5 +94,7 @@ def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1)
     target = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)  # rounding must not pass the last
+    last = (
+        probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)
+    )  # rounding must not pass the last
     return torch.minimum(token, last)
