@@ -26,7 +26,7 @@ def alibi_slopes(n_heads: int, bias_max: float = 8.0) -> Tensor:
     """
     P = 1 << (n_heads - 1).bit_length()  # next power of two
     slopes = 2.0 ** (-bias_max * torch.arange(1, P + 1, dtype=torch.float64) / P)  # (P,)
-    slopes = slopes if P == n_heads else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
+    slopes = slopes if n_heads == P else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
     return slopes.float()
 
 
@@ -63,21 +63,15 @@ def attend(
     if bias is not None:
         bias = bias[..., -S:]
     if key_mask is not None:
-        hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[
-            :, None, None, :
-        ]
+        hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[:, None, None, :]
         bias = hidden if bias is None else bias + hidden  # (B, 1 or H, 1, S)
     if q.is_cuda:  # one token: a matrix-vector product per head, the scores are only (B, H, 1, S)
         return eager(q, k, v, scale=scale, bias=bias)
     if T == S or T == 1:
         return _sdpa(q, k, v, scale, bias, causal=T > 1)
     past = S - T
-    left = _flash_cpu(
-        q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale
-    )
-    own = _flash_cpu(
-        q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale
-    )
+    left = _flash_cpu(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale)
+    own = _flash_cpu(q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale)
     return _merge(*left, *own)
 
 
@@ -142,9 +136,7 @@ def _part(bias: Tensor | None, start: int, end: int, q: Tensor) -> Tensor | None
 def _merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> Tensor:
     """Attention over two sets of keys from the attention over each and its log-sum-exp, (B, H, T, D)."""
     total = torch.logaddexp(left_lse, right_lse)
-    return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(
-        left.dtype
-    )
+    return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(left.dtype)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,7 @@ class StoredTensor:
                 while done < self.n_bytes:  # one read returns at most 2 GiB
                     n = file.readinto(into[done:])
                     if not n:
-                        raise DamagedFile(
-                            f"`{self.file.name}` ends {self.n_bytes - done} bytes early; copy it again"
-                        )
+                        raise DamagedFile(f"`{self.file.name}` ends {self.n_bytes - done} bytes early; copy it again")
                     done += n
         if not direct:
             target.copy_(values)
@@ -142,15 +140,11 @@ def read_config(folder: Path) -> MPTConfig:
     """The folder's config.json. Raises CheckpointNotFound, DamagedFile, UnsupportedConfig."""
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointNotFound(
-            f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint"
-        )
+        raise CheckpointNotFound(f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint")
     raw = _read_json(path)
     kind = raw.get("model_type")
     if kind not in ("mpt", "mosaic_gpt"):
-        raise UnsupportedConfig(
-            f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`"
-        )
+        raise UnsupportedConfig(f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`")
     return MPTConfig.from_dict(raw)
 
 
@@ -166,9 +160,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in entries:
             name = canonical_name(name)
             if name in found:
-                raise DamagedFile(
-                    f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{file.name}`"
-                )
+                raise DamagedFile(f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{file.name}`")
             found[name] = tensor
     return found
 
@@ -208,11 +200,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole."""
-    files = {
-        path.name: _sha256(path)
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
-    }
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
     text = json.dumps({**entries, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -228,13 +216,9 @@ def verify_manifest(folder: Path) -> None:
     for name, expected in (manifest or {}).get("files", {}).items():
         path = folder / name
         if not path.is_file():
-            raise DamagedFile(
-                f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again"
-            )
+            raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
         if _sha256(path) != expected:
-            raise DamagedFile(
-                f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again"
-            )
+            raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
 
 
 def _fill(model: MPTForCausalLM, stored: dict[str, StoredTensor], folder: Path) -> None:
@@ -297,12 +281,8 @@ def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with FakeTensorMode():  # gives shapes and, per storage, the offset of its bytes in the file
             state = torch.load(file, weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
-        raise DamagedFile(
-            f"`{file}` cannot be read as weights alone: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
+        raise DamagedFile(f"`{file}` cannot be read as weights alone: {str(error).splitlines()[0]}") from error
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DamagedFile(f"`{name}` in `{file.name}` is a {type(tensor).__name__}, not a tensor")

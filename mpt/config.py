@@ -203,29 +203,21 @@ class MPTConfig(PreTrainedConfig):
                 exact = (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
                 _refuse_unless("ffn_config.ffn_act_fn", value, exact)
             elif key not in ("fc_type", "use_pad_tok_in_ffn", "name"):
-                raise UnsupportedConfig(
-                    f"config key `ffn_config.{key}` with value `{value!r}` is not supported"
-                )
+                raise UnsupportedConfig(f"config key `ffn_config.{key}` with value `{value!r}` is not supported")
 
     def _check_numbers(self, head_dim: int | None) -> None:
         for key in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UnsupportedConfig(
-                    f"config key `{key}` must be a positive whole number, not `{value!r}`"
-                )
+                raise UnsupportedConfig(f"config key `{key}` must be a positive whole number, not `{value!r}`")
         if self.d_model % self.n_heads:
             raise UnsupportedConfig(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if head_dim is not None:
             _refuse_unless("head_dim", head_dim, (self.d_model // self.n_heads,))
         if self.n_heads % self.n_kv_heads:
-            raise UnsupportedConfig(
-                f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}"
-            )
+            raise UnsupportedConfig(f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}")
         if abs(self.d_model * self.expansion_ratio - self.d_ffn) > 1e-6:
-            raise UnsupportedConfig(
-                f"d_model {self.d_model} times expansion_ratio {self.expansion_ratio} is not whole"
-            )
+            raise UnsupportedConfig(f"d_model {self.d_model} times expansion_ratio {self.expansion_ratio} is not whole")
         if float(self.expansion_ratio).is_integer():
             self.expansion_ratio = int(self.expansion_ratio)  # the in-tree class takes whole numbers only
         if not 0 < self.embedding_fraction <= 1:
@@ -284,8 +276,7 @@ class MPTConfig(PreTrainedConfig):
             and attention["alibi_bias_max"] != 8,
             "no ALiBi (it always adds it)": not attention["alibi"],
             "qk_ln (it drops it)": attention["qk_ln"],
-            f"{attention['attn_type']} (it builds full heads)": attention["attn_type"]
-            != "multihead_attention",
+            f"{attention['attn_type']} (it builds full heads)": attention["attn_type"] != "multihead_attention",
             f"expansion_ratio {self.expansion_ratio} (it uses 4)": self.expansion_ratio != 4,
             f"logit_scale {self.logit_scale} (it drops it)": self.logit_scale is not None,
             "biases (it drops them)": not self.no_bias,
@@ -315,9 +306,7 @@ def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
         elif key in attention:
             attention[key] = value
         elif key not in _ATTENTION_IGNORED | _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
-            raise UnsupportedConfig(
-                f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's"
-            )
+            raise UnsupportedConfig(f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's")
     _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
     if attention["attn_type"] == "grouped_query_attention" and not attention["kv_n_heads"]:
         raise UnsupportedConfig("`grouped_query_attention` needs `attn_config.kv_n_heads`")
@@ -326,9 +315,7 @@ def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("alibi_bias_max", "attn_pdrop"):
         attention[key] = int(attention[key]) if float(attention[key]).is_integer() else float(attention[key])
     if attention["clip_qkv"] is not None and attention["clip_qkv"] < 0:
-        raise UnsupportedConfig(
-            f"config key `attn_config.clip_qkv` must be positive, not {attention['clip_qkv']}"
-        )
+        raise UnsupportedConfig(f"config key `attn_config.clip_qkv` must be positive, not {attention['clip_qkv']}")
     return attention
 
 

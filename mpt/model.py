@@ -137,9 +137,7 @@ class MPTModel(MPTPreTrainedModel):
             return None
         device = self.wte.weight.device
         if self._bias is None or self._bias.shape[-1] < n_keys or self._bias.device != device:
-            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"]).to(
-                device
-            )
+            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"]).to(device)
             self._bias = attention.alibi_bias(slopes, max(n_keys, min(self.config.max_seq_len, 2 * n_keys)))
         return self._bias[..., -n_keys:]
 
@@ -202,14 +200,10 @@ class MPTModel(MPTPreTrainedModel):
         scale, S = self.config.softmax_scale, past + T
         bias = self.alibi_bias(S)
         if sequence_id is not None and (cache is not None or attention_mask is not None):
-            raise ValueError(
-                "sequence_id goes without a cache and without attention_mask; mark padding with -1"
-            )
+            raise ValueError("sequence_id goes without a cache and without attention_mask; mark padding with -1")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (B, S), not {tuple(attention_mask.shape)}")
-        key_mask = (
-            None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
-        )
+        key_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
         dropout = self.config.attention["attn_pdrop"] if self.training else 0.0
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -243,13 +237,9 @@ class MPTModel(MPTPreTrainedModel):
             allowed = allowed & (sequence_id[:, None, :, None] == sequence_id[:, None, None, :])
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return attention.eager(
-            q, k, v, scale=self.config.softmax_scale, bias=bias, allowed=allowed, dropout=dropout
-        )
+        return attention.eager(q, k, v, scale=self.config.softmax_scale, bias=bias, allowed=allowed, dropout=dropout)
 
-    def _positions(
-        self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int
-    ) -> Tensor:
+    def _positions(self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int) -> Tensor:
         """Learned positions count real tokens from each row's (or document's) first, (B, T)."""
         B, T = x.shape[:2]
         positions = torch.arange(past, past + T, device=x.device).expand(B, T)
@@ -260,9 +250,7 @@ class MPTModel(MPTPreTrainedModel):
             first[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
             positions = positions - torch.where(first, positions, 0).cummax(-1).values
         if int(positions.max()) >= self.config.max_seq_len:
-            raise ValueError(
-                f"position {int(positions.max())} is beyond the {self.config.max_seq_len} learned ones"
-            )
+            raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_seq_len} learned ones")
         return positions
 
 
@@ -319,9 +307,7 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         logits = self.unembed(states.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states.past_key_values)
 
 

@@ -51,9 +51,7 @@ def penalize(
         logits.sub_(presence * (counts.generated > 0) + frequency * counts.generated)
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
-) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     """Draw one token per row, (B,). logits: (B, V) float32; the others: (B,), `uniform` float64 in [0, 1).
 
     Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
@@ -94,7 +92,5 @@ def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1)
     target = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = (
-        probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)
-    )  # rounding must not pass the last
+    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)  # rounding must not pass the last
     return torch.minimum(token, last)

@@ -70,7 +70,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt has been read: how much of it came from the prefix cache. Precedes every other event."""
+    """The request has left the queue: how much of its prompt is in the cache already. Precedes every other event."""
 
     prompt_tokens: int
     cached_tokens: int

@@ -1,0 +1,167 @@
+"""Messages to token ids, one way for serving and for training.
+
+A prompt is built as ids: control tokens are put in by this file, and content is encoded with control tokens switched
+off, so `<|im_end|>` inside a message is plain text to the model.
+
+Styles, each as its published checkpoints were trained:
+- `chatml` (mpt-7b-chat, mpt-30b-chat, mpt-7b-8k-chat, mpt-tiny-chat): every turn is
+  `<|im_start|>role\\ncontent<|im_end|>\\n`, the system turn closed like the others, then one assistant header. So
+  llm-foundry does it; the template in mpt-7b-chat's repository left the system turn open and repeated the header.
+- `instruct` (mpt-7b-instruct, mpt-30b-instruct, mpt-tiny-instruct): Dolly's template with its blank lines, each
+  response ended by end-of-text. Several turns repeat the instruction and response blocks under one preamble. A system
+  message goes before the next instruction, joined by a newline as Dolly joins its contexts.
+- `none` (base models, StoryWriter): no messages, only text to continue.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict, get_args
+
+from mpt.errors import UserError
+from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
+
+PromptStyle = Literal["none", "instruct", "chatml"]
+PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
+
+
+class Message(TypedDict):
+    """One turn. role: system, developer (the same to these models), user or assistant."""
+
+    role: str
+    content: str
+
+
+ROLES = ("system", "developer", "user", "assistant")
+
+# Source: Databricks Dolly and all rows of mosaicml/dolly_hhrlhf. mpt-7b-instruct's card shows it without the blank
+# lines; its training data and its demo have them.
+INSTRUCT_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+INSTRUCT_TURN = "### Instruction:\n{instruction}\n\n### Response:\n"
+INSTRUCT_TEMPLATE = INSTRUCT_PREAMBLE + INSTRUCT_TURN
+
+# What the published chat models were shown with. Sources: FastChat's template `mpt`; discussions of mpt-30b-chat.
+MPT_7B_CHAT_SYSTEM = (
+    "- You are a helpful assistant chatbot trained by MosaicML.\n"
+    "- You answer questions.\n"
+    "- You are excited to be able to help the user, but will refuse to do anything that could be considered "
+    "harmful to the user.\n"
+    "- You are more than just an information source, you are also able to write poetry, short stories, and make jokes."
+)
+MPT_30B_CHAT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+
+
+def encode_instruct(tokenizer: Tokenizer, instruction: str) -> list[int]:
+    """The ids of one instruction in Dolly's template, ready for the response."""
+    return tokenizer.encode(INSTRUCT_TEMPLATE.format(instruction=instruction))
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    system_default: str | None = None,
+) -> list[int]:
+    """The ids of a conversation, up to where the assistant speaks next.
+
+    system_default: the system message of a conversation that brings none. Raises UserError for an unknown role, no
+    messages, a style without chat, or an order of roles the style cannot express.
+    """
+    _check(style, messages)
+    if system_default is not None and not any(message["role"] in ("system", "developer") for message in messages):
+        messages = [Message(role="system", content=system_default), *messages]
+    return _render(tokenizer, style, messages, add_generation_prompt)[0]
+
+
+def encode_training(
+    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:
+    """The ids of a finished conversation and, for each, whether it is learned.
+
+    Learned is what the assistant says and the token that ends it. Up to each response the ids equal `encode_chat` of
+    the messages before it. Raises UserError as `encode_chat` does.
+    """
+    _check(style, messages)
+    return _render(tokenizer, style, messages, add_generation_prompt=False)
+
+
+def _check(style: PromptStyle, messages: Sequence[Message]) -> None:
+    if style not in PROMPT_STYLES:
+        raise UserError(f"unknown prompt style `{style}`; known: {', '.join(PROMPT_STYLES)}")
+    if style == "none":
+        raise UserError("this model was not trained on chat; send its prompt as plain text to /v1/completions")
+    if not messages:
+        raise UserError("`messages` is empty; send at least one message from the user")
+    for n, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise UserError(f"`messages[{n}].role` is `{message['role']}`; known roles: {', '.join(ROLES)}")
+
+
+def _render(
+    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[list[int], list[bool]]:
+    render = _render_chatml if style == "chatml" else _render_instruct
+    return render(tokenizer, messages, add_generation_prompt)
+
+
+def _render_chatml(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[list[int], list[bool]]:
+    start, end = tokenizer.special_id(CHATML_START), tokenizer.special_id(CHATML_END)
+    if start is None or end is None:
+        raise UserError(
+            f"this checkpoint's tokenizer has no `{CHATML_START}` and `{CHATML_END}`; choose prompt style `instruct`"
+        )
+    newline = tokenizer.encode("\n")
+    header = [start, *tokenizer.encode("assistant\n")]
+    ids: list[int] = []
+    learned: list[bool] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            # The header alone, since at serving time the model's own tokens begin after it.
+            before, said = header, [*tokenizer.encode(message["content"]), end]
+        else:
+            # Header and content together, as training tokenized them: a leading "\n" joins the header's.
+            role = "user" if message["role"] == "user" else "system"
+            before, said = [start, *tokenizer.encode(f"{role}\n{message['content']}"), end], []
+        ids += [*before, *said, *newline]
+        learned += [False] * len(before) + [True] * len(said) + [False] * len(newline)
+    if add_generation_prompt:
+        ids += header
+        learned += [False] * len(header)
+    return ids, learned
+
+
+def _render_instruct(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    learned: list[bool] = []
+    waiting: list[str] = []  # what was said since the last response
+
+    def add_block(response: list[int]) -> None:
+        prompt = INSTRUCT_TURN.format(instruction="\n".join(waiting))
+        before = tokenizer.encode(prompt if ids else INSTRUCT_PREAMBLE + prompt)
+        ids.extend([*before, *response])
+        learned.extend([False] * len(before) + [True] * len(response))
+        waiting.clear()
+
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            waiting.append(message["content"])
+        elif waiting:
+            add_block([*tokenizer.encode(message["content"]), tokenizer.eos_id])
+        else:
+            raise UserError(
+                f"`messages[{n}]` is a response to nothing; an instruct model needs an instruction before it"
+            )
+    if add_generation_prompt and not waiting:
+        raise UserError("the last message is the assistant's; an instruct model needs one from the user to answer")
+    if waiting and not add_generation_prompt:
+        raise UserError("the last message has no response; a finished conversation ends with the assistant's")
+    if waiting:
+        add_block([])
+    return ids, learned

@@ -1,0 +1,130 @@
+"""What the engine needs from a model, and the torch implementation of it.
+
+The engine plans; a backend computes one step of mixed prefill and decode, and owns the memory of each row's KV cache.
+The interface is small on purpose: onnxruntime and Triton can stand behind it. Not here: who runs when, sampling, text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpt import attention
+from mpt.model import MPTForCausalLM
+
+_BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs about 1 % of what decode reads meanwhile
+
+
+@dataclass
+class Row:
+    """One sequence's KV cache. `length` tokens of it are valid; a step writes behind them, the engine advances it."""
+
+    kv: list[Tensor]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads
+    length: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.kv[0].shape[2]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row's share of a step: read `tokens` at positions row.length onwards."""
+
+    row: Row
+    tokens: Sequence[int]
+    n_logits: int  # logits wanted of the last so many positions: 0, 1, or all when scoring a prompt
+
+
+class Backend(Protocol):
+    vocab_size: int
+    bytes_per_token: int  # of KV cache
+    max_length: int | None  # positions that exist, None when only memory bounds them (ALiBi)
+
+    def capacity_for(self, n_tokens: int) -> int:
+        """Tokens a row really takes to hold n_tokens."""
+        ...
+
+    def reserve(self, row: Row | None, n_tokens: int) -> Row:
+        """A row (the same, grown, or a new one) that can hold n_tokens, its contents kept."""
+        ...
+
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
+        """A new row that begins with the first n_tokens of `source` and can hold `capacity`."""
+        ...
+
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        """Run one step; the logits asked for, in order, (sum of n_logits, V) float32. Lengths stay as they are."""
+        ...
+
+
+class TorchBackend:
+    """An MPTForCausalLM: all tokens of a step in one packed pass, attention row by row over exact slices."""
+
+    def __init__(self, model: MPTForCausalLM) -> None:
+        config = model.config
+        self.model = model
+        self.vocab_size: int = config.vocab_size
+        self.max_length: int | None = config.max_seq_len if config.has_wpe else None
+        self._weight = model.transformer.wte.weight
+        self._shape = (2, config.n_kv_heads, config.d_head)
+        self._n_layers: int = config.n_layers
+        self.bytes_per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head * self._weight.itemsize
+
+    def capacity_for(self, n_tokens: int) -> int:
+        return -(-n_tokens // _BLOCK) * _BLOCK
+
+    def reserve(self, row: Row | None, n_tokens: int) -> Row:
+        if row is None:
+            return Row([self._empty(n_tokens) for _ in range(self._n_layers)])
+        if n_tokens > row.capacity:
+            for layer, old in enumerate(row.kv):  # one layer at a time: the old one is free before the next grows
+                row.kv[layer] = self._empty(n_tokens)
+                row.kv[layer][:, :, : row.length] = old[:, :, : row.length]
+        return row
+
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
+        row = self.reserve(None, capacity)
+        for new, old in zip(row.kv, source.kv, strict=True):
+            new[:, :, :n_tokens] = old[:, :, :n_tokens]
+        row.length = n_tokens
+        return row
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        transformer, device = self.model.transformer, self._weight.device
+        ids = torch.tensor([token for item in work for token in item.tokens], device=device)[None]  # (1, N)
+        spans = []  # (row, start in the step, end, positions stored after the step)
+        start = 0
+        for item in work:
+            end = start + len(item.tokens)
+            spans.append((item.row, start, end, item.row.length + end - start))
+            start = end
+        bias = transformer.alibi_bias(max(stored for *_, stored in spans))
+        scale = self.model.config.softmax_scale
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=device)  # (1, N, H, D)
+            for row, start, end, stored in spans:
+                kv = row.kv[layer]
+                kv[0, :, row.length : stored] = k[0, :, start:end]
+                kv[1, :, row.length : stored] = v[0, :, start:end]
+                keys, values = kv[:1, :, :stored], kv[1:, :, :stored]
+                answer = attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias)
+                out[:, start:end] = answer.transpose(1, 2)
+            return out.transpose(1, 2)
+
+        positions = None
+        if self.max_length is not None:
+            positions = torch.cat([torch.arange(stored - (e - s), stored, device=device) for _, s, e, stored in spans])
+            positions = positions[None]
+        hidden = transformer.run(transformer.wte(ids), attend, positions)[0]  # (N, C)
+        wanted = [hidden[end - item.n_logits : end] for item, (_, _, end, _) in zip(work, spans, strict=True)]
+        return self.model.unembed(torch.cat(wanted)).float()
+
+    def _empty(self, n_tokens: int) -> Tensor:
+        two, heads, d_head = self._shape
+        shape = (two, heads, self.capacity_for(n_tokens), d_head)
+        return torch.empty(shape, dtype=self._weight.dtype, device=self._weight.device)
