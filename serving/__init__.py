@@ -1,0 +1,1 @@
+"""Answers with checkpoints: the engine, the OpenAI protocol, the HTTP app."""

@@ -1,0 +1,1 @@
+"""Makes checkpoints: data, pretraining, finetuning, evaluation."""
