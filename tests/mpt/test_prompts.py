@@ -34,7 +34,7 @@ CONVERSATION = [
     turn("system", "Be brief."),
     turn("user", "Name a river."),
     turn("assistant", "The Nile."),
-    turn("user", "  Another?\n"),
+    turn("user", "\n\n  Another?\n"),
     turn("assistant", "\n The Rhine"),
 ]
 
@@ -56,8 +56,8 @@ def test_chatml_ids_of_the_published_tokenizer(neox_chatml: Tokenizer) -> None:
     """Counted by hand: 50277 and 50278 open and close, 187 is the newline, 12764 is `Hi`."""
     ids = encode_chat(neox_chatml, "chatml", [turn("system", "Hi"), turn("user", "Hi")])
     user, assistant = neox_chatml.encode("user"), neox_chatml.encode("assistant")
-    turns = [[50277, 10394, 187, 12764, 50278, 187], [50277, *user, 187, 12764, 50278, 187], [50277, *assistant, 187]]
-    assert ids == sum(turns, [])
+    system = [50277, 10394, 187, 12764, 50278, 187]
+    assert ids == [*system, 50277, *user, 187, 12764, 50278, 187, 50277, *assistant, 187]
 
 
 def test_chatml_closes_the_system_turn_and_opens_one_answer(chatml_tokenizer: Tokenizer) -> None:
@@ -110,7 +110,7 @@ def test_instruct_in_several_turns(small_bpe: Tokenizer) -> None:
     assert small_bpe.decode(ids, skip_special_tokens=False) == (
         DOLLY.replace("Name a river.", "Be brief.\nName a river.")
         + "The Nile.<|endoftext|>"
-        + "### Instruction:\n  Another?\n\n\n### Response:\n"
+        + "### Instruction:\n\n\n  Another?\n\n\n### Response:\n"
     )
 
 

@@ -137,6 +137,10 @@ def test_folder_files_name_end_ids_and_further_special_tokens(tmp_path: Path, da
     assert tokenizer.special_id("<|im_start|>") == 50277  # the ids of sam-mosaic/gpt-neox-20b-chatml
     assert tokenizer.special_id("<|im_end|>") == 50278
     assert tokenizer.end_ids == (0, 50278)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 187]}')  # a finetune that ends at newlines
+    assert Tokenizer.from_folder(tmp_path).end_ids == (0, 50278, 187)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 187}')
+    assert Tokenizer.from_folder(tmp_path).end_ids == (0, 50278, 187)
     assert {50277, 50278}.isdisjoint(tokenizer.encode("<|im_start|><|im_end|>"))
 
 
