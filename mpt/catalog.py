@@ -1,0 +1,259 @@
+"""The checkpoints with a name, what is known of each, and where a name or path leads on this machine.
+
+A name is looked up as a folder, in the folder `$MPT_HOME`, in this package (the mpt-tiny family), in the Hugging Face
+cache, and last on the hub. MosaicML's originals were withdrawn from the hub in January 2026, so a local copy or a
+mirror's repository id is the usual way to them. Code that lies beside a checkpoint is neither downloaded nor run.
+"""
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mpt.errors import CheckpointNotFound, DamagedFile, MachineRefused, UserError
+from mpt.prompts import MPT_7B_CHAT_SYSTEM, MPT_30B_CHAT_SYSTEM, PROMPT_STYLES, PromptStyle
+from mpt.tokenizer import CHATML_START, Tokenizer
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_LICENCE = "unknown"
+_TINY = Path(__file__).parent / "tiny"
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SMALL_FILES = ["*.json", "merges.txt", "vocab.txt", "LICENSE*"]
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is absent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a user or client should know of a checkpoint before using it."""
+
+    name: str
+    repo_id: str | None  # on the Hugging Face hub; None for what never was there
+    context_length: int  # what it was trained to; ALiBi reads on beyond it
+    prompt_style: PromptStyle
+    licence: str  # SPDX identifier, or "unknown"
+    system_prompt: str | None = None  # of a conversation that brings none
+
+    @property
+    def is_noncommercial(self) -> bool:
+        return "-NC-" in self.licence.upper()
+
+
+def _published(
+    name: str, context_length: int, style: PromptStyle, licence: str, system_prompt: str | None = None
+) -> Entry:
+    return Entry(name, f"mosaicml/{name}", context_length, style, licence, system_prompt)
+
+
+def _tiny(name: str, context_length: int, style: PromptStyle) -> Entry:
+    return Entry(name, None, context_length, style, "Apache-2.0")
+
+
+# Context lengths and styles: the published configs and cards. Licences: the model cards; mpt-7b-instruct was announced
+# as CC-BY-SA-3.0 and its card later changed to Apache-2.0.
+_ENTRIES = (
+    _tiny("mpt-tiny", 2048, "none"),
+    _tiny("mpt-tiny-instruct", 2048, "instruct"),
+    _tiny("mpt-tiny-chat", 2048, "chatml"),
+    _tiny("mpt-tiny-storywriter", 65536, "none"),
+    _published("mpt-7b", 2048, "none", "Apache-2.0"),
+    _published("mpt-7b-instruct", 2048, "instruct", "Apache-2.0"),
+    _published("mpt-7b-chat", 2048, "chatml", "CC-BY-NC-SA-4.0", MPT_7B_CHAT_SYSTEM),
+    _published("mpt-7b-storywriter", 65536, "none", "Apache-2.0"),
+    _published("mpt-7b-8k", 8192, "none", "Apache-2.0"),
+    _published("mpt-7b-8k-instruct", 8192, "instruct", "CC-BY-SA-3.0"),
+    _published("mpt-7b-8k-chat", 8192, "chatml", "CC-BY-NC-SA-4.0", MPT_30B_CHAT_SYSTEM),
+    _published("mpt-30b", 8192, "none", "Apache-2.0"),
+    _published("mpt-30b-instruct", 8192, "instruct", "CC-BY-SA-3.0"),
+    _published("mpt-30b-chat", 8192, "chatml", "CC-BY-NC-SA-4.0", MPT_30B_CHAT_SYSTEM),
+    _published("mpt-1b-redpajama-200b", 2048, "none", "Apache-2.0"),
+    _published("mpt-1b-redpajama-200b-dolly", 2048, "instruct", "CC-BY-SA-3.0"),
+)
+CATALOG = {entry.name: entry for entry in _ENTRIES}
+_BY_REPO_ID = {entry.repo_id: entry for entry in _ENTRIES if entry.repo_id}
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder of a checkpoint, downloaded if need be (gigabytes, into the Hugging Face cache).
+
+    Raises CheckpointNotFound with the next step to take, MachineRefused when the disk is full.
+    """
+    given = str(name_or_path)
+    folder = find_local(given)
+    if folder is not None:
+        return folder
+    entry = _known(given)
+    repo_id = entry.repo_id if entry else given if _REPO_ID.fullmatch(given) else None
+    if repo_id is not None:
+        return _download(given, repo_id)
+    if entry is not None:
+        raise CheckpointNotFound(f"`{given}` is not in this installation ({_TINY / given}); make it with `make tiny`")
+    raise CheckpointNotFound(_not_found(given))
+
+
+def find_local(name_or_path: str | Path) -> Path | None:
+    """The folder of a checkpoint that is already on this machine, or None; never touches the network.
+
+    Raises CheckpointNotFound for a file, and for a folder without config.json that no name of the catalog explains.
+    """
+    given = str(name_or_path)
+    path = Path(given).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    entry = _known(given)
+    if entry is None and path.is_dir():
+        raise CheckpointNotFound(
+            f"`{path}` has no config.json; give the folder that holds a checkpoint's config.json and weights"
+        )
+    if entry is None and path.is_file():
+        raise CheckpointNotFound(
+            f"`{path}` is a file; give the folder that holds a checkpoint's config.json and weights"
+        )
+    name = entry.name if entry else given
+    places = [_TINY / name]
+    if home := os.environ.get("MPT_HOME"):
+        places.insert(0, Path(home).expanduser() / name)
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    repo_id = entry.repo_id if entry else given
+    return _cached(repo_id) if repo_id and _REPO_ID.fullmatch(repo_id) else None
+
+
+def describe(name_or_path: str | Path) -> Entry:
+    """What is known of a checkpoint: its catalog entry, corrected by the folder on this machine, if there is one.
+
+    A folder's manifest.json and config.json come before the catalog. A folder no one described is taken for a chat
+    model when its tokenizer has ChatML tokens, for an instruct model when its name says so. Never downloads.
+    """
+    given = str(name_or_path)
+    folder = find_local(given)
+    entry = _known(given) or (_known(folder.name) if folder else None)
+    if folder is None:
+        if entry is None:
+            raise CheckpointNotFound(_not_found(given))
+        return entry
+    manifest, config = _read_object(folder / "manifest.json"), _read_object(folder / "config.json")
+    if entry is None:
+        name = str(manifest.get("name") or folder.resolve().name)
+        entry = Entry(name, None, 2048, _guess_style(folder, name), UNKNOWN_LICENCE)
+    style = manifest.get("prompt_style", entry.prompt_style)
+    if style not in PROMPT_STYLES:
+        raise UserError(f"`{folder / 'manifest.json'}` has prompt_style `{style}`; known: {', '.join(PROMPT_STYLES)}")
+    context_length = manifest.get("context_length") or config.get("max_seq_len") or entry.context_length
+    return replace(
+        entry,
+        context_length=int(context_length),
+        prompt_style=style,
+        licence=str(manifest.get("licence") or entry.licence),
+        system_prompt=manifest.get("system_prompt", entry.system_prompt),
+    )
+
+
+def _known(name_or_path: str) -> Entry | None:
+    return CATALOG.get(name_or_path) or _BY_REPO_ID.get(name_or_path)
+
+
+def _guess_style(folder: Path, name: str) -> PromptStyle:
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    if has_tokenizer and Tokenizer.from_folder(folder).special_id(CHATML_START) is not None:
+        return "chatml"
+    return "instruct" if "instruct" in name.lower() else "none"
+
+
+def _cached(repo_id: str) -> Path | None:
+    """The snapshot of `main` in the Hugging Face cache, if all its weights are there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo_id, "config.json")
+    if not isinstance(config, str):  # None, or the marker of a file known not to exist
+        return None
+    folder = Path(config).parent
+    return folder if _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
+    for single in _WEIGHTS:
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            names = set(_read_object(index).get("weight_map", {}).values())
+            return bool(names) and all((folder / name).is_file() for name in names)
+        if (folder / single).is_file():
+            return True
+    return False
+
+
+def _download(given: str, repo_id: str) -> Path:
+    """Fetch a repository of the hub into the Hugging Face cache: weights and JSON, never code."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        XetDownloadError,
+    )
+
+    log.info("downloading `%s` from the Hugging Face hub", repo_id)
+    try:
+        for single in _WEIGHTS:  # safetensors; .bin files only where there are none, they hold the same again
+            weights = single.replace(".", "*.", 1)
+            path = snapshot_download(repo_id, allow_patterns=[*_SMALL_FILES, weights], ignore_patterns=["*/*"])
+            if _has_weights(Path(path)):
+                break
+    except GatedRepoError as error:
+        raise CheckpointNotFound(
+            f"`{repo_id}` asks its readers to sign in; accept its terms on the hub and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointNotFound(_gone(given, repo_id, "is not on the Hugging Face hub")) from error
+    except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:
+        raise CheckpointNotFound(
+            _gone(given, repo_id, "is not on this machine and the hub cannot be reached")
+        ) from error
+    except (OSError, XetDownloadError) as error:  # after the classes above, which are OSErrors too
+        raise MachineRefused(f"downloading `{repo_id}` failed: {str(error).splitlines()[0]}") from error
+    folder = Path(path)
+    if not (folder / "config.json").is_file() or not _has_weights(folder):
+        raise CheckpointNotFound(
+            f"`{repo_id}` has no checkpoint this can load: config.json with model*.safetensors or pytorch_model*.bin"
+        )
+    return folder
+
+
+def _gone(given: str, repo_id: str, what: str) -> str:
+    """Why a name of the hub led nowhere, and the three ways on."""
+    reason = " (MosaicML's originals were withdrawn in January 2026)" if repo_id.startswith("mosaicml/") else ""
+    name = given.rpartition("/")[2]
+    home = os.environ.get("MPT_HOME")
+    place = Path(home).expanduser() / name if home else f"$MPT_HOME/{name}"
+    return (
+        f"`{repo_id}` {what}{reason}; put a copy of its folder at `{place}`, "
+        f"or give a path like `/models/{name}` or a mirror's `organisation/{name}`"
+    )
+
+
+def _not_found(given: str) -> str:
+    if given.startswith(("/", ".", "~")):
+        return f"`{given}` does not exist; give the folder that holds a checkpoint's config.json and weights"
+    close = get_close_matches(given, CATALOG, n=1)
+    if close:
+        return f"no checkpoint `{given}`; did you mean `{close[0]}`?"
+    return f"no checkpoint `{given}`; give a folder with a config.json, or one of: {', '.join(CATALOG)}"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in an optional JSON file; empty when the file is absent."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedFile(f"`{path}` holds a {type(value).__name__}, not an object")
+    return value
