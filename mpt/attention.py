@@ -52,7 +52,8 @@ def attend(
 
     q: (B, H, T, D); k, v: (B, H or fewer, S, D) with S >= T, the queries' own keys last. bias: (1, H, 1, >= S)
     float32 as `alibi_bias` gives it. key_mask: (B, S) bool, False for keys nobody may see (padding); the output of a
-    query that sees no key is undefined. Memory beyond the inputs is O(H * S) on CPU and CUDA.
+    query that sees no key is finite and means nothing. Memory beyond the inputs is O(H * S) on CPU and CUDA, except
+    for gradients through a past on CPU, O(H * T * S).
     """
     H, T = q.shape[1:3]
     S = k.shape[2]
@@ -62,6 +63,11 @@ def attend(
         return _flex(q, k, v, scale, bias, key_mask)
     if bias is not None:
         bias = bias[..., -S:]
+    if 1 < T < S and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # Training through a past (prefix tuning): the kernel's log-sum-exp, needed to merge, carries no gradient.
+        allowed = causal_mask(T, S, q.device)
+        allowed = allowed if key_mask is None else allowed & key_mask[:, None, None, :]
+        return eager(q, k, v, scale=scale, bias=bias, allowed=allowed)
     if key_mask is not None:
         hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[:, None, None, :]
         bias = hidden if bias is None else bias + hidden  # (B, 1 or H, 1, S)
@@ -70,9 +76,17 @@ def attend(
     if T == S or T == 1:
         return _sdpa(q, k, v, scale, bias, causal=T > 1)
     past = S - T
-    left = _flash_cpu(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale)
-    own = _flash_cpu(q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale)
-    return _merge(*left, *own)
+    left, left_lse = _flash_cpu(
+        q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale
+    )
+    own, own_lse = _flash_cpu(
+        q, k[:, :, past:], v[:, :, past:], 0.0, True, attn_mask=_part(bias, past, S, q), scale=scale
+    )
+    if key_mask is not None:  # to a query that sees no key of its part the kernel gives 0, which is a weight of 1
+        nothing = torch.finfo(left_lse.dtype).min  # finite: two of them must not make NaN
+        left_lse = left_lse.masked_fill(~key_mask[:, None, None, :past].any(-1), nothing)
+        own_lse = own_lse.masked_fill(key_mask[:, None, past:].cumsum(-1) == 0, nothing)
+    return _merge(left, left_lse, own, own_lse)
 
 
 def attend_documents(

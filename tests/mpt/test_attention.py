@@ -1,0 +1,286 @@
+"""Attention against its formula in float64, written out here head by head, and against the laws it must keep."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpt import attention
+
+# Outputs are averages of values of size 1, so float32's 6e-8 a term gives about 1e-6 in a sum of some dozen terms.
+TIGHT = 3e-6
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+def press_slopes(n_heads: int, bias_max: float = 8.0) -> list[float]:
+    """`get_slopes` of the ALiBi paper's code, with its fixed 8 made a parameter."""
+
+    def of_power_of_2(n: int) -> list[float]:
+        start = 2 ** (-bias_max / n)
+        return [start * start**i for i in range(n)]
+
+    if math.log2(n_heads).is_integer():
+        return of_power_of_2(n_heads)
+    closest = 2 ** math.floor(math.log2(n_heads))
+    return of_power_of_2(closest) + press_slopes(2 * closest, bias_max)[0::2][: n_heads - closest]
+
+
+def formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    slopes: list[float] | None = None,
+    key_mask: Tensor | None = None,
+    sequence_id: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T scale - slope (i - j)) v over the keys each query may see, in float64, (B, H, T, D).
+
+    Zero where a query sees nothing.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    B, H, T, _ = q.shape
+    S = k.shape[2]
+    i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)[None]
+    rows = []
+    for b in range(B):
+        seen = i >= j
+        if key_mask is not None:
+            seen = seen & key_mask[b]
+        if sequence_id is not None:
+            seen = seen & (sequence_id[b][:, None] == sequence_id[b][None])
+        heads = []
+        for h in range(H):
+            shared = h * k.shape[1] // H  # the key head that serves query head h
+            scores = q[b, h] @ k[b, shared].T * scale
+            if slopes is not None:
+                scores = scores - slopes[h] * (i - j)
+            top = torch.where(seen, scores.detach(), -1e300).amax(-1, keepdim=True)
+            weights = torch.where(seen, scores - top, 0.0).exp() * seen
+            heads.append(weights / weights.sum(-1, keepdim=True).clamp(min=1e-300) @ v[b, shared])
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def random_qkv(B: int, H: int, T: int, S: int, D: int = 16, n_kv: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(B + 10 * H + 100 * T + 1000 * S)
+    q = torch.randn(B, H, T, D, generator=g)
+    k, v = torch.randn(2, B, n_kv or H, S, D, generator=g)
+    return q, k, v
+
+
+def bias_for(n_heads: int, n_keys: int, bias_max: float = 8.0) -> Tensor:
+    return attention.alibi_bias(attention.alibi_slopes(n_heads, bias_max), n_keys)
+
+
+# -- ALiBi -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_max", [8, 16])
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64])
+def test_slopes_are_those_of_the_paper(n_heads: int, bias_max: int) -> None:
+    expected = torch.tensor(press_slopes(n_heads, bias_max))
+    torch.testing.assert_close(attention.alibi_slopes(n_heads, bias_max), expected, rtol=1e-6, atol=0)
+
+
+def test_slopes_of_six_heads_by_hand() -> None:
+    # Of 8 heads: 1/2 1/4 1/8 1/16 1/32 1/64 1/128 1/256; every second first, then the others, six of them.
+    assert attention.alibi_slopes(6).tolist() == [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]
+
+
+def test_bias_is_zero_at_the_last_key_and_falls_by_the_slope() -> None:
+    bias = bias_for(4, 5)
+    assert bias.shape == (1, 4, 1, 5)
+    assert bias.dtype == torch.float32
+    assert bias[0, 0, 0].tolist() == [-1.0, -0.75, -0.5, -0.25, 0.0]  # the first of 4 slopes is 2^-2
+    assert bias[0, 3, 0].tolist() == [-4 / 256, -3 / 256, -2 / 256, -1 / 256, 0.0]  # the last is 2^-8
+
+
+def test_bias_for_fewer_keys_is_the_tail() -> None:
+    assert torch.equal(bias_for(12, 9), bias_for(12, 100)[..., -9:])
+
+
+# -- against the formula ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize("n_kv", [4, 2, 1])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (33, 33), (1, 33), (7, 33), (32, 33)])
+def test_equals_the_formula(device: torch.device, T: int, S: int, n_kv: int, alibi: bool) -> None:
+    q, k, v = (x.to(device) for x in random_qkv(2, 4, T, S, n_kv=n_kv))
+    bias = bias_for(4, 64).to(device) if alibi else None
+    expected = formula(q, k, v, scale=0.3, slopes=press_slopes(4) if alibi else None)
+    torch.testing.assert_close(attention.attend(q, k, v, scale=0.3, bias=bias).double(), expected, rtol=0, atol=TIGHT)
+
+
+@pytest.mark.parametrize(("T", "S"), [(20, 20), (1, 20), (8, 20), (15, 20)])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(slice(0, 3), id="left"),
+        pytest.param(slice(0, 14), id="left, all of a past and more"),
+        pytest.param(slice(17, 20), id="right"),
+        pytest.param(slice(4, 9), id="middle"),
+    ],
+)
+def test_hidden_keys_do_not_count(device: torch.device, hidden: slice, T: int, S: int) -> None:
+    q, k, v = (x.to(device) for x in random_qkv(3, 4, T, S))
+    key_mask = torch.ones(3, S, dtype=torch.bool, device=device)
+    key_mask[0, hidden] = False
+    k[0, :, hidden], v[0, :, hidden] = 100.0, 100.0  # loud, should one of them count
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), key_mask=key_mask)
+    got = attention.attend(q, k, v, scale=0.25, bias=bias_for(4, S).to(device), key_mask=key_mask)
+    assert got.isfinite().all()  # also where a query sees nothing: its keys must not poison the next layer
+    means_something = (key_mask.cumsum(-1) > 0)[:, None, -T:, None].expand_as(got)
+    torch.testing.assert_close(got[means_something].double(), expected[means_something], rtol=0, atol=TIGHT)
+
+
+DOCUMENTS = torch.tensor(
+    [
+        [0] * 5 + [1] * 9 + [2] * 1 + [-1] * 5,
+        [7] * 20,
+        [3] * 10 + [4] * 10,
+        [-1] * 2 + [0] * 4 + [-1] * 2 + [1] * 12,
+    ]
+)
+
+
+@pytest.mark.parametrize("n_kv", [4, 1])
+def test_documents_do_not_see_each_other(device: torch.device, n_kv: int) -> None:
+    q, k, v = (x.to(device) for x in random_qkv(4, 4, 20, 20, n_kv=n_kv))
+    sequence_id = DOCUMENTS.to(device)
+    bias = bias_for(4, 64).to(device)
+    got = attention.attend_documents(q, k, v, sequence_id, scale=0.25, bias=bias)
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), sequence_id=sequence_id)
+    real = (sequence_id >= 0)[:, None, :, None].expand_as(got)
+    torch.testing.assert_close(got[real].double(), expected[real], rtol=0, atol=TIGHT)
+    assert not got[~real].any()
+
+
+@pytest.mark.parametrize("n_kv", [4, 2])
+@pytest.mark.parametrize("case", ["plain", "past", "key mask", "past and key mask", "documents"])
+def test_gradients_equal_the_formulas(device: torch.device, case: str, n_kv: int) -> None:
+    T, S = (8, 20) if "past" in case else (20, 20)
+    q, k, v = (x.to(device).requires_grad_() for x in random_qkv(4, 4, T, S, n_kv=n_kv))
+    key_mask = sequence_id = None
+    weight = torch.randn(4, 4, T, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    if "key mask" in case:
+        key_mask = torch.ones(4, S, dtype=torch.bool, device=device)
+        key_mask[0, :14] = key_mask[1, :3] = key_mask[2, 18:] = False
+        weight = weight * (key_mask.cumsum(-1) > 0)[:, None, -T:, None]
+    bias = bias_for(4, S).to(device)
+    if case == "documents":
+        sequence_id = DOCUMENTS.to(device)
+        weight = weight * (sequence_id >= 0)[:, None, :, None]
+        got = attention.attend_documents(q, k, v, sequence_id, scale=0.25, bias=bias)
+    else:
+        got = attention.attend(q, k, v, scale=0.25, bias=bias, key_mask=key_mask)
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), key_mask=key_mask, sequence_id=sequence_id)
+    ours = torch.autograd.grad((got * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * TIGHT)  # sums of up to 80 such terms
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("case", ["whole", "past", "key mask", "past and key mask", "documents"])
+def test_the_branch_for_cuda_computes_the_same_on_cpu(case: str) -> None:
+    T, S = (8, 20) if "past" in case else (20, 20)
+    q, k, v = random_qkv(4, 4, T, S)
+    key_mask = sequence_id = None
+    real = torch.ones(4, T, dtype=torch.bool)
+    if "key mask" in case:
+        key_mask = torch.ones(4, S, dtype=torch.bool)
+        key_mask[0, :14] = key_mask[1, :3] = key_mask[2, 18:] = False
+        real = (key_mask.cumsum(-1) > 0)[:, -T:]
+    if case == "documents":
+        sequence_id = DOCUMENTS
+        real = sequence_id >= 0
+    got = attention._flex(q, k, v, 0.25, bias_for(4, 64), key_mask, sequence_id)
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), key_mask=key_mask, sequence_id=sequence_id)
+    assert got.isfinite().all()
+    at = real[:, None, :, None].expand_as(got)
+    torch.testing.assert_close(got[at].double(), expected[at], rtol=0, atol=TIGHT)
+
+
+def test_float64_inputs_are_computed_in_float64() -> None:
+    for T in (1, 9, 21):  # 4 heads: slopes are powers of two, so the float32 bias is exact
+        q, k, v = (x.double() for x in random_qkv(2, 4, T, 21))
+        expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4))
+        got = attention.attend(q, k, v, scale=0.25, bias=bias_for(4, 21))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+# -- at length -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias_max", [8, 16])
+def test_float32_is_exact_to_1e_5_at_65536_keys(device: torch.device, bias_max: int) -> None:
+    """The last 64 queries of a 32-head model's first, middle and last head, D 128; queries and keys ~ N(0, 1)."""
+    heads = [0, 15, 31]
+    q, k, v = (x.to(device) for x in random_qkv(1, len(heads), 64, 65_536, D=128))
+    bias = bias_for(32, 65_536, bias_max)[:, heads].to(device)
+    slopes = [press_slopes(32, bias_max)[h] for h in heads]
+    expected = formula(q, k, v, scale=128**-0.5, slopes=slopes)
+    got = attention.attend(q, k, v, scale=128**-0.5, bias=bias)
+    assert (got.double() - expected).abs().amax() < 1e-5
+    # Without the bias the answer is another one: the test does not pass for want of ALiBi.
+    assert (formula(q, k, v, scale=128**-0.5) - expected).abs().amax() > 1e-2
+
+
+@pytest.mark.parametrize("bias_max", [8, 16])
+def test_bfloat16_keeps_the_bias_in_float32_at_65536_keys(device: torch.device, bias_max: int) -> None:
+    heads = [0, 15, 31]
+    q, k, v = (x.to(device, torch.bfloat16) for x in random_qkv(1, len(heads), 64, 65_536, D=128))
+    bias = bias_for(32, 65_536, bias_max)[:, heads].to(device)
+    expected = formula(q, k, v, scale=128**-0.5, slopes=[press_slopes(32, bias_max)[h] for h in heads])
+    got = attention.attend(q, k, v, scale=128**-0.5, bias=bias)
+    # bfloat16 keeps 8 bits: outputs of size 3 are off by up to 2^-8 * 3 = 0.012. A bfloat16 bias was off by 0.15.
+    assert (got.double() - expected).abs().amax() < 0.02
+
+
+@pytest.fixture
+def peak_mib() -> Callable[[], float]:
+    """Called, it gives the MiB by which this process's peak memory rose since the last call."""
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not clear.exists():
+        pytest.skip("peak memory can be reset and read on Linux only")
+
+    def read(field: str) -> float:
+        found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+        assert found
+        return int(found[1]) / 1024
+
+    def rise() -> float:
+        peak = read("VmHWM") - before[0]
+        clear.write_text("5")  # sets the peak back to what is resident now
+        before[0] = read("VmRSS")
+        return peak
+
+    before = [0.0]
+    rise()
+    return rise
+
+
+@pytest.mark.parametrize("T", [8192, 4096])
+def test_memory_grows_with_the_length_not_its_square(peak_mib: Callable[[], float], T: int) -> None:
+    S, H = 8192, 4
+    q, k, v = (x.requires_grad_(T == S) for x in random_qkv(1, H, T, S, D=8))
+    bias = bias_for(H, S)
+    key_mask = torch.ones(1, S, dtype=torch.bool)
+    key_mask[:, :5] = False
+    peak_mib()
+    out = attention.attend(q, k, v, scale=0.3, bias=bias, key_mask=key_mask)
+    if T == S:
+        out.sum().backward()
+    rise = peak_mib()
+    assert rise < 64, f"{rise:.0f} MiB"  # the scores alone would be 4 * H * T * S bytes: 1,024 or 512 MiB
