@@ -19,6 +19,7 @@ from mpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHA = "0123456789abcdef0123456789abcdef01234567"
+BROKEN = b"the connection ends here"
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +99,16 @@ def test_own_names_in_mpt_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert resolve("my-finetune") == mine
 
 
-def test_tiny_family_lies_in_the_package(tmp_path: Path) -> None:
+def test_tiny_family_lies_in_the_package_unless_mpt_home_has_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_folder(tmp_path / "tiny" / "mpt-tiny-chat")
     assert resolve("mpt-tiny-chat") == folder
     with pytest.raises(CheckpointNotFound, match="make tiny"):
         resolve("mpt-tiny")
+    own = make_folder(tmp_path / "home" / "mpt-tiny-chat")
+    monkeypatch.setenv("MPT_HOME", str(tmp_path / "home"))
+    assert resolve("mpt-tiny-chat") == own
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,8 @@ class HubHandler(BaseHTTPRequestHandler):
             if path.startswith(f"/api/models/{repo}/tree/"):
                 return self.answer(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
             name = path.removeprefix(f"/{repo}/resolve/{SHA}/")
+            if name in files and files[name] == BROKEN:
+                return self.connection.close()
             if name in files:
                 etag = hashlib.sha256(files[name]).hexdigest()
                 return self.answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
@@ -199,6 +207,7 @@ def hub() -> Iterator[Hub]:
                 "onnx/config.json": b"o",
             },
             "someone/old": {**mirror, "pytorch_model.bin": b"b", "training_args.bin": b"t"},
+            "someone/broken": {**mirror, "model.safetensors": BROKEN},
             "someone/gguf": {**mirror, "model.gguf": b"g"},
         }
     )
@@ -251,6 +260,12 @@ def test_404_says_what_happened_and_what_to_do(tmp_path: Path, hub: Hub, given: 
     assert error.startswith("CheckpointNotFound: ")
     assert "\n" not in error
     assert [part for part in parts if part not in error] == []
+
+
+def test_a_hub_that_hangs_up_is_no_traceback(tmp_path: Path, hub: Hub) -> None:
+    out, error = resolve_elsewhere("someone/broken", tmp_path / "cache", f"http://127.0.0.1:{hub.server_port}")
+    assert out == ""
+    assert error.startswith("CheckpointNotFound: `someone/broken`"), error
 
 
 def test_without_network_the_error_is_as_clear(tmp_path: Path) -> None:
