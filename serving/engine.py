@@ -414,7 +414,7 @@ class Engine:
     def _advance(self, planned: list[tuple[Sequence, Work]], logits: Tensor) -> None:
         """Take the step's logits: score prompts, draw tokens, end what ended."""
         at = 0
-        ready: list[tuple[Sequence, Tensor]] = []
+        ready: list[tuple[Sequence, int]] = []  # and the row of logits that predicts its next token
         for sequence, work in planned:
             assert sequence.row is not None
             mine = logits[at : at + work.n_logits]
@@ -429,8 +429,11 @@ class Engine:
                     if sequence.scored:
                         self._tell(sequence.request, PromptScored(tuple(sequence.scored)))
                         sequence.scored = []
-                ready.append((sequence, mine[-1:]))
-        self._draw([pair for pair in ready if not self._finish_if_only_scoring(pair[0])])
+                ready.append((sequence, at - 1))
+        ready = [pair for pair in ready if not self._finish_if_only_scoring(pair[0])]
+        if ready:
+            rows = [row for _, row in ready]
+            self._draw([s for s, _ in ready], logits if rows == list(range(len(logits))) else logits[rows])
 
     def _finish_if_only_scoring(self, sequence: Sequence) -> bool:
         if sequence.sampling.max_tokens > 0:
@@ -447,21 +450,20 @@ class Engine:
         k = sequence.sampling.prompt_logprobs or 0
         sequence.scored += token_logprobs(logits[: len(targets)], targets, [k] * len(targets))
 
-    def _draw(self, ready: list[tuple[Sequence, Tensor]]) -> None:
-        """Draw the next token of every sequence whose logits are known."""
-        if not ready:
-            return
-        raw = torch.cat([row for _, row in ready])  # (B, V)
-        finite = raw.sum(-1).isfinite().tolist()
-        for (sequence, _), good in zip(ready, finite, strict=True):
-            if not good:
-                self._fail(sequence.request, EngineFailed("the model gave no finite logits for this request"))
-                sequence.row = None  # what it computed is not worth keeping
-                self._release(sequence)
-        sequences = [sequence for (sequence, _), good in zip(ready, finite, strict=True) if good]
-        if not sequences:
-            return
-        logits = raw = raw if all(finite) else raw[torch.tensor(finite)]
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Draw the next token of each sequence from its row of logits, (B, V)."""
+        finite = logits.sum(-1).isfinite().tolist()
+        if not all(finite):
+            for sequence, good in zip(sequences, finite, strict=True):
+                if not good:
+                    self._fail(sequence.request, EngineFailed("the model gave no finite logits for this request"))
+                    sequence.row = None  # what it computed is not worth keeping
+                    self._release(sequence)
+            sequences = [sequence for sequence, good in zip(sequences, finite, strict=True) if good]
+            logits = logits[torch.tensor(finite)]
+            if not sequences:
+                return
+        raw = logits
         if any(s.adjusts_logits for s in sequences):
             logits = logits.clone()
             for row, sequence in enumerate(sequences):
