@@ -106,16 +106,17 @@ def decode_stock(folder: Path) -> dict[str, float]:
     """Seconds per token of transformers' `generate`: 1 token's time taken off 33 tokens'."""
     import torch
 
-    model, out = _stock(folder), {}
-    for context in DECODE_CONTEXTS:
+    model = _stock(folder)
+
+    def seconds(context: int, n: int) -> float:
         ids = torch.tensor([prompt_ids(context)])
+        more = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+        return _median_of(1, lambda: model.generate(ids, **more))
 
-        def run(n: int, ids: Any = ids) -> None:
-            model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, use_cache=True, pad_token_id=0)
-
+    out = {}
+    for context in DECODE_CONTEXTS:
         n = DECODE_TOKENS if context <= 1024 else 8  # its step at 4,096 takes seconds
-        first = _median_of(1, lambda: run(1))
-        out[str(context)] = (_median_of(1, lambda: run(1 + n), warm_up=0) - first) / n
+        out[str(context)] = (seconds(context, 1 + n) - seconds(context, 1)) / n
     return out
 
 

@@ -271,6 +271,10 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, embeddings: nn.Linear) -> None:
         self.lm_head = embeddings
 
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The (B, S) mask as it is: transformers' `generate` asks this hook, and would make (B, 1, T, S) of it."""
+        return attention_mask
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), in the model's dtype."""
         logits = self.lm_head(hidden)
