@@ -216,7 +216,8 @@ def _download(given: str, repo_id: str) -> Path:
             _gone(given, repo_id, "is not on this machine and the hub cannot be reached")
         ) from error
     except (OSError, XetDownloadError) as error:  # after the classes above, which are OSErrors too
-        raise MachineRefused(f"downloading `{repo_id}` failed: {str(error).splitlines()[0]}") from error
+        first_line = str(error).partition("\n")[0]
+        raise MachineRefused(f"downloading `{repo_id}` failed: {first_line}") from error
     folder = Path(path)
     if not (folder / "config.json").is_file() or not _has_weights(folder):
         raise CheckpointNotFound(

@@ -73,3 +73,22 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 def chatml_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     tokenizer: Tokenizer = request.getfixturevalue(request.param)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory, small_bpe: Tokenizer) -> Path:
+    """A folder of two seeded checkpoints, 2 layers and 64 wide: `base` (style none) and `chat` (ChatML)."""
+    import torch
+
+    from mpt.checkpoint import save
+    from mpt.config import MPTConfig
+    from mpt.model import MPTForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 4, "max_seq_len": 256}
+    model = MPTForCausalLM(MPTConfig(**shape, vocab_size=small_bpe.vocab_size))
+    folder = tmp_path_factory.mktemp("models")
+    for name, style in (("base", "none"), ("chat", "chatml")):
+        manifest = {"name": f"test-{name}", "prompt_style": style, "context_length": 256, "licence": "Apache-2.0"}
+        save(model, folder / name, tokenizer=small_bpe, manifest=manifest)
+    return folder

@@ -1,0 +1,176 @@
+"""The `mpt` command: serve, chat, generate, train.
+
+Nothing heavy is imported before a command is chosen, so `--help` answers at once. The stages are named by string here,
+since `mpt` imports none of them.
+"""
+
+import platform
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mpt.errors import MPTError
+
+if TYPE_CHECKING:
+    from mpt.local import LocalModel
+
+# The same as in mpt.prompts and mpt.local, which are slow to import; the type checker compares them.
+Style = Literal["none", "instruct", "chatml"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve MPT checkpoints, talk to them, and make new ones.",
+)
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="NAME|PATH", help="A name of the catalog, a folder, or a hub repository.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` is CUDA where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; `auto` keeps the checkpoint's.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from the smallest set of tokens with this probability.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable; at temperature 0 it changes nothing.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and an exit code."""
+    try:
+        app(prog_name="mpt")
+    except MPTError as error:
+        print(f"mpt: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        ours = version("mpt-home")
+    except PackageNotFoundError:
+        ours = "from a checkout that is not installed"
+    parts = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    print(f"mpt {ours} ({', '.join(parts)}, Python {platform.python_version()})")
+    raise typer.Exit
+
+
+@app.callback()
+def _mpt(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    '  mpt generate "Once upon a time" --max-tokens 64\n'
+    "  mpt generate --model mpt-tiny-instruct < question.txt -"
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; `-` reads it from stdin.")],
+    model: Model = "mpt-tiny",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token always.")] = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    style: Annotated[
+        Style | None, typer.Option(help="Template to put the prompt in.", show_default="the model's own")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Continue a text, or answer an instruction, with a model loaded here."""
+    import time
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    local = _load(model, device, dtype, style)
+    ids = local.encode_prompt(prompt)
+    start, n_tokens = time.monotonic(), 0
+    for text in local.stream(ids, max_tokens, temperature=temperature, top_p=top_p, seed=seed):
+        print(text, end="", flush=True)
+        n_tokens += 1
+    print()
+    if sys.stderr.isatty():
+        seconds = time.monotonic() - start
+        print(f"{len(ids)} tokens read, {n_tokens} written in {seconds:.1f} s", file=sys.stderr)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  mpt chat\n"
+    "  mpt chat --model mpt-tiny-chat\n"
+    "  mpt chat --url http://gpu-box:8000/v1 --model mpt-7b-chat"
+)
+def chat(
+    url: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-style API to talk to.", show_default="http://127.0.0.1:8000/v1 without --model"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="Without --url, the checkpoint to load here; with it, the server's model.",
+            show_default="the server's first chat model",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message to begin with.", show_default="the model's own")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of one answer.")] = 512,
+    # 0.2: what the published CPU demo of mpt-30b-chat draws with
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token always.")] = 0.2,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Talk with a model in the terminal: a server's, or one loaded here."""
+    from mpt import chat as terminal
+
+    sampling = terminal.Sampling(max_tokens, temperature, top_p, seed)
+    partner: terminal.Partner
+    if url is None and model is not None:
+        partner = terminal.LocalPartner(_load(model, device, dtype, None), sampling)
+    else:
+        partner = terminal.ServerPartner(url or "http://127.0.0.1:8000/v1", model, api_key, sampling)
+    terminal.converse(partner, system)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+    epilog="\b\nExample:\n  mpt train --help",
+)
+def train(context: typer.Context) -> None:
+    """Make checkpoints: all that the `train` command does."""
+    sys.argv = ["mpt train", *context.args]
+    import_module("training.cli").main()
+
+
+def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "LocalModel":
+    """The model, or its error before the seconds that importing torch takes."""
+    from mpt.catalog import resolve
+
+    resolve(model)
+    from mpt.local import LocalModel
+
+    return LocalModel(model, device=device, dtype=dtype, style=style)
+
+
+if __name__ == "__main__":
+    main()

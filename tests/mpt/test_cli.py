@@ -1,0 +1,168 @@
+"""The `mpt` command: quick to help, one line for a mistake, and what it generates is what the model generates."""
+
+import io
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from mpt import catalog, cli, generation
+from mpt.local import DeviceChoice, DtypeChoice, LocalModel
+from mpt.prompts import PROMPT_STYLES
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["generate", "chat", "train"]
+
+
+def mpt_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mpt.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of the command, in this process."""
+
+    def run_here(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mpt", *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        code = leaving.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run_here
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    """0.3 s on an idle machine (measured: 0.12); the bound leaves room for a busy one."""
+    heavy = "torch transformers tokenizers huggingface_hub fastapi httpx rich"
+    code = (
+        "import sys; from mpt import cli\n"
+        "sys.argv = ['mpt', *sys.argv[1:]]\n"
+        "try: cli.main()\n"
+        f"finally: print([name for name in '{heavy}'.split() if name in sys.modules], file=sys.stderr)"
+    )
+    for command in ([], *([name] for name in COMMANDS if name != "train")):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60
+        )
+        assert time.monotonic() - start < 3
+        assert (done.returncode, done.stderr.strip()) == (0, "[]")
+        assert "Usage: mpt" in done.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
+def test_help_shows_an_example_and_explains_every_option(
+    run: Callable[..., tuple[int, str, str]], command: str
+) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"  mpt {command}" in out.partition("Examples:")[2]
+    options = out.partition("Options:")[2].partition("Examples:")[0]
+    assert re.findall(r"^  (-\S.*)\n(?=  -|\n)", options, re.M) == []  # an option without a word about it
+
+
+def test_version_tells_what_computes(run: Callable[..., tuple[int, str, str]]) -> None:
+    from importlib.metadata import version
+
+    code, out, _ = run("--version")
+    assert code == 0
+    assert f"torch {version('torch')}" in out and f"transformers {version('transformers')}" in out
+
+
+def test_choices_are_those_of_the_modules_behind() -> None:
+    assert get_args(cli.Style) == PROMPT_STYLES
+    assert get_args(cli.Device) == get_args(DeviceChoice)
+    assert get_args(cli.Dtype) == get_args(DtypeChoice)
+
+
+def test_mistakes_are_one_line_and_exit_code_2(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("generate", "hello", "--model", "mpt7b")
+    assert (code, out, err) == (2, "", "mpt: no checkpoint `mpt7b`; did you mean `mpt-7b`?\n")
+    code, _, err = run("generat", "hello")
+    assert code == 2 and "Did you mean 'generate'?" in err
+    code, _, err = run("generate", "hello", "--temperature", "3")
+    assert code == 2 and "--temperature" in err
+    code, _, err = run("generate", "hello", "--style", "alpaca")
+    assert code == 2 and "'none', 'instruct', 'chatml'" in err
+
+
+def test_damaged_checkpoint_has_its_own_exit_code(
+    run: Callable[..., tuple[int, str, str]], tiny_folders: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in (tiny_folders / "base").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, out, err = run("generate", "hello", "--model", str(folder))
+    assert (code, out) == (3, "")
+    assert err.startswith("mpt: ") and "model.safetensors" in err and err.count("\n") == 1
+
+
+def test_generate_prints_what_the_naive_loop_gives(
+    run: Callable[..., tuple[int, str, str]], tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LocalModel(str(tiny_folders / "base"))
+    ids = model.tokenizer.encode("The quick")
+    ends = model.tokenizer.end_ids
+    options = ["--model", str(tiny_folders / "base"), "--max-tokens", "10"]
+    greedy = model.tokenizer.decode(generation.generate(model.model, ids, 10, end_ids=ends))
+    assert run("generate", "The quick", *options) == (0, greedy + "\n", "")
+    drawn = model.tokenizer.decode(
+        generation.generate(model.model, ids, 10, temperature=1.0, top_p=0.9, seed=5, end_ids=ends)
+    )
+    assert drawn != greedy
+    draw = ["--temperature", "1", "--top-p", "0.9", "--seed", "5"]
+    assert run("generate", "The quick", *options, *draw) == (0, drawn + "\n", "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The quick"))
+    assert run("generate", "-", *options) == (0, greedy + "\n", "")
+
+
+def test_generate_puts_the_prompt_in_the_model_s_template(tiny_folders: Path) -> None:
+    chat = LocalModel(str(tiny_folders / "chat"))
+    written = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.encode_prompt("hi") == chat.tokenizer.encode(written, allow_special=True)
+    plain = LocalModel(str(tiny_folders / "chat"), style="none")
+    assert plain.encode_prompt("hi") == plain.tokenizer.encode("hi")
+    assert plain.encode_prompt("") == [plain.tokenizer.eos_id]
+
+
+def test_catalog_names_are_found_in_mpt_home(
+    run: Callable[..., tuple[int, str, str]], tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPT_HOME", str(tiny_folders))
+    monkeypatch.setattr(catalog, "_TINY", Path("/nowhere"))
+    code, out, _ = run("generate", "The", "--model", "base", "--max-tokens", "1")
+    assert code == 0 and out
+
+
+def test_train_passes_everything_on(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Training:
+        @staticmethod
+        def main() -> None:
+            print(sys.argv)
+
+    monkeypatch.setattr(cli, "import_module", {"training.cli": Training}.__getitem__)
+    code, out, _ = run("train", "pretrain", "--help", "--lr", "1e-3")
+    assert (code, out) == (0, "['mpt train', 'pretrain', '--help', '--lr', '1e-3']\n")
+
+
+def test_reader_that_leaves_early_is_no_traceback(tiny_folders: Path) -> None:
+    """`mpt generate ... | head -c 1`"""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpt.cli", "generate", "The", "--model", str(tiny_folders / "base")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait(60) == 1
