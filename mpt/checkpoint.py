@@ -10,6 +10,8 @@ Not here: Composer and FasterTransformer folders, ONNX, GGUF (`conversion/`); tr
 import hashlib
 import json
 import logging
+import pickle
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -62,7 +64,7 @@ class StoredTensor:
         if self.n_bytes:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.offset)
-                into = memoryview(values.detach().view(-1).view(torch.uint8).numpy())
+                into = values.detach().view(-1).view(torch.uint8).numpy().data
                 done = 0
                 while done < self.n_bytes:  # one read returns at most 2 GiB
                     n = file.readinto(into[done:])
@@ -119,8 +121,8 @@ def save(
     the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"`{folder}` exists and is not empty; choose another folder or remove it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"`{folder}` exists and is not an empty folder; choose another one or remove it")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -183,7 +185,10 @@ def weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / index).is_file():
-            names = sorted(set(_read_json(folder / index)["weight_map"].values()))
+            weight_map = _read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise DamagedFile(f"`{folder / index}` has no `weight_map` from tensor to file; copy it again")
+            names = sorted({str(name) for name in weight_map.values()})
             bad = [name for name in names if Path(name).name != name]
             if bad:
                 raise DamagedFile(f"`{index}` points outside its folder: `{bad[0]}`")
@@ -213,7 +218,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def verify_manifest(folder: Path) -> None:
     """Check every file against manifest.json, if there is one. Raises DamagedFile naming the first that differs."""
     manifest = read_manifest(folder)
-    for name, expected in (manifest or {}).get("files", {}).items():
+    if manifest is None:
+        return
+    if not isinstance(manifest.get("files"), dict):
+        raise DamagedFile(f"`{folder / MANIFEST}` has no `files` with their sha256; copy the checkpoint again")
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
@@ -281,13 +290,27 @@ def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with FakeTensorMode():  # gives shapes and, per storage, the offset of its bytes in the file
             state = torch.load(file, weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError and others for a bad file
-        raise DamagedFile(f"`{file}` cannot be read as weights alone: {str(error).splitlines()[0]}") from error
+    except pickle.UnpicklingError as error:  # torch's own text advises to run the file's code
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for `{code[1]}`" if code else "holds more than weights"
+        raise DamagedFile(
+            f"`{file}` {what}, and such a file can run code; it was not opened further: get it as safetensors"
+        ) from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others for a bad file
+        what = str(error).partition(".")[0].partition("\n")[0]
+        raise DamagedFile(f"`{file}` is not a whole torch file ({what}); copy it again") from error
+    if not isinstance(state, dict):
+        raise DamagedFile(f"`{file.name}` holds a {type(state).__name__}, not tensors by name")
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DamagedFile(f"`{name}` in `{file.name}` is a {type(tensor).__name__}, not a tensor")
+        if tensor.dtype not in _DTYPES.values():
+            supported = ", ".join(str(dtype) for dtype in _DTYPES.values())
+            raise UnsupportedConfig(f"`{name}` in `{file.name}` is {tensor.dtype}; supported: {supported}")
+        if not tensor.is_contiguous():
+            raise UnsupportedConfig(f"`{name}` in `{file.name}` is stored transposed; save it again, contiguous")
         place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if place is None or not tensor.is_contiguous():
+        if place is None:
             raise UnsupportedConfig(
                 f"`{file.name}` is in torch's format from before 1.6; save it again with a newer torch"
             )
@@ -302,9 +325,15 @@ def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
 
 def _generation_config(folder: Path) -> GenerationConfig:
     """The folder's generation_config.json; the cache is always on, though the published files switch it off."""
-    has_file = (folder / "generation_config.json").is_file()
-    config = GenerationConfig.from_pretrained(folder) if has_file else GenerationConfig(eos_token_id=0)
+    path = folder / "generation_config.json"
+    config = GenerationConfig.from_dict(_read_json(path)) if path.is_file() else GenerationConfig(eos_token_id=0)
     config.use_cache = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:  # such a config loads, but `save` would fail on it after hours of training
+        log.warning("`%s` contradicts itself, only its token ids are used: %s", path, error)
+        ids = {key: getattr(config, key) for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
+        config = GenerationConfig(**ids, use_cache=True)
     return config
 
 

@@ -7,6 +7,7 @@ and the flat `mosaic_gpt` config of mpt-1b-redpajama-200b. What is written, tran
 Source: llm-foundry v0.1.0 to v0.21.0 (`MPTConfig`), mosaicml/examples v0.0.4 (`MosaicGPTConfig`).
 """
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -98,6 +99,14 @@ _MOSAIC_GPT_INIT = {
     "fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "init_std", "emb_init_std",
     "emb_init_uniform_lim",
 }  # fmt: skip
+_TINY = 1e-12  # stands for: anything above 0
+_RANGES = {
+    "expansion_ratio": (_TINY, math.inf),
+    "resid_pdrop": (0, 1),
+    "emb_pdrop": (0, 1),
+    "embedding_fraction": (_TINY, 1),
+    "norm_eps": (0, math.inf),
+}
 _INIT_DEFAULTS = {
     "name": "kaiming_normal_",
     "fan_mode": "fan_in",
@@ -151,8 +160,8 @@ class MPTConfig(PreTrainedConfig):
             self.norm_eps = eps
         self._check_ffn(others.pop("ffn_config", None))
         head_dim = others.pop("head_dim", None)
-        self.attn_config = _read_attention(self.attn_config or {})
-        self.init_config = {**_INIT_DEFAULTS, **(self.init_config or {})}
+        self.attn_config = _read_attention(_table("attn_config", self.attn_config))
+        self.init_config = {**_INIT_DEFAULTS, **_table("init_config", self.init_config)}
         self._check_numbers(head_dim)
         for key, value in {**others, "norm_type": self.norm_type}.items():
             if key in _ONLY_AT:
@@ -180,12 +189,12 @@ class MPTConfig(PreTrainedConfig):
         if not others.pop("low_precision_layernorm", True):
             self.norm_type = "layernorm"
         attention = {new: others.pop(old) for old, new in _MOSAIC_GPT_ATTENTION.items() if old in others}
-        self.attn_config = {**attention, **(self.attn_config or {})}
+        self.attn_config = {**attention, **_table("attn_config", self.attn_config)}
         init = {key: others.pop(key) for key in _MOSAIC_GPT_INIT if key in others}
         if "param_init_fn" in others:
             init["name"] = others.pop("param_init_fn")
-        self.init_config = {**init, **(self.init_config or {})}
-        if self.attn_config.get("alibi") and self.n_heads & (self.n_heads - 1):
+        self.init_config = {**init, **_table("init_config", self.init_config)}
+        if self.attn_config.get("alibi", True) and self.n_heads & (self.n_heads - 1):
             # Its slopes were 2^(-8 i / H) for every H; no such checkpoint was published.
             raise UnsupportedConfig(
                 f"`mosaic_gpt` with ALiBi and n_heads {self.n_heads}: only powers of two were released"
@@ -193,7 +202,7 @@ class MPTConfig(PreTrainedConfig):
         return others
 
     def _check_ffn(self, ffn: dict[str, Any] | None) -> None:
-        for key, value in (ffn or {}).items():
+        for key, value in _table("ffn_config", ffn).items():
             if key == "ffn_type":
                 _refuse_unless("ffn_config.ffn_type", value, ("mptmlp",))
             elif key == "ffn_hidden_size":
@@ -210,21 +219,30 @@ class MPTConfig(PreTrainedConfig):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UnsupportedConfig(f"config key `{key}` must be a positive whole number, not `{value!r}`")
+        for key, (low, high) in _RANGES.items():
+            _refuse_outside(key, getattr(self, key), low, high)
+        for key in ("learned_pos_emb", "no_bias", "tie_word_embeddings", "use_cache"):
+            _refuse_unless(key, getattr(self, key), (True, False))
         if self.d_model % self.n_heads:
             raise UnsupportedConfig(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if head_dim is not None:
             _refuse_unless("head_dim", head_dim, (self.d_model // self.n_heads,))
+        n_kv_heads = self.attention["kv_n_heads"]
+        if self.attention["attn_type"] != "grouped_query_attention":
+            _refuse_unless("attn_config.kv_n_heads", n_kv_heads, (None, self.n_kv_heads))
+        elif isinstance(n_kv_heads, bool) or not isinstance(n_kv_heads, int) or n_kv_heads < 1:
+            raise UnsupportedConfig(f"`grouped_query_attention` needs `attn_config.kv_n_heads`, not `{n_kv_heads!r}`")
         if self.n_heads % self.n_kv_heads:
             raise UnsupportedConfig(f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}")
         if abs(self.d_model * self.expansion_ratio - self.d_ffn) > 1e-6:
             raise UnsupportedConfig(f"d_model {self.d_model} times expansion_ratio {self.expansion_ratio} is not whole")
         if float(self.expansion_ratio).is_integer():
             self.expansion_ratio = int(self.expansion_ratio)  # the in-tree class takes whole numbers only
-        if not 0 < self.embedding_fraction <= 1:
-            raise UnsupportedConfig(f"embedding_fraction must be in (0, 1], not {self.embedding_fraction}")
         self.embedding_fraction = float(self.embedding_fraction)
         if isinstance(self.logit_scale, str):
             _refuse_unless("logit_scale", self.logit_scale, ("inv_sqrt_d_model",))
+        elif self.logit_scale is not None:
+            _refuse_outside("logit_scale", self.logit_scale, -math.inf, math.inf)
 
     # -- what the model reads ------------------------------------------------------------------------------------
 
@@ -297,8 +315,6 @@ class MPTConfig(PreTrainedConfig):
 
 def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
     """`attn_config` with every key present and typed as transformers' strict reader wants it."""
-    if not isinstance(raw, dict):
-        raw = raw.to_dict()  # the in-tree class's own sub-config
     attention = dict(_ATTENTION_DEFAULTS)
     for key, value in raw.items():
         if key in _ATTENTION_ONLY_AT:
@@ -308,15 +324,33 @@ def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
         elif key not in _ATTENTION_IGNORED | _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
             raise UnsupportedConfig(f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's")
     _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
-    if attention["attn_type"] == "grouped_query_attention" and not attention["kv_n_heads"]:
-        raise UnsupportedConfig("`grouped_query_attention` needs `attn_config.kv_n_heads`")
+    for key in ("qk_ln", "alibi", "attn_uses_sequence_id"):
+        _refuse_unless(f"attn_config.{key}", attention[key], (True, False))
     for key in ("clip_qkv", "softmax_scale"):  # 0 and null both mean none
+        if attention[key] is not None:
+            _refuse_outside(f"attn_config.{key}", attention[key], 0, math.inf)
         attention[key] = float(attention[key]) if attention[key] else None
-    for key in ("alibi_bias_max", "attn_pdrop"):
+    for key, low, high in (("alibi_bias_max", _TINY, math.inf), ("attn_pdrop", 0, 1)):
+        _refuse_outside(f"attn_config.{key}", attention[key], low, high)
         attention[key] = int(attention[key]) if float(attention[key]).is_integer() else float(attention[key])
-    if attention["clip_qkv"] is not None and attention["clip_qkv"] < 0:
-        raise UnsupportedConfig(f"config key `attn_config.clip_qkv` must be positive, not {attention['clip_qkv']}")
     return attention
+
+
+def _table(key: str, value: object) -> dict[str, Any]:
+    if isinstance(value, PreTrainedConfig):
+        return value.to_dict()  # the in-tree class's own sub-config
+    if value is not None and not isinstance(value, dict):
+        raise UnsupportedConfig(f"config key `{key}` must be an object with keys, not `{value!r}`")
+    return value or {}
+
+
+def _refuse_outside(key: str, value: object, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and low <= value <= high:  # type: ignore[operator]
+        return
+    least = "" if low == -math.inf else " above 0" if low == _TINY else f" of at least {low:g}"
+    most = "" if high == math.inf else f" and at most {high:g}"
+    raise UnsupportedConfig(f"config key `{key}` must be a number{least}{most}, not `{value!r}`")
 
 
 def _refuse_unless(key: str, value: object, supported: tuple[Any, ...]) -> None:

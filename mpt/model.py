@@ -39,8 +39,8 @@ class MPTAttention(nn.Module):
         self.Wqkv = nn.Linear(config.d_model, sum(widths), bias=not config.no_bias)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=not config.no_bias)
         if config.attention["qk_ln"]:  # over the whole width, not per head
-            self.q_ln = nn.LayerNorm(widths[0], eps=config.norm_eps, bias=not config.no_bias)
-            self.k_ln = nn.LayerNorm(widths[1], eps=config.norm_eps, bias=not config.no_bias)
+            self.q_ln: nn.LayerNorm | None = nn.LayerNorm(widths[0], eps=config.norm_eps, bias=not config.no_bias)
+            self.k_ln: nn.LayerNorm | None = nn.LayerNorm(widths[1], eps=config.norm_eps, bias=not config.no_bias)
         else:
             self.q_ln = self.k_ln = None
 
