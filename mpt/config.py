@@ -179,6 +179,7 @@ class MPTConfig(PreTrainedConfig):
             "num_labels",
         )
         super().__post_init__(**{key: others[key] for key in kept if key in others})
+        self.architectures = ["MPTForCausalLM"]
 
     def _read_mosaic_gpt(self, others: dict[str, Any]) -> dict[str, Any]:
         """Move the flat keys of `mosaic_gpt` into today's places; other configs pass through."""
