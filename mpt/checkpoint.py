@@ -292,10 +292,8 @@ def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             state = torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own text advises to run the file's code
         code = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for `{code[1]}`" if code else "holds more than weights"
-        raise DamagedFile(
-            f"`{file}` {what}, and such a file can run code; it was not opened further: get it as safetensors"
-        ) from error
+        what = f"asks for `{code[1]}`, and such a file can run code" if code else "is damaged, or more than weights"
+        raise DamagedFile(f"`{file}` {what}; it was not opened further: get it as safetensors") from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others for a bad file
         what = str(error).partition(".")[0].partition("\n")[0]
         raise DamagedFile(f"`{file}` is not a whole torch file ({what}); copy it again") from error
