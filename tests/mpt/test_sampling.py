@@ -1,0 +1,229 @@
+"""Draws against probabilities worked out by hand: over an even grid of uniform numbers the counts are exact."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mpt.sampling import TokenCounts, penalize, sample
+
+EIGHTHS = [4 / 8, 2 / 8, 1 / 8, 1 / 8]  # probabilities of tokens 0 to 3
+NO = -math.inf
+
+
+def draw(
+    logits: list[float],
+    uniform: list[float],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> list[int]:
+    """One row for each uniform number, all with the same logits and settings."""
+    n = len(uniform)
+    return sample(
+        torch.tensor([logits] * n),
+        temperature=torch.full((n,), temperature),
+        top_p=torch.full((n,), top_p),
+        top_k=torch.full((n,), top_k),
+        min_p=torch.full((n,), min_p),
+        uniform=torch.tensor(uniform, dtype=torch.float64),
+    ).tolist()
+
+
+def counts(probabilities: list[float], n: int, **settings: float) -> list[int]:
+    """How often each token comes over n evenly spaced uniform numbers."""
+    logits = [math.log(p) if p else NO for p in probabilities]
+    drawn = Counter(draw(logits, [(i + 0.5) / n for i in range(n)], **settings))  # type: ignore[arg-type]
+    return [drawn[token] for token in range(len(probabilities))]
+
+
+# -- the distribution ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, [4, 2, 1, 1]),
+        ({"temperature": 0.5}, [16, 4, 1, 1]),  # squared
+        ({"temperature": 1 / 3}, [64, 8, 1, 1]),  # cubed
+        ({"temperature": 1e6}, [1, 1, 1, 1]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_k": 2}, [2, 1, 0, 0]),
+        ({"top_k": 3}, [4, 2, 1, 0]),  # of equals the lower id stays
+        ({"top_k": 4}, [4, 2, 1, 1]),
+        ({"top_k": 1000}, [4, 2, 1, 1]),
+        ({"top_p": 0.0}, [1, 0, 0, 0]),  # never fewer than one
+        ({"top_p": 0.4}, [1, 0, 0, 0]),
+        ({"top_p": 0.6}, [2, 1, 0, 0]),
+        ({"top_p": 0.8}, [4, 2, 1, 0]),
+        ({"top_p": 0.9}, [4, 2, 1, 1]),
+        ({"min_p": 0.6}, [1, 0, 0, 0]),
+        ({"min_p": 0.4}, [2, 1, 0, 0]),  # at least 0.4 of the best one's 1/2
+        ({"min_p": 0.2}, [4, 2, 1, 1]),
+        ({"min_p": 1.0}, [1, 0, 0, 0]),
+        ({"temperature": 0.5, "top_p": 0.8}, [16, 4, 0, 0]),  # 16/22 = 0.73, with the next 0.91
+        ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0]),  # of the two that are left, the first has 2/3 already
+        ({"top_k": 3, "min_p": 0.4}, [2, 1, 0, 0]),
+        ({"top_p": 0.8, "min_p": 0.4}, [2, 1, 0, 0]),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(settings: dict[str, float], shares: list[int]) -> None:
+    n = 100 * sum(shares)
+    assert counts(EIGHTHS, n, **settings) == [100 * share for share in shares]
+
+
+def test_the_order_of_ids_does_not_matter() -> None:
+    assert counts([1 / 8, 4 / 8, 1 / 8, 2 / 8], 300, top_k=2) == [0, 200, 0, 100]
+    assert counts([1 / 8, 4 / 8, 1 / 8, 2 / 8], 700, top_p=0.8) == [100, 400, 0, 200]
+
+
+def test_top_p_stops_where_the_mass_is_reached_exactly() -> None:
+    # Four equal logits have probabilities of exactly 1/4; two of them reach 1/2 exactly.
+    assert counts([0.25] * 4, 400, top_p=0.5) == [200, 200, 0, 0]
+    assert counts([0.25] * 4, 300, top_p=0.5001) == [100, 100, 100, 0]
+
+
+def test_min_p_keeps_all_that_equal_the_best() -> None:
+    assert counts([0.4, 0.4, 0.2], 200, min_p=1.0) == [100, 100, 0]
+
+
+def test_the_largest_vocabulary_is_drawn_right() -> None:
+    """50,432 random logits, against numpy's cumulative sum in float64."""
+    logits = torch.randn(50_432, generator=torch.Generator().manual_seed(0)) * 3
+    uniform = [(i + 0.5) / 2048 for i in range(16)] + [1 - (i + 0.5) / 2048 for i in range(16)]
+    wide = np.exp(logits.numpy().astype(np.float64))
+    expected = np.searchsorted(np.cumsum(wide) / wide.sum(), uniform, side="right").tolist()
+    assert draw(logits.tolist(), uniform) == expected
+
+    order = np.argsort(-wide, kind="stable")[:50]
+    best = np.cumsum(wide[order]) / wide[order].sum()
+    expected = order[np.searchsorted(best, uniform, side="right")].tolist()
+    assert draw(logits.tolist(), uniform, top_k=50) == expected
+
+
+# -- edges -----------------------------------------------------------------------------------------------------------
+
+EDGES = [0.0, 1e-300, 0.5, 1 - 2**-53]  # what random() can give, its ends included
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.99}, {"top_k": 3}, {"min_p": 0.001}])
+@pytest.mark.parametrize("banned", [[0], [3], [0, 3], [1, 2]])
+def test_banned_tokens_are_never_drawn(banned: list[int], settings: dict[str, float]) -> None:
+    logits = [NO if token in banned else 0.1 * token for token in range(4)]
+    assert not set(draw(logits, EDGES, **settings)) & set(banned)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.999999}])
+def test_the_ends_of_the_unit_interval_draw_the_ends(settings: dict[str, float]) -> None:
+    uniform = [0.0, 1 - 2**-53]
+    assert draw([1.0, 1.0, 1.0], uniform, **settings) == [0, 2]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30])
+def test_a_tiny_temperature_is_greedy_and_finite(temperature: float) -> None:
+    assert draw([1.0, 3.0, 2.0], EDGES, temperature=temperature) == [1] * 4
+    assert draw([1.0, 3.0, 2.0], EDGES, temperature=temperature, top_p=0.9) == [1] * 4
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    drawn = draw([1e4, 1e4, -1e4], [(i + 0.5) / 100 for i in range(100)])
+    assert drawn == [0] * 50 + [1] * 50
+
+
+@pytest.mark.parametrize("n", [3, 17, 1000, 50_432])
+def test_greedy_takes_the_lowest_id_among_equals(n: int) -> None:
+    for tied in ([0, n - 1], [n // 2, n - 1], list(range(n))):
+        logits = torch.zeros(n)
+        logits[tied] = 5.0
+        assert draw(logits.tolist(), [0.999], temperature=0.0) == [tied[0]]
+
+
+def test_greedy_ignores_filters_and_luck() -> None:
+    assert draw([0.1, 0.3, 0.2], EDGES, temperature=0.0, top_p=0.1, top_k=2, min_p=0.5) == [1] * 4
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    """Every mixture of greedy, plain and filtered rows, each as if it were alone."""
+    g = torch.Generator().manual_seed(0)
+    n, vocab = 60, 300
+    logits = 2 * torch.randn(n, vocab, generator=g)
+    settings = {
+        "temperature": torch.tensor([0.0, 0.7, 1.0, 1.5])[torch.arange(n) % 4],
+        "top_p": torch.tensor([1.0, 0.5, 0.9])[torch.arange(n) % 3],
+        "top_k": torch.tensor([0, 0, 5, 0, 40])[torch.arange(n) % 5],
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.3])[torch.arange(n) % 7],
+        "uniform": torch.rand(n, generator=g, dtype=torch.float64),
+    }
+    together = sample(logits, **settings).tolist()
+    alone = [int(sample(logits[i : i + 1], **{k: v[i : i + 1] for k, v in settings.items()})) for i in range(n)]
+    assert together == alone
+    assert len(set(together)) > 20
+
+
+def test_inputs_are_left_alone() -> None:
+    logits = torch.arange(18.0).view(2, 9) % 7
+    before = logits.clone()
+    one = torch.ones(2)
+    sample(logits, one, one * 0.5, torch.tensor([3, 3]), one * 0.1, one.double() * 0.3)
+    assert torch.equal(logits, before)
+
+
+# -- penalties -------------------------------------------------------------------------------------------------------
+
+LOGITS = [2.0, -1.0, 0.5, 4.0, -3.0]
+
+
+def penalized(prompt: list[int], generated: list[int], **penalties: float) -> Tensor:
+    logits = torch.tensor(LOGITS)
+    penalize(logits, TokenCounts.of(prompt, generated, len(LOGITS)), **penalties)
+    return logits
+
+
+def test_presence_is_taken_once_from_generated_tokens() -> None:
+    assert penalized([0, 4], [1, 1, 3], presence=0.5).tolist() == [2.0, -1.5, 0.5, 3.5, -3.0]
+
+
+def test_frequency_is_taken_for_each_time() -> None:
+    assert penalized([0, 4], [1, 1, 3], frequency=0.5).tolist() == [2.0, -2.0, 0.5, 3.5, -3.0]
+
+
+def test_negative_penalties_encourage() -> None:
+    assert penalized([], [1, 1, 3], presence=-1.0, frequency=-0.5).tolist() == [2.0, 1.0, 0.5, 5.5, -3.0]
+
+
+def test_repetition_divides_above_zero_and_multiplies_below() -> None:
+    # Prompt and answer both count; token 2 was in neither.
+    assert penalized([0, 4], [1, 1, 3], repetition=2.0).tolist() == [1.0, -2.0, 0.5, 2.0, -6.0]
+
+
+def test_penalties_add_up_repetition_first() -> None:
+    got = penalized([0], [3, 3], repetition=2.0, presence=0.25, frequency=0.5).tolist()
+    assert got == [1.0, -1.0, 0.5, 4.0 / 2 - 0.25 - 2 * 0.5, -3.0]
+
+
+def test_no_penalty_changes_nothing() -> None:
+    assert penalized([0, 1], [2, 3]).tolist() == LOGITS
+
+
+def test_banned_tokens_stay_banned_under_penalties() -> None:
+    logits = torch.tensor([NO, 1.0])
+    penalize(logits, TokenCounts.of([0], [0, 1], 2), presence=1.0, frequency=1.0, repetition=1.5)
+    assert logits[0] == NO
+    assert logits.isnan().sum() == 0
+
+
+def test_counts_grow_with_the_answer() -> None:
+    whole, grown = TokenCounts.of([5, 1], [2, 2, 7], 9), TokenCounts.of([5, 1], [], 9)
+    for token in (2, 2, 7):
+        grown.add(token)
+    for counted in (whole, grown):
+        assert counted.generated.tolist() == [0, 0, 2, 0, 0, 0, 0, 1, 0]
+        assert counted.seen.nonzero().flatten().tolist() == [1, 2, 5, 7]
