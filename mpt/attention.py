@@ -7,8 +7,6 @@ bfloat16 bias is wrong by 0.15 in the output, float32 anchored at key 0 by 4.5e-
 Letters as in `mpt/model.py`. Sources: Press et al. 2021 (ALiBi); llm-foundry `attention.py` for MPT's use of it.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,11 +97,18 @@ def attend_documents(
     """
     if q.is_cuda:
         return _flex(q, *_grouped(q, k, v), scale, bias, None, sequence_id)
-    out = torch.zeros_like(q)
-    for row, start, end in _documents(sequence_id):
-        at = (slice(row, row + 1), slice(None), slice(start, end))
-        out[at] = attend(q[at], k[at], v[at], scale=scale, bias=bias)
-    return out
+    # Rows are laid end to end and split at the borders once: a slice per document would cost each backward a
+    # zero-filled copy of the whole batch (measured: 14 times slower for 64 documents).
+    B, H, T, D = q.shape
+    lengths, is_padding = _documents(sequence_id)
+    q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], B * T, D) for x in (q, k, v))
+    pieces = [
+        torch.zeros_like(qs) if padding else attend(qs, ks, vs, scale=scale, bias=bias)
+        for qs, ks, vs, padding in zip(
+            q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), is_padding, strict=True
+        )
+    ]
+    return torch.cat(pieces, dim=2).view(H, B, T, D).transpose(0, 1)
 
 
 def eager(
@@ -158,15 +163,13 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
 
 
-def _documents(sequence_id: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Row, start and end of each document, in order; padding (-1) left out."""
-    for row, ids in enumerate(sequence_id.tolist()):
-        start = 0
-        for end in range(1, len(ids) + 1):
-            if end == len(ids) or ids[end] != ids[start]:
-                if ids[start] >= 0:
-                    yield row, start, end
-                start = end
+def _documents(sequence_id: Tensor) -> tuple[list[int], list[bool]]:
+    """Length of each run of one document, rows end to end, and whether it is padding (-1)."""
+    starts = torch.ones_like(sequence_id, dtype=torch.bool)
+    starts[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
+    first = starts.flatten().nonzero().flatten()  # (runs,)
+    lengths = torch.diff(first, append=first.new_tensor([sequence_id.numel()]))
+    return lengths.tolist(), (sequence_id.flatten()[first] < 0).tolist()
 
 
 def _flex(
