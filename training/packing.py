@@ -1,0 +1,64 @@
+"""Packs samples of different lengths into sequences of one length, each sample hidden from the others.
+
+First fit, longest first, over the samples of a whole step: the step still sees exactly the recipe's rows, on a fraction
+of the positions that padding each row would take. That packing changes nothing is tested (`test_packing.py`).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.datasets import Sample
+
+IGNORED = -100  # the label of a position that is not learned: cross_entropy's own default
+
+
+class Batch(NamedTuple):
+    """Packed sequences, all (rows, T) int64; labels belong to the position that predicts them."""
+
+    ids: Tensor
+    labels: Tensor  # the next token, or IGNORED
+    sequence_id: Tensor  # which sample a position belongs to, -1 for padding
+
+    @property
+    def n_learned(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+def pack(samples: Sequence[Sample], max_seq_len: int) -> Batch:
+    """The samples in as few sequences as first fit finds; a sample over max_seq_len is cut on the right."""
+    by_length = sorted(samples, key=lambda sample: -min(len(sample.ids), max_seq_len))  # stable
+    rows: list[list[Sample]] = []
+    free: list[int] = []
+    for sample in by_length:
+        n = min(len(sample.ids), max_seq_len)
+        place = next((i for i, room in enumerate(free) if room >= n), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            free.append(max_seq_len)
+        rows[place].append(sample)
+        free[place] -= n
+    width = max_seq_len - min(free)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    sequence_id = torch.full_like(ids, -1)
+    for r, row in enumerate(rows):
+        start = 0
+        for d, sample in enumerate(row):
+            sample_ids = torch.tensor(sample.ids[:max_seq_len])
+            learned = torch.tensor(sample.learned[:max_seq_len])
+            end = start + len(sample_ids)
+            ids[r, start:end] = sample_ids
+            labels[r, start : end - 1] = torch.where(learned[1:], sample_ids[1:], IGNORED)
+            sequence_id[r, start:end] = d
+            start = end
+    return Batch(ids, labels, sequence_id)
+
+
+def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
+    """The batch cut into groups of rows of at most max_tokens positions, at least one row each."""
+    rows = max(1, max_tokens // batch.ids.shape[1])
+    return [Batch(*(x[i : i + rows] for x in batch)) for i in range(0, len(batch.ids), rows)]
