@@ -93,17 +93,24 @@ def test_min_p_keeps_all_that_equal_the_best() -> None:
 
 
 def test_the_largest_vocabulary_is_drawn_right() -> None:
-    """50,432 random logits, against numpy's cumulative sum in float64."""
+    """50,432 random logits, drawn at a hair's breadth on each side of the borders that numpy finds in float64."""
     logits = torch.randn(50_432, generator=torch.Generator().manual_seed(0)) * 3
-    uniform = [(i + 0.5) / 2048 for i in range(16)] + [1 - (i + 0.5) / 2048 for i in range(16)]
     wide = np.exp(logits.numpy().astype(np.float64))
-    expected = np.searchsorted(np.cumsum(wide) / wide.sum(), uniform, side="right").tolist()
-    assert draw(logits.tolist(), uniform) == expected
+    borders = np.cumsum(wide) / wide.sum()
+    tokens = [*range(0, 50_431, 5000), 50_430]
+    uniform = [borders[token] + side for token in tokens for side in (-1e-11, 1e-11)]  # float32 is off by 1e-7
+    assert draw(logits.tolist(), uniform) == [token + side for token in tokens for side in (0, 1)]
 
     order = np.argsort(-wide, kind="stable")[:50]
     best = np.cumsum(wide[order]) / wide[order].sum()
-    expected = order[np.searchsorted(best, uniform, side="right")].tolist()
+    uniform = [best[rank] + side for rank in range(0, 49, 6) for side in (-1e-11, 1e-11)]
+    expected = [order[rank + side] for rank in range(0, 49, 6) for side in (0, 1)]
     assert draw(logits.tolist(), uniform, top_k=50) == expected
+
+
+@pytest.mark.parametrize("n", [4, 50_432])
+def test_filters_keep_the_lowest_ids_of_equals(n: int) -> None:
+    assert set(draw([0.5] * n, [(i + 0.5) / 30 for i in range(30)], top_k=3)) == {0, 1, 2}
 
 
 # -- edges -----------------------------------------------------------------------------------------------------------
