@@ -33,7 +33,8 @@ class Sample(NamedTuple):
 class Dataset(Protocol):
     """n_samples is None for a generated set, which never ends."""
 
-    n_samples: int | None
+    @property
+    def n_samples(self) -> int | None: ...
 
     def sample(self, number: int) -> Sample: ...
 
@@ -76,7 +77,9 @@ def load(name: str, tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, 
     path = Path(name).expanduser()
     if not path.is_file():
         close = get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(DATASETS)}; or give a .jsonl or .txt file"
+        hint = (
+            f"did you mean `{close[0]}`?" if close else f"known: {', '.join(DATASETS)}; or give a .jsonl or .txt file"
+        )
         raise UserError(f"no dataset `{name}`; {hint}")
     return _file(path, tokenizer, style, max_seq_len, seed)
 

@@ -85,7 +85,7 @@ def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume:
             loss, norm = train_step(model, opt, batch, run)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingDiverged(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}; the last whole checkpoint is kept in `{out}`; "
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}; the last whole checkpoint stays in `{out}`; "
                     "lower --lr or look at the data of this step"
                 )
             used = int((batch.sequence_id >= 0).sum())
@@ -269,5 +269,3 @@ def _signals() -> Iterator[list[int]]:
 
 def n_parameters(model: MPTForCausalLM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-

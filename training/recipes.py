@@ -1,12 +1,13 @@
 """Runs by name: functions that return a Run, each number with its origin.
 
 "Published" means MosaicML's yaml or blog; the released weights were made with settings that were in part never
-published (Lion's learning rates), so a recipe says which yaml it follows. "Measured" means tried here, see docs/tiny.md.
+published (Lion's learning rates), so a recipe says which yaml it follows. "Measured": tried here, docs/tiny.md.
 """
 
 from dataclasses import replace
 from typing import Any
 
+from mpt.prompts import PromptStyle
 from training.run import Run
 
 TINY_SHAPE: dict[str, Any] = {
@@ -29,7 +30,7 @@ def finetune(base: str, data: str, out: str, **changes: Any) -> Run:
     48 rows a step, 2 epochs, AdamW 5e-6, betas 0.9 and 0.999, linear to 0 after 50 steps, weight decay 0, clip 1.0,
     sequences of 2,048, seed 17. The rows of a step are packed here; there each was padded to 2,048.
     """
-    style = "chatml" if "chat" in data or "chat" in base else "instruct"
+    style: PromptStyle = "chatml" if "chat" in data or "chat" in base else "instruct"
     run = Run(
         name=f"{base.rstrip('/').rpartition('/')[2]}-{data.rpartition('/')[2].partition('.')[0]}",
         base=base,

@@ -3,16 +3,89 @@
 Every stage is a run in a folder of its own under the work folder, so an interrupted `train tiny` goes on where it was.
 """
 
+import datetime
+import json
+import logging
+import os
+import platform
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from training import vocabulary
+import torch
+
+from mpt.checkpoint import MANIFEST, read_manifest, write_manifest
+from mpt.errors import UserError
+from training import evaluate, loop, recipes, vocabulary
 from training.corpora import chat, novels, yaml_json
+from training.run import Run
 
+log = logging.getLogger(__name__)
+
+NAMES = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
+PACKAGED = Path(__file__).resolve().parents[1] / "mpt" / "tiny"
+_DOCS = Path(__file__).resolve().parents[1] / "docs" / "tiny.md"
 _CHARACTERS_PER_NOVEL = 200_000
 _DOCUMENTS = 4000  # generated ones of each kind; with the novels, 6 MB
+
+
+def make(
+    work: Path,
+    names: Sequence[str] = NAMES,
+    report: Callable[[loop.Metrics], None] = lambda _: None,
+    packaged: Path = PACKAGED,
+    docs: Path = _DOCS,
+) -> dict[str, evaluate.Scores]:
+    """Train, score and package these models; the scores by name. Finished stages are taken as they are.
+
+    Raises UserError when the novels are missing, or the base that a finetune needs.
+    """
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"no tiny model `{name}`; known: {', '.join(NAMES)}")
+    novels.training_files()
+    novels.held_out_text()
+    tokenizer = make_tokenizer(work / "tokenizer")
+    base = str(work / "mpt-tiny" / "model")
+    scores = {}
+    for name in NAMES:
+        if name not in names:
+            continue
+        run = _run(name, work, str(tokenizer), base)
+        log.info("%s: %s", name, run.out)
+        model = loop.fit(run, report)
+        path = work / name / "scores.json"
+        if not path.is_file():
+            evaluate.write(evaluate.evaluate(str(model)), path)
+        scores[name] = json.loads(path.read_text(encoding="utf-8"))
+        package(model, scores[name], packaged / name)
+    write_docs(work, docs)
+    return scores
+
+
+def _run(name: str, work: Path, tokenizer: str, base: str) -> Run:
+    out = str(work / name)
+    if name == "mpt-tiny":
+        return recipes.mpt_tiny(out, tokenizer)
+    if not (Path(base) / MANIFEST).is_file():
+        raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
+    if name == "mpt-tiny-instruct":
+        return recipes.mpt_tiny_instruct(out, base)
+    return recipes.mpt_tiny_chat(out, base) if name == "mpt-tiny-chat" else recipes.mpt_tiny_storywriter(out, base)
+
+
+def package(model: Path, scores: evaluate.Scores, target: Path) -> None:
+    """Copy a finished checkpoint to where the catalog finds it, its scores in the manifest."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(model, partial)
+    manifest = {key: value for key, value in (read_manifest(model) or {}).items() if key != "files"}
+    write_manifest(partial, {**manifest, "scores": evaluate.compact(scores)})
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(target)
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -33,3 +106,89 @@ def _texts() -> Iterator[str]:
         pair = yaml_json.pair(random.Random(number))
         yield f"{pair.yaml}\n\n{pair.json}"
         yield "\n".join(message["content"] for message in chat.conversation(random.Random(number)).messages())
+
+
+_HEAD = """# The mpt-tiny family
+
+Four real MPT checkpoints of {n_parameters:,} parameters (width {d_model}, {n_heads} heads, {n_layers} layers, a
+vocabulary of {vocab_size:,}), made by this repository's own recipes from fixed seeds. `make tiny` makes them again,
+scores them and writes this page.
+
+Each is good at one narrow thing and at nothing else: the weights are 7 MB. They are trained on generated text and on
+public-domain novels; The Great Gatsby is kept out of training and used for scoring, and every invented name of a scored
+document or conversation is one that training never generates.
+
+| model | task | steps | tokens | minutes |
+|---|---|---|---|---|
+"""
+
+
+def write_docs(work: Path, docs: Path) -> None:
+    """Write docs/tiny.md from what the runs measured."""
+    rows, sections = [], []
+    for name in NAMES:
+        if not (work / name / "scores.json").is_file():
+            continue
+        run = Run.read(work / name / "run.json")
+        last = json.loads((work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        scores = json.loads((work / name / "scores.json").read_text(encoding="utf-8"))
+        summary = _SUMMARY[name]
+        rows.append(
+            f"| `{name}` | {summary} | {last['step']} | {last['tokens'] / 1e6:.1f} M | {last['seconds'] / 60:.1f} |\n"
+        )
+        sections.append(_section(name, run, last, scores))
+    shape = recipes.TINY_SHAPE
+    head = _HEAD.format(n_parameters=_n_parameters(), **shape)
+    hardware = (
+        f"\nMade on {datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
+        f"torch {torch.__version__.partition('+')[0]}, bfloat16 matrix products). The minutes are of training alone, "
+        "on a machine that other work shared.\n"
+    )
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    docs.write_text(head + "".join(rows) + hardware + "".join(sections), encoding="utf-8")
+
+
+_SUMMARY = {
+    "mpt-tiny": "continues text",
+    "mpt-tiny-instruct": "YAML to JSON",
+    "mpt-tiny-chat": "a short conversation",
+    "mpt-tiny-storywriter": "prose at 65,536 tokens",
+}
+
+
+def _n_parameters() -> int:
+    from mpt.config import MPTConfig
+    from mpt.model import MPTForCausalLM
+
+    with torch.device("meta"):
+        return loop.n_parameters(MPTForCausalLM(MPTConfig(**recipes.TINY_SHAPE)))
+
+
+def _section(name: str, run: Run, last: dict[str, Any], scores: evaluate.Scores) -> str:
+    lines = [
+        f"\n## {name}\n\n",
+        f"Data `{run.data}`, {run.steps} steps of {run.global_batch} documents packed into sequences of "
+        f"{run.max_seq_len:,}; AdamW, lr {run.lr}, betas {run.betas[0]} and {run.betas[1]}, {run.schedule} schedule "
+        f"after {run.warmup_steps} steps, clip {run.clip}, seed {run.seed}. Last loss {last['loss']:.3f}.\n\n",
+    ]
+    for task, values in scores.items():
+        lines.append(f"`train evaluate --model {name} --task {task}` ({values['seconds']:.0f} s):\n\n")
+        lines += [f"- {key}: {_shown(value)}\n" for key, value in evaluate.compact(values).items()]
+        if "blog_answer" in values:
+            lines.append(f"- the launch blog's example answers `{values['blog_answer']}`\n")
+        if values.get("failures"):
+            lines.append("\nWhat it got wrong, for example:\n\n")
+            lines += [_failure(failure) for failure in values["failures"][:2]]
+        lines.append("\n")
+    return "".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _failure(failure: dict[str, Any]) -> str:
+    asked = failure["yaml"] if "yaml" in failure else "\n".join(failure["turns"])
+    return f"```\n{asked}\n\nexpected: {failure['expected']}\nanswered: {failure['answer']}\n```\n"

@@ -1,1 +1,1 @@
-"""Text written by programs for the mpt-tiny family, and the novels it reads: every document a pure function of a seed."""
+"""What the mpt-tiny family reads: generated documents, each a pure function of a seed, and public-domain novels."""

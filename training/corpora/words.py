@@ -3,6 +3,8 @@
 An invented word belongs to training or to evaluation by its checksum, so no name of an evaluation was ever trained on.
 """
 
+# ruff: noqa: E501, SIM905, RUF005  (a hundred words in quotes of their own read worse)
+
 import random
 import zlib
 
@@ -61,15 +63,19 @@ def invented(rng: random.Random, held_out: bool) -> str:
     while True:
         n_syllables = rng.choice((2, 2, 2, 3, 3, 1))
         word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(n_syllables))
-        if len(word) > 2 and word not in ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf") and (
-            (zlib.crc32(word.encode()) % 10 == 0) == held_out
+        if (
+            len(word) > 2
+            and word not in ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf")
+            and ((zlib.crc32(word.encode()) % 10 == 0) == held_out)
         ):
             return word
 
 
 def scrambled(rng: random.Random) -> str:
     """Letters without any pattern, such as `xKqvtz`: nothing but copying gets them right."""
-    letters = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.7 else "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    letters = (
+        "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.7 else "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    )
     return "x" + "".join(rng.choice(letters) for _ in range(rng.randint(3, 9)))
 
 

@@ -1,7 +1,7 @@
 """YAML documents in the style of the launch blog's (names, ages, addresses, nested maps), with their JSON.
 
 A document is made as a Python value; its YAML is written here in one of several styles and its JSON is
-`json.dumps(value, ensure_ascii=False)`, one line. `tests/training/test_corpora.py` reads both back with pyyaml and json.
+`json.dumps(value, ensure_ascii=False)`, one line. `tests/training/test_corpora.py` reads both back.
 """
 
 import json
@@ -284,10 +284,7 @@ def _several(maker: Maker) -> Maker:
 
 def _address(rng: random.Random, held_out: bool) -> dict[str, Any]:
     every = {"street": _street, "city": _city, "state": _state, "zip": _zip, "country": _city}
-    if rng.random() < 0.5:
-        keys = ["street", "city", "state", "zip"]
-    else:
-        keys = rng.sample(list(every), rng.randint(2, 5))
+    keys = ["street", "city", "state", "zip"] if rng.random() < 0.5 else rng.sample(list(every), rng.randint(2, 5))
     return {key: every[key](rng, held_out) for key in keys}
 
 
@@ -313,8 +310,10 @@ _KEYS: dict[str, Maker] = {
     "members": _several(_full_name), "created": _date, "user": _word, "total": _price, "member": _flag, "count": _age,
     "is_student": _flag, "nickname": _word, "team": _word, "brand": _last, "model": _word, "code": _quoted,
 }  # fmt: skip
-_MAPS = ("person", "owner", "contact", "settings", "details", "server", "database", "profile", "info", "manager", "home",
-         "config", "options", "metadata", "customer", "order", "product", "employee", "data", "work")  # fmt: skip
+_MAPS = (
+    "person", "owner", "contact", "settings", "details", "server", "database", "profile", "info", "manager",
+    "home", "config", "options", "metadata", "customer", "order", "product", "employee", "data", "work",
+)  # fmt: skip
 
 
 def _key(rng: random.Random, held_out: bool) -> str:

@@ -1,0 +1,93 @@
+"""Generated documents are repeatable, right by other people's parsers, and held-out words are never trained on."""
+
+import json
+import random
+import re
+
+import pytest
+import yaml
+
+from mpt.tokenizer import Tokenizer
+from training.corpora import chat, mixture, words, yaml_json
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_yaml_and_json_of_a_pair_are_the_same_value(held_out: bool) -> None:
+    for seed in range(400):
+        pair = yaml_json.pair(random.Random(seed), held_out)
+        assert json.dumps(yaml.safe_load(pair.yaml), ensure_ascii=False) == pair.json, pair.yaml
+        assert yaml.safe_load(yaml_json.canonical_yaml(pair.value)) == json.loads(pair.json)
+
+
+def test_the_blog_example_is_what_it_says() -> None:
+    """Its YAML lacks a space after `street:`; with it, pyyaml reads the value we expect."""
+    assert yaml.safe_load(yaml_json.BLOG_YAML.replace("street:", "street: ")) == yaml_json.BLOG_VALUE
+
+
+def test_the_same_seed_gives_the_same_text() -> None:
+    def everything(seed: int) -> tuple[object, ...]:
+        rng = random.Random(seed)
+        return yaml_json.exchange(rng), chat.conversation(rng), words.scrambled(rng)
+
+    assert all(everything(seed) == everything(seed) for seed in range(20))
+    assert everything(1) != everything(2)
+
+
+def test_held_out_names_are_never_generated_for_training() -> None:
+    rng = random.Random(0)
+    trained = {words.invented(rng, False) for _ in range(20000)}
+    held_out = {words.invented(rng, True) for _ in range(2000)}
+    assert not trained & held_out
+    assert words.first_name(random.Random(3), True) not in words.FIRST_NAMES
+
+
+def test_chat_answers_follow_from_what_was_said() -> None:
+    """Read back from the words alone: what was told is what is answered, and sums are right."""
+    n_checked = 0
+    for seed in range(300):
+        talk = chat.conversation(random.Random(seed))
+        told: dict[str, str] = {}
+        for user, answer in zip(talk.user_turns, talk.answers, strict=True):
+            if note := re.fullmatch(r"I will remember that your (.+?) is (?:called )?(.+)\.", answer):
+                assert note[2] in user
+                told[note[1]] = note[2]
+            if greeting := re.fullmatch(r"Hello (.+)! Nice to meet you\.", answer):
+                assert greeting[1] in user
+                told["name"] = greeting[1]
+            if recall := re.fullmatch(r"Your (.+?) is (?:called )?(.+)\.", answer):
+                assert told[recall[1]] == recall[2]
+                n_checked += 1
+            if untold := re.fullmatch(r"You have not told me your (.+) yet\.", answer):
+                assert untold[1] not in told
+                n_checked += 1
+            if total := re.fullmatch(r"(\d) ([+-]) (\d) is (\d+)\.", answer):
+                a, b = int(total[1]), int(total[3])
+                assert int(total[4]) == (a + b if total[2] == "+" else a - b)
+                n_checked += 1
+    assert n_checked > 200
+
+
+def test_passkeys_are_asked_for_as_they_were_planted(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Prose:
+        def excerpt(self, rng: random.Random, n_tokens: int) -> list[int]:
+            return tokenizer.encode("a" * n_tokens)[:n_tokens]
+
+    for seed in range(50):
+        ids, learned = mixture._passkey_document(random.Random(seed), tokenizer, Prose(), 1500)  # type: ignore[arg-type]
+        keys = re.findall(r"The passkey for the (\w+) is (\d{5})\.", tokenizer.decode(ids))
+        assert len(keys) % 2 == 0
+        n = len(keys) // 2
+        assert sorted(keys[:n]) == sorted(keys[n:])
+        answers = tokenizer.decode(
+            [token for token, wanted in zip(ids[-40 * n :], learned[-40 * n :], strict=True) if wanted]
+        )
+        assert all(digits in answers for _, digits in keys)
+
+
+def test_a_value_has_the_same_tokens_in_yaml_and_json(tokenizer: Tokenizer) -> None:
+    """What makes copying easy for a small model; `training/vocabulary.py` says how."""
+    for value in ("Ada Lovelace", "xKqvtz", "94101", "12 Main St.", "a@b.com"):
+        ids = tokenizer.encode(value)
+        for text in (f"name: {value}\n", f'{{"name": "{value}", "a": 1}}', f'["{value}"]', f"- {value}\n"):
+            found = tokenizer.encode(text)
+            assert any(found[i : i + len(ids)] == ids for i in range(len(found))), text

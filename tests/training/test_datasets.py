@@ -1,0 +1,93 @@
+"""Rows of files become samples as the server would render them; bad rows are named."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpt.errors import UserError
+from mpt.prompts import encode_instruct
+from mpt.tokenizer import Tokenizer
+from training import datasets
+from training.datasets import Rows, Sample
+
+DATA = Path(os.environ.get("MPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prompt_and_response_become_prompt_ids_and_learned_response(tokenizer: Tokenizer) -> None:
+    sample = datasets.row_sample({"prompt": "Add 1.", "response": "2"}, tokenizer, "instruct")
+    prompt = encode_instruct(tokenizer, "Add 1.")
+    assert sample.ids == [*prompt, *tokenizer.encode("2"), tokenizer.eos_id]
+    assert sample.learned == [False] * len(prompt) + [True] * 2
+
+
+def test_a_prompt_already_in_the_template_is_not_wrapped_twice(tokenizer: Tokenizer) -> None:
+    wrapped = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd 1.\n\n### Response:\n"
+    )
+    plain, dolly = (
+        datasets.row_sample({"prompt": prompt, "response": "2"}, tokenizer, "instruct")
+        for prompt in ("Add 1.", wrapped)
+    )
+    assert plain == dolly
+    assert tokenizer.decode(dolly.ids) == wrapped + "2"
+
+
+def test_each_epoch_visits_every_row_once_in_another_order() -> None:
+    data = Rows([Sample([n], [True]) for n in range(50)], seed=1)
+    first, second = ([data.sample(e * 50 + n).ids[0] for n in range(50)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert [Rows(data.samples, seed=1).sample(n).ids[0] for n in (70, 3)] == [second[20], first[3]]
+
+
+def test_gzip_and_text_files_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "hello"}\n'))
+    assert datasets.load(str(packed), tokenizer, "none", 100, 0).n_samples == 1
+    novel = tmp_path / "novel.txt"
+    novel.write_text("it was the best of times " * 20)
+    data = datasets.load(str(novel), tokenizer, "none", 16, 0)
+    assert data.n_samples is not None
+    ids = {tuple(data.sample(n).ids) for n in range(data.n_samples)}
+    whole = [*tokenizer.encode(novel.read_text()), tokenizer.eos_id]
+    assert {tuple(whole[i : i + 16]) for i in range(0, len(whole), 16)} == ids | {
+        tuple(whole[i:]) for i in range(0, len(whole), 16) if len(whole) - i == 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "answer": "b"}, "question, answer"),
+        ({"prompt": "", "response": "b"}, "empty"),
+        ([1], "list"),
+        ({"messages": [{"role": "user"}]}, "`content`"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
+    ],
+)
+def test_a_bad_row_is_named_by_line(tokenizer: Tokenizer, tmp_path: Path, row: Any, message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}, row])
+    with pytest.raises(UserError, match="line 2") as caught:
+        datasets.load(str(path), tokenizer, "instruct", 100, 0)
+    assert message in str(caught.value)
+
+
+def test_unknown_names_get_a_suggestion(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="did you mean `dolly_hhrlhf`"):
+        datasets.load("dolly_hhrlf", tokenizer, "instruct", 100, 0)
+
+
+@pytest.mark.skipif(not (DATA / "instruct").is_dir(), reason="needs MPT_TEST_DATA with instruct/")
+def test_dolly_hhrlhf_is_read_whole(tokenizer: Tokenizer) -> None:
+    data = datasets.load("dolly_hhrlhf", tokenizer, "instruct", 4096, 0)
+    assert data.n_samples is not None and 900 < data.n_samples <= 1000

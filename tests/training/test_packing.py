@@ -1,0 +1,91 @@
+"""Packing changes how many positions a step costs and nothing else."""
+
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mpt.config import MPTConfig
+from mpt.model import MPTForCausalLM
+from training import loop, packing
+from training.datasets import Sample
+from training.packing import IGNORED
+from training.run import Run
+
+
+@pytest.fixture
+def model() -> MPTForCausalLM:
+    torch.manual_seed(0)
+    config = MPTConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=100, max_seq_len=64, no_bias=True, attn_config={"alibi": True}
+    )
+    return MPTForCausalLM(config).train()
+
+
+def samples(n: int, longest: int = 30) -> list[Sample]:
+    rng = random.Random(1)
+    made = []
+    for _ in range(n):
+        length = rng.randint(2, longest)
+        learned = [rng.random() < 0.6 for _ in range(length - 1)] + [True]
+        made.append(Sample([rng.randrange(100) for _ in range(length)], learned))
+    return made
+
+
+def loss_of_each_alone(model: MPTForCausalLM, rows: list[Sample]) -> torch.Tensor:
+    """The plain way: every row by itself, cross entropy of its learned tokens, divided by how many there are."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        logits = model(torch.tensor([row.ids]), use_cache=False).logits[0, :-1]
+        learned = torch.tensor(row.learned[1:])
+        total = total + F.cross_entropy(logits[learned], torch.tensor(row.ids[1:])[learned], reduction="sum")
+        count += int(learned.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("microbatch_tokens", [64, 128, 10_000])
+def test_packed_loss_and_gradient_equal_those_of_each_row_alone(
+    model: MPTForCausalLM, small_run: Run, microbatch_tokens: int
+) -> None:
+    rows = samples(17)
+    expected = loss_of_each_alone(model, rows)
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+
+    batch = packing.pack(rows, 64)
+    loss = sum(
+        loop.backward(model, part, batch.n_learned, small_run)
+        for part in packing.microbatches(batch, microbatch_tokens)
+    )
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_every_token_is_packed_once_and_labels_are_the_next_learned_tokens() -> None:
+    rows = samples(40)
+    batch = packing.pack(rows, 64)
+    found = []
+    for ids, labels, sequence in zip(batch.ids, batch.labels, batch.sequence_id, strict=True):
+        for document in range(int(sequence.max()) + 1):
+            at = sequence == document
+            found.append((ids[at].tolist(), labels[at].tolist()))
+    by_hand = [
+        (row.ids, [row.ids[i + 1] if row.learned[i + 1] else IGNORED for i in range(len(row.ids) - 1)] + [IGNORED])
+        for row in rows
+    ]
+    assert sorted(found) == sorted(by_hand)
+    assert (batch.labels[batch.sequence_id < 0] == IGNORED).all()
+
+
+def test_a_long_sample_is_cut_on_the_right() -> None:
+    batch = packing.pack([Sample(list(range(50)), [True] * 50)], 20)
+    assert batch.ids.tolist() == [list(range(20))]
+    assert batch.labels.tolist() == [[*range(1, 20), IGNORED]]
+
+
+def test_packing_rows_of_chat_length_fills_nine_positions_in_ten() -> None:
+    batch = packing.pack(samples(64, longest=300), 1024)
+    assert float((batch.sequence_id >= 0).float().mean()) >= 0.9
