@@ -15,6 +15,7 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from mpt.config import MPTConfig
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
@@ -126,7 +128,8 @@ def save(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial, max_shard_size=max_shard_bytes)
+    with _without_progress_bar():
+        model.save_pretrained(partial, max_shard_size=max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(partial)
         generation = GenerationConfig(eos_token_id=list(tokenizer.end_ids), use_cache=True)
@@ -333,6 +336,18 @@ def _generation_config(folder: Path) -> GenerationConfig:
         ids = {key: getattr(config, key) for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
         config = GenerationConfig(**ids, use_cache=True)
     return config
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers draws one for each file written, on whatever stderr is."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -514,6 +514,13 @@ def test_a_target_that_holds_something_is_refused(model: MPTForCausalLM, tmp_pat
     assert [p.name for p in tmp_path.rglob("*")] == ["notes", "mine.txt"]
 
 
+def test_saving_draws_no_progress_bar(model: MPTForCausalLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mpt.save(model, tmp_path / "new")
+    assert capfd.readouterr() == ("", "")
+    model.save_pretrained(tmp_path / "theirs")  # whoever calls transformers gets theirs
+    assert "model shards" in capfd.readouterr().err
+
+
 def test_an_empty_target_is_taken(model: MPTForCausalLM, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     assert_same_weights(mpt.load(mpt.save(model, tmp_path / "new")), model)

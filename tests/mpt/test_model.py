@@ -510,6 +510,7 @@ def test_embedding_fraction_shrinks_the_embeddings_gradient_only() -> None:
         torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own call
 def test_lora_trains_and_merges_back() -> None:
     base = model_of(config_of())
     untouched = copy.deepcopy(base.state_dict())
