@@ -5,14 +5,18 @@ since `mpt` imports none of them.
 """
 
 import platform
+import re
 import sys
+from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Literal
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from mpt.errors import MPTError
+from mpt.errors import MPTError, UserError
 
 if TYPE_CHECKING:
     from mpt.local import LocalModel
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 Style = Literal["none", "instruct", "chatml"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,6 +76,101 @@ def _mpt(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  mpt serve\n"
+    "  mpt serve --model chat=/models/mpt-7b-chat --dtype bfloat16\n"
+    "  mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt"
+)
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]NAME|PATH",
+            help="A checkpoint to serve: a name of the catalog, a folder, a hub repository; repeatable.",
+            show_default="the four of the mpt-tiny family",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key clients must send; repeatable. Other users of the machine can see it: prefer a file."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys, one per line; read again when it changes.")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    kv_gb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Sequences computed at once, per model.")] = 32,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait, per model; more get 503.")] = 256,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=16, help="Prompt tokens read in one step; smaller keeps other streams smoother.")
+    ] = 512,
+    context_length: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TOKENS", help="Serve a context other than the trained one; repeatable."),
+    ] = None,
+    prompt_style: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=STYLE", help="Template for chat: none, instruct or chatml; repeatable."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
+    ] = None,
+    docs: Annotated[
+        bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")
+    ] = None,
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")] = "text",
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
+    ] = 30.0,
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
+    ] = 600.0,
+) -> None:
+    """Serve checkpoints behind an OpenAI-style API."""
+    sources = dict(_model_source(text) for text in model or TINY)
+    if len(sources) < len(model or TINY):
+        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    if not _is_loopback(host) and not (api_key or api_key_file or no_auth):
+        raise UserError(
+            f"`{host}` can be reached from other machines and there are no keys; give --api-key-file, "
+            "or --no-auth to serve everybody who reaches it"
+        )
+    if no_auth and (api_key or api_key_file):
+        raise UserError("--no-auth and keys contradict each other; give one of them")
+    lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
+    styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
+    _announce(sources)
+    options = import_module("serving.options").ServeOptions(
+        models=sources,
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        api_key_file=api_key_file,
+        device=device,
+        dtype=dtype,
+        kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
+        max_running=max_running,
+        max_waiting=max_waiting,
+        prefill_chunk=prefill_chunk,
+        context_lengths=lengths,
+        prompt_styles=styles,
+        cors_origins=tuple(cors_origin or ()),
+        docs=_is_loopback(host) if docs is None else docs,
+        log_format=log_format,
+        drain_s=drain_seconds,
+        request_timeout_s=request_timeout,
+    )
+    import_module("serving.server").serve(options)
 
 
 @app.command(
@@ -160,6 +262,62 @@ def train(context: typer.Context) -> None:
     """Make checkpoints: all that the `train` command does."""
     sys.argv = ["mpt train", *context.args]
     import_module("training.cli").main()
+
+
+def _model_source(text: str) -> tuple[str, str]:
+    """The name to serve under, and the name or path to load, of one `--model`."""
+    name, equals, source = text.partition("=")
+    if not equals or "/" in name:  # a path may hold "="
+        name, source = text.rstrip("/").rpartition("/")[2], text
+    if not _MODEL_NAME.fullmatch(name) or not source:
+        raise UserError(
+            f"`--model {text}` gives no usable name (letters, digits, `.`, `_`, `-`, at most 64); "
+            "write NAME=PATH, for example chat=/models/mpt-7b-chat"
+        )
+    return name, source
+
+
+def _announce(sources: Mapping[str, str]) -> None:
+    """Find every checkpoint before torch is imported, and say what a licence forbids."""
+    from mpt.catalog import describe, resolve
+
+    for name, source in sources.items():
+        resolve(source)
+        entry = describe(source)
+        if entry.is_noncommercial:
+            print(f"`{name}` is licensed {entry.licence}: no commercial use", file=sys.stderr)
+
+
+def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of each NAME=VALUE, the names checked against the models served."""
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"`{option} {text}` names no model; write NAME=VALUE, for example {min(names)}={text}")
+        if name not in names:
+            raise UserError(f"`{option} {text}` is for `{name}`, which is not served; served: {', '.join(names)}")
+        yield name, value
+
+
+def _tokens(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise UserError(f"`--context-length {name}={text}` is no number of tokens; give a whole number from 1")
+    return int(text)
+
+
+def _style(name: str, text: str) -> str:
+    styles = get_args(Style)
+    if text not in styles:
+        raise UserError(f"`--prompt-style {name}={text}` is unknown; known: {', '.join(styles)}")
+    return text
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost may lead anywhere."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "LocalModel":

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -16,7 +17,7 @@ from mpt.local import DeviceChoice, DtypeChoice, LocalModel
 from mpt.prompts import PROMPT_STYLES
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["generate", "chat", "train"]
+COMMANDS = ["serve", "generate", "chat", "train"]
 
 
 def mpt_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -168,3 +169,112 @@ def test_reader_that_leaves_early_is_no_traceback(tiny_folders: Path) -> None:
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
     assert process.wait(60) == 1
+
+
+@pytest.fixture
+def served(
+    run: Callable[..., tuple[int, str, str]], tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., SimpleNamespace]:
+    """What `mpt serve` would start, with the models found in the folder of the test's two."""
+    started: list[SimpleNamespace] = []
+    stages = {
+        "serving.options": SimpleNamespace(ServeOptions=SimpleNamespace),
+        "serving.server": SimpleNamespace(serve=started.append),
+    }
+
+    def serve(*arguments: str) -> SimpleNamespace:
+        code, out, err = run("serve", *arguments)
+        assert (code, out) == (0, ""), err
+        return started.pop()
+
+    monkeypatch.setenv("MPT_HOME", str(tiny_folders))
+    monkeypatch.setattr(cli, "import_module", stages.__getitem__)
+    return serve
+
+
+def test_serve_without_arguments_is_the_tiny_family_on_loopback(
+    served: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "resolve", lambda name: Path(name))
+    options = served()
+    assert dict(options.models) == {name: name for name in catalog.CATALOG if name.startswith("mpt-tiny")}
+    assert (options.host, options.port, options.docs, options.api_keys) == ("127.0.0.1", 8000, True, ())
+
+
+def test_serve_names_models(served: Callable[..., SimpleNamespace], tiny_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "a=b").symlink_to(tiny_folders / "chat")
+    folder = str(tiny_folders / "chat")
+    assert dict(served("--model", "base").models) == {"base": "base"}
+    assert dict(served("--model", folder + "/").models) == {"chat": folder + "/"}
+    assert dict(served("--model", f"x={folder}", "--model", "base").models) == {"x": folder, "base": "base"}
+    assert dict(served("--model", f"x={tmp_path}/a=b").models) == {"x": f"{tmp_path}/a=b"}
+
+
+def test_serve_options_reach_the_server(served: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    options = served(
+        *("--model", "base", "--model", "chat", "--host", "0.0.0.0", "--port", "0", "--api-key-file", str(keys)),
+        *("--device", "cpu", "--dtype", "bfloat16", "--kv-gb", "1.5", "--max-running", "3", "--max-waiting", "4"),
+        *("--prefill-chunk", "64", "--context-length", "base=84000", "--prompt-style", "base=instruct"),
+        *("--cors-origin", "https://a", "--cors-origin", "https://b", "--log-format", "json"),
+        *("--drain-seconds", "5", "--request-timeout", "7.5"),
+    )
+    assert (options.host, options.port, options.docs) == ("0.0.0.0", 0, False)
+    assert (options.api_keys, options.api_key_file) == ((), keys)
+    assert (options.device, options.dtype, options.kv_bytes) == ("cpu", "bfloat16", 1_500_000_000)
+    assert (options.max_running, options.max_waiting, options.prefill_chunk) == (3, 4, 64)
+    assert (dict(options.context_lengths), dict(options.prompt_styles)) == ({"base": 84000}, {"base": "instruct"})
+    assert (options.cors_origins, options.log_format) == (("https://a", "https://b"), "json")
+    assert (options.drain_s, options.request_timeout_s) == (5, 7.5)
+    assert served("--model", "base", "--host", "0.0.0.0", "--no-auth", "--docs").docs
+    assert served("--model", "base", "--api-key", "k", "--host", "10.1.2.3", "--no-docs").api_keys == ("k",)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_serve_beyond_loopback_needs_keys(run: Callable[..., tuple[int, str, str]], host: str) -> None:
+    code, _, err = run("serve", "--model", "base", "--host", host)
+    assert code == 2 and f"`{host}` can be reached from other machines" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_serve_on_loopback_needs_none(served: Callable[..., SimpleNamespace], host: str) -> None:
+    assert served("--model", "base", "--host", host).host == host
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "mpt-7bb"], "did you mean `mpt-7b`?"),
+        (["--model", "base", "--model", "base"], "same name"),
+        (["--model", "=x"], "no usable name"),
+        (["--model", "base="], "no usable name"),
+        (["--model", "a b=base"], "no usable name"),
+        (["--model", "base", "--prompt-style", "base=alpaca"], "known: none, instruct, chatml"),
+        (["--model", "base", "--prompt-style", "chatml"], "for example base=chatml"),
+        (["--model", "base", "--prompt-style", "chat=none"], "served: base"),
+        (["--model", "base", "--context-length", "base=many"], "whole number"),
+        (["--model", "base", "--context-length", "base=0"], "whole number"),
+        (["--model", "base", "--api-key", "k", "--no-auth"], "contradict"),
+    ],
+)
+def test_serve_mistakes_name_themselves(
+    run: Callable[..., tuple[int, str, str]], served: object, arguments: list[str], message: str
+) -> None:
+    code, out, err = run("serve", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("mpt: ") and message in err and err.count("\n") == 1
+
+
+def test_serve_says_that_a_licence_forbids_commerce(
+    run: Callable[..., tuple[int, str, str]], served: object, tiny_folders: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "mpt-7b-chat").mkdir()
+    for path in (tiny_folders / "chat").iterdir():
+        if path.name != "manifest.json":
+            (tmp_path / "mpt-7b-chat" / path.name).symlink_to(path)
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    code, _, err = run("serve", "--model", "talk=mpt-7b-chat")
+    assert code == 0
+    assert "`talk` is licensed CC-BY-NC-SA-4.0: no commercial use" in err
