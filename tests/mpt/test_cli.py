@@ -202,12 +202,13 @@ def test_serve_without_arguments_is_the_tiny_family_on_loopback(
 
 
 def test_serve_names_models(served: Callable[..., SimpleNamespace], tiny_folders: Path, tmp_path: Path) -> None:
-    (tmp_path / "a=b").symlink_to(tiny_folders / "chat")
+    (tmp_path / "a=b").symlink_to(tiny_folders)
     folder = str(tiny_folders / "chat")
     assert dict(served("--model", "base").models) == {"base": "base"}
     assert dict(served("--model", folder + "/").models) == {"chat": folder + "/"}
     assert dict(served("--model", f"x={folder}", "--model", "base").models) == {"x": folder, "base": "base"}
-    assert dict(served("--model", f"x={tmp_path}/a=b").models) == {"x": f"{tmp_path}/a=b"}
+    assert dict(served("--model", f"{tmp_path}/a=b/chat").models) == {"chat": f"{tmp_path}/a=b/chat"}
+    assert dict(served("--model", f"x={tmp_path}/a=b/chat").models) == {"x": f"{tmp_path}/a=b/chat"}
 
 
 def test_serve_options_reach_the_server(served: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
@@ -264,6 +265,14 @@ def test_serve_mistakes_name_themselves(
     code, out, err = run("serve", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("mpt: ") and message in err and err.count("\n") == 1
+
+
+def test_serve_finds_every_checkpoint_before_it_starts(
+    run: Callable[..., tuple[int, str, str]], served: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_TINY", Path("/nowhere"))
+    code, _, err = run("serve", "--model", "base", "--model", "mpt-tiny")
+    assert code == 2 and "make tiny" in err
 
 
 def test_serve_says_that_a_licence_forbids_commerce(
