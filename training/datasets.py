@@ -188,6 +188,11 @@ def _tiny_chat(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed:
     return Generated(make, seed)
 
 
+def _tiny_copying(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
+    shelf = mixture.Shelf(tokenizer, novels.training_files())
+    return Generated(lambda rng: Sample(*mixture.copying_document(rng, tokenizer, shelf)), seed)
+
+
 def _tiny_pretrain(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
     shelf = mixture.Shelf(tokenizer, novels.training_files())
     return Generated(lambda rng: Sample(*mixture.base_document(rng, tokenizer, shelf, max_seq_len)), seed)
@@ -202,6 +207,7 @@ DATASETS: dict[str, Callable[[Tokenizer, PromptStyle, int, int], Dataset]] = {
     "dolly_hhrlhf": _dolly_hhrlhf,
     "yaml_to_json": _yaml_to_json,
     "tiny_chat": _tiny_chat,
+    "tiny_copying": _tiny_copying,
     "tiny_pretrain": _tiny_pretrain,
     "tiny_stories": _tiny_stories,
 }

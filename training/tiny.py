@@ -49,11 +49,13 @@ def make(
     novels.held_out_text()
     tokenizer = make_tokenizer(work / "tokenizer")
     base = str(work / "mpt-tiny" / "model")
+    if "mpt-tiny" in names:
+        loop.fit(recipes.mpt_tiny_copying(str(work / "mpt-tiny-copying"), str(tokenizer)), report)
     scores = {}
     for name in NAMES:
         if name not in names:
             continue
-        run = _run(name, work, str(tokenizer), base)
+        run = _run(name, work, base)
         log.info("%s: %s", name, run.out)
         model = loop.fit(run, report)
         path = work / name / "scores.json"
@@ -65,10 +67,10 @@ def make(
     return scores
 
 
-def _run(name: str, work: Path, tokenizer: str, base: str) -> Run:
+def _run(name: str, work: Path, base: str) -> Run:
     out = str(work / name)
     if name == "mpt-tiny":
-        return recipes.mpt_tiny(out, tokenizer)
+        return recipes.mpt_tiny(out, str(work / "mpt-tiny-copying" / "model"))
     if not (Path(base) / MANIFEST).is_file():
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
@@ -126,17 +128,15 @@ document or conversation is one that training never generates.
 def write_docs(work: Path, docs: Path) -> None:
     """Write docs/tiny.md from what the runs measured."""
     rows, sections = [], []
-    for name in NAMES:
-        if not (work / name / "scores.json").is_file():
+    for name, task in _STAGES.items():
+        if not (work / name / "model" / MANIFEST).is_file():
             continue
         run = Run.read(work / name / "run.json")
         last = json.loads((work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        scores = json.loads((work / name / "scores.json").read_text(encoding="utf-8"))
-        summary = _SUMMARY[name]
-        rows.append(
-            f"| `{name}` | {summary} | {last['step']} | {last['tokens'] / 1e6:.1f} M | {last['seconds'] / 60:.1f} |\n"
-        )
-        sections.append(_section(name, run, last, scores))
+        tokens, minutes = last["tokens"] / 1e6, last["seconds"] / 60
+        rows.append(f"| `{name}` | {task} | {last['step']} | {tokens:.1f} M | {minutes:.1f} |\n")
+        scores = work / name / "scores.json"
+        sections.append(_section(name, run, last, json.loads(scores.read_text("utf-8")) if scores.is_file() else {}))
     shape = recipes.TINY_SHAPE
     head = _HEAD.format(n_parameters=_n_parameters(), **shape)
     hardware = (
@@ -148,7 +148,8 @@ def write_docs(work: Path, docs: Path) -> None:
     docs.write_text(head + "".join(rows) + hardware + "".join(sections), encoding="utf-8")
 
 
-_SUMMARY = {
+_STAGES = {  # in the order they are trained
+    "mpt-tiny-copying": "first stage of the base: short copies",
     "mpt-tiny": "continues text",
     "mpt-tiny-instruct": "YAML to JSON",
     "mpt-tiny-chat": "a short conversation",

@@ -70,12 +70,12 @@ class Quoted(str):
     """A string that is written in quotes, since bare it would be a number, a boolean or a date."""
 
 
-def pair(rng: random.Random, held_out: bool = False) -> Pair:
+def pair(rng: random.Random, held_out: bool = False, max_characters: int = 520) -> Pair:
     """A document of up to about 14 entries; held_out draws its names from those never trained on."""
     while True:
         value = _document(rng, held_out)
         text = to_yaml(value, rng)
-        if len(text) < 520:
+        if len(text) < max_characters:
             return Pair(value, text, json.dumps(value, ensure_ascii=False))
 
 
