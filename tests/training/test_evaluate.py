@@ -1,0 +1,90 @@
+"""Scores are computed from what the model really says, whatever the batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mpt
+from mpt.checkpoint import read_manifest
+from mpt.config import MPTConfig
+from mpt.errors import UserError
+from mpt.model import MPTForCausalLM
+from mpt.tokenizer import Tokenizer
+from training import evaluate, loop, tiny
+from training.corpora import yaml_json
+from training.run import Run
+
+SHAPE = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 384, "max_seq_len": 64, "no_bias": True}
+
+
+@pytest.fixture
+def model() -> MPTForCausalLM:
+    torch.manual_seed(0)
+    return MPTForCausalLM(MPTConfig(**SHAPE, attn_config={"alibi": True})).eval()
+
+
+def test_batched_greedy_equals_the_naive_loop(model: MPTForCausalLM) -> None:
+    torch.manual_seed(1)
+    prompts = [torch.randint(384, (n,)).tolist() for n in (3, 17, 9, 40, 1, 17) for _ in range(8)]
+    end_ids = tuple(range(20))
+    found = evaluate.greedy(model, prompts, 15, end_ids)
+    expected = [mpt.generate(model, prompt, 15, end_ids=end_ids) for prompt in prompts]
+    assert found == expected
+    assert len({len(answer) for answer in expected}) > 1  # some ended early, some did not
+
+
+def test_token_losses_read_in_pieces_equal_one_forward(model: MPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_CHUNK", 7)
+    ids = torch.randint(384, (50,))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
+    torch.testing.assert_close(evaluate.token_losses(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_copies_the_answers_scores_one_and_a_mute_one_zero(
+    model: MPTForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is replaced by an oracle that reads the prompt's YAML with pyyaml, and by one that says nothing."""
+    import yaml
+
+    def oracle(model: object, prompts: list[list[int]], limit: int, end_ids: object) -> list[list[int]]:
+        answers = []
+        for prompt in prompts:
+            text = tokenizer.decode(prompt).partition("### Instruction:\n")[2].partition("\n\n### Response:")[0]
+            candidates = [text.replace("```yaml\n", "").replace("```", "").strip("\n")]
+            for template in yaml_json.INSTRUCTIONS:
+                head, tail = template.split("{yaml}")
+                if text.startswith(head) and text.endswith(tail):
+                    inner = text[len(head) : len(text) - len(tail)]
+                    candidates.append(inner.replace("```yaml\n", "").replace("```", "").strip("\n"))
+            value = yaml.safe_load(min(candidates, key=len).replace("street:123", "street: 123"))
+            answers.append([*tokenizer.encode(json.dumps(value, ensure_ascii=False)), tokenizer.eos_id])
+        return answers
+
+    monkeypatch.setattr(evaluate, "greedy", oracle)
+    scores = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=60)
+    assert (scores["exact"], scores["equal_values"], scores["blog_example"]) == (1.0, 1.0, True)
+    monkeypatch.setattr(evaluate, "greedy", lambda model, prompts, *_: [[] for _ in prompts])
+    mute = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=20)
+    assert (mute["exact"], mute["equal_values"], len(mute["failures"])) == (0.0, 0.0, 5)
+
+
+def test_an_unknown_task_is_refused(small_run: Run) -> None:
+    folder = loop.fit(small_run)
+    with pytest.raises(UserError, match="no task `poetry`; known: yaml_to_json"):
+        evaluate.evaluate(str(folder), ["poetry"])
+
+
+def test_a_packaged_model_loads_and_holds_its_scores(small_run: Run, tmp_path: Path) -> None:
+    folder = loop.fit(small_run)
+    target = tmp_path / "packaged" / "small"
+    for score in (0.5, 0.75):  # a better version replaces the old one
+        tiny.package(folder, {"yaml_to_json": {"exact": score, "failures": ["x"], "seconds": 1.0}}, target)
+    manifest = read_manifest(target)
+    assert manifest is not None and manifest["scores"] == {"yaml_to_json": {"exact": 0.75}}
+    found, expected = mpt.load(target).state_dict(), mpt.load(folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert [path.name for path in target.parent.iterdir()] == ["small"]
