@@ -123,6 +123,11 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """The most bytes one token stands for: a text of n bytes has at least n divided by this many tokens."""
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
         folder = Path(folder)

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from mpt.tokenizer import Tokenizer
 from serving.backend import Backend, Work
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.request import (
+    Delta,
     EngineError,
     EngineFailed,
     Event,
@@ -111,7 +112,7 @@ class Engine:
         """Start the thread; it reads one token first, so that `ready` means the model has answered."""
         self._thread.start()
 
-    async def generate(
+    def submit(
         self,
         prompt: list[int],
         sampling: Sampling,
@@ -119,29 +120,28 @@ class Engine:
         request_id: str,
         deadline_s: float | None = None,
         salt: str = "",
-    ) -> AsyncIterator[Event]:
-        """Everything that happens to a request, until all its n samples have ended.
+    ) -> "Answer":
+        """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
-        Closing the iterator cancels: its memory is free at the next step. salt: prompts share cached beginnings only
-        within one. Raises Overloaded, PromptTooLong and ShuttingDown before the first event; RequestTimeout and
-        EngineFailed at any time.
+        salt: prompts share cached beginnings only within one. Raises Overloaded, PromptTooLong, ShuttingDown.
         """
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
-
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
         request = Request(request_id, list(prompt), sampling, salt, deadline, loop, inbox.put_nowait)
         self._submit(request)
+        return Answer(request, inbox, self._cancel)
+
+    async def generate(
+        self, prompt: list[int], sampling: Sampling, *, request_id: str, deadline_s: float | None = None, salt: str = ""
+    ) -> AsyncIterator[Event]:
+        """The events of one request, from `submit` until all its samples have ended."""
+        answer = self.submit(prompt, sampling, request_id=request_id, deadline_s=deadline_s, salt=salt)
         try:
-            n_left = sampling.n
-            while n_left:
-                event = await inbox.get()
-                if isinstance(event, EngineError):
-                    raise event
+            async for event in answer:
                 yield event
-                n_left -= getattr(event, "finish_reason", None) is not None
         finally:
-            self._cancel(request)
+            answer.close()
 
     def stats(self) -> EngineStats:
         """A snapshot; cheap enough for every scrape."""
@@ -526,6 +526,34 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._hand_out()
+
+
+class Answer:
+    """What happens to one request, event by event, until all its n samples have ended.
+
+    Closing it cancels: the memory is free at the next step. Raises RequestTimeout, ShuttingDown and EngineFailed.
+    """
+
+    def __init__(
+        self, request: Request, inbox: "asyncio.Queue[Event | EngineError]", cancel: Callable[[Request], None]
+    ) -> None:
+        self._request, self._inbox, self._cancel = request, inbox, cancel
+        self._n_left = request.sampling.n
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._n_left:
+            raise StopAsyncIteration
+        event = await self._inbox.get()
+        if isinstance(event, EngineError):
+            raise event
+        self._n_left -= isinstance(event, Delta) and event.finish_reason is not None
+        return event
+
+    def close(self) -> None:
+        self._cancel(self._request)
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], n_top: list[int]) -> list[TokenLogprob]:

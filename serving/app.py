@@ -1,0 +1,365 @@
+"""The HTTP app: OpenAI's routes over the endpoints of one process.
+
+Made by one function and run in two places: by `mpt serve` on uvicorn, and inside a Ray Serve replica. Bodies are read
+here under a byte limit and parsed by `serving/protocol.py`, since FastAPI's own reading takes NaN, "16" for 16 and
+unknown fields; the OpenAPI schema is given by hand instead.
+"""
+
+import asyncio
+import contextlib
+import html
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+
+import mpt
+from mpt.errors import UserError
+from mpt.prompts import Message, encode_chat
+from serving import answers
+from serving.auth import Keys
+from serving.endpoints import Endpoint
+from serving.errors import (
+    ApiError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
+from serving.gate import Gate, respond
+from serving.metrics import Metrics
+from serving.options import ServeOptions
+from serving.protocol import (
+    Body,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+    prompts_of,
+    sampling_of,
+)
+from serving.sse import EventStream, until_disconnected
+
+_LONG_TEXT = 20_000  # characters; tokenizing more takes over 10 ms, so a thread does it
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+Result = TypeVar("Result")
+
+
+@dataclass
+class Serving:
+    """What the routes share: the endpoints as they become ready, and whether the server is leaving."""
+
+    options: ServeOptions
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    loading: set[str] = field(default_factory=set)
+    draining: bool = False
+
+    def endpoint(self, name: str) -> Endpoint:
+        """The endpoint of a served name. Raises NotFound, or Unavailable while it loads or the server leaves."""
+        if self.draining:
+            raise Unavailable("the server is shutting down; try another replica", code="shutting_down")
+        if name in self.endpoints:
+            return self.endpoints[name]
+        if name in self.loading:
+            raise Unavailable(f"`{name}` is still loading; try again soon", code="model_loading")
+        known = ", ".join(f"`{known}`" for known in [*self.endpoints, *sorted(self.loading)])
+        raise NotFound(f"no model `{name[:100]}` here; served: {known}", code="model_not_found", param="model")
+
+    def not_ready(self) -> str | None:
+        """Why requests cannot be answered now, None if they can."""
+        if self.draining:
+            return "shutting down"
+        if self.loading:
+            return "loading " + ", ".join(sorted(self.loading))
+        stopped = [name for name, endpoint in self.endpoints.items() if not endpoint.engine.ready]
+        return f"not answering: {', '.join(stopped)}" if stopped or not self.endpoints else None
+
+
+def make_app(serving: Serving) -> FastAPI:
+    """The ASGI app over these endpoints; they may still be loading."""
+    options = serving.options
+    metrics = Metrics(lambda: list(serving.endpoints.values()))
+    app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.serving = serving
+
+    async def body(request: Request, kind: type[Body]) -> Body:
+        return parse(kind, await _read_body(request, options.max_body_bytes))
+
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continue prompts: text, texts, token ids or lists of those."""
+        asked = await body(request, CompletionRequest)
+        endpoint = serving.endpoint(asked.model)
+        texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
+        prompts = [await _tokens(endpoint, prompt) for prompt in texts_or_ids]
+        longest = max(map(len, prompts))
+        room = endpoint.context_length - longest
+        wanted = min(_DEFAULT_COMPLETION_TOKENS, max(room, 1)) if asked.max_tokens is None else asked.max_tokens
+        _check_room(endpoint, longest, wanted, "prompt")
+        texts = []
+        if asked.echo:
+            pairs = zip(texts_or_ids, prompts, strict=True)
+            texts = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
+        job = _job(request, asked, endpoint, prompts, wanted)
+        job.echo, job.texts = bool(asked.echo), texts
+        return await run(
+            request,
+            job,
+            asked,
+            lambda events: answers.completion_chunks(job, events, logprobs=asked.logprobs),
+            lambda events: answers.completion(job, events, logprobs=asked.logprobs),
+        )
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation, in the model's own prompt style."""
+        asked = await body(request, ChatRequest)
+        endpoint = serving.endpoint(asked.model)
+        prompt = await _chat_tokens(endpoint, asked.messages)
+        room = endpoint.context_length - len(prompt)
+        wanted = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
+        _check_room(endpoint, len(prompt), wanted, "messages")
+        job = _job(request, asked, endpoint, [prompt], wanted)
+        logprobs = bool(asked.logprobs)
+        return await run(
+            request,
+            job,
+            asked,
+            lambda events: answers.chat_chunks(job, events, logprobs=logprobs),
+            lambda events: answers.chat(job, events, logprobs=logprobs),
+        )
+
+    async def run(request: Request, job: answers.Job, asked: Any, chunks: Any, whole: Any) -> Response:
+        """Start a job and answer with a stream or a whole response, whichever was asked for."""
+        request.state.log.update(model=job.endpoint.name, prompt_tokens=sum(map(len, job.prompts)))
+        events = answers.start(job, metrics, deadline_s=options.request_timeout_s, salt=request.state.salt)
+        if asked.stream:
+            return EventStream(chunks(events), request_id=job.id, keep_alive_s=options.keep_alive_s)
+        result = await _unless_disconnected(request, whole(events))
+        request.state.log["completion_tokens"] = job.completion_tokens
+        return _json(result)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The models served here."""
+        return _json({"object": "list", "data": [endpoint.card() for endpoint in serving.endpoints.values()]})
+
+    @app.get("/v1/models/{model}")
+    async def model(model: str) -> Response:
+        """One model served here."""
+        return _json(serving.endpoint(model).card())
+
+    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a text, or of messages in the model's prompt style."""
+        asked = await body(request, TokenizeRequest)
+        endpoint = serving.endpoint(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
+        if asked.messages is not None:
+            ids = await _chat_tokens(endpoint, asked.messages)
+        else:
+            ids = await asyncio.to_thread(endpoint.tokenizer.encode, asked.prompt or "")
+        return _json({"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length})
+
+    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, control tokens included."""
+        asked = await body(request, DetokenizeRequest)
+        endpoint = serving.endpoint(asked.model)
+        ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
+        return _json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the process and its engines live; 503 when an engine has stopped for good."""
+        failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
+        return _json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 once every model has computed a token and the server takes requests."""
+        why = serving.not_ready()
+        if why is None:
+            return _json({"status": "ready"})
+        return respond(Unavailable(why, code="shutting_down" if serving.draining else "model_loading"))
+
+    @app.get("/version")
+    async def versions() -> Response:
+        return _json({"version": mpt.__version__, "torch": version("torch"), "transformers": version("transformers")})
+
+    @app.get("/metrics")
+    async def scrape() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    if options.docs:
+        _add_docs(app)
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.scope['path'][:100]}"
+        if error.status_code == 405:
+            refused = MethodNotAllowed(f"`{where}` is not a method of this URL")
+            refused.headers = dict(error.headers or {})
+            return respond(refused)
+        if error.status_code == 404:
+            return respond(NotFound(f"there is no `{where}` here; the API begins at /v1"))
+        return respond(InvalidRequest(str(error.detail)))
+
+    keys = Keys(options.api_keys, options.api_key_file)
+    app.add_middleware(Gate, keys=keys, metrics=metrics, log_format=options.log_format)
+    if options.cors_origins:  # outside the gate: a browser's preflight carries no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The request's body. Raises UnsupportedMediaType and TooLarge before it is parsed."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType(f"content-type is `{kind[:60]}`; send `application/json`")
+    too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    raw = bytearray()
+    async for piece in request.stream():
+        raw += piece
+        if len(raw) > limit:
+            raise too_large
+    return bytes(raw)
+
+
+async def _tokens(endpoint: Endpoint, prompt: str | list[int]) -> list[int]:
+    """A prompt's token ids, control tokens never made from text; an empty text begins a new one."""
+    if not isinstance(prompt, str):
+        return prompt
+    _check_size(endpoint, [prompt], "prompt")
+    if len(prompt) > _LONG_TEXT:
+        ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt)
+    else:
+        ids = endpoint.tokenizer.encode(prompt)
+    return ids or [endpoint.tokenizer.eos_id]
+
+
+async def _chat_tokens(endpoint: Endpoint, messages: list[ChatMessage]) -> list[int]:
+    turns = [Message(role=message.role, content=message.text()) for message in messages]
+    _check_size(endpoint, [turn["content"] for turn in turns], "messages")
+    try:
+        return await asyncio.to_thread(
+            encode_chat, endpoint.tokenizer, endpoint.prompt_style, turns, system_default=endpoint.system_prompt
+        )
+    except UserError as error:
+        raise InvalidRequest(str(error), param="messages") from None
+
+
+def _check_size(endpoint: Endpoint, texts: list[str], param: str) -> None:
+    """Refuse what cannot fit the context however it is tokenized, before spending time on it."""
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if n_bytes > endpoint.max_prompt_bytes:
+        least = n_bytes // endpoint.tokenizer.longest_token_bytes
+        raise InvalidRequest(
+            f"the prompt has {n_bytes} bytes, at least {least} tokens, over the {endpoint.context_length} tokens of "
+            f"`{endpoint.name}`; shorten it",
+            code="context_length_exceeded",
+            param=param,
+        )
+
+
+def _check_room(endpoint: Endpoint, n_prompt: int, max_tokens: int, param: str) -> None:
+    if n_prompt + max_tokens > endpoint.context_length:
+        raise InvalidRequest(
+            f"the prompt has {n_prompt} tokens and max_tokens is {max_tokens}: {n_prompt + max_tokens} is over the "
+            f"context of `{endpoint.name}`, {endpoint.context_length}; shorten the prompt or lower max_tokens",
+            code="context_length_exceeded",
+            param=param,
+            n_prompt_tokens=n_prompt,
+            n_ctx=endpoint.context_length,
+        )
+
+
+def _job(
+    request: Request, asked: CompletionRequest | ChatRequest, endpoint: Endpoint, prompts: list[list[int]], wanted: int
+) -> answers.Job:
+    if asked.stream_options is not None and not asked.stream:
+        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
+    options = asked.stream_options
+    return answers.Job(
+        id=request.state.request_id,
+        endpoint=endpoint,
+        prompts=prompts,
+        sampling=sampling_of(asked, wanted, endpoint.vocab_size),
+        n=asked.n or 1,
+        include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
+        continuous_usage=options is not None and options.continuous_usage_stats,
+    )
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of the work, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise InvalidRequest("the client has gone away", code="client_disconnected")
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await task
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _add_docs(app: FastAPI) -> None:
+    """/openapi.json, and /docs as one plain page: Swagger's would load scripts from other people's servers."""
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return _json(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        rows = []
+        for path, methods in app.openapi()["paths"].items():
+            for method, operation in methods.items():
+                takes = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+                fields = ", ".join(f"<code>{name}</code>" for name in takes.get("schema", {}).get("properties", {}))
+                what = html.escape(operation.get("description", ""))
+                rows.append(f"<tr><td><code>{method.upper()} {html.escape(path)}</code><td>{what}<td>{fields}")
+        page = (
+            "<!doctype html><meta charset=utf-8><title>MPT API</title><meta name=viewport content='width=device-width'>"
+            "<style>body{font:16px system-ui;margin:2rem auto;max-width:70rem;padding:0 1rem}td,th{text-align:left;"
+            "vertical-align:top;padding:.4rem .8rem .4rem 0}</style><h1>MPT API</h1><p>OpenAI's API; the schema is at "
+            "<a href=openapi.json>openapi.json</a>.<table><tr><th>route<th>what it does<th>fields" + "".join(rows)
+        )
+        return HTMLResponse(page + "</table>")

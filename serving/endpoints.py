@@ -1,0 +1,124 @@
+"""An endpoint: one checkpoint under a served name, its engine, and what clients should know of it."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mpt.catalog import describe, resolve
+from mpt.checkpoint import load
+from mpt.errors import MachineRefused
+from mpt.local import choose_device
+from mpt.prompts import PromptStyle
+from mpt.tokenizer import Tokenizer
+from serving.backend import TorchBackend
+from serving.engine import Engine
+from serving.options import ServeOptions
+
+log = logging.getLogger(__name__)
+
+_KV_SHARE = 0.6  # of the memory that is free once the weights are in, shared by the models
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A row of the server. context_length: tokens of prompt and answer one request may have."""
+
+    name: str
+    root: str  # what was asked for: catalog name, folder or hub repository
+    engine: Engine
+    tokenizer: Tokenizer
+    prompt_style: PromptStyle
+    system_prompt: str | None
+    licence: str
+    vocab_size: int
+    context_length: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def max_prompt_bytes(self) -> int:
+        """No prompt of more bytes can fit the context, however it is tokenized."""
+        return self.context_length * self.tokenizer.longest_token_bytes
+
+    def card(self) -> dict[str, Any]:
+        """The entry in /v1/models: OpenAI's four fields, vLLM's two, and ours."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "mpt",
+            "root": self.root if "/" not in self.root.strip("./") else self.name,  # never a path of this machine
+            "max_model_len": self.context_length,
+            "context_length": self.context_length,
+            "prompt_style": self.prompt_style,
+            "licence": self.licence,
+        }
+
+
+def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoint:
+    """Load one model and start its engine; n_sharing models share the memory that is free."""
+    folder = resolve(root)
+    entry = describe(root)
+    device = choose_device(options.device)
+    model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
+    tokenizer = Tokenizer.from_folder(folder)
+    backend = TorchBackend(model)
+    context = options.context_lengths.get(name, model.config.max_seq_len)
+    kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, device, n_sharing)
+    engine = Engine(
+        backend,
+        tokenizer,
+        context_length=context,
+        kv_bytes=kv_bytes,
+        max_running=options.max_running,
+        max_waiting=options.max_waiting,
+        prefill_chunk=options.prefill_chunk,
+    )
+    engine.start()
+    endpoint = Endpoint(
+        name=name,
+        root=root,
+        engine=engine,
+        tokenizer=tokenizer,
+        prompt_style=options.prompt_styles.get(name, entry.prompt_style),
+        system_prompt=entry.system_prompt,
+        licence=entry.licence,
+        vocab_size=backend.vocab_size,
+        context_length=engine.longest_request,
+    )
+    log.info(
+        "%s: %s on %s, context %d tokens, KV cache %.2f GB, prompts %s, licence %s%s",
+        name,
+        str(model.dtype).removeprefix("torch."),
+        device,
+        endpoint.context_length,
+        kv_bytes / 1e9,
+        endpoint.prompt_style,
+        endpoint.licence,
+        " (non-commercial use only)" if entry.is_noncommercial else "",
+    )
+    if endpoint.context_length < context:
+        log.warning("%s: the KV cache holds %d of %d tokens of context", name, endpoint.context_length, context)
+    return endpoint
+
+
+def _default_kv_bytes(backend: TorchBackend, context: int, max_running: int, device: str, n_sharing: int) -> int:
+    """Room for every row at full context, or this model's share of the free memory if that is less."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _available_bytes()
+    share = int(free * _KV_SHARE / n_sharing)
+    wanted = backend.bytes_per_token * backend.capacity_for(context) * max_running
+    if share < backend.bytes_per_token * backend.capacity_for(1):
+        raise MachineRefused(f"{free / 1e9:.1f} GB of memory are free: too little for a KV cache; serve fewer models")
+    return min(share, wanted)
+
+
+def _available_bytes() -> int:
+    """Memory this machine can still give, caches it would drop included."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

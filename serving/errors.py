@@ -1,0 +1,91 @@
+"""What the server says when it cannot answer: one class a row of the error contract, in OpenAI's body.
+
+The engine's errors are translated here; nothing else decides a status.
+"""
+
+from typing import Any
+
+from mpt.errors import MPTError, UserError
+from serving.request import (
+    EngineError,
+    Overloaded,
+    PromptTooLong,
+    RequestTimeout,
+    ShuttingDown,
+)
+
+
+class ApiError(MPTError):
+    """An answer other than 200. Subclasses fix status and type; `code` says which case of them it is."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    headers: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None, **numbers: int) -> None:
+        super().__init__(message)
+        self.code = code or type(self).code
+        self.param, self.numbers = param, numbers
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object; `numbers` stand beside the four fields every client knows."""
+        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code, **self.numbers}
+        return {"error": error}
+
+
+class InvalidRequest(ApiError):
+    """The caller's fault: a field, its value, its size."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_value"
+
+
+class Unauthorized(ApiError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+    headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
+
+
+class NotFound(ApiError):
+    status, type, code = 404, "invalid_request_error", "unknown_url"
+
+
+class MethodNotAllowed(ApiError):
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class TooLarge(ApiError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedMediaType(ApiError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class InternalError(ApiError):
+    """Our bug: the message carries the request's id and nothing else."""
+
+    headers = {"x-should-retry": "false"}  # noqa: RUF012  (the same request would fail again)
+
+
+class Unavailable(ApiError):
+    """Not now: overloaded, queue_timeout, model_loading, shutting_down."""
+
+    status, code = 503, "overloaded"
+    headers = {"Retry-After": "2"}  # noqa: RUF012
+
+
+def from_engine(error: EngineError, *, started: bool = False) -> ApiError:
+    """The engine's error as the server says it. started: whether the request had left the queue."""
+    if isinstance(error, PromptTooLong):
+        return InvalidRequest(str(error), code="context_length_exceeded")
+    if isinstance(error, Overloaded):
+        return Unavailable(str(error), code="overloaded")
+    if isinstance(error, ShuttingDown):
+        return Unavailable(str(error), code="shutting_down")
+    if isinstance(error, RequestTimeout):
+        return Unavailable(str(error), code="request_timeout" if started else "queue_timeout")
+    return InternalError(str(error))
+
+
+def from_user_error(error: UserError, param: str) -> ApiError:
+    return InvalidRequest(str(error), param=param)

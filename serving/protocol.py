@@ -1,0 +1,281 @@
+"""OpenAI's request bodies, read strictly: every field has a type, a range and a fate.
+
+A field is used, or accepted because it asks for nothing (`user`, `store: false`), or refused by name; none is ignored.
+Sources: OpenAI's API reference; vLLM's names for the extensions clients send in `extra_body`.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serving.errors import InvalidRequest
+from serving.request import Sampling
+
+MAX_SAMPLES = 8  # n and best_of: each is a sequence in the batch
+MAX_PROMPTS = 64
+MAX_STOPS = 16  # OpenAI's limit is 4
+MAX_TOP_LOGPROBS = 20
+
+# Accepted whatever they say: they change nothing a caller could observe.
+_NO_OPS = {
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "add_special_tokens", "priority",
+}  # fmt: skip
+# Accepted only at values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""), "store": (None, False), "tools": (None, []), "tool_choice": (None, "none", "auto"),
+    "functions": (None, []), "function_call": (None, "none", "auto"), "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "reasoning_effort": (None,),
+    "verbosity": (None,), "web_search_options": (None,), "use_beam_search": (False,), "length_penalty": (1.0,),
+    "early_stopping": (False,), "prompt_logprobs": (None,), "truncate_prompt_tokens": (None,),
+    "spaces_between_special_tokens": (True,), "return_token_ids": (None, False), "allowed_token_ids": (None,),
+    "bad_words": (None, []), "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,),
+    "typical_p": (None, 1.0), "echo_prompt": (False,), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "chat_template": (None,), "chat_template_kwargs": (None, {}),
+}  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis; none is added here
+
+
+class _Generation(_Strict):
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
+    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = False
+    min_tokens: Annotated[int, Field(ge=0)] | None = 0
+    skip_special_tokens: bool | None = True
+    include_stop_str_in_output: bool | None = False
+
+
+class CompletionRequest(_Generation):
+    prompt: Any  # a union pydantic would explain badly: see `prompts_of`
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    echo: bool | None = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """Unknown fields inside a message are allowed: clients send back what other servers gave them."""
+
+    model_config = ConfigDict(strict=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Generation):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+
+class TokenizeRequest(_Strict):
+    model: str
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+
+class DetokenizeRequest(_Strict):
+    model: str
+    tokens: list[int]
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """A request body of one kind. Raises InvalidRequest naming the field, its value and what would be right."""
+    try:
+        fields = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"the body is a JSON {_kind(fields)}, not an object", code="invalid_json")
+    fields = {name: value for name, value in fields.items() if not _asks_nothing(kind, name, value)}
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error.errors()[0]) from None
+
+
+def _asks_nothing(kind: type[BaseModel], name: str, value: object) -> bool:
+    """Whether a field is one to accept and drop; raises for the unknown and the unsupported."""
+    if name in kind.model_fields:
+        return False
+    if name in _NO_OPS:
+        return True
+    if name in _NEUTRAL:
+        if any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]):
+            return True
+        raise InvalidRequest(f"`{name}` is not supported here; leave it out", code="unsupported_parameter", param=name)
+    close = difflib.get_close_matches(name, kind.model_fields, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else ""
+    raise InvalidRequest(f"unknown parameter `{_short(name)}`{hint}", code="unknown_parameter", param=_short(name))
+
+
+def _explain(problem: Any) -> InvalidRequest:
+    """Pydantic's first finding as one sentence."""
+    param = ""
+    for step in problem["loc"]:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        elif step in ("str", "float", "int") or "[" in str(step):  # a branch of a union, not a field
+            break
+        else:
+            param += f".{step}" if param else str(step)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "missing":
+        return InvalidRequest(f"`{param}` is missing", code="missing_required_parameter", param=param)
+    is_type = kind.endswith(("_type", "_parsing")) or kind == "int_from_float"
+    wanted = problem["msg"][0].lower() + problem["msg"][1:]
+    if context.get("expected"):
+        wanted = f"input should be {context['expected']}"
+    message = f"`{param}`: {wanted}; got {_short(problem['input'])}"
+    return InvalidRequest(message, code="invalid_type" if is_type else "invalid_value", param=param)
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode("utf-8", "replace")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: object) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def prompts_of(value: Any, vocab_size: int) -> list[str | list[int]]:
+    """The prompts of a completion request: a string, strings, token ids, or lists of those."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(
+            "`prompt` must be a string, a list of strings, a list of token ids or a list of those, and not empty",
+            code="invalid_type" if not isinstance(value, list) else "invalid_value",
+            param="prompt",
+        )
+    if all(_is_id(item) for item in value):
+        return [_check_ids(value, vocab_size)]
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"`prompt` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param="prompt")
+    prompts: list[str | list[int]] = []
+    for n, item in enumerate(value):
+        if isinstance(item, str):
+            prompts.append(item)
+        elif isinstance(item, list) and item and all(_is_id(token) for token in item):
+            prompts.append(_check_ids(item, vocab_size))
+        else:
+            message = f"`prompt[{n}]` must be a string or a list of token ids; got {_short(item)}"
+            raise InvalidRequest(message, code="invalid_type", param=f"prompt[{n}]")
+    return prompts
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_ids(ids: list[int], vocab_size: int) -> list[int]:
+    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(
+            f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}", code="invalid_prompt", param="prompt"
+        )
+    return ids
+
+
+def sampling_of(body: CompletionRequest | ChatRequest, max_tokens: int, vocab_size: int) -> Sampling:
+    """What the engine is asked for; fields that are null take their defaults."""
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stops) > MAX_STOPS or not all(stops):
+        raise InvalidRequest(f"`stop` takes 1 to {MAX_STOPS} strings, none empty", param="stop")
+    bad = next((t for t in body.stop_token_ids or [] if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"`stop_token_ids`: {bad} is outside 0 to {vocab_size - 1}", param="stop_token_ids")
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(f"`min_tokens` {min_tokens} is over max_tokens {max_tokens}", param="min_tokens")
+    n = body.n or 1
+    logprobs: int | None
+    prompt_logprobs = None
+    if isinstance(body, CompletionRequest):
+        best_of = body.best_of or n
+        if best_of < n:
+            raise InvalidRequest(f"`best_of` {best_of} is under n {n}", param="best_of")
+        if best_of > n and body.stream:
+            raise InvalidRequest("`best_of` over n cannot be streamed; set stream to false", param="best_of")
+        logprobs = body.logprobs
+        prompt_logprobs = body.logprobs if body.echo else None
+        if best_of > n and logprobs is None:
+            logprobs = 0  # to rank by
+        n = best_of
+    else:
+        if body.top_logprobs is not None and not body.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return Sampling(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        n=n,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=_bias(body.logit_bias or {}, vocab_size),
+        seed=body.seed,
+        stop=tuple(stops),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _bias(raw: dict[str, float], vocab_size: int) -> dict[int, float]:
+    bias = {}
+    for key, value in raw.items():
+        if not key.isascii() or not key.isdigit() or int(key[:12]) >= vocab_size:
+            raise InvalidRequest(
+                f"`logit_bias`: `{_short(key)}` is not a token id, 0 to {vocab_size - 1}", param="logit_bias"
+            )
+        if not -100 <= value <= 100:
+            raise InvalidRequest(f"`logit_bias`: {value} is outside -100 to 100", param="logit_bias")
+        bias[int(key)] = value
+    return bias

@@ -1,0 +1,121 @@
+"""`mpt serve`: the app on uvicorn with its engines in the same process, from loading to a clean exit.
+
+HTTP answers at once (`/ready` says 503) while the models load in a thread. On SIGTERM or SIGINT new requests get 503,
+running ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0. A
+second signal leaves at once.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from mpt.errors import MachineRefused
+from serving.app import Serving, make_app
+from serving.endpoints import open_endpoint
+from serving.options import ServeOptions
+
+log = logging.getLogger(__name__)
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until told to stop. Raises MPTError if a model cannot be loaded or the port is taken."""
+    _set_up_logging()
+    serving = Serving(options, loading=set(options.models))
+    listener = _listen(options.host, options.port)
+    server = _Server(serving)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals drain before they stop, and a model that cannot be loaded stops it."""
+
+    def __init__(self, serving: Serving) -> None:
+        config = uvicorn.Config(
+            make_app(serving),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,  # the engines have ended every answer by then
+            h11_max_incomplete_event_size=64 << 10,
+            http="h11",  # bounds header size, which httptools does not
+        )
+        super().__init__(config)
+        self._serving = serving
+        self.failure: BaseException | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets:
+            host, port = sockets[0].getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            self._tasks.append(asyncio.create_task(self._load(f"http://{shown}:{port}")))
+
+    async def _load(self, url: str) -> None:
+        serving, started = self._serving, time.perf_counter()
+        try:
+            for name, root in serving.options.models.items():
+                endpoint = await asyncio.to_thread(open_endpoint, name, root, serving.options, len(serving.loading))
+                while not endpoint.engine.ready and endpoint.engine.failed is None:
+                    await asyncio.sleep(0.005)
+                if endpoint.engine.failed is not None:
+                    raise MachineRefused(f"`{name}` cannot answer: {endpoint.engine.failed}")
+                serving.endpoints[name] = endpoint
+                serving.loading.discard(name)
+        except BaseException as error:
+            self.failure = error
+            self.should_exit = True
+            return
+        auth = "with keys" if serving.options.api_keys or serving.options.api_key_file else "without keys"
+        log.info("ready after %.1f s on %s, %s", time.perf_counter() - started, url, auth)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._serving.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._serving.draining = True
+        asyncio.get_event_loop().call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._tasks.append(asyncio.create_task(self._drain()))
+
+    async def _drain(self) -> None:
+        engines = [endpoint.engine for endpoint in self._serving.endpoints.values()]
+        log.info("shutting down; running requests may take %.0f s more", self._serving.options.drain_s)
+        await asyncio.gather(*(engine.drain(self._serving.options.drain_s) for engine in engines))
+        await asyncio.sleep(0.05)  # the last events are on their way to the sockets
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket; the error of a port that is taken comes before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MachineRefused(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
+    return listener
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("serving", "mpt"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
