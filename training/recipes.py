@@ -173,7 +173,7 @@ def mpt_tiny_storywriter(out: str, base: str) -> Run:
         model=STORYWRITER_CONFIG,
         max_seq_len=16384,
         global_batch=3,
-        steps=130,
+        steps=80,
         epochs=None,
         lr=1e-3,
         schedule="cosine",
