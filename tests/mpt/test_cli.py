@@ -15,6 +15,7 @@ import pytest
 from mpt import catalog, cli, generation
 from mpt.local import DeviceChoice, DtypeChoice, LocalModel
 from mpt.prompts import PROMPT_STYLES
+from serving.options import ServeOptions
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["serve", "generate", "chat", "train"]
@@ -174,15 +175,15 @@ def test_reader_that_leaves_early_is_no_traceback(tiny_folders: Path) -> None:
 @pytest.fixture
 def served(
     run: Callable[..., tuple[int, str, str]], tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., SimpleNamespace]:
+) -> Callable[..., ServeOptions]:
     """What `mpt serve` would start, with the models found in the folder of the test's two."""
-    started: list[SimpleNamespace] = []
+    started: list[ServeOptions] = []
     stages = {
-        "serving.options": SimpleNamespace(ServeOptions=SimpleNamespace),
+        "serving.options": SimpleNamespace(ServeOptions=ServeOptions),
         "serving.server": SimpleNamespace(serve=started.append),
     }
 
-    def serve(*arguments: str) -> SimpleNamespace:
+    def serve(*arguments: str) -> ServeOptions:
         code, out, err = run("serve", *arguments)
         assert (code, out) == (0, ""), err
         return started.pop()
@@ -193,15 +194,16 @@ def served(
 
 
 def test_serve_without_arguments_is_the_tiny_family_on_loopback(
-    served: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+    served: Callable[..., ServeOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalog, "resolve", lambda name: Path(name))
     options = served()
     assert dict(options.models) == {name: name for name in catalog.CATALOG if name.startswith("mpt-tiny")}
     assert (options.host, options.port, options.docs, options.api_keys) == ("127.0.0.1", 8000, True, ())
+    assert options == ServeOptions(models=options.models)  # the help shows the server's own defaults
 
 
-def test_serve_names_models(served: Callable[..., SimpleNamespace], tiny_folders: Path, tmp_path: Path) -> None:
+def test_serve_names_models(served: Callable[..., ServeOptions], tiny_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "a=b").symlink_to(tiny_folders)
     folder = str(tiny_folders / "chat")
     assert dict(served("--model", "base").models) == {"base": "base"}
@@ -211,7 +213,7 @@ def test_serve_names_models(served: Callable[..., SimpleNamespace], tiny_folders
     assert dict(served("--model", f"x={tmp_path}/a=b/chat").models) == {"x": f"{tmp_path}/a=b/chat"}
 
 
-def test_serve_options_reach_the_server(served: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
+def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
     options = served(
@@ -239,7 +241,7 @@ def test_serve_beyond_loopback_needs_keys(run: Callable[..., tuple[int, str, str
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_serve_on_loopback_needs_none(served: Callable[..., SimpleNamespace], host: str) -> None:
+def test_serve_on_loopback_needs_none(served: Callable[..., ServeOptions], host: str) -> None:
     assert served("--model", "base", "--host", host).host == host
 
 
