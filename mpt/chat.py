@@ -32,7 +32,7 @@ A line that ends in \\ goes on in the next. Ctrl-C stops an answer. A leading sp
 class Sampling:
     """How answers are drawn; temperature 0 is greedy."""
 
-    max_tokens: int
+    max_tokens: int | None  # None: up to the end of the context
     temperature: float
     top_p: float
     seed: int | None
@@ -64,7 +64,8 @@ class LocalPartner:
     def answer(self, messages: list[Message]) -> Iterator[str]:
         ids = self._model.encode_messages(messages)
         draw = self._sampling
-        n = min(draw.max_tokens, self._model.room_after(ids))
+        room = self._model.room_after(ids)
+        n = room if draw.max_tokens is None else min(draw.max_tokens, room)
         return self._model.stream(ids, n, temperature=draw.temperature, top_p=draw.top_p, seed=draw.seed)
 
 
@@ -89,9 +90,9 @@ class ServerPartner:
     def answer(self, messages: list[Message]) -> Iterator[str]:
         draw = self._sampling
         body: dict[str, Any] = {"model": self.name, "messages": messages, "stream": True}
-        body |= {"max_tokens": draw.max_tokens, "temperature": draw.temperature, "top_p": draw.top_p}
-        if draw.seed is not None:
-            body["seed"] = draw.seed
+        body |= {"temperature": draw.temperature, "top_p": draw.top_p}
+        wishes = {"max_tokens": draw.max_tokens, "seed": draw.seed}
+        body |= {name: wish for name, wish in wishes.items() if wish is not None}
         try:
             with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as response:
                 if response.status_code != 200:

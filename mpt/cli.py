@@ -7,7 +7,7 @@ since `mpt` imports none of them.
 import platform
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
@@ -149,7 +149,10 @@ def serve(
         raise UserError("--no-auth and keys contradict each other; give one of them")
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
-    _announce(sources)
+    from mpt.catalog import resolve
+
+    for source in sources.values():
+        resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
     options = import_module("serving.options").ServeOptions(
         models=sources,
         host=host,
@@ -233,7 +236,9 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message to begin with.", show_default="the model's own")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of one answer.")] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens of one answer.", show_default="what the context holds")
+    ] = None,
     # 0.2: what the published CPU demo of mpt-30b-chat draws with
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token always.")] = 0.2,
     top_p: TopP = 1.0,
@@ -275,17 +280,6 @@ def _model_source(text: str) -> tuple[str, str]:
             "write NAME=PATH, for example chat=/models/mpt-7b-chat"
         )
     return name, source
-
-
-def _announce(sources: Mapping[str, str]) -> None:
-    """Find every checkpoint before torch is imported, and say what a licence forbids."""
-    from mpt.catalog import describe, resolve
-
-    for name, source in sources.items():
-        resolve(source)
-        entry = describe(source)
-        if entry.is_noncommercial:
-            print(f"`{name}` is licensed {entry.licence}: no commercial use", file=sys.stderr)
 
 
 def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -192,8 +192,10 @@ def test_server_answers_and_is_asked_in_openai_s_words(api: Api) -> None:
     api.say("Hel", "lo \u2028", "🙂")
     partner = ServerPartner(api.url + "/", None, "secret", Sampling(64, 0.2, 0.9, seed=7))
     assert partner.name == "c"  # the first chat model, not the first model
-    assert list(ServerPartner(api.url, None, None, GREEDY).answer([Message(role="user", content="no seed")]))
-    assert "seed" not in api.bodies.pop() and api.keys.pop() is None
+    plain = ServerPartner(api.url, None, None, Sampling(None, 0.2, 0.9, None))
+    assert list(plain.answer([Message(role="user", content="hi")]))
+    assert api.bodies.pop().keys() == {"model", "messages", "stream", "temperature", "top_p"}
+    assert api.keys.pop() is None
     messages = [Message(role="user", content="hi")]
     assert "".join(partner.answer(messages)) == "Hello \u2028🙂"
     expected = {"model": "c", "messages": messages, "stream": True, "max_tokens": 64, "temperature": 0.2, "top_p": 0.9}
@@ -314,9 +316,10 @@ def test_local_chat_is_the_naive_loop_on_the_chatml_prompt(tiny_folders: Path) -
     assert said
 
 
-def test_local_chat_minds_the_context(tiny_folders: Path) -> None:
+@pytest.mark.parametrize("max_tokens", [None, 500])
+def test_local_chat_minds_the_context(tiny_folders: Path, max_tokens: int | None) -> None:
     model = LocalModel(str(tiny_folders / "chat"))
-    partner = LocalPartner(model, Sampling(max_tokens=500, temperature=0.0, top_p=1.0, seed=None))
+    partner = LocalPartner(model, Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=None))
     message = [Message(role="user", content="hello" + " 7" * 116)]
     n_prompt = len(model.encode_messages(message))
     assert 230 < n_prompt < 256

@@ -277,15 +277,32 @@ def test_serve_finds_every_checkpoint_before_it_starts(
     assert code == 2 and "make tiny" in err
 
 
-def test_serve_says_that_a_licence_forbids_commerce(
-    run: Callable[..., tuple[int, str, str]], served: object, tiny_folders: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    (tmp_path / "mpt-7b-chat").mkdir()
-    for path in (tiny_folders / "chat").iterdir():
-        if path.name != "manifest.json":
-            (tmp_path / "mpt-7b-chat" / path.name).symlink_to(path)
-    monkeypatch.setenv("MPT_HOME", str(tmp_path))
-    code, _, err = run("serve", "--model", "talk=mpt-7b-chat")
-    assert code == 0
-    assert "`talk` is licensed CC-BY-NC-SA-4.0: no commercial use" in err
+def test_a_served_model_chats_as_the_same_model_loaded_here(tiny_folders: Path) -> None:
+    """The whole way: `mpt serve`, `mpt chat` through it, and SIGTERM; the truth is `mpt chat --model`."""
+    folder = str(tiny_folders / "chat")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mpt", "serve", "--model", f"c={folder}", "--port", "0", "--kv-gb", "0.05"],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert server.stderr is not None
+        log = ""
+        while (address := re.search(r"ready .* on (http://\S+),", log)) is None:
+            line = server.stderr.readline()
+            assert line, log
+            log += line
+        said = [
+            subprocess.run(
+                [sys.executable, "-m", "mpt", "chat", *partner, "--max-tokens", "8", "--temperature", "0"],
+                input="hello\nand again\n", capture_output=True, text=True, cwd=ROOT, timeout=60,
+            )
+            for partner in (["--url", f"{address[1]}/v1"], ["--model", folder])
+        ]  # fmt: skip
+        server.terminate()
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.communicate()
+    assert [done.returncode for done in said] == [0, 0], said
+    assert said[0].stdout == said[1].stdout
+    assert len(said[0].stdout.split("\n")) >= 3
