@@ -6,6 +6,7 @@ openai-python takes a stream that stops without `[DONE]` for a finished one, so 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def event(payload: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends chunks as they come, several a write when the client is slow; stops them when the client goes away."""
+    """Sends chunks as they come, a comment where there are none for a while; stops them when the client goes away."""
 
     def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], *, request_id: str, keep_alive_s: float) -> None:
         self.status_code, self.background = 200, None
@@ -33,47 +34,45 @@ class EventStream(Response):
         self.body = b""
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
         del self.headers["content-length"]
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        ready: asyncio.Queue[bytes | None] = asyncio.Queue()
-        producer = asyncio.create_task(self._produce(ready))
-        watcher = asyncio.create_task(until_disconnected(receive))
-        watcher.add_done_callback(lambda _: producer.cancel())
-        try:
-            while True:
-                try:
-                    piece = await asyncio.wait_for(ready.get(), self._keep_alive_s)
-                except TimeoutError:
-                    piece = _KEEP_ALIVE
-                pieces = []
-                while piece is not None:
-                    pieces.append(piece)
-                    if ready.empty():
-                        break
-                    piece = ready.get_nowait()
-                await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": piece is not None})
-                if piece is None:
-                    return
-        finally:
-            producer.cancel()
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await producer
+        async def write(body: bytes, more: bool = True) -> None:
+            self._sent_at = time.monotonic()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def _produce(self, ready: "asyncio.Queue[bytes | None]") -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        writer = asyncio.create_task(self._write(write))
+        beside = [asyncio.create_task(until_disconnected(receive)), asyncio.create_task(self._keep_alive(write))]
+        beside[0].add_done_callback(lambda _: writer.cancel())
         try:
-            async with contextlib.aclosing(self._chunks) as chunks:
-                async for chunk in chunks:
-                    ready.put_nowait(event(chunk))
-            ready.put_nowait(_DONE)
-        except ApiError as error:
-            ready.put_nowait(event(error.body()))
-        except Exception:
-            log.exception("stream of request %s failed", self._request_id)
-            ready.put_nowait(event(InternalError(f"internal error; request {self._request_id}").body()))
+            await asyncio.wait({writer})
         finally:
-            ready.put_nowait(None)
+            for task in (writer, *beside):
+                task.cancel()
+            await asyncio.gather(writer, *beside, return_exceptions=True)
+
+    async def _write(self, write: Callable[..., Awaitable[None]]) -> None:
+        end = _DONE
+        async with contextlib.aclosing(self._chunks) as chunks:
+            try:
+                async for chunk in chunks:
+                    await write(event(chunk))
+            except ApiError as error:
+                end = event(error.body())
+            except Exception:
+                log.exception("stream of request %s failed", self._request_id)
+                end = event(InternalError(f"internal error; request {self._request_id}").body())
+        await write(end, more=False)
+
+    async def _keep_alive(self, write: Callable[..., Awaitable[None]]) -> None:
+        self._sent_at = time.monotonic()
+        while True:
+            quiet_s = time.monotonic() - self._sent_at
+            if quiet_s >= self._keep_alive_s:
+                await write(_KEEP_ALIVE)
+            else:
+                await asyncio.sleep(self._keep_alive_s - quiet_s)
 
 
 async def until_disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
