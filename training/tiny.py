@@ -82,7 +82,7 @@ def package(model: Path, scores: evaluate.Scores, target: Path) -> None:
     """Copy a finished checkpoint to where the catalog finds it, its scores in the manifest."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial)
+    shutil.copytree(model, partial, copy_function=shutil.copyfile)  # not the private mode of temporary files
     manifest = {key: value for key, value in (read_manifest(model) or {}).items() if key != "files"}
     write_manifest(partial, {**manifest, "scores": evaluate.compact(scores)})
     shutil.rmtree(target, ignore_errors=True)
