@@ -6,6 +6,7 @@ A finite set is visited in a new order each epoch; a generated one never ends. W
 
 import gzip
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from mpt.errors import MPTError, UserError
 from mpt.prompts import INSTRUCT_PREAMBLE, INSTRUCT_TURN, Message, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
 from training.corpora import chat, mixture, novels, yaml_json
+
+log = logging.getLogger(__name__)
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _BAD_ROWS_SHOWN = 5
@@ -108,7 +111,14 @@ def _file(path: Path, tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int
     if bad:
         more = f" (and {len(bad) - _BAD_ROWS_SHOWN} more)" if len(bad) > _BAD_ROWS_SHOWN else ""
         raise UserError(f"`{path}` has {len(bad)} bad rows: {'; '.join(bad[:_BAD_ROWS_SHOWN])}{more}")
+    n_rows = len(samples)
     samples = [sample for sample in samples if any(sample.learned[1:max_seq_len])]  # else nothing is left to learn
+    n_cut = sum(len(sample.ids) > max_seq_len for sample in samples)
+    if n_cut or len(samples) < n_rows:
+        log.warning(
+            "`%s`: of %d rows, %d are cut at %d tokens and %d left out, since nothing to learn remains of them",
+            *(path.name, n_rows, n_cut, max_seq_len, n_rows - len(samples)),
+        )
     if not samples:
         raise UserError(f"`{path}` has no row with anything to learn within {max_seq_len} tokens")
     return Rows(samples, seed)

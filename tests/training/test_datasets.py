@@ -82,6 +82,15 @@ def test_a_bad_row_is_named_by_line(tokenizer: Tokenizer, tmp_path: Path, row: A
     assert message in str(caught.value)
 
 
+def test_rows_that_are_cut_or_left_out_are_counted(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a" * n, "response": "b" * 50} for n in (1, 200, 600)]
+    data = datasets.load(str(write(tmp_path / "rows.jsonl", rows)), tokenizer, "none", 210, 0)
+    assert data.n_samples == 2
+    assert "of 3 rows, 1 are cut at 210 tokens and 1 left out" in caplog.text
+
+
 def test_unknown_names_get_a_suggestion(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="did you mean `dolly_hhrlhf`"):
         datasets.load("dolly_hhrlf", tokenizer, "instruct", 100, 0)
