@@ -30,7 +30,9 @@ CONTEXT = 2048
 
 
 @contextlib.contextmanager
-def running(model: MPTForCausalLM, tokenizer: Tokenizer, *, kv_tokens: int = 1 << 16, **options: int) -> Iterator[Engine]:
+def running(
+    model: MPTForCausalLM, tokenizer: Tokenizer, *, kv_tokens: int = 1 << 16, **options: int
+) -> Iterator[Engine]:
     backend = TorchBackend(model)
     kv_bytes = kv_tokens * backend.bytes_per_token
     engine = Engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, **options)
@@ -88,7 +90,7 @@ async def test_greedy_tokens_survive_preemption(model, tokenizer):
 
 async def test_prefix_reuse_gives_the_same_tokens_and_counts_them(model, tokenizer):
     book = prompts(1)[0] * 5
-    first, second = book + [10, 11], book + [12, 13, 14]
+    first, second = [*book, 10, 11], [*book, 12, 13, 14]
     with running(model, tokenizer) as engine:
         a = await collect(engine, first, greedy())
         b = await collect(engine, second, greedy())

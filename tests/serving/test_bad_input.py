@@ -1,0 +1,159 @@
+"""Bodies nobody should send: each is refused with the right status, code and field, and reaches no engine."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from serving.app import Serving, make_app
+from serving.backend import TorchBackend
+from serving.endpoints import Endpoint
+from serving.engine import Engine
+from serving.options import ServeOptions
+
+LIMIT = 1 << 16
+GOOD = '"model":"base","prompt":"a","max_tokens":1'
+
+
+@pytest.fixture(scope="module")
+def serving(model, tokenizer) -> Iterator[Serving]:
+    engine = Engine(TorchBackend(model), tokenizer, context_length=128, kv_bytes=1 << 22)
+    engine.start()
+    endpoint = Endpoint("base", "base", engine, tokenizer, "chatml", None, "Apache-2.0", 260, 128)
+    yield Serving(ServeOptions(models={}, max_body_bytes=LIMIT), endpoints={"base": endpoint})
+    engine.close()
+
+
+async def send(serving: Serving, content: str | bytes, path: str, kind: str = "application/json") -> httpx.Response:
+    transport = httpx.ASGITransport(make_app(serving))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.post(path, content=content, headers={"content-type": kind})
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "param"),
+    [
+        ("", "invalid_json", None),
+        ("{", "invalid_json", None),
+        ("[]", "invalid_json", None),
+        (b"\xff{}", "invalid_json", None),
+        ("[" * 50_000, "invalid_json", None),
+        (f'{{{GOOD},"temperature":NaN}}', "invalid_json", None),
+        (f'{{{GOOD},"temperature":Infinity}}', "invalid_json", None),
+        (f'{{{GOOD},"temperature":1e400}}', "invalid_json", None),
+        (f'{{{GOOD},"seed":{"9" * 5000}}}', "invalid_json", None),
+        (f'{{{GOOD},"stop":"\\ud800"}}', "invalid_json", None),
+        (f'{{{GOOD},"n":true}}', "invalid_type", "n"),
+        (f'{{{GOOD},"n":"16"}}', "invalid_type", "n"),
+        (f'{{{GOOD},"n":1.5}}', "invalid_type", "n"),
+        (f'{{{GOOD},"n":9}}', "invalid_value", "n"),
+        (f'{{{GOOD},"n":0}}', "invalid_value", "n"),
+        (f'{{{GOOD},"temperature":-0.1}}', "invalid_value", "temperature"),
+        (f'{{{GOOD},"temperature":"hot"}}', "invalid_type", "temperature"),
+        (f'{{{GOOD},"top_p":1.1}}', "invalid_value", "top_p"),
+        (f'{{{GOOD},"logprobs":21}}', "invalid_value", "logprobs"),
+        (f'{{{GOOD},"best_of":1,"n":2}}', "invalid_value", "best_of"),
+        (f'{{{GOOD},"best_of":2,"stream":true}}', "invalid_value", "best_of"),
+        (f'{{{GOOD},"stop":[""]}}', "invalid_value", "stop"),
+        (f'{{{GOOD},"stop":{json.dumps(["x"] * 17)}}}', "invalid_value", "stop"),
+        (f'{{{GOOD},"stop_token_ids":[260]}}', "invalid_value", "stop_token_ids"),
+        (f'{{{GOOD},"logit_bias":{{"-1":1}}}}', "invalid_value", "logit_bias"),
+        (f'{{{GOOD},"logit_bias":{{"260":1}}}}', "invalid_value", "logit_bias"),
+        (f'{{{GOOD},"logit_bias":{{"5":101}}}}', "invalid_value", "logit_bias"),
+        (f'{{{GOOD},"min_tokens":2}}', "invalid_value", "min_tokens"),
+        (f'{{{GOOD},"stream_options":{{}}}}', "invalid_value", "stream_options"),
+        (f'{{{GOOD},"tempratur":1}}', "unknown_parameter", "tempratur"),
+        (f'{{{GOOD},"messages":[]}}', "unknown_parameter", "messages"),
+        (f'{{{GOOD},"tools":[{{}}]}}', "unsupported_parameter", "tools"),
+        (f'{{{GOOD},"suffix":"x"}}', "unsupported_parameter", "suffix"),
+        (f'{{{GOOD},"response_format":{{"type":"json_object"}}}}', "unsupported_parameter", "response_format"),
+        ('{"prompt":"a"}', "missing_required_parameter", "model"),
+        ('{"model":"base"}', "missing_required_parameter", "prompt"),
+        ('{"model":"base","prompt":[]}', "invalid_value", "prompt"),
+        ('{"model":"base","prompt":3}', "invalid_type", "prompt"),
+        ('{"model":"base","prompt":[1,"a"]}', "invalid_type", "prompt[0]"),
+        ('{"model":"base","prompt":[true]}', "invalid_type", "prompt[0]"),
+        ('{"model":"base","prompt":[260]}', "invalid_prompt", "prompt"),
+        ('{"model":"base","prompt":[[-1]]}', "invalid_prompt", "prompt"),
+        (json.dumps({"model": "base", "prompt": ["a"] * 65}), "invalid_value", "prompt"),
+        ('{"model":"base","prompt":"a","max_tokens":128}', "context_length_exceeded", "prompt"),
+        (json.dumps({"model": "base", "prompt": "é" * 5000}), "context_length_exceeded", "prompt"),
+    ],
+)
+async def test_a_bad_completion_is_refused_by_name(serving, content, code, param):
+    response = await send(serving, content, "/v1/completions")
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, code, param)
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 400
+    assert serving.endpoints["base"].engine.stats().n_running == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "param"),
+    [
+        ([], "invalid_value", "messages"),
+        ("hi", "invalid_type", "messages"),
+        ([{"role": "user"}], "missing_required_parameter", "messages[0].content"),
+        ([{"role": "robot", "content": "x"}], "invalid_value", "messages[0].role"),
+        ([{"role": "user", "content": 3}], "invalid_type", "messages[0].content"),
+        ([{"role": "user", "content": "x" * 4000}], "context_length_exceeded", "messages"),
+    ],
+)
+async def test_bad_messages_are_refused_by_name(serving, messages, code, param):
+    body = json.dumps({"model": "base", "messages": messages})
+    error = (await send(serving, body, "/v1/chat/completions")).json()["error"]
+    assert (error["code"], error["param"]) == (code, param)
+
+
+async def test_fields_that_ask_for_nothing_are_accepted(serving):
+    extra = '"user":"u","metadata":{"a":"b"},"store":false,"tools":[],"suffix":null,"stop":null,"logprobs":null'
+    extra += ',"n":null,"repetition_penalty":1.0,"response_format":{"type":"text"},"top_k":-1'
+    assert (await send(serving, f"{{{GOOD},{extra}}}", "/v1/completions")).status_code == 200
+
+
+async def test_unknown_fields_inside_a_message_are_accepted(serving):
+    body = {
+        "model": "base",
+        "max_tokens": 1,
+        "messages": [{"role": "user", "content": "x", "name": "n", "refusal": None}],
+    }
+    assert (await send(serving, json.dumps(body), "/v1/chat/completions")).status_code == 200
+
+
+async def test_size_and_type_are_refused_before_parsing(serving):
+    large = await send(serving, "{" + " " * LIMIT, "/v1/completions")
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    text = await send(serving, f"{{{GOOD}}}", "/v1/completions", kind="text/plain")
+    assert (text.status_code, text.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+async def test_wrong_urls_and_methods_have_openais_body(serving):
+    transport = httpx.ASGITransport(make_app(serving))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        nowhere, method = await client.get("/v2"), await client.get("/v1/completions")
+    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, "unknown_url")
+    assert (method.status_code, method.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert method.headers["allow"] == "POST"
+
+
+async def test_while_draining_and_loading_requests_are_503(serving):
+    leaving = Serving(serving.options, endpoints=serving.endpoints, draining=True)
+    loading = Serving(serving.options, loading={"base"})
+    for state, code in ((leaving, "shutting_down"), (loading, "model_loading")):
+        response = await send(state, f"{{{GOOD}}}", "/v1/completions")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, code)
+        assert "retry-after" in response.headers
+
+
+async def test_a_bug_is_a_500_that_tells_nothing(serving, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("secret of the house")
+
+    monkeypatch.setattr("serving.app.sampling_of", broken)
+    response = await send(serving, f"{{{GOOD}}}", "/v1/completions")
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
+    assert "secret" not in response.text and response.headers["x-request-id"] in error["message"]
+    assert response.headers["x-should-retry"] == "false"

@@ -1,0 +1,112 @@
+"""`mpt serve` as a process: ready, asked, told to stop, and what it says when it cannot start."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import mpt
+
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory) -> Path:
+    return mpt.save(model, tmp_path_factory.mktemp("checkpoints") / "base", tokenizer=tokenizer)
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "mpt", "serve", "--port", "0", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def start(folder) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*options: str) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            command("--model", f"base={folder}", *options), stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        started.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if url := re.search(r"ready after .* on (http://\S+),", line):
+                threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would block it
+                return process, url[1]
+        raise AssertionError(f"left with {process.wait()} before it was ready")
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def asking(n_tokens: int) -> dict[str, object]:
+    return {"model": "base", "prompt": "a", "max_tokens": n_tokens, "stream": True, "ignore_eos": True}
+
+
+def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(start):
+    process, url = start()
+    with httpx.stream("POST", f"{url}/v1/completions", json=asking(600), timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        with httpx.Client() as late:
+            late.get(f"{url}/health")  # its connection is open before the listener closes
+            process.send_signal(signal.SIGTERM)
+            while (refused := late.get(f"{url}/ready")).status_code == 200:
+                pass
+            refused = late.post(f"{url}/v1/completions", json=asking(1))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert process.wait(30) == 0
+
+
+def test_sigterm_ends_what_does_not_finish_with_an_error_event(start):
+    process, url = start("--drain-seconds", "0.1")
+    with httpx.stream("POST", f"{url}/v1/completions", json=asking(2000), timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert '"code":"shutting_down"' in rest[-1]
+    assert "data: [DONE]" not in rest
+    assert process.wait(30) == 0
+
+
+def refusal(*options: str) -> tuple[int, str]:
+    done = subprocess.run(command(*options), capture_output=True, text=True, env=environment(), timeout=60)
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def test_what_cannot_start_is_one_line_and_an_exit_code(folder, tmp_path):
+    code, line = refusal("--model", str(tmp_path / "nothing"))
+    assert code == 2 and line.startswith("mpt: ")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in folder.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    weights = damaged / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    code, line = refusal("--model", f"base={damaged}")
+    assert code == 3 and line.startswith("mpt: ") and "sha256" in line
+
+
+def test_a_port_that_is_taken_is_said_before_anything_loads(start, folder):
+    _, url = start()
+    port = url.rpartition(":")[2]
+    code, line = refusal("--model", f"base={folder}", "--port", port)
+    assert code == 5 and line.startswith("mpt: ") and port in line
