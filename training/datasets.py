@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -181,9 +182,11 @@ def _dolly_hhrlhf(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, se
     return _file(files[0], tokenizer, style, max_seq_len, seed)
 
 
-def _yaml_to_json(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
+def _yaml_to_json(
+    tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int, longest_of: int = 1
+) -> Dataset:
     def make(rng: random.Random) -> Sample:
-        question, answer = yaml_json.exchange(rng)
+        question, answer = yaml_json.exchange(rng, longest_of)
         messages = [Message(role="user", content=question), _said(answer)]
         return Sample(*encode_training(tokenizer, "instruct" if style == "none" else style, messages))
 
@@ -216,6 +219,7 @@ def _tiny_stories(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, se
 DATASETS: dict[str, Callable[[Tokenizer, PromptStyle, int, int], Dataset]] = {
     "dolly_hhrlhf": _dolly_hhrlhf,
     "yaml_to_json": _yaml_to_json,
+    "yaml_to_json_long": partial(_yaml_to_json, longest_of=2),
     "tiny_chat": _tiny_chat,
     "tiny_copying": _tiny_copying,
     "tiny_pretrain": _tiny_pretrain,

@@ -125,10 +125,10 @@ def mpt_tiny(out: str, base: str) -> Run:
     )
 
 
-def mpt_tiny_instruct(out: str, base: str) -> Run:
+def mpt_tiny_instruct_first(out: str, base: str) -> Run:
     """YAML to JSON in Dolly's template."""
     return Run(
-        name="mpt-tiny-instruct",
+        name="mpt-tiny-instruct-first",
         base=base,
         data="yaml_to_json",
         out=out,
@@ -139,6 +139,26 @@ def mpt_tiny_instruct(out: str, base: str) -> Run:
         lr=1e-3,
         schedule="cosine",
         warmup_steps=30,
+        prompt_style="instruct",
+        licence="Apache-2.0",
+    )
+
+
+def mpt_tiny_instruct(out: str, base: str) -> Run:
+    """The same again from its first stage, on longer documents: the closing of nested maps is learned last."""
+    return Run(
+        name="mpt-tiny-instruct",
+        base=base,
+        data="yaml_to_json_long",
+        out=out,
+        max_seq_len=1024,
+        global_batch=40,
+        steps=260,
+        epochs=None,
+        lr=7e-4,
+        schedule="cosine",
+        warmup_steps=10,
+        seed=18,
         prompt_style="instruct",
         licence="Apache-2.0",
     )

@@ -48,16 +48,13 @@ def make(
     novels.training_files()
     novels.held_out_text()
     tokenizer = make_tokenizer(work / "tokenizer")
-    base = str(work / "mpt-tiny" / "model")
-    if "mpt-tiny" in names:
-        loop.fit(recipes.mpt_tiny_copying(str(work / "mpt-tiny-copying"), str(tokenizer)), report)
     scores = {}
     for name in NAMES:
         if name not in names:
             continue
-        run = _run(name, work, base)
-        log.info("%s: %s", name, run.out)
-        model = loop.fit(run, report)
+        for run in _stages(name, work, str(tokenizer)):
+            log.info("%s: %s", run.name, run.out)
+            model = loop.fit(run, report)
         path = work / name / "scores.json"
         if not path.is_file():
             evaluate.write(evaluate.evaluate(str(model)), path)
@@ -67,15 +64,27 @@ def make(
     return scores
 
 
-def _run(name: str, work: Path, base: str) -> Run:
-    out = str(work / name)
+def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
+    """The runs that make a model, each starting from the one before. Raises UserError when the base is missing."""
+
+    def out(stage: str) -> str:
+        return str(work / stage)
+
+    def model(stage: str) -> str:
+        return str(work / stage / "model")
+
     if name == "mpt-tiny":
-        return recipes.mpt_tiny(out, str(work / "mpt-tiny-copying" / "model"))
+        first = recipes.mpt_tiny_copying(out("mpt-tiny-copying"), tokenizer)
+        return [first, recipes.mpt_tiny(out(name), model("mpt-tiny-copying"))]
+    base = model("mpt-tiny")
     if not (Path(base) / MANIFEST).is_file():
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
-        return recipes.mpt_tiny_instruct(out, base)
-    return recipes.mpt_tiny_chat(out, base) if name == "mpt-tiny-chat" else recipes.mpt_tiny_storywriter(out, base)
+        first = recipes.mpt_tiny_instruct_first(out("mpt-tiny-instruct-first"), base)
+        return [first, recipes.mpt_tiny_instruct(out(name), model("mpt-tiny-instruct-first"))]
+    if name == "mpt-tiny-chat":
+        return [recipes.mpt_tiny_chat(out(name), base)]
+    return [recipes.mpt_tiny_storywriter(out(name), base)]
 
 
 def package(model: Path, scores: evaluate.Scores, target: Path) -> None:
@@ -151,7 +160,8 @@ def write_docs(work: Path, docs: Path) -> None:
 _STAGES = {  # in the order they are trained
     "mpt-tiny-copying": "first stage of the base: short copies",
     "mpt-tiny": "continues text",
-    "mpt-tiny-instruct": "YAML to JSON",
+    "mpt-tiny-instruct-first": "first stage: YAML to JSON",
+    "mpt-tiny-instruct": "second stage: the same on longer documents",
     "mpt-tiny-chat": "a short conversation",
     "mpt-tiny-storywriter": "prose at 65,536 tokens",
 }
