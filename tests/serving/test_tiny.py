@@ -26,16 +26,13 @@ pytestmark = pytest.mark.skipif(
 
 # Written for this test, in the manner of the launch blog's example; no name of it is in the training generator's lists.
 DOCUMENT = """\
-- name: Quillon Ferrask
-  age: 47
-  address:
-    street: 903 Lindow Way
-    city: Tamberly
-- name: Ysolde Marn
-  age: 23
-  address:
-    street: 12 Old Quarry Road
-    city: Brexholt
+name: Quillon Ferrask
+age: 47
+address:
+  street: 903 Lindow Way
+  city: Tamberly
+  zip: 40312
+married: true
 """
 
 
