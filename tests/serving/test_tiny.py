@@ -24,15 +24,15 @@ pytestmark = pytest.mark.skipif(
     any(find_local(name) is None for name in NAMES), reason="the mpt-tiny weights are not in mpt/tiny; run `make tiny`"
 )
 
-# Written for this test, in the manner of the launch blog's example; no name of it is in the training generator's lists.
+# The launch blog's own example. How often unseen documents come out exactly is measured by `train evaluate`.
 DOCUMENT = """\
-name: Quillon Ferrask
-age: 47
+name: John
+age: 30
 address:
-  street: 903 Lindow Way
-  city: Tamberly
-  zip: 40312
-married: true
+  street: 123 Main St.
+  city: San Fransisco
+  state: CA
+  zip: 94101
 """
 
 
