@@ -52,31 +52,38 @@ def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
 
 
 def yaml_to_json(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_documents: int = 200) -> Scores:
-    """How often the answer is the document's JSON: as values, and character for character."""
-    pairs, prompts = [], []
-    for number in range(n_documents):
-        rng = random.Random(f"{_SEED}/yaml/{number}")
-        pair = yaml_json.pair(rng, held_out=True)
-        pairs.append(pair)
-        prompts.append(encode_instruct(tokenizer, yaml_json.instruction(rng, pair.yaml)))
-    answers = [tokenizer.decode(ids) for ids in greedy(model, prompts, 512, tokenizer.end_ids)]
-    exact = [answer == pair.json for answer, pair in zip(answers, pairs, strict=True)]
-    equal = [_parsed(answer) == pair.value for answer, pair in zip(answers, pairs, strict=True)]
-    failures = [
-        {"yaml": pair.yaml, "expected": pair.json, "answer": answer}
-        for pair, answer, good in zip(pairs, answers, exact, strict=True)
-        if not good
-    ]
+    """How often the answer is the document's JSON: as values, and character for character.
+
+    Twice n_documents: in the shape of the launch blog's example (name, age, address, up to two entries more), and of
+    every shape the generator makes, up to maps nested four deep and lists of maps.
+    """
+    result: Scores = {}
+    failures: list[dict[str, str]] = []
+    for shape, like_the_blog in (("blog_shape", True), ("every_shape", False)):
+        pairs, prompts = [], []
+        for number in range(n_documents):
+            rng = random.Random(f"{_SEED}/{'blog' if like_the_blog else 'yaml'}/{number}")
+            pair = yaml_json.pair(rng, held_out=True, like_the_blog=like_the_blog)
+            pairs.append(pair)
+            prompts.append(encode_instruct(tokenizer, yaml_json.instruction(rng, pair.yaml)))
+        answers = [tokenizer.decode(ids) for ids in greedy(model, prompts, 512, tokenizer.end_ids)]
+        exact = [answer == pair.json for answer, pair in zip(answers, pairs, strict=True)]
+        equal = [_parsed(answer) == pair.value for answer, pair in zip(answers, pairs, strict=True)]
+        wrong = [
+            {"yaml": pair.yaml, "expected": pair.json, "answer": answer}
+            for pair, answer, good in zip(pairs, answers, exact, strict=True)
+            if not good
+        ]
+        failures += wrong[:3]
+        result[shape] = {
+            "documents": n_documents,
+            "exact": sum(exact) / n_documents,
+            "equal_values": sum(equal) / n_documents,
+        }
     blog = encode_instruct(tokenizer, yaml_json.BLOG_INSTRUCTION)
-    blog_answer = tokenizer.decode(greedy(model, [blog], 256, tokenizer.end_ids)[0])
-    return {
-        "documents": n_documents,
-        "exact": sum(exact) / n_documents,
-        "equal_values": sum(equal) / n_documents,
-        "blog_example": _parsed(blog_answer) == yaml_json.BLOG_VALUE,
-        "blog_answer": blog_answer,
-        "failures": failures[:5],
-    }
+    answer = tokenizer.decode(greedy(model, [blog], 256, tokenizer.end_ids)[0])
+    is_right = _parsed(answer) == yaml_json.BLOG_VALUE
+    return {**result, "blog_example": is_right, "blog_answer": answer, "failures": failures}
 
 
 def chat_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 50) -> Scores:

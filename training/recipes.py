@@ -144,10 +144,10 @@ def mpt_tiny_instruct_first(out: str, base: str) -> Run:
     )
 
 
-def mpt_tiny_instruct(out: str, base: str) -> Run:
+def mpt_tiny_instruct_second(out: str, base: str) -> Run:
     """The same again from its first stage, on longer documents: the closing of nested maps is learned last."""
     return Run(
-        name="mpt-tiny-instruct",
+        name="mpt-tiny-instruct-second",
         base=base,
         data="yaml_to_json_long",
         out=out,
@@ -159,6 +159,26 @@ def mpt_tiny_instruct(out: str, base: str) -> Run:
         schedule="cosine",
         warmup_steps=10,
         seed=18,
+        prompt_style="instruct",
+        licence="Apache-2.0",
+    )
+
+
+def mpt_tiny_instruct(out: str, base: str) -> Run:
+    """The last stage, back on documents of every length."""
+    return Run(
+        name="mpt-tiny-instruct",
+        base=base,
+        data="yaml_to_json",
+        out=out,
+        max_seq_len=1024,
+        global_batch=48,
+        steps=200,
+        epochs=None,
+        lr=8e-4,
+        schedule="cosine",
+        warmup_steps=10,
+        seed=19,
         prompt_style="instruct",
         licence="Apache-2.0",
     )

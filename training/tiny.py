@@ -81,7 +81,8 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
         first = recipes.mpt_tiny_instruct_first(out("mpt-tiny-instruct-first"), base)
-        return [first, recipes.mpt_tiny_instruct(out(name), model("mpt-tiny-instruct-first"))]
+        second = recipes.mpt_tiny_instruct_second(out("mpt-tiny-instruct-second"), model("mpt-tiny-instruct-first"))
+        return [first, second, recipes.mpt_tiny_instruct(out(name), model("mpt-tiny-instruct-second"))]
     if name == "mpt-tiny-chat":
         return [recipes.mpt_tiny_chat(out(name), base)]
     return [recipes.mpt_tiny_storywriter(out(name), base)]
@@ -161,7 +162,8 @@ _STAGES = {  # in the order they are trained
     "mpt-tiny-copying": "first stage of the base: short copies",
     "mpt-tiny": "continues text",
     "mpt-tiny-instruct-first": "first stage: YAML to JSON",
-    "mpt-tiny-instruct": "second stage: the same on longer documents",
+    "mpt-tiny-instruct-second": "second stage: the same on longer documents",
+    "mpt-tiny-instruct": "last stage: documents of every length",
     "mpt-tiny-chat": "a short conversation",
     "mpt-tiny-storywriter": "prose at 65,536 tokens",
 }

@@ -65,11 +65,13 @@ def test_a_model_that_copies_the_answers_scores_one_and_a_mute_one_zero(
         return answers
 
     monkeypatch.setattr(evaluate, "greedy", oracle)
-    scores = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=60)
-    assert (scores["exact"], scores["equal_values"], scores["blog_example"]) == (1.0, 1.0, True)
+    scores = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=40)
+    for shape in ("blog_shape", "every_shape"):
+        assert (scores[shape]["exact"], scores[shape]["equal_values"]) == (1.0, 1.0)
+    assert scores["blog_example"] is True
     monkeypatch.setattr(evaluate, "greedy", lambda model, prompts, *_: [[] for _ in prompts])
     mute = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=20)
-    assert (mute["exact"], mute["equal_values"], len(mute["failures"])) == (0.0, 0.0, 5)
+    assert (mute["every_shape"]["exact"], mute["blog_shape"]["equal_values"], mute["blog_example"]) == (0.0, 0.0, False)
 
 
 def test_an_unknown_task_is_refused(small_run: Run) -> None:

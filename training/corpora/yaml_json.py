@@ -70,10 +70,13 @@ class Quoted(str):
     """A string that is written in quotes, since bare it would be a number, a boolean or a date."""
 
 
-def pair(rng: random.Random, held_out: bool = False, max_characters: int = 520) -> Pair:
-    """A document of up to about 14 entries; held_out draws its names from those never trained on."""
+def pair(rng: random.Random, held_out: bool = False, max_characters: int = 520, like_the_blog: bool = False) -> Pair:
+    """A document of up to about 14 entries; held_out draws its names from those never trained on.
+
+    like_the_blog: always a person with name, age and address, and up to two entries more.
+    """
     while True:
-        value = _document(rng, held_out)
+        value = _person(rng, held_out) if like_the_blog else _document(rng, held_out)
         text = to_yaml(value, rng)
         if len(text) < max_characters:
             return Pair(value, text, json.dumps(value, ensure_ascii=False))
@@ -346,11 +349,15 @@ def _entries(rng: random.Random, held_out: bool, n: int, depth: int) -> dict[str
     return result
 
 
+def _person(rng: random.Random, held_out: bool) -> dict[str, Any]:
+    """The shape of the blog's own example."""
+    result: dict[str, Any] = {"name": _full_name(rng, held_out), "age": _age(rng, held_out)}
+    return result | {"address": _address(rng, held_out)} | _entries(rng, held_out, rng.randint(0, 2), 1)
+
+
 def _document(rng: random.Random, held_out: bool) -> dict[str, Any]:
-    if rng.random() < 0.25:  # a person with an address, the blog's own shape
-        result: dict[str, Any] = {"name": _full_name(rng, held_out), "age": _age(rng, held_out)}
-        result |= {"address": _address(rng, held_out)} | _entries(rng, held_out, rng.randint(0, 2), 1)
-        return result
+    if rng.random() < 0.25:
+        return _person(rng, held_out)
     return _entries(rng, held_out, rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8)), 0)
 
 
