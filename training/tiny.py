@@ -130,8 +130,8 @@ Each is good at one narrow thing and at nothing else: the weights are 7 MB. They
 public-domain novels; The Great Gatsby is kept out of training and used for scoring, and every invented name of a scored
 document or conversation is one that training never generates.
 
-| model | task | steps | tokens | minutes |
-|---|---|---|---|---|
+| model | task | steps | tokens | minutes | tokens/s |
+|---|---|---|---|---|---|
 """
 
 
@@ -142,17 +142,21 @@ def write_docs(work: Path, docs: Path) -> None:
         if not (work / name / "model" / MANIFEST).is_file():
             continue
         run = Run.read(work / name / "run.json")
-        last = json.loads((work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        lines = (work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [json.loads(line) for line in lines]
+        last = steps[-1]
         tokens, minutes = last["tokens"] / 1e6, last["seconds"] / 60
-        rows.append(f"| `{name}` | {task} | {last['step']} | {tokens:.1f} M | {minutes:.1f} |\n")
+        fast = sorted(step["tokens_per_s"] for step in steps)[len(steps) * 9 // 10]
+        rows.append(f"| `{name}` | {task} | {last['step']} | {tokens:.1f} M | {minutes:.1f} | {fast:,.0f} |\n")
         scores = work / name / "scores.json"
         sections.append(_section(name, run, last, json.loads(scores.read_text("utf-8")) if scores.is_file() else {}))
     shape = recipes.TINY_SHAPE
     head = _HEAD.format(n_parameters=_n_parameters(), **shape)
     hardware = (
         f"\nMade on {datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
-        f"torch {torch.__version__.partition('+')[0]}, bfloat16 matrix products). The minutes are of training alone, "
-        "on a machine that other work shared.\n"
+        f"torch {torch.__version__.partition('+')[0]}, bfloat16 matrix products). The minutes are of training, "
+        "without the scoring, as they passed beside whatever else ran on the machine; tokens/s are those of the fastest "
+        "tenth of the steps, so of the machine when it was free.\n"
     )
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(head + "".join(rows) + hardware + "".join(sections), encoding="utf-8")
