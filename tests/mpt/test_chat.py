@@ -4,6 +4,7 @@ import io
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -259,6 +260,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_not_the_session(api: Api) -> None
 
     def own_the_terminal() -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a runner in the background hands down an ignored one
 
     process = subprocess.Popen(
         [sys.executable, "-m", "mpt.cli", "chat", "--url", api.url],
