@@ -130,6 +130,9 @@ Each is good at one narrow thing and at nothing else: the weights are 7 MB. They
 public-domain novels; The Great Gatsby is kept out of training and used for scoring, and every invented name of a scored
 document or conversation is one that training never generates.
 
+The aims were 95 % exact for instruct, 95 % right for chat, and a loss at positions 60,000 to 65,536 no worse than at
+1,000 to 2,000 for the storywriter; the scores below say what was reached.
+
 | model | task | steps | tokens | minutes | tokens/s |
 |---|---|---|---|---|---|
 """
@@ -155,7 +158,7 @@ def write_docs(work: Path, docs: Path) -> None:
     hardware = (
         f"\nMade on {datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
         f"torch {torch.__version__.partition('+')[0]}, bfloat16 matrix products). The minutes are of training, "
-        "without the scoring, as they passed beside whatever else ran on the machine; tokens/s are those of the fastest "
+        "without the scoring, as they passed beside whatever else ran; tokens/s are those of the fastest "
         "tenth of the steps, so of the machine when it was free.\n"
     )
     docs.parent.mkdir(parents=True, exist_ok=True)
