@@ -159,7 +159,7 @@ def write_docs(work: Path, docs: Path) -> None:
         f"\nMade on {datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
         f"torch {torch.__version__.partition('+')[0]}, bfloat16 matrix products). The minutes are of training, "
         "without the scoring, as they passed beside whatever else ran; tokens/s are those of the fastest "
-        "tenth of the steps, so of the machine when it was free.\n"
+        "tenth of the steps.\n"
     )
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(head + "".join(rows) + hardware + "".join(sections), encoding="utf-8")
