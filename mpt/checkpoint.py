@@ -134,6 +134,8 @@ def save(
         tokenizer.save(partial)
         generation = GenerationConfig(eos_token_id=list(tokenizer.end_ids), use_cache=True)
         generation.save_pretrained(partial)
+    for path in partial.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner alone; a checkpoint is there to be read
     write_manifest(partial, manifest or {})
     if folder.exists():
         folder.rmdir()

@@ -19,6 +19,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
 import mpt
@@ -171,6 +172,7 @@ def make_app(serving: Serving) -> FastAPI:
         if asked.messages is not None:
             ids = await _chat_tokens(endpoint, asked.messages)
         else:
+            _check_size(endpoint, [asked.prompt or ""], "prompt")
             ids = await asyncio.to_thread(endpoint.tokenizer.encode, asked.prompt or "")
         return _json({"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length})
 
@@ -321,7 +323,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Resul
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise InvalidRequest("the client has gone away", code="client_disconnected")
+            raise ClientDisconnect
         return task.result()
     finally:
         for each in (task, gone):

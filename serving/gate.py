@@ -11,6 +11,7 @@ import time
 import uuid
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +24,7 @@ bugs = logging.getLogger(__name__)
 
 _OPEN = frozenset({"/health", "/ready"})  # probes have no keys
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # others are one label in metrics
 _SILENT = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
 
 
@@ -55,13 +57,16 @@ class Gate:
                 await respond(refusal)(scope, receive, send_on)
             else:
                 await self._app(scope, receive, send_on)
+        except ClientDisconnect:
+            pass  # nobody to answer; logged as 499
         except Exception:
             bugs.exception("request %s failed", request_id)
             if status == 499:
                 await respond(InternalError(f"internal error; request {request_id}"))(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.http.labels(route, scope["method"], str(status)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.http.labels(route, method, str(status)).inc()
             if scope["path"] not in _SILENT:
                 self._log(scope, state, route, status, time.perf_counter() - started)
 

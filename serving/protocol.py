@@ -168,12 +168,17 @@ def _explain(problem: Any) -> InvalidRequest:
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode("utf-8", "replace")
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, list | dict):  # its content may be megabytes, or nested deeper than orjson writes
+        text = f"a JSON {_kind(value)} of {len(value)}"
+    else:
+        text = orjson.dumps(value, default=str).decode("utf-8", "replace")
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _kind(value: object) -> str:
-    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
 
@@ -271,7 +276,7 @@ def sampling_of(body: CompletionRequest | ChatRequest, max_tokens: int, vocab_si
 def _bias(raw: dict[str, float], vocab_size: int) -> dict[int, float]:
     bias = {}
     for key, value in raw.items():
-        if not key.isascii() or not key.isdigit() or int(key[:12]) >= vocab_size:
+        if not key.isascii() or not key.isdigit() or len(key) > 12 or int(key) >= vocab_size:
             raise InvalidRequest(
                 f"`logit_bias`: `{_short(key)}` is not a token id, 0 to {vocab_size - 1}", param="logit_bias"
             )

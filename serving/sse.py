@@ -32,7 +32,8 @@ class EventStream(Response):
         self.status_code, self.background = 200, None
         self._chunks, self._request_id, self._keep_alive_s = chunks, request_id, keep_alive_s
         self.body = b""
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"})
+        unbuffered = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not hold events back
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", **unbuffered})
         del self.headers["content-length"]
         self._sent_at = 0.0
 

@@ -615,3 +615,9 @@ def test_loading_does_not_change_the_folder(saved: Path, tmp_path: Path) -> None
         loaded.transformer.wte.weight.zero_()  # a memory-mapped weight would write through, or fault
     assert all((saved / p.name).read_bytes() == p.read_bytes() for p in before.iterdir())
     assert load_file(saved / "model.safetensors")["transformer.wte.weight"].any()
+
+
+def test_saved_files_can_be_read_by_others(tmp_path: Path) -> None:
+    """A server often runs as another user than the training did."""
+    folder = mpt.save(MPTForCausalLM(MPTConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32)), tmp_path / "saved")
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.suffix == ".safetensors"} == {0o644}
