@@ -36,7 +36,22 @@ class Job:
     continuous_usage: bool = False
     cached_tokens: int = 0
     completion_tokens: int = 0
+    finish_reasons: set[str] = field(default_factory=set)
+    arrived: float = field(default_factory=time.perf_counter)
+    queue_s: float | None = None
+    ttft_s: float | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def log_fields(self) -> dict[str, Any]:
+        """What the access log says of it, never its text."""
+        return {
+            "model": self.endpoint.name,
+            "finish_reason": ",".join(sorted(self.finish_reasons)) or "-",
+            "prompt_tokens": sum(map(len, self.prompts)),
+            "completion_tokens": self.completion_tokens,
+            "queue_s": "-" if self.queue_s is None else round(self.queue_s, 4),
+            "ttft_s": "-" if self.ttft_s is None else round(self.ttft_s, 4),
+        }
 
     def usage(self) -> dict[str, Any]:
         """A prompt counts once however many samples share it."""
@@ -78,8 +93,13 @@ async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
                 if isinstance(event, Started):
                     started = True
                     job.cached_tokens += event.cached_tokens
+                    job.queue_s = job.queue_s or time.perf_counter() - job.arrived
                 elif isinstance(event, Delta):
                     job.completion_tokens += len(event.token_ids)
+                    if job.ttft_s is None:
+                        job.ttft_s = time.perf_counter() - job.arrived
+                    if event.finish_reason is not None:
+                        job.finish_reasons.add(event.finish_reason)
                 yield prompt, event
     except EngineError as error:
         raise from_engine(error, started=started) from error

@@ -144,13 +144,11 @@ def make_app(serving: Serving) -> FastAPI:
 
     async def run(request: Request, job: answers.Job, asked: Any, chunks: Any, whole: Any) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
-        request.state.log.update(model=job.endpoint.name, prompt_tokens=sum(map(len, job.prompts)))
+        request.state.job = job  # for the access log, which is written when the last byte has been sent
         events = answers.start(job, metrics, deadline_s=options.request_timeout_s, salt=request.state.salt)
         if asked.stream:
             return EventStream(chunks(events), request_id=job.id, keep_alive_s=options.keep_alive_s)
-        result = await _unless_disconnected(request, whole(events))
-        request.state.log["completion_tokens"] = job.completion_tokens
-        return _json(result)
+        return _json(await _unless_disconnected(request, whole(events)))
 
     @app.get("/v1/models")
     async def models() -> Response:

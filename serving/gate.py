@@ -40,7 +40,7 @@ class Gate:
         given = headers.get(b"x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, salt="", log={})
+        state.update(request_id=request_id, salt="")
         started, status = time.perf_counter(), 499  # unless a response begins, the client has gone
 
         async def send_on(message: Message) -> None:
@@ -88,7 +88,7 @@ class Gate:
             "method": scope["method"],
             "path": route,
             "status": status,
-            **state["log"],
+            **(state["job"].log_fields() if "job" in state else {}),
             "total_s": round(total_s, 4),
             "client": state.get("client", "-"),
         }

@@ -47,6 +47,10 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         (f'{{{GOOD},"n":true}}', "invalid_type", "n"),
         (f'{{{GOOD},"n":"16"}}', "invalid_type", "n"),
         (f'{{{GOOD},"n":1.5}}', "invalid_type", "n"),
+        (f'{{{GOOD},"n":{"[" * 500}{"]" * 500}}}', "invalid_type", "n"),
+        (f'{{"model":"base","prompt":[{"[" * 500}{"]" * 500}]}}', "invalid_type", "prompt[0]"),
+        (f'{{{GOOD},"logit_bias":{{"{"0" * 5000}":1}}}}', "invalid_value", "logit_bias"),
+        (f'{{{GOOD},"logit_bias":{{"000000000000260":1}}}}', "invalid_value", "logit_bias"),
         (f'{{{GOOD},"n":9}}', "invalid_value", "n"),
         (f'{{{GOOD},"n":0}}', "invalid_value", "n"),
         (f'{{{GOOD},"temperature":-0.1}}', "invalid_value", "temperature"),
@@ -127,6 +131,38 @@ async def test_size_and_type_are_refused_before_parsing(serving):
     assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
     text = await send(serving, f"{{{GOOD}}}", "/v1/completions", kind="text/plain")
     assert (text.status_code, text.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+async def test_a_text_is_measured_before_it_is_tokenized(serving):
+    error = (await send(serving, json.dumps({"model": "base", "prompt": "a" * 4000}), "/tokenize")).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+
+
+async def test_made_up_methods_make_no_new_metrics(serving):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(serving)), base_url="http://test") as client:
+        for n in range(3):
+            await client.request(f"MADEUP{n}", "/v1/completions")
+        text = (await client.get("/metrics")).text
+    others = [line for line in text.splitlines() if "http_requests_total{" in line and 'method="other"' in line]
+    assert "MADEUP" not in text and [float(line.split()[-1]) for line in others] == [3.0]
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+async def test_the_access_log_says_what_a_request_cost_and_not_what_it_said(serving, caplog, stream):
+    with caplog.at_level("INFO", "serving.access"):
+        content = f'{{"model":"base","prompt":"secretly","max_tokens":3,"ignore_eos":true,"stream":{stream}}}'
+        await send(serving, content, "/v1/completions")
+    line = caplog.records[-1].getMessage()
+    for part in (
+        "model=base",
+        "finish_reason=length",
+        "prompt_tokens=8",
+        "completion_tokens=3",
+        "ttft_s=0.",
+        "status=200",
+    ):
+        assert part in line
+    assert "queue_s=0." in line and "secretly" not in line
 
 
 async def test_wrong_urls_and_methods_have_openais_body(serving):
