@@ -165,6 +165,28 @@ async def test_the_access_log_says_what_a_request_cost_and_not_what_it_said(serv
     assert "queue_s=0." in line and "secretly" not in line
 
 
+@pytest.mark.parametrize("body_came", [True, False])
+async def test_a_client_that_left_is_logged_as_499_and_not_as_a_bug(serving, caplog, body_came):
+    body = {"type": "http.request", "body": b'{"model":"base","prompt":"a","max_tokens":100,"ignore_eos":true}'}
+    messages = [*([body] if body_came else []), {"type": "http.disconnect"}]
+    sent = []
+
+    async def receive() -> dict[str, object]:
+        return messages.pop(0)
+
+    async def send_on(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+    scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1"}
+    with caplog.at_level("INFO", "serving"):
+        await make_app(serving)(scope, receive, send_on)
+    assert sent == []
+    assert ["status=499" in record.getMessage() for record in caplog.records if record.name.startswith("serving")] == [
+        True
+    ]
+
+
 async def test_wrong_urls_and_methods_have_openais_body(serving):
     transport = httpx.ASGITransport(make_app(serving))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
