@@ -53,7 +53,7 @@ from serving.protocol import (
 )
 from serving.sse import EventStream, until_disconnected
 
-_LONG_TEXT = 20_000  # characters; tokenizing more takes over 10 ms, so a thread does it
+_LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 Result = TypeVar("Result")
 

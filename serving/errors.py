@@ -5,7 +5,7 @@ The engine's errors are translated here; nothing else decides a status.
 
 from typing import Any
 
-from mpt.errors import MPTError, UserError
+from mpt.errors import MPTError
 from serving.request import (
     EngineError,
     Overloaded,
@@ -85,7 +85,3 @@ def from_engine(error: EngineError, *, started: bool = False) -> ApiError:
     if isinstance(error, RequestTimeout):
         return Unavailable(str(error), code="request_timeout" if started else "queue_timeout")
     return InternalError(str(error))
-
-
-def from_user_error(error: UserError, param: str) -> ApiError:
-    return InvalidRequest(str(error), param=param)
