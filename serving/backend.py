@@ -71,7 +71,7 @@ class TorchBackend:
         self._weight = model.transformer.wte.weight
         self._shape = (2, config.n_kv_heads, config.d_head)
         self._n_layers: int = config.n_layers
-        self.bytes_per_token = 2 * config.n_layers * config.n_kv_heads * config.d_head * self._weight.itemsize
+        self.bytes_per_token = config.kv_bytes_per_token * self._weight.itemsize // 2
 
     def capacity_for(self, n_tokens: int) -> int:
         return -(-n_tokens // _BLOCK) * _BLOCK
