@@ -144,12 +144,21 @@ def overhead(folder: Path) -> dict[str, float]:
 
 
 def http(folder: Path) -> dict[str, float]:
-    """Tokens per second through HTTP streams: one alone, then 16 at once."""
-    with Server(folder) as base_url:
+    """Tokens per second through HTTP streams, one alone and 16 at once, and what of the latter's time is not the model.
+
+    `share` is what a user of this machine sees: the 16 clients run on the server's cores. `event_loop_share` is the CPU
+    time of the server's HTTP thread alone, from Linux' /proc.
+    """
+    server = Server(folder)
+    with server as base_url:
         _stream_tokens(base_url, 8)
         one = _streams_tokens_per_second(base_url, 1)
+        before, loop_before, started = _model_seconds(base_url), server.event_loop_seconds(), time.perf_counter()
         many = _streams_tokens_per_second(base_url, STREAMS)
-    return {"one": one, "many": many}
+        wall = time.perf_counter() - started
+        share = 1 - (_model_seconds(base_url) - before) / wall
+        event_loop_share = (server.event_loop_seconds() - loop_before) / wall
+    return {"one": one, "many": many, "share": share, "event_loop_share": event_loop_share}
 
 
 def _stock(folder: Path) -> Any:
@@ -200,6 +209,11 @@ class Server:
         command = [sys.executable, "-m", "mpt", "serve", "--model", f"bench={folder}", "--port", str(self.port)]
         self._process = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.DEVNULL)
 
+    def event_loop_seconds(self) -> float:
+        """CPU time of the process's first thread, which runs the event loop."""
+        fields = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def __enter__(self) -> str:
         import httpx
 
@@ -231,6 +245,14 @@ def _stream_tokens(base_url: str, n: int, k: int = 0) -> None:
         for line in response.iter_lines():
             last = line or last
         assert last == "data: [DONE]", last
+
+
+def _model_seconds(base_url: str) -> float:
+    import httpx
+
+    name = "mpt_model_step_seconds_total{"
+    lines = httpx.get(f"{base_url}/metrics").text.splitlines()
+    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 def _streams_tokens_per_second(base_url: str, n_streams: int) -> float:
@@ -327,6 +349,10 @@ def report(result: dict[str, Any]) -> str:
         f"| {result['weight_bytes'] / step / 1e9 / read:.0%} of the read bandwidth per step |",
         f"| engine beside the model's step, {STREAMS} streams "
         f"| {result['overhead']['share']:.1%} of the wall time | | | |",
+        f"| HTTP beside it: CPU time of the event loop | {result['http']['event_loop_share']:.1%} of the wall time "
+        f"| | | |",
+        f"| all but the model's step, {STREAMS} streams, their clients on the same cores "
+        f"| {result['http']['share']:.1%} of the wall time | | | |",
     ]
     return "\n".join(lines)
 

@@ -27,6 +27,32 @@ from mpt.errors import UnsupportedConfig
 # The model computes everything else; whoever holds the cache decides this (transformers' cache below, or an engine).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+_FEW_ROWS = 32  # up to here W x is faster than x W (measured at the 125M, 1B and 7B shapes)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, its product with a few bfloat16 rows on CPU done the other way round, W x instead of x W.
+
+    That is where decoding spends its time, and torch reads W at the memory's speed this way and at half to two thirds
+    of it in `F.linear` (docs/benchmarks.md). Both sum in float32 and round once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_rows = x.numel() // self.in_features
+        is_bfloat16_on_cpu = x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if not is_bfloat16_on_cpu or not 0 < n_rows <= _FEW_ROWS or torch.is_grad_enabled():
+            return super().forward(x)
+        if n_rows == 1:
+            row = x.reshape(-1)
+            out = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
+        else:
+            columns = x.reshape(n_rows, -1).t()
+            product = (
+                self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
+            )
+            out = product.t()  # strided: copying wide logits here would cost half of what was won
+        return out.view(*x.shape[:-1], self.out_features)
+
 
 class MPTAttention(nn.Module):
     def __init__(self, config: MPTConfig, layer: int) -> None:
@@ -36,8 +62,8 @@ class MPTAttention(nn.Module):
         self.clip_qkv = config.attention["clip_qkv"]
         widths = [config.d_model, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head]
         self.widths = widths  # rows of Wqkv: all queries, then all keys, then all values
-        self.Wqkv = nn.Linear(config.d_model, sum(widths), bias=not config.no_bias)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=not config.no_bias)
+        self.Wqkv = Linear(config.d_model, sum(widths), bias=not config.no_bias)
+        self.out_proj = Linear(config.d_model, config.d_model, bias=not config.no_bias)
         if config.attention["qk_ln"]:  # over the whole width, not per head
             self.q_ln: nn.LayerNorm | None = nn.LayerNorm(widths[0], eps=config.norm_eps, bias=not config.no_bias)
             self.k_ln: nn.LayerNorm | None = nn.LayerNorm(widths[1], eps=config.norm_eps, bias=not config.no_bias)
@@ -46,7 +72,7 @@ class MPTAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         B, T, C = x.shape
-        qkv = self.Wqkv(x)
+        qkv = self.Wqkv(x).contiguous()  # attention kernels need it, see Linear
         if self.clip_qkv:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         q, k, v = qkv.split(self.widths, dim=-1)
@@ -62,8 +88,8 @@ class MPTAttention(nn.Module):
 class MPTMLP(nn.Module):
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.d_ffn, bias=not config.no_bias)
-        self.down_proj = nn.Linear(config.d_ffn, config.d_model, bias=not config.no_bias)
+        self.up_proj = Linear(config.d_model, config.d_ffn, bias=not config.no_bias)
+        self.down_proj = Linear(config.d_ffn, config.d_model, bias=not config.no_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x)))
@@ -262,7 +288,7 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: MPTConfig) -> None:
         super().__init__(config)
         self.transformer = MPTModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear = Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

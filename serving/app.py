@@ -7,7 +7,6 @@ unknown fields; the OpenAPI schema is given by hand instead.
 
 import asyncio
 import contextlib
-import html
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,43 +16,36 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 import mpt
-from mpt.errors import UserError
-from mpt.prompts import Message, encode_chat
 from serving import answers
 from serving.auth import Keys
+from serving.docs import add_docs, takes
 from serving.endpoints import Endpoint
 from serving.errors import (
     ApiError,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
-    TooLarge,
     Unavailable,
-    UnsupportedMediaType,
 )
 from serving.gate import Gate, respond
+from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
 from serving.metrics import Metrics
 from serving.options import ServeOptions
 from serving.protocol import (
-    Body,
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     parse,
     prompts_of,
-    sampling_of,
 )
 from serving.sse import EventStream, until_disconnected
 
-_LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 Result = TypeVar("Result")
 
@@ -94,26 +86,41 @@ def make_app(serving: Serving) -> FastAPI:
     metrics = Metrics(lambda: list(serving.endpoints.values()))
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.serving = serving
+    _add_generation(app, serving, metrics)
+    _add_models_and_tokens(app, serving)
+    _add_operations(app, serving, metrics)
+    _add_errors(app)
+    if options.docs:
+        add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    keys = Keys(options.api_keys, options.api_key_file)
+    app.add_middleware(Gate, keys=keys, metrics=metrics, log_format=options.log_format)
+    if options.cors_origins:  # outside the gate: a browser's preflight carries no key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
 
-    async def body(request: Request, kind: type[Body]) -> Body:
-        return parse(kind, await _read_body(request, options.max_body_bytes))
 
-    @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
+    limit = serving.options.max_body_bytes
+
+    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue prompts: text, texts, token ids or lists of those."""
-        asked = await body(request, CompletionRequest)
+        asked = parse(CompletionRequest, await read_body(request, limit))
         endpoint = serving.endpoint(asked.model)
         texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
-        prompts = [await _tokens(endpoint, prompt) for prompt in texts_or_ids]
+        prompts = [await prompt_tokens(endpoint, prompt) for prompt in texts_or_ids]
         longest = max(map(len, prompts))
         room = endpoint.context_length - longest
         wanted = min(_DEFAULT_COMPLETION_TOKENS, max(room, 1)) if asked.max_tokens is None else asked.max_tokens
-        _check_room(endpoint, longest, wanted, "prompt")
+        check_room(endpoint, longest, wanted, "prompt")
         texts = []
         if asked.echo:
             pairs = zip(texts_or_ids, prompts, strict=True)
             texts = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
-        job = _job(request, asked, endpoint, prompts, wanted)
+        check_scores(asked, prompts)
+        job = make_job(request, asked, endpoint, prompts, wanted)
         job.echo, job.texts = bool(asked.echo), texts
         return await run(
             request,
@@ -123,16 +130,16 @@ def make_app(serving: Serving) -> FastAPI:
             lambda events: answers.completion(job, events, logprobs=asked.logprobs),
         )
 
-    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, in the model's own prompt style."""
-        asked = await body(request, ChatRequest)
+        asked = parse(ChatRequest, await read_body(request, limit))
         endpoint = serving.endpoint(asked.model)
-        prompt = await _chat_tokens(endpoint, asked.messages)
+        prompt = await chat_tokens(endpoint, asked.messages)
         room = endpoint.context_length - len(prompt)
         wanted = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
-        _check_room(endpoint, len(prompt), wanted, "messages")
-        job = _job(request, asked, endpoint, [prompt], wanted)
+        check_room(endpoint, len(prompt), wanted, "messages")
+        job = make_job(request, asked, endpoint, [prompt], wanted)
         logprobs = bool(asked.logprobs)
         return await run(
             request,
@@ -145,10 +152,14 @@ def make_app(serving: Serving) -> FastAPI:
     async def run(request: Request, job: answers.Job, asked: Any, chunks: Any, whole: Any) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
         request.state.job = job  # for the access log, which is written when the last byte has been sent
-        events = answers.start(job, metrics, deadline_s=options.request_timeout_s, salt=request.state.salt)
+        events = answers.start(job, metrics, deadline_s=serving.options.request_timeout_s, salt=request.state.salt)
         if asked.stream:
-            return EventStream(chunks(events), request_id=job.id, keep_alive_s=options.keep_alive_s)
+            return EventStream(chunks(events), request_id=job.id, keep_alive_s=serving.options.keep_alive_s)
         return _json(await _unless_disconnected(request, whole(events)))
+
+
+def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
+    limit = serving.options.max_body_bytes
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -160,28 +171,30 @@ def make_app(serving: Serving) -> FastAPI:
         """One model served here."""
         return _json(serving.endpoint(model).card())
 
-    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of messages in the model's prompt style."""
-        asked = await body(request, TokenizeRequest)
+        asked = parse(TokenizeRequest, await read_body(request, limit))
         endpoint = serving.endpoint(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
         if asked.messages is not None:
-            ids = await _chat_tokens(endpoint, asked.messages)
+            ids = await chat_tokens(endpoint, asked.messages)
         else:
-            _check_size(endpoint, [asked.prompt or ""], "prompt")
+            check_size(endpoint, [asked.prompt or ""], "prompt")
             ids = await asyncio.to_thread(endpoint.tokenizer.encode, asked.prompt or "")
         return _json({"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length})
 
-    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, control tokens included."""
-        asked = await body(request, DetokenizeRequest)
+        asked = parse(DetokenizeRequest, await read_body(request, limit))
         endpoint = serving.endpoint(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return _json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
 
+
+def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> Response:
         """200 while the process and its engines live; 503 when an engine has stopped for good."""
@@ -205,9 +218,8 @@ def make_app(serving: Serving) -> FastAPI:
         """Prometheus metrics."""
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    if options.docs:
-        _add_docs(app)
 
+def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return respond(error)
@@ -222,96 +234,6 @@ def make_app(serving: Serving) -> FastAPI:
         if error.status_code == 404:
             return respond(NotFound(f"there is no `{where}` here; the API begins at /v1"))
         return respond(InvalidRequest(str(error.detail)))
-
-    keys = Keys(options.api_keys, options.api_key_file)
-    app.add_middleware(Gate, keys=keys, metrics=metrics, log_format=options.log_format)
-    if options.cors_origins:  # outside the gate: a browser's preflight carries no key
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
-        )
-    return app
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises UnsupportedMediaType and TooLarge before it is parsed."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        raise UnsupportedMediaType(f"content-type is `{kind[:60]}`; send `application/json`")
-    too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > limit:
-            raise too_large
-    return bytes(raw)
-
-
-async def _tokens(endpoint: Endpoint, prompt: str | list[int]) -> list[int]:
-    """A prompt's token ids, control tokens never made from text; an empty text begins a new one."""
-    if not isinstance(prompt, str):
-        return prompt
-    _check_size(endpoint, [prompt], "prompt")
-    if len(prompt) > _LONG_TEXT:
-        ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt)
-    else:
-        ids = endpoint.tokenizer.encode(prompt)
-    return ids or [endpoint.tokenizer.eos_id]
-
-
-async def _chat_tokens(endpoint: Endpoint, messages: list[ChatMessage]) -> list[int]:
-    turns = [Message(role=message.role, content=message.text()) for message in messages]
-    _check_size(endpoint, [turn["content"] for turn in turns], "messages")
-    try:
-        return await asyncio.to_thread(
-            encode_chat, endpoint.tokenizer, endpoint.prompt_style, turns, system_default=endpoint.system_prompt
-        )
-    except UserError as error:
-        raise InvalidRequest(str(error), param="messages") from None
-
-
-def _check_size(endpoint: Endpoint, texts: list[str], param: str) -> None:
-    """Refuse what cannot fit the context however it is tokenized, before spending time on it."""
-    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    if n_bytes > endpoint.max_prompt_bytes:
-        least = n_bytes // endpoint.tokenizer.longest_token_bytes
-        raise InvalidRequest(
-            f"the prompt has {n_bytes} bytes, at least {least} tokens, over the {endpoint.context_length} tokens of "
-            f"`{endpoint.name}`; shorten it",
-            code="context_length_exceeded",
-            param=param,
-        )
-
-
-def _check_room(endpoint: Endpoint, n_prompt: int, max_tokens: int, param: str) -> None:
-    if n_prompt + max_tokens > endpoint.context_length:
-        raise InvalidRequest(
-            f"the prompt has {n_prompt} tokens and max_tokens is {max_tokens}: {n_prompt + max_tokens} is over the "
-            f"context of `{endpoint.name}`, {endpoint.context_length}; shorten the prompt or lower max_tokens",
-            code="context_length_exceeded",
-            param=param,
-            n_prompt_tokens=n_prompt,
-            n_ctx=endpoint.context_length,
-        )
-
-
-def _job(
-    request: Request, asked: CompletionRequest | ChatRequest, endpoint: Endpoint, prompts: list[list[int]], wanted: int
-) -> answers.Job:
-    if asked.stream_options is not None and not asked.stream:
-        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
-    options = asked.stream_options
-    return answers.Job(
-        id=request.state.request_id,
-        endpoint=endpoint,
-        prompts=prompts,
-        sampling=sampling_of(asked, wanted, endpoint.vocab_size),
-        n=asked.n or 1,
-        include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
-        continuous_usage=options is not None and options.continuous_usage_stats,
-    )
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -332,34 +254,3 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Resul
 
 def _json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
-
-
-def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _add_docs(app: FastAPI) -> None:
-    """/openapi.json, and /docs as one plain page: Swagger's would load scripts from other people's servers."""
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        return _json(app.openapi())
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        rows = []
-        for path, methods in app.openapi()["paths"].items():
-            for method, operation in methods.items():
-                takes = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-                fields = ", ".join(f"<code>{name}</code>" for name in takes.get("schema", {}).get("properties", {}))
-                what = html.escape(operation.get("description", ""))
-                rows.append(f"<tr><td><code>{method.upper()} {html.escape(path)}</code><td>{what}<td>{fields}")
-        page = (
-            "<!doctype html><meta charset=utf-8><title>MPT API</title><meta name=viewport content='width=device-width'>"
-            "<style>body{font:16px system-ui;margin:2rem auto;max-width:70rem;padding:0 1rem}td,th{text-align:left;"
-            "vertical-align:top;padding:.4rem .8rem .4rem 0}</style><h1>MPT API</h1><p>OpenAI's API; the schema is at "
-            "<a href=openapi.json>openapi.json</a>.<table><tr><th>route<th>what it does<th>fields" + "".join(rows)
-        )
-        return HTMLResponse(page + "</table>")

@@ -106,15 +106,14 @@ class TorchBackend:
         scale = self.model.config.softmax_scale
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = torch.empty(1, q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=device)  # (1, N, H, D)
+            fresh = torch.cat([k, v])  # (2, KV heads, N, D), as rows store them
+            answers = []
             for row, start, end, stored in spans:
                 kv = row.kv[layer]
-                kv[0, :, row.length : stored] = k[0, :, start:end]
-                kv[1, :, row.length : stored] = v[0, :, start:end]
-                keys, values = kv[:1, :, :stored], kv[1:, :, :stored]
-                answer = attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias)
-                out[:, start:end] = answer.transpose(1, 2)
-            return out.transpose(1, 2)
+                kv[:, :, row.length : stored] = fresh[:, :, start:end]
+                keys, values = kv[:, :, :stored].split(1)
+                answers.append(attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias))
+            return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0]  # (1, H, N, D)
 
         positions = None
         if self.max_length is not None:
@@ -122,7 +121,8 @@ class TorchBackend:
             positions = positions[None]
         hidden = transformer.run(transformer.wte(ids), attend, positions)[0]  # (N, C)
         wanted = [hidden[end - item.n_logits : end] for item, (_, _, end, _) in zip(work, spans, strict=True)]
-        return self.model.unembed(torch.cat(wanted)).float()
+        # Rows in one piece: they may come transposed (mpt.model.Linear), and sampling reads each row many times.
+        return self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
 
     def _empty(self, n_tokens: int) -> Tensor:
         two, heads, d_head = self._shape

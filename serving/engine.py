@@ -572,16 +572,13 @@ def token_logprobs(logits: Tensor, tokens: list[int], n_top: list[int]) -> list[
     return out
 
 
-def _columns(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Temperature, top_p, top_k, min_p and this step's uniform number of each sequence, (B,) each."""
-    asked = [s.sampling for s in sequences]
-    return (
-        torch.tensor([s.temperature for s in asked], device=device),
-        torch.tensor([s.top_p for s in asked], device=device),
-        torch.tensor([s.top_k for s in asked], device=device),
-        torch.tensor([s.min_p for s in asked], device=device),
-        torch.tensor([s.random.random() for s in sequences], device=device, dtype=torch.float64),
-    )
+def _columns(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, ...]:
+    """Temperature, top_p, top_k, min_p and this step's uniform number of each sequence, (B,) float64 each."""
+    rows = [
+        (s.sampling.temperature, s.sampling.top_p, s.sampling.top_k, s.sampling.min_p, s.random.random())
+        for s in sequences
+    ]
+    return torch.tensor(rows, device=device, dtype=torch.float64).unbind(-1)
 
 
 def _deliver(events: list[tuple[Request, Event | EngineError]]) -> None:

@@ -102,6 +102,8 @@ class _EngineCollector(Collector):
         queries = CounterMetricFamily("mpt_prefix_cache_queries", "Prompt tokens looked up.", labels=labels)
         hits = CounterMetricFamily("mpt_prefix_cache_hits", "Prompt tokens found in the cache.", labels=labels)
         preemptions = CounterMetricFamily("mpt_preemptions", "Sequences sent back to the queue.", labels=labels)
+        steps = CounterMetricFamily("mpt_model_steps", "Steps of the model.", labels=labels)
+        step_seconds = CounterMetricFamily("mpt_model_step_seconds", "Time spent in the model.", labels=labels)
         for endpoint in self._endpoints():
             stats, name = endpoint.engine.stats(), [endpoint.name]
             running.add_metric(name, stats.n_running)
@@ -111,6 +113,8 @@ class _EngineCollector(Collector):
             queries.add_metric(name, stats.prefix_queries_tokens)
             hits.add_metric(name, stats.prefix_hits_tokens)
             preemptions.add_metric(name, stats.n_preemptions)
+            steps.add_metric(name, stats.n_steps)
+            step_seconds.add_metric(name, stats.step_seconds)
         info = GaugeMetricFamily("mpt_build_info", "The version that runs.", labels=["version"])
         info.add_metric([mpt.__version__], 1)
-        yield from (running, waiting, usage, up, queries, hits, preemptions, info)
+        yield from (running, waiting, usage, up, queries, hits, preemptions, steps, step_seconds, info)

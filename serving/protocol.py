@@ -16,6 +16,7 @@ from serving.request import Sampling
 MAX_SAMPLES = 8  # n and best_of: each is a sequence in the batch
 MAX_PROMPTS = 64
 MAX_STOPS = 16  # OpenAI's limit is 4
+MAX_STOP_CHARACTERS = 1000  # of one: as much text is held back while it may still come
 MAX_TOP_LOGPROBS = 20
 
 # Accepted whatever they say: they change nothing a caller could observe.
@@ -226,6 +227,8 @@ def sampling_of(body: CompletionRequest | ChatRequest, max_tokens: int, vocab_si
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > MAX_STOPS or not all(stops):
         raise InvalidRequest(f"`stop` takes 1 to {MAX_STOPS} strings, none empty", param="stop")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(f"a `stop` has {longest} characters, at most {MAX_STOP_CHARACTERS}; cut it", param="stop")
     bad = next((t for t in body.stop_token_ids or [] if not 0 <= t < vocab_size), None)
     if bad is not None:
         raise InvalidRequest(f"`stop_token_ids`: {bad} is outside 0 to {vocab_size - 1}", param="stop_token_ids")

@@ -17,7 +17,7 @@ from transformers import DynamicCache, MptConfig, MptForCausalLM, StaticCache
 
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig
-from mpt.model import MPTForCausalLM
+from mpt.model import Linear, MPTForCausalLM
 
 V = 97
 # Two float64 computations of logits of size 10 in another order. ALiBi's bias is float32 by design: exact for 4 and 8
@@ -508,6 +508,22 @@ def test_embedding_fraction_shrinks_the_embeddings_gradient_only() -> None:
     torch.testing.assert_close(other.pop(embedding), 0.1 * one.pop(embedding), rtol=1e-4, atol=1e-6)
     for name, gradient in one.items():
         torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 32, 33])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_bfloat16_rows_are_multiplied_as_exactly_as_many(n_rows: int, bias: bool) -> None:
+    torch.manual_seed(n_rows)
+    linear = Linear(96, 40, bias=bias).bfloat16()
+    x = torch.randn(n_rows, 96).bfloat16().view(1, n_rows, 96)
+    with torch.no_grad():
+        got = linear(x)
+    expected = torch.einsum("oi,bti->bto", linear.weight.double(), x.double())
+    if linear.bias is not None:
+        expected = expected + linear.bias.double()
+    assert got.shape == (1, n_rows, 40)
+    # One rounding to bfloat16's 8 bits; sums of 96 products in float32 add 1e-6.
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own call

@@ -1,6 +1,7 @@
 """Bodies nobody should send: each is refused with the right status, code and field, and reaches no engine."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -61,6 +62,7 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         (f'{{{GOOD},"best_of":2,"stream":true}}', "invalid_value", "best_of"),
         (f'{{{GOOD},"stop":[""]}}', "invalid_value", "stop"),
         (f'{{{GOOD},"stop":{json.dumps(["x"] * 17)}}}', "invalid_value", "stop"),
+        (f'{{{GOOD},"stop":"{"x" * 1001}"}}', "invalid_value", "stop"),
         (f'{{{GOOD},"stop_token_ids":[260]}}', "invalid_value", "stop_token_ids"),
         (f'{{{GOOD},"logit_bias":{{"-1":1}}}}', "invalid_value", "logit_bias"),
         (f'{{{GOOD},"logit_bias":{{"260":1}}}}', "invalid_value", "logit_bias"),
@@ -109,6 +111,30 @@ async def test_bad_messages_are_refused_by_name(serving, messages, code, param):
     body = json.dumps({"model": "base", "messages": messages})
     error = (await send(serving, body, "/v1/chat/completions")).json()["error"]
     assert (error["code"], error["param"]) == (code, param)
+
+
+async def test_scores_of_prompts_are_bounded(serving, monkeypatch):
+    monkeypatch.setattr("serving.intake._MAX_SCORES", 60)
+    body = {"model": "base", "prompt": ["abc", "de"], "echo": True, "max_tokens": 0}  # a token a byte: 5
+    fits = await send(serving, json.dumps({**body, "logprobs": 12}), "/v1/completions")
+    assert fits.status_code == 200
+    refused = (await send(serving, json.dumps({**body, "logprobs": 13}), "/v1/completions")).json()["error"]
+    assert (refused["code"], refused["param"]) == ("invalid_value", "logprobs")
+    assert "65" in refused["message"]
+    assert "60" in refused["message"]
+
+
+async def test_every_reference_of_the_schema_resolves(serving):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(serving)), base_url="http://test") as client:
+        document = (await client.get("/openapi.json")).json()
+        page = (await client.get("/docs")).text
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references == {
+        "CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest", "ChatMessage", "TextPart",
+        "StreamOptions",
+    }  # fmt: skip
+    assert references <= set(document["components"]["schemas"])
+    assert "<code>max_completion_tokens</code>" in page
 
 
 async def test_fields_that_ask_for_nothing_are_accepted(serving):
