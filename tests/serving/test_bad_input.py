@@ -235,7 +235,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(serving, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("secret of the house")
 
-    monkeypatch.setattr("serving.app.sampling_of", broken)
+    monkeypatch.setattr("serving.intake.sampling_of", broken)
     response = await send(serving, f"{{{GOOD}}}", "/v1/completions")
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
