@@ -301,6 +301,11 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         """The (B, S) mask as it is: transformers' `generate` asks this hook, and would make (B, 1, T, S) of it."""
         return attention_mask
 
+    def hidden_states(self, input_ids: Tensor, sequence_id: Tensor) -> Tensor:
+        """What `unembed` takes, (B, T, C), of packed rows: for a loss that never holds all logits at once."""
+        states: Tensor = self.transformer(input_ids, sequence_id=sequence_id, use_cache=False).last_hidden_state
+        return states
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), in the model's dtype."""
         logits = self.lm_head(hidden)

@@ -1,46 +1,115 @@
-"""The state a run goes on from: model, optimizer and step, written whole or not at all.
+"""The state a run goes on from: parameters, optimizer state and position, written whole or not at all.
 
-`<out>/step-000500/` holds `state.pt` and a manifest with its sha256; it is written as `step-000500.partial` and renamed
-once complete. Resuming takes the newest whole one and skips a damaged one with a warning. Not here: the finished
+`<out>/step-000500/` holds every rank's shards as safetensors and a manifest with their sha256, written last; it is
+`step-000500.partial` until then. Written by `torch.distributed.checkpoint` in the background, and readable by any
+number of ranks. Resuming takes the newest whole one and skips a damaged one with a warning. Not here: the finished
 checkpoint that others load (`mpt/checkpoint.py`).
 """
 
 import logging
-import os
 import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from mpt.checkpoint import MANIFEST, verify_manifest, write_manifest
+from mpt.checkpoint import MANIFEST, read_manifest, verify_manifest, write_manifest
 from mpt.errors import DamagedFile, MachineRefused
+from training.distributed import World
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.pt"
+_PARAMETER = "parameter"
+# torch says so at every save of a world of one, from whatever thread saves.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
-def save(state: dict[str, Any], step: int, folder: Path, keep: int) -> Path:
-    """Write folder/step-NNNNNN and return it; older ones beyond the newest `keep` are removed."""
-    final = folder / f"step-{step:06d}"
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        with (partial / _STATE).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        write_manifest(partial, {"step": step})
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MachineRefused(f"cannot write `{final}` ({error}); free some space, then run the same command") from error
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one that was skipped on resume
-    partial.rename(final)
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands; everything else of its future follows from its configuration."""
+
+    step: int = 0  # steps taken
+    tokens: int = 0  # seen in them
+    seconds: float = 0.0  # spent in them, without what a crash lost
+
+
+class Saver:
+    """Writes checkpoints in the background, one at a time; every rank makes the same calls."""
+
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self._folder, self._world, self._keep = folder, world, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
+        """Copy the state and begin to write it as folder/step-NNNNNN; older ones beyond `keep` are removed after.
+
+        Raises MachineRefused when this one or the one before cannot be written.
+        """
+        self.wait()
+        final = self._folder / f"step-{position.step:06d}"
+        partial = final.with_name(final.name + ".partial")
+        try:
+            if self._world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self._world.barrier()
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            written: Future[object] = dcp.async_save(  # type: ignore[assignment]
+                {name: tensor.detach() for name, tensor in tensors(model, optimizer).items()},
+                storage_writer=writer,
+                process_group=self._world.background,
+                no_dist=self._world.size == 1,
+            )
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _cannot_write(final, error) from error
+
+        def finish() -> None:
+            try:
+                written.result()
+                if self._world.background is not None:
+                    torch.distributed.barrier(self._world.background)
+                if self._world.is_first:
+                    self._publish(partial, final, position)
+            except BaseException as error:  # told by `wait`, in the run's own thread
+                shutil.rmtree(partial, ignore_errors=True)
+                self._error = error
+
+        self._thread = threading.Thread(target=finish, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is whole and under its name. Raises MachineRefused when it could not be written."""
+        self.join()
+        if self._world.sum(float(self._error is not None))[0]:
+            error, self._error = self._error, None
+            raise _cannot_write(self._folder, error or RuntimeError("another rank failed"))
+
+    def join(self) -> None:
+        """Until the writing thread has ended, whatever came of it; for a run that ends by an error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _publish(self, partial: Path, final: Path, position: Position) -> None:
+        write_manifest(partial, asdict(position))
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was skipped on resume
+        partial.rename(final)
+        for old in steps(self._folder)[: -self._keep]:
+            shutil.rmtree(old)
+
+
+def _cannot_write(path: Path, error: BaseException) -> MachineRefused:
+    reason = str(error.__cause__ or error).splitlines()[0]
+    return MachineRefused(f"cannot write `{path}` ({reason}); free some space, then run the same command")
 
 
 def steps(folder: Path) -> list[Path]:
@@ -48,14 +117,44 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).is_file())
 
 
-def latest(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest undamaged checkpoint, on the CPU; None where there is none."""
+def latest(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint; None where there is none."""
     for path in reversed(steps(folder)):
         try:
             verify_manifest(path)
         except DamagedFile as error:
             log.warning("skipped `%s`: %s", path.name, error)
             continue
-        state: dict[str, Any] = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        return state
+        return path
     return None
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Fill model and optimizer from a checkpoint, whatever number of ranks wrote it."""
+    reader = HuggingFaceStorageReader(str(path))
+    stored = reader.read_metadata().state_dict_metadata
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        for key in (
+            stem for stem, _, rest in (n.partition(".") for n in stored) if rest == name and stem != _PARAMETER
+        ):
+            shape = stored[f"{key}.{name}"].size  # type: ignore[union-attr]
+            like = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape)
+            optimizer.state[parameter][key] = like
+    wanted: Mapping[str, Tensor] = {name: tensor.detach() for name, tensor in tensors(model, optimizer).items()}
+    if missing := wanted.keys() ^ stored.keys():
+        raise DamagedFile(f"`{path}` and the run differ in `{min(missing)}`; it belongs to another run")
+    dcp.load(dict(wanted), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    manifest = read_manifest(path) or {}
+    return Position(manifest["step"], manifest["tokens"], manifest["seconds"])
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is learned and what the optimizer remembers of it, by name; frozen parameters come from the base."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[f"{_PARAMETER}.{name}"] = parameter
+            for key, value in optimizer.state.get(parameter, {}).items():
+                found[f"{key}.{name}"] = value
+    return found

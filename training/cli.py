@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +20,8 @@ if TYPE_CHECKING:
 
 PrecisionChoice = Literal["bf16", "fp32"]
 OptimizerChoice = Literal["adamw", "lion"]
-Report = Callable[[dict[str, float]], None]
+CheckpointingChoice = Literal["none", "selective", "full"]
+SpikeChoice = Literal["log", "skip", "stop"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +41,11 @@ MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens of a training sequen
 Optimizer = Annotated[OptimizerChoice | None, typer.Option(help="The recipe's is adamw.")]
 Precision = Annotated[PrecisionChoice | None, typer.Option(help="Of the matrix products; master weights are float32.")]
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the data, and new weights.")]
+LoraRank = Annotated[int | None, typer.Option("--lora", metavar="RANK", help="Train adapters of this rank instead.")]
+EvalData = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A held-out set, scored every 100 steps.")]
+Checkpointing = Annotated[CheckpointingChoice | None, typer.Option(help="Recompute activations to save memory.")]
+Spike = Annotated[SpikeChoice | None, typer.Option(help="What a loss off its course does: log, stop, or skip past it.")]
+Gpus = Annotated[int | None, typer.Option(help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in --out; --no-resume refuses a folder in use.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its size, and touch nothing.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="RUN.JSON", help="Repeat a run as it was.")]
@@ -63,10 +67,11 @@ def main() -> None:
 
 @app.command()
 def finetune(
-    data: Data,
+    data: Data = "",
     base: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="A name of the catalog or a checkpoint's folder.")
     ] = None,
+    config: ConfigFile = None,
     out: Out = None,
     lr: Lr = None,
     epochs: Epochs = None,
@@ -76,6 +81,11 @@ def finetune(
     optimizer: Optimizer = None,
     precision: Precision = None,
     seed: Seed = None,
+    lora: LoraRank = None,
+    eval_data: EvalData = None,
+    activation_checkpointing: Checkpointing = None,
+    on_spike: Spike = None,
+    gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
 ) -> None:
@@ -83,26 +93,26 @@ def finetune(
 
     Example: train finetune --base mpt-7b --data dolly_hhrlhf
     """
-    if base is None:
-        raise UserError("`--base` is missing: name the checkpoint to start from, for example `--base mpt-tiny`")
     from mpt.catalog import describe
     from training import recipes
+    from training.run import Lora
 
-    describe(base)  # a name nobody knows is refused before anything is made
-    run = recipes.finetune(
-        base,
-        data,
-        out or f"runs/{Path(base).name}-{Path(data).name.partition('.')[0]}",
-        lr=lr,
-        epochs=epochs,
-        steps=steps,
-        global_batch=global_batch,
-        max_seq_len=max_seq_len,
-        optimizer=optimizer,
-        precision=precision,
-        seed=seed,
-    )
-    _train(run, resume, dry_run)
+    changes: dict[str, Any] = {
+        "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
+        "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
+        "activation_checkpointing": activation_checkpointing, "lora": None if lora is None else Lora(rank=lora),
+    }  # fmt: skip
+    if config is None:
+        for option, value in (("--base", base), ("--data", data)):
+            if not value:
+                example = "train finetune --base mpt-tiny --data dolly_hhrlhf"
+                raise UserError(f"`{option}` is missing, for example `{example}`; or give --config with a run.json")
+        describe(str(base))  # a name nobody knows is refused before anything is made
+        out = out or f"runs/{Path(str(base)).name}-{Path(data).name.partition('.')[0]}"
+        run = recipes.finetune(str(base), data, out, **changes)
+    else:
+        run = recipes.change(_read(config), base=base, data=data or None, out=out, **changes)
+    _train(run, resume, dry_run, gpus)
 
 
 @app.command()
@@ -119,6 +129,10 @@ def pretrain(
     optimizer: Optimizer = None,
     precision: Precision = None,
     seed: Seed = None,
+    eval_data: EvalData = None,
+    activation_checkpointing: Checkpointing = None,
+    on_spike: Spike = None,
+    gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
 ) -> None:
@@ -127,14 +141,14 @@ def pretrain(
     Example: train pretrain --data novel.txt --tokenizer my/tokenizer --steps 100
     """
     from training import recipes
-    from training.run import Run
 
     changes: dict[str, Any] = {
         "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
-        "optimizer": optimizer, "precision": precision, "seed": seed,
+        "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
+        "activation_checkpointing": activation_checkpointing,
     }  # fmt: skip
     if config is not None:
-        run = recipes.change(Run.read(config), data=data or None, tokenizer=tokenizer or None, out=out, **changes)
+        run = recipes.change(_read(config), data=data or None, tokenizer=tokenizer or None, out=out, **changes)
     elif not data or not tokenizer:
         missing = "--tokenizer" if data else "--data"
         raise UserError(f"`{missing}` is missing; give --data and --tokenizer, or --config with a run.json")
@@ -144,7 +158,7 @@ def pretrain(
         vocab_size = Tokenizer.from_folder(tokenizer).vocab_size
         out = out or f"runs/mpt-125m-{Path(data).name.partition('.')[0]}"
         run = recipes.pretrain(data, out, tokenizer, vocab_size, **changes)
-    _train(run, resume, dry_run)
+    _train(run, resume, dry_run, gpus)
 
 
 @app.command("evaluate")
@@ -179,10 +193,11 @@ def tiny(
     """Make the mpt-tiny family, score it, and write docs/tiny.md."""
     if novels is not None:
         os.environ["MPT_NOVELS"] = str(novels)
+    from training import show
     from training import tiny as family
 
     names = tuple(only) if only else family.NAMES
-    with _reporter() as report:
+    with show.steps() as report:
         scores = family.make(work, names, report)
     from training.evaluate import compact
 
@@ -190,13 +205,58 @@ def tiny(
         print(name, json.dumps(compact(values)))
 
 
-def _train(run: "Run", resume: bool, dry_run: bool) -> None:
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder, or a finished LoRA's `model`.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the checkpoint goes; must not exist.")],
+    merge: Annotated[bool, typer.Option(help="Add a LoRA's adapters to its base's weights.")] = False,
+) -> None:
+    """Write a run's newest checkpoint, or a LoRA merged into its base, as a folder that serves and converts.
+
+    Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
+    """
+    from training import adapters, loop
+
+    if out.exists():
+        raise UserError(f"`{out}` exists; choose another --out")
+    is_run = (source / "run.json").is_file()
+    if merge:
+        folder = source / "model" if is_run else source
+        print(adapters.merge(folder, out))
+    elif is_run:
+        print(loop.export_latest(source, out))
+    else:
+        raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="One run, or several to compare.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Default: <first run>/curves.png.")] = None,
+) -> None:
+    """Draw the loss, gradient norm, learning rate and speed of runs as a picture."""
+    from training import curves
+
+    print(curves.plot(*runs, to=out))
+
+
+def _read(config: Path) -> "Run":
+    from training.run import Run
+
+    return Run.read(config)
+
+
+def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
     if dry_run:
         _print_plan(run)
         return
-    from training import loop
+    from training import launch, loop, show
 
-    with _reporter() as report:
+    if gpus is not None and gpus > 1:
+        loop.check(run, resume)
+        print(launch.start(run, gpus))
+        return
+    with show.steps() as report:
         folder = loop.fit(run, report, resume=resume)
     print(folder)
 
@@ -218,43 +278,6 @@ def _print_plan(run: "Run") -> None:
     print(f"learned_tokens_per_step {batch.n_learned}")
     print(f"useful_positions {used / batch.ids.numel():.3f}")
     print(f"tokens {n_steps * used}")
-
-
-@contextmanager
-def _reporter() -> Iterator[Report]:
-    """What shows each step: a bar on a terminal, lines of `key value` elsewhere."""
-    if not sys.stderr.isatty():
-        yield _print_step
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("train", loss=float("nan"), speed=0.0)
-
-        def show(metrics: dict[str, float]) -> None:
-            progress.update(
-                task,
-                completed=metrics["step"],
-                total=metrics["steps"],
-                loss=metrics["loss"],
-                speed=metrics["tokens_per_s"],
-            )
-
-        yield show
-
-
-def _print_step(metrics: dict[str, float]) -> None:
-    n = int(metrics["step"])
-    if n <= 3 or n % 10 == 0 or n == metrics["steps"]:
-        keys = ("step", "steps", "loss", "lr", "gradient_norm", "tokens", "tokens_per_s", "seconds")
-        print(" ".join(f"{key} {metrics[key]:.6g}" for key in keys), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from training.run import Run
 
 
-def multiplier(run: Run, step: int, n_steps: int) -> float:
-    """What lr is multiplied by at `step`, counted from 0; warm-up is linear and its first step is not zero."""
+def multiplier(run: Run, step: int, n_steps: int, tokens: int = 0) -> float:
+    """What lr is multiplied by at `step`, counted from 0, after `tokens`; warm-up is linear, never from zero."""
     if step < run.warmup_steps:
         return (step + 1) / run.warmup_steps
+    if run.warmup_tokens is not None and tokens < run.warmup_tokens:
+        return max(tokens, 1) / run.warmup_tokens
     if run.schedule == "constant":
         return 1.0
     done = (step - run.warmup_steps) / max(1, n_steps - run.warmup_steps)

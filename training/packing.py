@@ -62,3 +62,15 @@ def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
     """The batch cut into groups of rows of at most max_tokens positions, at least one row each."""
     rows = max(1, max_tokens // batch.ids.shape[1])
     return [Batch(*(x[i : i + rows] for x in batch)) for i in range(0, len(batch.ids), rows)]
+
+
+def deal(batch: Batch, rank: int, n_ranks: int, max_tokens: int) -> list[Batch]:
+    """The microbatches of one rank: every n_ranks-th row. All ranks get equally many, so that they gather together.
+
+    Where rows run out, the first is repeated with nothing to learn.
+    """
+    missing = -len(batch.ids) % n_ranks
+    if missing:
+        filler = Batch(batch.ids[:1], torch.full_like(batch.labels[:1], IGNORED), batch.sequence_id[:1])
+        batch = Batch(*(torch.cat([x, *[y] * missing]) for x, y in zip(batch, filler, strict=True)))
+    return microbatches(Batch(*(x[rank::n_ranks] for x in batch)), max_tokens)

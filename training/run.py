@@ -15,6 +15,28 @@ from mpt.prompts import PROMPT_STYLES, PromptStyle
 OptimizerName = Literal["adamw", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 Precision = Literal["bf16", "fp32"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+OnSpike = Literal["log", "skip", "stop"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which adapters are trained beside frozen weights; defaults of llm-foundry's dbrx LoRA yaml but for rank."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("Wqkv", "out_proj", "up_proj", "down_proj")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise UserError(f"`lora.rank` is {self.rank!r}; it must be a whole number above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"`lora.dropout` is {self.dropout}; it must be at least 0 and below 1")
+        object.__setattr__(self, "targets", tuple(self.targets))
+        unknown = sorted(set(self.targets) - {"Wqkv", "out_proj", "up_proj", "down_proj"})
+        if unknown or not self.targets:
+            raise UserError(f"`lora.targets` {unknown}: known are Wqkv, out_proj, up_proj and down_proj")
 
 
 @dataclass(frozen=True)
@@ -36,10 +58,18 @@ class Run:
     weight_decay: float = 0.0  # decoupled: multiplied by lr / peak lr, as llm-foundry's optimizers do
     schedule: ScheduleName = "cosine"
     warmup_steps: int = 0
+    warmup_tokens: int | None = None  # instead of warmup_steps
     lr_floor: float = 0.0  # fraction of lr where the schedule ends
     clip: float | None = 1.0  # global norm of the gradient
     precision: Precision = "bf16"  # of the matrix products; master weights and optimizer state are float32
-    microbatch_tokens: int = 8192  # most tokens of one forward and backward; changes memory, not the result
+    microbatch_tokens: int = 8192  # most tokens of one forward and backward; halved where they do not fit
+    activation_checkpointing: ActivationCheckpointing = "none"
+    compile: bool = False  # each block through torch.compile
+    lora: Lora | None = None
+    on_spike: OnSpike = "log"  # `skip`: back to the last checkpoint, and past the data of the spike
+    eval_data: str | None = None  # a held-out set, as `data`
+    eval_every: int = 100  # steps
+    eval_samples: int = 256
     seed: int = 17
     # New weights: the MPTConfig to draw. With a base: the entries of its config to change.
     model: dict[str, Any] = field(default_factory=dict)
@@ -52,13 +82,23 @@ class Run:
 
     def __post_init__(self) -> None:
         _positive(self, "max_seq_len", "global_batch", "lr", "microbatch_tokens", "checkpoint_every")
-        _positive(self, "checkpoints_kept")
+        _positive(self, "checkpoints_kept", "eval_every", "eval_samples")
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"give `steps` or `epochs`, one of the two; got {self.steps} and {self.epochs}")
         _positive(self, "steps" if self.steps is not None else "epochs")
         for key in ("weight_decay", "warmup_steps", "lr_floor", "eps"):
             if getattr(self, key) < 0:
                 raise UserError(f"`{key}` is {getattr(self, key)}; it must not be negative")
+        if self.warmup_tokens is not None:
+            _positive(self, "warmup_tokens")
+            if self.warmup_steps:
+                raise UserError("give `warmup_steps` or `warmup_tokens`, one of the two")
+        if isinstance(self.lora, dict):  # from JSON
+            object.__setattr__(self, "lora", Lora(**self.lora))
+        if self.lora is not None and self.base is None:
+            raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
+        if self.lora is not None and self.model:
+            raise UserError("`lora` keeps the base's config; leave `model` out")
         if self.lr_floor > 1:
             raise UserError(f"`lr_floor` is {self.lr_floor}; it is a fraction of lr, at most 1")
         if self.clip is not None:
@@ -70,6 +110,8 @@ class Run:
         _one_of(self, "schedule", get_args(ScheduleName))
         _one_of(self, "precision", get_args(Precision))
         _one_of(self, "prompt_style", PROMPT_STYLES)
+        _one_of(self, "activation_checkpointing", get_args(ActivationCheckpointing))
+        _one_of(self, "on_spike", get_args(OnSpike))
         if self.base is None and not self.model:
             raise UserError("`base` is None and `model` is empty: name a checkpoint to start from or a shape to draw")
         if self.base is None and self.tokenizer is None:

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,13 @@ import torch
 
 import mpt.checkpoint
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
-from training import checkpoint, loop
+from mpt.model import MPTMLP
+from training import checkpoint, datasets, loop, step
+from training.distributed import World
+from training.logbook import Logbook
 from training.run import Run
+
+ROOT = Path(__file__).parents[2]
 
 
 class Killed(BaseException):
@@ -60,55 +68,89 @@ def test_a_killed_run_ends_bitwise_equal(small_run: Run, precision: Any) -> None
     assert losses(run) == losses(whole)
 
 
-def test_a_kill_during_a_save_leaves_no_checkpoint_under_its_name(
-    small_run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+_DIES_IN_A_SAVE = """
+import os, sys, training.checkpoint
+from pathlib import Path
+from training import loop
+from training.run import Run
+
+def die(folder, entries):  # every shard is there, one of them cut short, and the manifest is not
+    if entries["step"] == 10:
+        os.truncate(next(folder.glob("*.safetensors")), 1000)
+        os._exit(9)
+    real(folder, entries)
+
+real, training.checkpoint.write_manifest = training.checkpoint.write_manifest, die
+loop.fit(Run.read(Path(sys.argv[1])))
+"""
+
+
+def test_a_kill_during_a_save_leaves_no_checkpoint_under_its_name(small_run: Run) -> None:
     expected = weights(loop.fit(small_run))
     run = elsewhere(small_run, "killed")
-    real_save = torch.save
-
-    def half(state: Any, file: Any) -> None:
-        real_save(state, file)
-        if state["step"] == 10:
-            file.truncate(1000)
-            raise Killed
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Killed):
-        loop.fit(run)
+    description = Path(run.out).with_suffix(".json")
+    description.write_text(run.to_json())
+    died = subprocess.run([sys.executable, "-c", _DIES_IN_A_SAVE, str(description)], cwd=ROOT, check=False)
+    assert died.returncode == 9
     assert [path.name for path in checkpoint.steps(Path(run.out))] == ["step-000005"]
-    monkeypatch.undo()
     found = weights(loop.fit(run))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    events = [entry["event"] for entry in Logbook(Path(run.out)).entries()]
+    assert events == ["start", "resume", "finished"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[int], None]:
+    """Takes a step of AdamW on a small model and saves it as the one of that number."""
+    model = torch.nn.Linear(10, 10)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    saver = checkpoint.Saver(tmp_path, World(0, 1, torch.device("cpu")), keep=2)
+
+    def save(step: int) -> None:
+        model(torch.ones(10)).sum().backward()
+        opt.step()
+        saver.save(model, opt, checkpoint.Position(step, 7 * step, 0.5))
+        saver.wait()
+
+    return save
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, saved: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for step in (1, 2):
-        checkpoint.save({"step": step, "x": torch.arange(100)}, step, tmp_path, keep=2)
-    newest = tmp_path / "step-000002" / "state.pt"
+    saved(1)
+    saved(2)
+    newest = next((tmp_path / "step-000002").glob("*.safetensors"))
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    state = checkpoint.latest(tmp_path)
-    assert state is not None and state["step"] == 1
+    path = checkpoint.latest(tmp_path)
+    assert path is not None
+    assert path.name == "step-000001"
     assert "step-000002" in caplog.text
+    model = torch.nn.Linear(10, 10)
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    assert checkpoint.restore(path, model, opt) == checkpoint.Position(1, 7, 0.5)
+    # AdamW's first step: exp_avg is a tenth of the gradient, here 1, and the counter stands at 1.
+    assert torch.equal(opt.state[model.weight]["exp_avg"], torch.full((10, 10), 0.1))
+    assert float(opt.state[model.weight]["step"]) == 1
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    for step in range(5):
-        checkpoint.save({"step": step}, step, tmp_path, keep=2)
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, saved: Callable[[int], None]) -> None:
+    for number in range(5):
+        saved(number)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000003", "step-000004"]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(state: Any, file: Any) -> None:
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, saved: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(checkpoint, "write_manifest", refuse)
     with pytest.raises(MachineRefused, match="No space left"):
-        checkpoint.save({"step": 1}, 1, tmp_path, keep=2)
+        saved(1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,14 +171,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(small_run: Run, number: int
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.backward
+    real = step.backward
     calls: list[int] = []
 
     def poisoned(*args: Any) -> float:
         calls.append(1)
         return real(*args) if len(calls) < 8 else float("nan")
 
-    monkeypatch.setattr(loop, "backward", poisoned)
+    monkeypatch.setattr(step, "backward", poisoned)
     with pytest.raises(TrainingDiverged, match="step 8") as caught:
         loop.fit(small_run)
     assert caught.value.exit_code == 4
@@ -176,3 +218,101 @@ def test_the_manifest_holds_the_recipe(small_run: Run) -> None:
     assert manifest is not None
     assert Run.from_json(json.dumps(manifest["recipe"])) == small_run
     assert (manifest["prompt_style"], manifest["context_length"]) == ("instruct", 64)
+
+
+def test_running_out_of_memory_halves_the_microbatch_and_goes_on(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dataclasses.replace(small_run, microbatch_tokens=2048)
+    expected = weights(loop.fit(whole))
+    run = elsewhere(whole, "short")
+    real = step.backward
+
+    def refuse(model: Any, batch: Any, *rest: Any) -> float:
+        if batch.ids.numel() > 1100:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+        return real(model, batch, *rest)
+
+    monkeypatch.setattr(step, "backward", refuse)
+    found = weights(loop.fit(run))
+    assert json.loads((Path(run.out) / "microbatch.json").read_text()) == {"positions": 1024}
+    for name, tensor in expected.items():  # the same sums in another order, through AdamW's division
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4)
+    assert [e["event"] for e in Logbook(Path(run.out)).entries()] == ["start", "memory", "finished"]
+
+
+def test_a_sequence_that_does_not_fit_is_refused(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> float:
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setattr(step, "backward", refuse)
+    with pytest.raises(MachineRefused, match="one sequence of 512 tokens"):
+        loop.fit(small_run)
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputing_activations_changes_nothing(small_run: Run, how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = weights(loop.fit(small_run))
+    run = dataclasses.replace(elsewhere(small_run, how), activation_checkpointing=how)
+    calls: list[int] = []
+    real = MPTMLP.forward
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(MPTMLP, "forward", counted)
+    found = weights(loop.fit(run))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert len(calls) >= 2 * 2 * small_run.steps  # two blocks, forward and again for backward
+
+
+def test_two_processes_cannot_share_a_folder(small_run: Run) -> None:
+    def start_another(metrics: loop.Metrics) -> None:
+        with pytest.raises(UserError, match="another process"):
+            loop.fit(small_run)
+        raise Killed
+
+    with pytest.raises(Killed):
+        loop.fit(small_run, start_another)
+
+
+def test_a_spike_is_rolled_back_and_passed_over(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(small_run, on_spike="skip")
+    real = step.backward
+
+    def spoiled(model: Any, batch: Any, total: int, run: Run) -> float:
+        loss = real(model, batch, total, run)
+        return float("nan") if batch.n_learned == bad else loss
+
+    bad = _learned_of_step(run, 7)
+    monkeypatch.setattr(step, "backward", spoiled)
+    loop.fit(run)
+    lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines if "loss" not in line] == [8]
+    events = [(e["event"], e.get("step")) for e in Logbook(Path(run.out)).entries()]
+    assert events == [("start", 0), ("spike", 8), ("resume", 5), ("finished", 12)]
+
+
+def _learned_of_step(run: Run, number: int) -> int:
+    training = loop._Training(run, World(0, 1, torch.device("cpu")))
+    return training._batch(number).n_learned
+
+
+def test_a_held_out_loss_is_the_loss_of_one_pass(small_run: Run) -> None:
+    run = dataclasses.replace(small_run, eval_data="yaml_to_json", eval_every=6, eval_samples=5)
+    folder = loop.fit(run)
+    lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [6, 12]
+    model = mpt.checkpoint.load(folder)
+    tokenizer = loop.load_tokenizer(run)
+    data = datasets.load("yaml_to_json", tokenizer, "instruct", 512, run.seed)
+    losses, n = 0.0, 0
+    for number in range(5):  # each sample alone, unpacked
+        ids, learned = (part[:512] for part in data.sample(number))
+        labels = torch.tensor([t if keep else -100 for t, keep in zip(ids, learned, strict=True)])
+        logits = model(torch.tensor([ids])).logits[0, :-1].detach()
+        losses += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+        n += int((labels[1:] != -100).sum())
+    assert lines[-1]["held_out_loss"] == pytest.approx(losses / n, rel=1e-5)

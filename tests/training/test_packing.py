@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
-from training import loop, packing
+from training import packing, step
 from training.datasets import Sample
 from training.packing import IGNORED
 from training.run import Run
@@ -56,7 +56,7 @@ def test_packed_loss_and_gradient_equal_those_of_each_row_alone(
 
     batch = packing.pack(rows, 64)
     loss = sum(
-        loop.backward(model, part, batch.n_learned, small_run)
+        step.backward(model, part, batch.n_learned, small_run)
         for part in packing.microbatches(batch, microbatch_tokens)
     )
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)

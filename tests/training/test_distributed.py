@@ -1,0 +1,113 @@
+"""Several ranks give the curve of one, and a run of several survives what kills a rank. Two gloo ranks on the CPU."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mpt.checkpoint
+from training import loop
+from training.logbook import Logbook
+from training.run import Run
+
+ROOT = Path(__file__).parents[2]
+_FIT = """
+import os, sys
+from pathlib import Path
+from training import loop
+from training.run import Run
+
+def die(metrics):
+    if metrics["step"] == int(os.environ.get("DIE_AT", "0")) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+
+loop.fit(Run.read(Path(sys.argv[1])), die)
+"""
+_DIE_ON_THE_OTHER = """
+import os, sys
+from pathlib import Path
+from training import loop, step
+from training.run import Run
+
+real, calls = step.backward, []
+def backward(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 18 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    return real(*args)
+
+step.backward = backward
+loop.fit(Run.read(Path(sys.argv[1])))
+"""
+
+
+def torchrun(run: Run, script: str = _FIT, n_ranks: int = 2, **environment: str) -> None:
+    """The run on so many ranks, each with one thread, restarted once if a rank dies."""
+    folder = Path(run.out).parent
+    (folder / f"{Path(run.out).name}.json").write_text(run.to_json())
+    program = folder / f"{Path(run.out).name}.py"
+    program.write_text(script)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
+        "--max-restarts", "1", str(program), str(folder / f"{Path(run.out).name}.json"),
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def elsewhere(run: Run, name: str) -> Run:
+    return dataclasses.replace(run, out=str(Path(run.out).with_name(name)))
+
+
+def losses(run: Run) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return dict(mpt.checkpoint.load(Path(run.out) / "model").state_dict())
+
+
+@pytest.fixture
+def three_rows(small_run: Run) -> Run:
+    """Rows that two ranks cannot share evenly, one at a time."""
+    return dataclasses.replace(small_run, global_batch=6, microbatch_tokens=512)
+
+
+def test_two_ranks_give_the_curve_of_one_and_survive_kill_9(three_rows: Run) -> None:
+    loop.fit(three_rows)
+    two, killed = elsewhere(three_rows, "two"), elsewhere(three_rows, "killed")
+    torchrun(two)
+    # The same sums in another order: float32's rounding, through 12 steps of AdamW.
+    assert losses(two) == pytest.approx(losses(three_rows), rel=2e-5)
+    one = weights(three_rows)
+    for name, tensor in weights(two).items():
+        torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-4)
+    torchrun(killed, _DIE_ON_THE_OTHER)
+    assert losses(killed) == losses(two)
+    assert all(torch.equal(tensor, weights(two)[name]) for name, tensor in weights(killed).items())
+    entries = Logbook(Path(killed.out)).entries()
+    assert [entry["event"] for entry in entries] == ["start", "resume", "finished"]
+    assert entries[1]["step"] == 5
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(three_rows: Run) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill_at_eight(metrics: loop.Metrics) -> None:
+        if metrics["step"] == 8:
+            raise Killed
+
+    whole, run = elsewhere(three_rows, "whole"), three_rows
+    loop.fit(whole)
+    with pytest.raises(Killed):
+        loop.fit(run, kill_at_eight)
+    torchrun(run)
+    assert losses(run)[:5] == losses(whole)[:5]
+    assert losses(run) == pytest.approx(losses(whole), rel=2e-5)

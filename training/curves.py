@@ -1,0 +1,48 @@
+"""A run's curves as a picture: loss, held-out loss, learning rate, gradient norm and speed over the tokens seen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mpt.errors import UserError
+
+_PANELS = (("loss", "loss"), ("gradient_norm", "gradient norm"), ("lr", "learning rate"), ("tokens_per_s", "tokens/s"))
+
+
+def plot(*folders: Path, to: Path | None = None) -> Path:
+    """Draw the metrics.jsonl of one run or several over each other; by default to <first folder>/curves.png.
+
+    Raises UserError for a folder without steps.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2).flatten()
+    for folder in folders:
+        steps = read(folder)
+        for axis, (key, label) in zip(axes, _PANELS, strict=True):
+            known = [step for step in steps if key in step]
+            name = folder.name if len(folders) > 1 else label
+            axis.plot([s["tokens"] for s in known], [s[key] for s in known], linewidth=1, label=name)
+            axis.set(title=label, xlabel="tokens")
+            axis.grid(alpha=0.3)
+        held_out = [step for step in steps if "held_out_loss" in step]
+        if held_out:
+            axes[0].plot(
+                [s["tokens"] for s in held_out], [s["held_out_loss"] for s in held_out], "o-", label="held out"
+            )
+            axes[0].legend()
+    if len(folders) > 1:
+        axes[0].legend()
+    to = to or folders[0] / "curves.png"
+    figure.savefig(to, dpi=110)
+    return to
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        raise UserError(f"`{folder}` has no steps in metrics.jsonl; give the folder of a run that has begun")
+    return [json.loads(line) for line in lines]

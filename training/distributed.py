@@ -1,0 +1,111 @@
+"""The ranks of a run: joining them, sharding a model over them (FSDP2), and sums across them.
+
+A process without torchrun's variables is a world of one: no process group, nothing sharded, the same loop. Ranks see
+only RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so torchrun, Ray Train and Kubeflow are launchers of the same `fit`.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from mpt.model import MPTForCausalLM
+from training.run import Run
+
+_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others gives up, and is restarted
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None  # None in a world of one
+    background: "dist.ProcessGroup | None" = None  # for the thread that writes checkpoints, and for it alone
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over the ranks, in float64 on the CPU."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def from_first(self, value: int) -> int:
+        """The first rank's value."""
+        return int(self.sum(value if self.is_first else 0)[0])
+
+    def barrier(self) -> None:
+        self.sum(0)
+
+
+@contextlib.contextmanager
+def join() -> Iterator[World]:
+    """Meet the other ranks, if there are any, and leave them in the end."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank, size, device)
+        return
+    store, _, _ = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+    # torchrun keeps one store over its restarts, where a restarted rank would read dead peers' addresses.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    try:
+        mesh = init_device_mesh(device.type, (size,))
+        yield World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: MPTForCausalLM, run: Run, world: World) -> None:
+    """Split parameters, gradients and optimizer state over the ranks; each block is gathered when it is computed."""
+    if world.mesh is None:
+        return
+    # Gradients are summed, not averaged: a step's loss is already divided by the tokens of all ranks.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if run.precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast decides, as in a world of one
+    )
+    for block in model.transformer.blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+def gather(model: MPTForCausalLM, world: World) -> dict[str, torch.Tensor]:
+    """Every trained parameter, whole and on the CPU, by name; on the first rank, empty on the others.
+
+    One parameter is whole on a GPU at a time.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            if world.is_first:
+                found[name] = value.cpu()
+    return found

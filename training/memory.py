@@ -1,0 +1,102 @@
+"""Fitting a step into memory: smaller microbatches when it runs out, and recomputed activations."""
+
+import json
+import resource
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mpt.errors import MachineRefused
+from mpt.model import MPTForCausalLM
+from training.distributed import World
+from training.logbook import Logbook
+from training.run import ActivationCheckpointing, Run
+
+Result = TypeVar("Result")
+
+# What selective checkpointing keeps, since it is dear to compute again: matrix products and attention.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+class Microbatch:
+    """How many positions go forward and backward at once: the run's, halved whenever memory ran out.
+
+    The number is written to the run's folder, so that a resumed run begins with what fits.
+    """
+
+    def __init__(self, run: Run, world: World) -> None:
+        self._path, self._world, self._least = Path(run.out) / "microbatch.json", world, run.max_seq_len
+        self.positions = run.microbatch_tokens
+        if self._path.is_file():
+            self.positions = min(self.positions, int(json.loads(self._path.read_text())["positions"]))
+
+    def shrink_to_fit(self, step: Callable[[int], Result], logbook: Logbook) -> Result:
+        """The result of step(positions), tried again with half of them while it runs out of memory.
+
+        With several ranks the others wait for a rank that has failed, so it ends instead, and the launcher restarts all
+        of them from the last checkpoint. Raises MachineRefused when one sequence does not fit.
+        """
+        while True:
+            try:
+                return step(self.positions)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            if self.positions <= self._least:
+                raise MachineRefused(
+                    f"one sequence of {self._least} tokens does not fit into memory ({reason}); lower --max-seq-len, "
+                    "take --activation-checkpointing full, or more GPUs"
+                )
+            self.positions = max(self._least, self.positions // 2)
+            self._path.write_text(json.dumps({"positions": self.positions}))
+            logbook.write("memory", positions=self.positions, why=reason)
+            if self._world.size > 1:
+                raise MachineRefused(f"out of memory ({reason}); the next start tries {self.positions} tokens at once")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "can't allocate memory" in str(error)
+
+
+def checkpoint_activations(model: MPTForCausalLM, how: ActivationCheckpointing) -> None:
+    """Keep less for the backward pass and compute the rest again.
+
+    `full` keeps each block's input alone, `selective` also matrix products and attention.
+    """
+    if how == "none":
+        return
+    context: dict[str, Any] = {}
+    if how == "selective":
+        context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.transformer.blocks:
+        block.gradient_checkpointing = True  # type: ignore[assignment]
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)  # type: ignore[assignment]
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def used_gb(device: torch.device) -> float:
+    """The most memory this process has held so far: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,45 @@
+"""Shows a run's steps on stderr: a bar on a terminal, lines of `key value` elsewhere."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@contextmanager
+def steps() -> Iterator[Report]:
+    """What shows each step: a bar on a terminal, lines of `key value` elsewhere."""
+    if not sys.stderr.isatty():
+        yield _print
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("train", loss=float("nan"), speed=0.0)
+
+        def show(metrics: dict[str, Any]) -> None:
+            progress.update(
+                task,
+                completed=metrics["step"],
+                total=metrics["steps"],
+                loss=metrics.get("loss", float("nan")),
+                speed=metrics["tokens_per_s"],
+            )
+
+        yield show
+
+
+def _print(metrics: dict[str, Any]) -> None:
+    n = int(metrics["step"])
+    if n <= 3 or n % 10 == 0 or n == metrics["steps"]:
+        keys = ("step", "steps", "loss", "held_out_loss", "lr", "gradient_norm", "tokens", "tokens_per_s", "seconds")
+        print(" ".join(f"{key} {metrics[key]:.6g}" for key in keys if key in metrics), file=sys.stderr, flush=True)
