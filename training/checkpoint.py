@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from mpt.checkpoint import MANIFEST, read_manifest, verify_manifest, write_manifest
 from mpt.errors import DamagedFile, MachineRefused
 from training.distributed import World
+from training.mirror import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ class Position:
 class Saver:
     """Writes checkpoints in the background, one at a time; every rank makes the same calls."""
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
-        self._folder, self._world, self._keep = folder, world, keep
+    def __init__(self, folder: Path, world: World, keep: int, mirror: Mirror | None = None) -> None:
+        self._folder, self._world, self._keep, self._mirror = folder, world, keep, mirror
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -105,6 +106,11 @@ class Saver:
         partial.rename(final)
         for old in steps(self._folder)[: -self._keep]:
             shutil.rmtree(old)
+        if self._mirror is not None:
+            try:
+                self._mirror.put(final, self._keep)
+            except MachineRefused as error:  # the local copy is whole: go on training, and try with the next one
+                log.warning("`%s` has no copy: %s", final.name, error)
 
 
 def _cannot_write(path: Path, error: BaseException) -> MachineRefused:

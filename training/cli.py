@@ -41,6 +41,8 @@ MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens of a training sequen
 Optimizer = Annotated[OptimizerChoice | None, typer.Option(help="The recipe's is adamw.")]
 Precision = Annotated[PrecisionChoice | None, typer.Option(help="Of the matrix products; master weights are float32.")]
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the data, and new weights.")]
+MirrorUrl = Annotated[str | None, typer.Option("--mirror", metavar="URL", help="Copy checkpoints to s3://, gs:// ...")]
+Track = Annotated[list[str] | None, typer.Option(help="Once per tracker: tensorboard, wandb.")]
 LoraRank = Annotated[int | None, typer.Option("--lora", metavar="RANK", help="Train adapters of this rank instead.")]
 EvalData = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A held-out set, scored every 100 steps.")]
 Checkpointing = Annotated[CheckpointingChoice | None, typer.Option(help="Recompute activations to save memory.")]
@@ -85,6 +87,8 @@ def finetune(
     eval_data: EvalData = None,
     activation_checkpointing: Checkpointing = None,
     on_spike: Spike = None,
+    mirror: MirrorUrl = None,
+    track: Track = None,
     gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
@@ -101,6 +105,7 @@ def finetune(
         "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
         "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
         "activation_checkpointing": activation_checkpointing, "lora": None if lora is None else Lora(rank=lora),
+        "mirror": mirror, "trackers": tuple(track) if track else None,
     }  # fmt: skip
     if config is None:
         for option, value in (("--base", base), ("--data", data)):
@@ -132,6 +137,8 @@ def pretrain(
     eval_data: EvalData = None,
     activation_checkpointing: Checkpointing = None,
     on_spike: Spike = None,
+    mirror: MirrorUrl = None,
+    track: Track = None,
     gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
@@ -145,7 +152,8 @@ def pretrain(
     changes: dict[str, Any] = {
         "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
         "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
-        "activation_checkpointing": activation_checkpointing,
+        "activation_checkpointing": activation_checkpointing, "mirror": mirror,
+        "trackers": tuple(track) if track else None,
     }  # fmt: skip
     if config is not None:
         run = recipes.change(_read(config), data=data or None, tokenizer=tokenizer or None, out=out, **changes)

@@ -53,8 +53,9 @@ def start(run: Run, n_processes: int) -> Path:
         description.unlink(missing_ok=True)
     ended = [entry for entry in logbook.entries()[n_before:] if "exit_code" in entry]
     if ended:
-        kinds: dict[int, type[MPTError]] = {kind.exit_code: kind for kind in (*_FINAL, MachineRefused)}
-        raise kinds[ended[-1]["exit_code"]](ended[-1]["error"])
+        kinds: list[type[MPTError]] = [*_FINAL, MachineRefused]
+        kind = next(kind for kind in kinds if kind.exit_code == ended[-1]["exit_code"])
+        raise kind(ended[-1]["error"])
     if code:
         raise MachineRefused(f"the ranks ended with code {code}; their messages are above; the same command goes on")
     return out / "model"

@@ -31,10 +31,12 @@ from training import adapters, checkpoint, curves, datasets, distributed, memory
 from training.checkpoint import Position
 from training.distributed import World
 from training.logbook import Logbook, where
+from training.mirror import Mirror
 from training.packing import Batch
 from training.run import Run
 from training.spikes import SpikeRule
 from training.step import mean_loss, train_step
+from training.trackers import open_all
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ class _Training:
             for block in self.model.transformer.blocks:
                 block.compile()
         self.optimizer = optimizer.build(run, [p for p in self.model.parameters() if p.requires_grad])
-        self.saver = checkpoint.Saver(self.out, world, run.checkpoints_kept)
+        self.mirror = None if run.mirror is None else Mirror(run.mirror)
+        self.saver = checkpoint.Saver(self.out, world, run.checkpoints_kept, self.mirror)
         self.microbatch = memory.Microbatch(run, world)
         self.skipped = _Skipped(self.out / "skipped.json")
         self.position, self.started = Position(), time.monotonic()
@@ -107,6 +110,8 @@ class _Training:
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, and note what stopping has cost."""
         world = self.world
+        if world.is_first and self.mirror is not None and not checkpoint.steps(self.out):
+            self.mirror.fetch_latest(self.out)
         path = checkpoint.latest(self.out) if world.is_first else None
         step = world.from_first(-1 if path is None else int(path.name.rpartition("-")[2]))
         self.position = Position()
@@ -128,6 +133,7 @@ class _Training:
 
     def take_steps(self, batches: "_Batches", file: Any, report: Callable[[Metrics], None], stopped: list[int]) -> None:
         run, world = self.run, self.world
+        trackers = open_all(run) if world.is_first else []
         while self.position.step < self.n_steps:
             step, began = self.position.step, time.monotonic()
             batch = batches.get(step)
@@ -166,7 +172,8 @@ class _Training:
             if world.is_first:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                report(line)
+                for tell in (report, *trackers):
+                    tell(line)
             if world.sum(len(stopped))[0] and not is_last:
                 self.saver.save(self.model, self.optimizer, self.position)
                 self.saver.wait()
@@ -215,6 +222,8 @@ class _Training:
             for folder in checkpoint.steps(self.out):
                 shutil.rmtree(folder)
             curves.plot(self.out)
+            if self.mirror is not None:
+                self.mirror.put(self.out / "model")
         self.logbook.write("finished", step=self.position.step, seconds=round(self.position.seconds, 1))
         self.world.barrier()
 

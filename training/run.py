@@ -16,6 +16,7 @@ OptimizerName = Literal["adamw", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 Precision = Literal["bf16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
+TrackerName = Literal["tensorboard", "wandb"]
 OnSpike = Literal["log", "skip", "stop"]
 
 
@@ -79,6 +80,8 @@ class Run:
     licence: str = "unknown"
     checkpoint_every: int = 100
     checkpoints_kept: int = 2
+    mirror: str | None = None  # a URL that gets a copy of every checkpoint (s3://, gs:// ...)
+    trackers: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         _positive(self, "max_seq_len", "global_batch", "lr", "microbatch_tokens", "checkpoint_every")
@@ -112,6 +115,10 @@ class Run:
         _one_of(self, "prompt_style", PROMPT_STYLES)
         _one_of(self, "activation_checkpointing", get_args(ActivationCheckpointing))
         _one_of(self, "on_spike", get_args(OnSpike))
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        for tracker in self.trackers:
+            if tracker not in get_args(TrackerName):
+                raise UserError(f"`trackers` has `{tracker}`; known: {', '.join(get_args(TrackerName))}")
         if self.base is None and not self.model:
             raise UserError("`base` is None and `model` is empty: name a checkpoint to start from or a shape to draw")
         if self.base is None and self.tokenizer is None:
