@@ -24,7 +24,7 @@ import torch
 import mpt.checkpoint
 from mpt.catalog import describe, resolve
 from mpt.config import MPTConfig
-from mpt.errors import Interrupted, TrainingDiverged, UserError
+from mpt.errors import Interrupted, MPTError, TrainingDiverged, UserError
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from training import adapters, checkpoint, curves, datasets, distributed, memory, optimizer, packing
@@ -55,7 +55,12 @@ def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume:
         if (finished / mpt.checkpoint.MANIFEST).is_file():
             log.info("`%s` is finished", finished)
             return finished
-        _Training(run, world).go(report)
+        try:
+            _Training(run, world).go(report)
+        except MPTError as error:
+            event = "stopped" if isinstance(error, Interrupted) else "failed"
+            Logbook(Path(run.out), world.is_first).write(event, error=str(error), exit_code=error.exit_code)
+            raise
     return finished
 
 

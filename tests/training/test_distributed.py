@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,41 @@ def test_a_run_goes_on_with_another_number_of_ranks(three_rows: Run) -> None:
     torchrun(run)
     assert losses(run)[:5] == losses(whole)[:5]
     assert losses(run) == pytest.approx(losses(whole), rel=2e-5)
+
+
+def start(run: Run) -> subprocess.Popen[str]:
+    description = Path(run.out).with_suffix(".config.json")
+    description.write_text(run.to_json())
+    command = [sys.executable, "-m", "training.cli", "pretrain", "--config", str(description), "--gpus", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(three_rows: Run) -> None:
+    run = dataclasses.replace(three_rows, steps=60, checkpoint_every=50)
+    process = start(run)
+    metrics = Path(run.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "the same command goes on" in error.splitlines()[-1]
+    stopped_at = len(losses(run))
+    assert 3 <= stopped_at < 60
+    process = start(run)
+    process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert len(losses(run)) == 60
+    entries = Logbook(Path(run.out)).entries()
+    assert [entry["event"] for entry in entries] == ["start", "stopped", "resume", "finished"]
+    assert entries[2]["step"] == stopped_at and "lost_steps" not in entries[2]
+
+
+def test_a_mistake_is_found_before_ranks_are_started(three_rows: Run) -> None:
+    process = start(dataclasses.replace(three_rows, data="yaml_to_jsn"))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert error == "train: no dataset `yaml_to_jsn`; did you mean `yaml_to_json`?\n"
