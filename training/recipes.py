@@ -28,7 +28,8 @@ def finetune(base: str, data: str, out: str, **changes: Any) -> Run:
     """MPT-7B-Instruct's recipe on any base and data: llm-foundry `mpt-7b_dolly_sft.yaml`, which "should replicate" it.
 
     48 rows a step, 2 epochs, AdamW 5e-6, betas 0.9 and 0.999, linear to 0 after 50 steps, weight decay 0, clip 1.0,
-    sequences of 2,048, seed 17. The rows of a step are packed here; there each was padded to 2,048.
+    sequences of 2,048, seed 17. The rows of a step are packed here; there each was padded to 2,048. With adapters lr is
+    1e-4, as in llm-foundry's only published LoRA yaml (dbrx).
     """
     style: PromptStyle = "chatml" if "chat" in data or "chat" in base else "instruct"
     run = Run(
@@ -40,7 +41,7 @@ def finetune(base: str, data: str, out: str, **changes: Any) -> Run:
         global_batch=48,
         steps=None,
         epochs=2,
-        lr=5e-6,
+        lr=5e-6 if changes.get("lora") is None else 1e-4,
         betas=(0.9, 0.999),
         schedule="linear",
         warmup_steps=50,
