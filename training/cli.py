@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PrecisionChoice = Literal["bf16", "fp32"]
 OptimizerChoice = Literal["adamw", "lion"]
+FormatChoice = Literal["text", "markdown", "json"]
 CheckpointingChoice = Literal["none", "selective", "full"]
 SpikeChoice = Literal["log", "skip", "stop"]
 
@@ -171,23 +172,83 @@ def pretrain(
 
 @app.command("evaluate")
 def evaluate_command(
-    model: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A name of the catalog or a checkpoint's folder.")],
-    task: Annotated[list[str] | None, typer.Option(help="Once per task; default: what the model is made for.")] = None,
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME|FOLDER|URL]", help="A checkpoint, or http://host:port/v1.")
+    ] = "",
+    model: Annotated[str, typer.Option(metavar="NAME", help="The checkpoint, or the model's name at a URL.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="table1, or from it: piqa,copa ...; default: what the model is made for."),
+    ] = "",
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
+    strict: Annotated[bool, typer.Option(help="Generated answers must equal an alias.")] = False,
+    tokenizer: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="For a URL: whose tokenizer it has.")] = "",
+    data_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the tasks' .jsonl files are.")
+    ] = None,
+    form: Annotated[FormatChoice, typer.Option("--format", help="How the table is printed.")] = "text",
+    task: Annotated[list[str] | None, typer.Option(help="Of the tiny family's own tasks; once per task.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, examples of failures included.")] = False,
 ) -> None:
-    """Score a checkpoint on held-out cases.
+    """Score a checkpoint: the twelve tasks of the launch blog's Table 1, or the tiny family's own.
 
-    Example: train evaluate --model mpt-tiny-instruct
+    Examples: train evaluate mpt-7b --tasks table1; train evaluate mpt-tiny-instruct;
+    train evaluate http://127.0.0.1:8000/v1 --model mpt-tiny --tokenizer mpt-tiny --tasks piqa
     """
+    if tasks:
+        _evaluate_suite(name, model, tasks, shots, limit, strict, tokenizer, data_folder, "json" if as_json else form)
+        return
     from training import evaluate
 
-    scores = evaluate.evaluate(model, task or ())
+    if not name and not model:
+        raise UserError("name a checkpoint, for example `train evaluate mpt-tiny`")
+    scores = evaluate.evaluate(name or model, task or ())
     if as_json:
         print(json.dumps(scores, indent=2, ensure_ascii=False))
         return
-    for name, values in scores.items():
-        for key, value in evaluate.compact(values).items():
-            print(f"{name} {key} {value}")
+    for key, values in scores.items():
+        for what, value in evaluate.compact(values).items():
+            print(f"{key} {what} {value}")
+
+
+def _evaluate_suite(
+    name: str,
+    model: str,
+    tasks: str,
+    shots: int,
+    limit: int | None,
+    strict: bool,
+    tokenizer: str,
+    data_folder: Path | None,
+    form: "FormatChoice",
+) -> None:
+    from training import distributed, show
+    from training.datasets import test_data
+    from training.evaluation import models, report, suite
+    from training.evaluation.tasks import select
+
+    chosen = select(tasks)
+    folder = data_folder or test_data() / "icl"
+    is_url = name.startswith(("http://", "https://"))
+    if is_url and not (model and tokenizer):
+        raise UserError("a URL needs `--model`, the model's name there, and `--tokenizer`, whose tokenizer it has")
+    with distributed.join() as world:
+        asked: suite.Model
+        if is_url:
+            asked = models.Remote(name, model, tokenizer, os.environ.get("MPT_API_KEY"))
+        else:
+            asked = models.Local(name or model, world.device)
+        results = []
+        for chosen_task in chosen:
+            with show.progress(chosen_task.name, world.is_first) as progress:
+                results.append(
+                    suite.run(
+                        asked, chosen_task, folder, world, n_shots=shots, limit=limit, strict=strict, report=progress
+                    )
+                )
+        if world.is_first:
+            print(report.render(results, form))
 
 
 @app.command()

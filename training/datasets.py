@@ -172,8 +172,13 @@ def _text_sample(ids: list[int]) -> Sample:
     return Sample(ids, [True] * len(ids))
 
 
+def test_data() -> Path:
+    """The folder of real files that tests, demos and evaluation read: $MPT_TEST_DATA, or ../shared/data."""
+    return Path(os.environ.get("MPT_TEST_DATA", _SHARED_DATA))
+
+
 def _dolly_hhrlhf(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
-    folder = Path(os.environ.get("MPT_TEST_DATA", _SHARED_DATA)) / "instruct"
+    folder = test_data() / "instruct"
     files = sorted(folder.glob("dolly_hhrlhf_train*.jsonl*"))
     if not files:
         raise UserError(

@@ -43,3 +43,17 @@ def _print(metrics: dict[str, Any]) -> None:
     if n <= 3 or n % 10 == 0 or n == metrics["steps"]:
         keys = ("step", "steps", "loss", "held_out_loss", "lr", "gradient_norm", "tokens", "tokens_per_s", "seconds")
         print(" ".join(f"{key} {metrics[key]:.6g}" for key in keys if key in metrics), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(name: str, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """What takes how much of how much is done: a bar on a terminal, nothing elsewhere."""
+    if not (is_shown and sys.stderr.isatty()):
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(name, total=None)
+        yield lambda done, of: bars.update(bar, completed=done, total=of)
