@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mpt.errors import MPTError, UserError
+from training.data.cli import app as data_app
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -31,6 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make MPT checkpoints: pretrain, finetune, evaluate.",
 )
+
+app.add_typer(data_app, name="data")
 
 Data = Annotated[str, typer.Option(metavar="NAME|FILE", help="A dataset's name, or a .jsonl or .txt file (also .gz).")]
 Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="The run's folder; default runs/<base>-<data>.")]

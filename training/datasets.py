@@ -78,6 +78,10 @@ def load(name: str, tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, 
     """
     if name in DATASETS:
         return DATASETS[name](tokenizer, style, max_seq_len, seed)
+    from training.data import streams
+
+    if streams.is_stream(name):
+        return streams.load(name, tokenizer, max_seq_len, seed)
     path = Path(name).expanduser()
     if not path.is_file():
         close = get_close_matches(name, DATASETS, n=1)

@@ -46,6 +46,25 @@ def _print(metrics: dict[str, Any]) -> None:
 
 
 @contextmanager
+def counter(unit: str) -> Iterator[Callable[[int, str], None]]:
+    """What takes how much is done of an unknown whole, and a word on it: on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, note: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed:,.0f} " + unit + "  {task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(unit, total=None, note="")
+        yield lambda done, note: bars.update(bar, completed=done, note=note)
+
+
+@contextmanager
 def progress(name: str, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """What takes how much of how much is done: a bar on a terminal, nothing elsewhere."""
     if not (is_shown and sys.stderr.isatty()):

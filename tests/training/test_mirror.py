@@ -11,7 +11,7 @@ import torch
 
 import mpt.checkpoint
 from mpt.errors import DamagedFile, MachineRefused, UserError
-from training import loop, mirror
+from training import loop, remote
 from training.mirror import Mirror
 from training.run import Run
 
@@ -77,15 +77,15 @@ def test_a_store_that_fails_is_tried_again_and_then_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     there = Mirror("memory://bucket/flaky")
-    monkeypatch.setattr(mirror, "_FIRST_WAIT_S", 0.0)
-    real, failures = there._files.put_file, [OSError("reset")] * 2
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.0)
+    real, failures = there._remote.files.put_file, [OSError("reset")] * 2
 
     def flaky(*args: str) -> None:
         if failures:
             raise failures.pop()
         real(*args)
 
-    monkeypatch.setattr(there._files, "put_file", flaky)
+    monkeypatch.setattr(there._remote.files, "put_file", flaky)
     there.put(folder)
     assert caplog.text.count("trying again") == 2
     failures += [OSError("gone")] * 10

@@ -10,7 +10,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-import mpt
+from mpt.catalog import resolve
 from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
 from serving.app import Serving, make_app
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(mpt.catalog.resolve("mpt-tiny"))
+    return Tokenizer.from_folder(resolve("mpt-tiny"))
 
 
 def texts(name: str, folder: Path, tokenizer: Tokenizer, n_shots: int = 0) -> list[list[tuple[str, str]]]:

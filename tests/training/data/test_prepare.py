@@ -1,0 +1,178 @@
+"""From documents to training samples: joined, filtered, the same whatever the number of processes."""
+
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from mpt.catalog import resolve
+from mpt.errors import DamagedFile, MachineRefused, UserError
+from mpt.tokenizer import Tokenizer
+from training import datasets
+from training.data import streams
+from training.data.filters import Duplicates, mc4, s2orc
+from training.data.prepare import prepare
+from training.data.streams import Source
+
+TEXTS = ["One day the rain came.", "", "A second document, longer than the first.", "Zwölf Böller", "One day"] * 3
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Path:
+    return resolve("mpt-tiny")
+
+
+@pytest.fixture
+def tokenizer(tiny: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tiny)
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_samples_are_the_documents_joined_by_end_of_text(tmp_path: Path, tiny: Path, tokenizer: Tokenizer) -> None:
+    source = jsonl(tmp_path / "texts.jsonl", TEXTS)
+    found = prepare([str(source)], tmp_path / "out", tiny, 16)
+    joined = [token for text in TEXTS if text for token in (*tokenizer.encode(text), tokenizer.eos_id)]
+    shards = Source(str(tmp_path / "out"))
+    read = [token for n in range(shards.n_samples) for token in shards.tokens(n).tolist()]
+    assert read == joined[: len(joined) // 16 * 16]
+    assert (found.n_documents, found.n_kept, found.dropped) == (15, 12, {"empty": 3})
+    assert (found.n_tokens, found.n_samples) == (len(joined), len(joined) // 16)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path, tiny: Path) -> None:
+    source = jsonl(tmp_path / "texts.jsonl", [f"{text} {n}" for n, text in enumerate(TEXTS * 20)])
+    for n in (1, 2):
+        prepare([str(source)], tmp_path / str(n), tiny, 32, n_processes=n)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("1", "2"))
+    assert one == two
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, tiny: Path) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.jsonl").write_text(lines)
+    made = []
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "folder"):
+        prepare([str(tmp_path / name)], tmp_path / f"out-{name}", tiny, 16)
+        made.append((tmp_path / f"out-{name}" / "shard.00000.mds").read_bytes())
+    assert all(data == made[0] for data in made)
+
+
+def test_a_set_behind_a_url_is_fetched_a_shard_at_a_time(
+    tmp_path: Path, tiny: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPT_CACHE", str(tmp_path / "cache"))
+    made = tmp_path / "made"
+    prepare([str(jsonl(tmp_path / "texts.jsonl", TEXTS))], made, tiny, 16)
+    store = fsspec.filesystem("memory")
+    store.put(str(made), "/sets/here", recursive=True)
+    here = Source(str(made))
+    there = datasets.load("memory://sets/here", tokenizer, "none", 2048, seed=5)
+    assert there.n_samples == here.n_samples
+    found = sorted(tuple(there.sample(n).ids) for n in range(here.n_samples))
+    assert found == sorted(tuple(here.tokens(n).tolist()) for n in range(here.n_samples))
+    store.pipe("/sets/bad/shard.00000.mds", b"x" + store.cat("/sets/here/shard.00000.mds")[1:])
+    store.pipe("/sets/bad/index.json", store.cat("/sets/here/index.json"))
+    with pytest.raises(DamagedFile, match="sha256"):
+        datasets.load("memory://sets/bad", tokenizer, "none", 2048, seed=5).sample(0)
+    with pytest.raises(UserError, match=r"index\.json"):
+        datasets.load("memory://sets/nowhere", tokenizer, "none", 2048, seed=5)
+
+
+def test_a_mixture_reads_its_sources_by_weight(tmp_path: Path, tiny: Path, tokenizer: Tokenizer) -> None:
+    for name, text in (("rain", "rain " * 400), ("sun", "sun " * 400)):
+        prepare([str(jsonl(tmp_path / f"{name}.jsonl", [text]))], tmp_path / name, tiny, 16)
+    mixture = tmp_path / "two.mix.json"
+    described = {n: {"path": str(tmp_path / n), "weight": w} for n, w in (("rain", 3), ("sun", 1))}
+    mixture.write_text(json.dumps({"sources": described}))
+    data = datasets.load(str(mixture), tokenizer, "none", 2048, seed=0)
+    assert data.n_samples is None
+    n_rain = sum("rain" in tokenizer.decode(data.sample(n).ids) for n in range(400))
+    assert abs(n_rain / 400 - 0.75) < 0.07
+    mixture.write_text('{"sources": {"a": {"path": "x"}}}')
+    with pytest.raises(UserError, match="looks like"):
+        streams.load(str(mixture), tokenizer, 2048, 0)
+
+
+def test_nothing_half_written_stays(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jsonl(tmp_path / "texts.jsonl", TEXTS)
+    with pytest.raises(UserError, match="not one sample of 4096"):
+        prepare([str(source)], tmp_path / "out", tiny, 4096)
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match="line 2: no text under `text`"):
+        prepare([str(tmp_path / "bad.jsonl")], tmp_path / "out", tiny, 2)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.data.mds.write", full)
+    with pytest.raises(MachineRefused, match="No space"):
+        prepare([str(source)], tmp_path / "out", tiny, 16)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+WORDS = [f"word{n}x" for n in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (" ".join(WORDS), None),
+        (" ".join(WORDS[:150]), "under 200 or over 50,000 words"),
+        (" ".join("w!!!!" for _ in range(300)), "most common character is no letter"),
+        (" ".join(f"aaa{n}!" for n in range(300)), "under 92 % letters and digits"),
+        (" ".join(WORDS + ["word"] * 100), "one word too common"),  # 100 of 1,100
+        (" ".join(WORDS[:300] + ["word"] * 100), None),  # a quarter, in a text of up to 500 words
+        ("", "empty"),
+    ],
+)
+def test_the_rules_for_mc4(text: str, reason: str | None) -> None:
+    assert mc4(text, {}) == reason
+
+
+def test_the_rules_for_s2orc() -> None:
+    letters = ["".join("abcdefghij"[int(d)] for d in str(n)) for n in range(600)]
+    paper = "\n".join(
+        " ".join(["the" if w % 20 == 0 else letters[w] for w in range(n, n + 120)]) for n in range(0, 600, 120)
+    )
+    assert s2orc(paper, {"year": 2001}) is None
+    assert s2orc(paper, {"year": 1969}) == "from before 1971 or after 2022"
+    assert s2orc(paper, {"language": "de"}) == "not English"
+    assert s2orc(paper.replace("\n", " "), {}) == "under 5 paragraphs"
+    assert s2orc(paper[:900], {}) == "under 500 words"
+
+
+def test_duplicates_near_and_equal() -> None:
+    exact = Duplicates()
+    assert [exact.seen(text) for text in ("One  day", "one day", "one night")] == [None, "duplicate", None]
+    near = Duplicates(0.7)
+    assert near.seen(" ".join(WORDS)) is None
+    assert near.seen(" ".join([*WORDS[:990], "other"])) == "near duplicate"
+    assert near.seen(" ".join(reversed(WORDS))) is None  # the same words in another order
+
+
+def test_real_text_is_prepared(tmp_path: Path, tiny: Path, tokenizer: Tokenizer) -> None:
+    source = datasets.test_data() / "pretrain" / "c4_demo_300.jsonl.gz"
+    if not source.is_file():
+        pytest.skip(f"{source} is not there; set MPT_TEST_DATA")
+    found = prepare([str(source)], tmp_path / "c4", tiny, 256, quality="mc4", duplicates=0.8)
+    assert found.n_documents == 300
+    assert found.n_kept + sum(found.dropped.values()) == 300
+    assert 50 < found.n_kept < 300
+    shards = Source(str(tmp_path / "c4"))
+    assert int(np.max(shards.tokens(0))) < tokenizer.vocab_size

@@ -1,0 +1,1 @@
+"""Pretraining data: documents become shards of tokens, shards become one endless, resumable order of samples."""

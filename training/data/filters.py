@@ -1,0 +1,94 @@
+"""What keeps a document out of a pretraining set: the launch blog's rules for mC4 and S2ORC, and duplicates."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+from mpt.errors import UserError
+
+Quality = Literal["none", "mc4", "s2orc"]
+# Of a document (its text and its other fields), the reason it is dropped, or None.
+Rule = Callable[[str, dict[str, Any]], str | None]
+
+
+def mc4(text: str, _: dict[str, Any]) -> str | None:
+    """mC4's rules. Source: the MPT-7B launch blog's appendix."""
+    # Spaces are not characters here: they are the most common one of all prose, and none would be 92 % alphanumeric.
+    visible = [c for c in text if not c.isspace()]
+    if not visible:
+        return "empty"
+    if not Counter(visible).most_common(1)[0][0].isalpha():
+        return "most common character is no letter"
+    if sum(c.isalnum() for c in visible) < 0.92 * len(visible):
+        return "under 92 % letters and digits"
+    words = text.split()
+    if not 200 <= len(words) <= 50_000:
+        return "under 200 or over 50,000 words"
+    share = Counter(words).most_common(1)[0][1] / len(words)
+    if share > (0.075 if len(words) > 500 else 0.30):
+        return "one word too common"
+    return None
+
+
+def s2orc(text: str, fields: dict[str, Any]) -> str | None:
+    """S2ORC's rules; `year` and `language` are judged where the document has them. Source: as mc4."""
+    if fields.get("language", "en") not in ("en", "english", "English"):
+        return "not English"
+    year = fields.get("year")
+    if isinstance(year, int) and not 1970 < year < 2023:
+        return "from before 1971 or after 2022"
+    words = text.split()
+    if len(words) < 500:
+        return "under 500 words"
+    if sum(bool(paragraph.strip()) for paragraph in text.split("\n")) < 5:
+        return "under 5 paragraphs"
+    word, n = Counter(words).most_common(1)[0]
+    if not word.isalpha() or n / len(words) >= 0.075:
+        return "one word too common"
+    return None
+
+
+RULES: dict[Quality, Rule | None] = {"none": None, "mc4": mc4, "s2orc": s2orc}
+
+
+class Duplicates:
+    """Remembers documents, and says of each whether it has been seen.
+
+    similarity: 1 drops only equal texts (after folding case and spaces); below, also near ones by MinHash over runs of
+    five words (Broder 1997), for which `datasketch` must be installed.
+    """
+
+    def __init__(self, similarity: float = 1.0, n_permutations: int = 128) -> None:
+        if not 0 < similarity <= 1:
+            raise UserError(f"`similarity` is {similarity}; it is a share, above 0 and at most 1")
+        self._exact: set[bytes] = set()
+        self._near = None
+        self._n_permutations = n_permutations
+        if similarity < 1:
+            try:
+                from datasketch import MinHashLSH
+            except ImportError as error:
+                raise UserError(
+                    "near duplicates need `pip install datasketch`; or leave --near-duplicates out"
+                ) from error
+            self._near = MinHashLSH(threshold=similarity, num_perm=n_permutations)
+
+    def seen(self, text: str) -> str | None:
+        """The reason to drop this document, None for a new one, which is remembered."""
+        words = text.lower().split()
+        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
+        if digest in self._exact:
+            return "duplicate"
+        self._exact.add(digest)
+        if self._near is None:
+            return None
+        from datasketch import MinHash
+
+        sketch = MinHash(num_perm=self._n_permutations)
+        runs = {" ".join(words[n : n + 5]) for n in range(max(1, len(words) - 4))}
+        sketch.update_batch([run.encode() for run in runs])
+        if self._near.query(sketch):
+            return "near duplicate"
+        self._near.insert(digest, sketch)
+        return None

@@ -1,0 +1,137 @@
+"""Documents to shards: read, filter, tokenize in parallel, join with end-of-text, cut to one length, write.
+
+The result does not depend on the number of processes. Documents run on from one sample into the next, as llm-foundry's
+`concat_tokens` does; what is left at the end, less than a sample, is dropped.
+"""
+
+import json
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mpt.errors import MachineRefused, UserError
+from mpt.tokenizer import Tokenizer
+from training.data import mds
+from training.data.files import documents
+from training.data.filters import RULES, Duplicates, Quality
+
+_DOCUMENTS_AT_ONCE = 64  # a worker's share
+REPORT = "prepared.json"
+
+
+@dataclass
+class Prepared:
+    """What became of the documents."""
+
+    n_documents: int = 0
+    n_kept: int = 0
+    n_tokens: int = 0  # of the documents kept, end-of-text included
+    n_samples: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+
+
+def prepare(
+    sources: Sequence[str],
+    out: Path,
+    tokenizer_folder: Path,
+    max_seq_len: int,
+    *,
+    quality: Quality = "none",
+    duplicates: float | None = None,
+    n_processes: int = 1,
+    text_key: str = "text",
+    report: Callable[[Prepared], None] = lambda _: None,
+) -> Prepared:
+    """Write `out`, a folder of MDS shards whose samples are max_seq_len tokens each, and say what went into it.
+
+    sources: files, folders of files, or hub sets as `hub:owner/name`. duplicates: None keeps them, 1 drops equal texts,
+    less also near ones. Raises UserError for what cannot be read, and when no whole sample comes of it.
+    """
+    if out.exists():
+        raise UserError(f"`{out}` exists; choose another --out or remove it")
+    if max_seq_len < 2:
+        raise UserError(f"`max_seq_len` is {max_seq_len}; a sample needs at least 2 tokens")
+    found = Prepared()
+    dropped: Counter[str] = Counter()
+    rule, known = RULES[quality], None if duplicates is None else Duplicates(duplicates)
+
+    def kept() -> Iterator[str]:
+        for row in documents(sources, text_key):
+            found.n_documents += 1
+            text = row[text_key]
+            reason = "empty" if not text.strip() else None
+            reason = reason or (rule(text, row) if rule else None) or (known.seen(text) if known else None)
+            if reason is None:
+                found.n_kept += 1
+                yield text
+            else:
+                dropped[reason] += 1
+
+    def samples() -> Iterator[mds.Tokens]:
+        rest = np.empty(0, np.int32)
+        for tokens in _tokenized(kept(), tokenizer_folder, n_processes):
+            found.n_tokens += len(tokens)
+            rest = np.concatenate([rest, tokens])
+            n_whole = len(rest) // max_seq_len
+            yield from rest[: n_whole * max_seq_len].reshape(n_whole, max_seq_len)
+            found.n_samples += n_whole
+            rest = rest[n_whole * max_seq_len :]
+            report(found)
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mds.write(partial, samples())
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise MachineRefused(f"cannot write `{out}` ({error}); free some space") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    found.dropped = dict(dropped)
+    if not found.n_samples:
+        shutil.rmtree(partial)
+        raise UserError(
+            f"{found.n_documents} documents ({found.n_kept} kept) make {found.n_tokens} tokens, not one sample of "
+            f"{max_seq_len}; give more text or a lower --max-seq-len"
+        )
+    story = {"sources": list(sources), "quality": quality, "max_seq_len": max_seq_len, **asdict(found)}
+    (partial / REPORT).write_text(json.dumps(story, indent=2))
+    partial.rename(out)
+    return found
+
+
+def _tokenized(texts: Iterator[str], folder: Path, n_processes: int) -> Iterator[mds.Tokens]:
+    """The tokens of several documents at a time, each ended by end-of-text, in order."""
+    batches = iter(lambda: list(islice(texts, _DOCUMENTS_AT_ONCE)), [])
+    if n_processes == 1:
+        _start(folder)
+        yield from map(_tokenize, batches)
+        return
+    # Not fork: the parent's threads (tokenizers, torch) may hold locks.
+    with multiprocessing.get_context("spawn").Pool(n_processes, _start, (folder,)) as pool:
+        yield from pool.imap(_tokenize, batches)
+
+
+_tokenizer: Tokenizer | None = None  # a worker's own
+
+
+def _start(folder: Path) -> None:
+    global _tokenizer
+    _tokenizer = Tokenizer.from_folder(folder)
+
+
+def _tokenize(texts: list[str]) -> mds.Tokens:
+    assert _tokenizer is not None
+    ids: list[int] = []
+    for text in texts:
+        ids += _tokenizer.encode(text)
+        ids.append(_tokenizer.eos_id)
+    return np.array(ids, dtype=np.int32)

@@ -1,0 +1,163 @@
+"""Pretraining sets: a folder or URL of MDS shards, or a mixture of several, as samples in a stateless order.
+
+Shards behind a URL are fetched when they are first needed, checked, and kept in a cache folder; shards here are read in
+place. A mixture is JSON: {"sources": {"name": {"path": "folder or URL", "weight": 0.3}}}.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+
+from mpt.errors import DamagedFile, UserError
+from mpt.tokenizer import Tokenizer
+from training.data import mds
+from training.data.order import Order
+from training.datasets import Sample
+from training.mirror import Remote
+
+if TYPE_CHECKING:
+    from training.data.mds import Tokens
+
+# MPT-7B's ten sources and their share of the trillion tokens, in per cent. Source: the launch blog, Table 2.
+MPT_7B_MIX: Mapping[str, float] = {
+    "mc4_en": 33.0, "c4_semdedup": 29.9, "redpajama_commoncrawl": 10.0, "stack_selected": 10.0,
+    "redpajama_wikipedia": 4.0, "stack_markdown": 3.5, "s2orc": 3.3, "redpajama_books": 3.0,
+    "redpajama_arxiv": 1.9, "redpajama_stackexchange": 1.4,
+}  # fmt: skip
+
+
+def is_stream(name: str) -> bool:
+    """Whether --data names MDS shards or a mixture of them."""
+    return "://" in name or name.endswith(".mix.json") or (Path(name).expanduser() / mds.INDEX).is_file()
+
+
+def load(name: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> "Stream":
+    """The set of a folder, a URL, or a `.mix.json` of several. Raises UserError and DamagedFile."""
+    if not name.endswith(".mix.json"):
+        return Stream({"data": Source(name)}, {"data": 1.0}, tokenizer, max_seq_len, seed)
+    path = Path(name).expanduser()
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        weights = {key: float(value["weight"]) for key, value in described.items()}
+        sources = {key: Source(value["path"]) for key, value in described.items()}
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        example = '{"sources": {"name": {"path": "folder or URL", "weight": 0.3}}}'
+        raise UserError(f"`{path}` is no mixture ({error!r}); it looks like {example}") from error
+    if not sources or not all(weight > 0 for weight in weights.values()):
+        raise UserError(f"`{path}` needs at least one source, and weights above 0")
+    return Stream(sources, weights, tokenizer, max_seq_len, seed)
+
+
+class Stream:
+    """Samples of several sources in the order of `training/data/order.py`; a single one ends after an epoch."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, "Source"],
+        weights: Mapping[str, float],
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        seed: int,
+    ) -> None:
+        self.sources, self._tokenizer, self._max_seq_len = dict(sources), tokenizer, max_seq_len
+        self.order = Order({name: source.n_samples for name, source in sources.items()}, weights, seed)
+        only = next(iter(sources.values()))
+        self.n_samples: int | None = only.n_samples if len(sources) == 1 else None
+
+    def sample(self, number: int) -> Sample:
+        place = self.order.place(number)
+        tokens = self.sources[place.source].tokens(place.number, self._tokenizer)[: self._max_seq_len]
+        if int(tokens.max()) >= self._tokenizer.vocab_size:
+            raise UserError(
+                f"`{place.source}` holds token {int(tokens.max())}, the tokenizer has {self._tokenizer.vocab_size}; "
+                "the shards were made with another tokenizer"
+            )
+        return Sample(tokens.tolist(), [True] * len(tokens))
+
+
+class Source:
+    """A folder or URL of MDS shards."""
+
+    def __init__(self, path: str, cache: Path | None = None) -> None:
+        """cache: where shards of a URL are kept, by default $MPT_CACHE or ~/.cache/mpt. Raises UserError."""
+        self.path = path
+        self._remote = Remote(path) if "://" in path else None
+        if self._remote is None:
+            self._folder = Path(path).expanduser()
+            if not (self._folder / mds.INDEX).is_file():
+                raise UserError(f"`{path}` has no {mds.INDEX}; make one with `train data prepare`, or check the path")
+        else:
+            home = cache or Path(os.environ.get("MPT_CACHE", "~/.cache/mpt")).expanduser()
+            self._folder = home / "shards" / fsspec.utils.tokenize(path)[:16]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remote.get(mds.INDEX, self._folder / mds.INDEX)
+        index = self._folder / mds.INDEX
+        self.shards = mds.read_index(index.read_text(encoding="utf-8"), str(index))
+        self._ends = np.cumsum([shard.n_samples for shard in self.shards])
+        self.n_samples = int(self._ends[-1]) if self.shards else 0
+        if not self.n_samples:
+            raise UserError(f"`{path}` holds no samples")
+        self._open: dict[int, mds.Shard] = {}
+        self._lock = threading.Lock()
+
+    def tokens(self, number: int, tokenizer: Tokenizer | None = None) -> "Tokens":
+        """One sample's tokens; a set of texts is tokenized as it is read."""
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        within = number - int(self._ends[which]) + self.shards[which].n_samples
+        shard = self._shard(which)
+        columns = {name: encoding for name, encoding, _ in self.shards[which].columns}
+        if "tokens" in columns:
+            found: Any = shard.column(within, "tokens")
+            if isinstance(found, bytes):  # llm-foundry wrote int64 this way before streaming had arrays
+                found = np.frombuffer(found, np.int64)
+            return found.astype(np.int32, copy=False)
+        if tokenizer is None:
+            raise UserError(f"`{self.path}` holds texts; name a tokenizer")
+        ids = [*tokenizer.encode(shard.column(within, "text")), tokenizer.eos_id]
+        return np.array(ids, dtype=np.int32)
+
+    def _shard(self, which: int) -> mds.Shard:
+        """A shard, fetched, checked and opened when it is first asked for."""
+        with self._lock:
+            if which not in self._open:
+                self._open[which] = mds.Shard(self._fetch(which), self.shards[which])
+            return self._open[which]
+
+    def _fetch(self, which: int) -> Path:
+        info = self.shards[which]
+        stored = self._folder / info.file
+        plain = self._folder / info.file.removesuffix(".zstd") if info.compression else stored
+        if plain.is_file() and (info.compression or self._remote is not None):
+            return plain  # checked when it came
+        if self._remote is not None and not stored.is_file():
+            self._remote.get(info.file, stored)
+        if not stored.is_file():
+            raise DamagedFile(f"`{stored}` is in the index and not there; copy the folder again")
+        try:
+            mds.verify(stored, info)
+        except DamagedFile:
+            if self._remote is not None:
+                stored.unlink()  # the next start fetches it anew
+            raise
+        if info.compression:
+            _decompress(stored, plain, info.compression)
+        return plain
+
+
+def _decompress(stored: Path, plain: Path, compression: str) -> None:
+    if not compression.startswith("zstd"):
+        raise UserError(f"`{stored.name}` is compressed with `{compression}`; supported: zstd")
+    import zstandard
+
+    partial = plain.with_name(plain.name + ".partial")
+    with stored.open("rb") as source, partial.open("wb") as target:
+        zstandard.ZstdDecompressor().copy_stream(source, target)
+    partial.rename(plain)

@@ -1,0 +1,65 @@
+"""Files at any URL fsspec opens (s3://, gs://, abfs://, file://, memory://), tried again when the store fails."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import fsspec
+
+from mpt.errors import MachineRefused, UserError
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_ATTEMPTS = 4
+_FIRST_WAIT_S = 1.0  # doubled each time
+
+
+class Remote:
+    """A folder at a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises UserError when the URL's scheme is unknown or its package is not installed."""
+        try:
+            self.files, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"`{url}` cannot be opened: {error}") from error
+        self.url, self.root = url, PurePosixPath(root)
+
+    def get(self, name: str, to: Path) -> None:
+        """Copy a file here; it appears whole. Raises UserError when it is not there."""
+        partial = to.with_name(to.name + ".partial")
+        try:
+            self.retry(lambda: self.files.get_file(str(self.root / name), str(partial)))
+        except FileNotFoundError as error:
+            raise UserError(f"`{self.url}` has no `{name}`; check the address") from error
+        partial.rename(to)
+
+    def put(self, path: Path, name: str) -> None:
+        self.retry(lambda: self.files.put_file(str(path), str(self.root / name)))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder."""
+        self.retry(lambda: self.files.rm(str(self.root / name), recursive=True))
+
+    def find(self, pattern: str) -> list[PurePosixPath]:
+        """What matches below the folder, relative to it."""
+        self.files.invalidate_cache()
+        found = self.retry(lambda: self.files.glob(str(self.root / pattern)))
+        return sorted(PurePosixPath(path).relative_to(self.root) for path in found)
+
+    def retry(self, action: Callable[[], Result]) -> Result:
+        """The result of an action, tried several times. Raises MachineRefused, FileNotFoundError at once."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise MachineRefused(f"`{self.url}` cannot be reached: {error}") from error
+                log.warning("`%s`: %s; trying again", self.url, error)
+                time.sleep(_FIRST_WAIT_S * 2**attempt)
+        raise AssertionError
