@@ -335,10 +335,10 @@ def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
 
 def _print_plan(run: "Run") -> None:
     """The run as JSON, then what it comes to."""
-    from training import datasets, loop, packing
+    from training import loop, packing
 
     tokenizer = loop.load_tokenizer(run)
-    data = datasets.load(run.data, tokenizer, run.prompt_style, run.max_seq_len, run.seed)
+    data = loop.load_data(run, tokenizer, run.data)
     n_steps = loop.count_steps(run, data)
     batch = packing.pack([data.sample(number) for number in range(run.global_batch)], run.max_seq_len)
     used = int((batch.sequence_id >= 0).sum())

@@ -67,8 +67,7 @@ def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume:
 def check(run: Run, resume: bool) -> None:
     """Find a user's mistakes before ranks are started: folder, tokenizer and data. Raises UserError."""
     _claim(run, Path(run.out), resume)
-    data = datasets.load(run.data, load_tokenizer(run), run.prompt_style, run.max_seq_len, run.seed)
-    count_steps(run, data)
+    count_steps(run, load_data(run, load_tokenizer(run), run.data))
 
 
 class _Training:
@@ -79,7 +78,7 @@ class _Training:
         self.logbook = Logbook(self.out, world.is_first)
         torch.manual_seed(run.seed)
         self.tokenizer = load_tokenizer(run)
-        self.data = datasets.load(run.data, self.tokenizer, run.prompt_style, run.max_seq_len, run.seed)
+        self.data = load_data(run, self.tokenizer, run.data)
         self.held_out = self._held_out()
         self.n_steps = count_steps(run, self.data)
         self.model = new_model(run)
@@ -243,7 +242,7 @@ class _Training:
         run = self.run
         if run.eval_data is None:
             return None
-        data = datasets.load(run.eval_data, self.tokenizer, run.prompt_style, run.max_seq_len, run.seed)
+        data = load_data(run, self.tokenizer, run.eval_data)
         n = run.eval_samples if data.n_samples is None else min(run.eval_samples, data.n_samples)
         return packing.pack([data.sample(number) for number in range(n)], run.max_seq_len)
 
@@ -322,6 +321,11 @@ def new_model(run: Run) -> MPTForCausalLM:
 def load_tokenizer(run: Run) -> Tokenizer:
     """The tokenizer the run names, or its base's."""
     return Tokenizer.from_folder(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
+
+
+def load_data(run: Run, tokenizer: Tokenizer, name: str) -> datasets.Dataset:
+    """A set as the run reads it."""
+    return datasets.load(name, tokenizer, run.prompt_style, run.max_seq_len, run.seed, run.learn)
 
 
 def count_steps(run: Run, data: datasets.Dataset) -> int:

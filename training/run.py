@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from mpt.errors import UserError
 from mpt.prompts import PROMPT_STYLES, PromptStyle
+from training.data.rows import Learn
 
 OptimizerName = Literal["adamw", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
@@ -76,6 +77,7 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None  # a folder; None takes the base's
     prompt_style: PromptStyle = "none"
+    learn: Learn = "responses"  # of finetuning rows: what the assistant says, or everything
     context_length: int | None = None  # what the manifest promises; None means the model's max_seq_len
     licence: str = "unknown"
     checkpoint_every: int = 100
@@ -113,6 +115,7 @@ class Run:
         _one_of(self, "schedule", get_args(ScheduleName))
         _one_of(self, "precision", get_args(Precision))
         _one_of(self, "prompt_style", PROMPT_STYLES)
+        _one_of(self, "learn", get_args(Learn))
         _one_of(self, "activation_checkpointing", get_args(ActivationCheckpointing))
         _one_of(self, "on_spike", get_args(OnSpike))
         object.__setattr__(self, "trackers", tuple(self.trackers))

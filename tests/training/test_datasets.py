@@ -12,7 +12,8 @@ from mpt.errors import UserError
 from mpt.prompts import encode_instruct
 from mpt.tokenizer import Tokenizer
 from training import datasets
-from training.datasets import Rows, Sample
+from training.data.rows import Sample, sample_of
+from training.datasets import Rows
 
 DATA = Path(os.environ.get("MPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -23,7 +24,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def test_prompt_and_response_become_prompt_ids_and_learned_response(tokenizer: Tokenizer) -> None:
-    sample = datasets.row_sample({"prompt": "Add 1.", "response": "2"}, tokenizer, "instruct")
+    sample = sample_of({"prompt": "Add 1.", "response": "2"}, tokenizer, "instruct")
     prompt = encode_instruct(tokenizer, "Add 1.")
     assert sample.ids == [*prompt, *tokenizer.encode("2"), tokenizer.eos_id]
     assert sample.learned == [False] * len(prompt) + [True] * 2
@@ -35,19 +36,19 @@ def test_a_prompt_already_in_the_template_is_not_wrapped_twice(tokenizer: Tokeni
         "\n\n### Instruction:\nAdd 1.\n\n### Response:\n"
     )
     plain, dolly = (
-        datasets.row_sample({"prompt": prompt, "response": "2"}, tokenizer, "instruct")
-        for prompt in ("Add 1.", wrapped)
+        sample_of({"prompt": prompt, "response": "2"}, tokenizer, "instruct") for prompt in ("Add 1.", wrapped)
     )
     assert plain == dolly
     assert tokenizer.decode(dolly.ids) == wrapped + "2"
 
 
 def test_each_epoch_visits_every_row_once_in_another_order() -> None:
-    data = Rows([Sample([n], [True]) for n in range(50)], seed=1)
+    samples = [Sample([n], [True]) for n in range(50)]
+    data = Rows(samples, seed=1)
     first, second = ([data.sample(e * 50 + n).ids[0] for n in range(50)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
-    assert [Rows(data.samples, seed=1).sample(n).ids[0] for n in (70, 3)] == [second[20], first[3]]
+    assert [Rows(samples, seed=1).sample(n).ids[0] for n in (70, 3)] == [second[20], first[3]]
 
 
 def test_gzip_and_text_files_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -69,10 +70,12 @@ def test_gzip_and_text_files_are_read(tokenizer: Tokenizer, tmp_path: Path) -> N
     ("row", "message"),
     [
         ({"question": "a", "answer": "b"}, "question, answer"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "1 messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "assistant's"),
         ({"prompt": "", "response": "b"}, "empty"),
         ([1], "list"),
         ({"messages": [{"role": "user"}]}, "`content`"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
+        ({"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]}, "robot"),
     ],
 )
 def test_a_bad_row_is_named_by_line(tokenizer: Tokenizer, tmp_path: Path, row: Any, message: str) -> None:
@@ -80,6 +83,19 @@ def test_a_bad_row_is_named_by_line(tokenizer: Tokenizer, tmp_path: Path, row: A
     with pytest.raises(UserError, match="line 2") as caught:
         datasets.load(str(path), tokenizer, "instruct", 100, 0)
     assert message in str(caught.value)
+
+
+def test_one_bad_row_in_a_hundred_is_left_out_and_said(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "a", "response": "b"}) + "\n"
+    path.write_text(good * 120 + "{not json\n" + good)
+    assert datasets.load(str(path), tokenizer, "instruct", 300, 0).n_samples == 121
+    assert "1 of 122 rows cannot be read" in caplog.text and "line 121: it is not JSON" in caplog.text
+    path.write_text(good * 120 + "{not json\n" * 2)
+    with pytest.raises(UserError, match="2 of 122 rows"):
+        datasets.load(str(path), tokenizer, "instruct", 300, 0)
 
 
 def test_rows_that_are_cut_or_left_out_are_counted(

@@ -25,8 +25,11 @@ def documents(sources: Sequence[str], text_key: str = "text") -> Iterator[dict[s
             yield row
 
 
-def rows(source: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, a folder or a hub set, each with where it stands; of a .txt file its whole text."""
+def rows(source: str, is_strict: bool = True) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, a folder or a hub set, each with where it stands; of a .txt file its whole text.
+
+    A line that is not JSON raises UserError, or comes as its text where is_strict is False.
+    """
     if source.startswith(_HUB):
         yield from _hub_rows(source.removeprefix(_HUB))
         return
@@ -36,12 +39,12 @@ def rows(source: str) -> Iterator[tuple[str, Any]]:
         if not inside:
             raise UserError(f"`{path}` holds no file ending in {', '.join(FILES)} (also .gz, .zst)")
         for file in inside:
-            yield from rows(str(file))
+            yield from rows(str(file), is_strict)
         return
     if not path.is_file():
         raise UserError(f"`{path}` does not exist; give a file, a folder or `hub:owner/name`")
     try:
-        yield from _file_rows(path)
+        yield from _file_rows(path, is_strict)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` cannot be read: {error}") from error
 
@@ -51,7 +54,7 @@ def kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path, is_strict: bool) -> Iterator[tuple[str, Any]]:
     ending = kind(path)
     if ending == ".parquet":
         import pyarrow
@@ -82,7 +85,13 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
             file = io.StringIO(whole)
         for n, line in enumerate(file, 1):
             if line.strip():
-                yield f"`{path.name}` line {n}", _parsed(line, f"`{path.name}` line {n}")
+                where = f"`{path.name}` line {n}"
+                try:
+                    yield where, _parsed(line, where)
+                except UserError:
+                    if is_strict:
+                        raise
+                    yield where, line
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -18,7 +18,7 @@ from mpt.errors import DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
 from training.data import mds
 from training.data.order import Order
-from training.datasets import Sample
+from training.data.rows import Sample
 from training.mirror import Remote
 
 if TYPE_CHECKING:
