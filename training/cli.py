@@ -77,6 +77,7 @@ def finetune(
     base: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="A name of the catalog or a checkpoint's folder.")
     ] = None,
+    recipe: Annotated[str, typer.Option(help="instruct, chat, storywriter, instruct_30b or long_8k.")] = "instruct",
     config: ConfigFile = None,
     out: Out = None,
     lr: Lr = None,
@@ -118,7 +119,12 @@ def finetune(
                 raise UserError(f"`{option}` is missing, for example `{example}`; or give --config with a run.json")
         describe(str(base))  # a name nobody knows is refused before anything is made
         out = out or f"runs/{Path(str(base)).name}-{Path(data).name.partition('.')[0]}"
-        run = recipes.finetune(str(base), data, out, **changes)
+        if recipe not in recipes.FINETUNES:
+            raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.FINETUNES)}")
+        if recipe == "instruct":
+            run = recipes.finetune(str(base), data, out, **changes)
+        else:
+            run = recipes.change(recipes.FINETUNES[recipe](str(base), data, out), **changes)
     else:
         run = recipes.change(_read(config), base=base, data=data or None, out=out, **changes)
     _train(run, resume, dry_run, gpus)
@@ -128,6 +134,7 @@ def finetune(
 def pretrain(
     data: Data = "",
     tokenizer: Annotated[str, typer.Option(metavar="FOLDER", help="The tokenizer's folder.")] = "",
+    recipe: Annotated[str, typer.Option(help="mpt_125m, 350m, 760m, 1b, 3b, 7b, 13b, 30b or 70b.")] = "mpt_125m",
     config: ConfigFile = None,
     out: Out = None,
     lr: Lr = None,
@@ -168,8 +175,8 @@ def pretrain(
         from mpt.tokenizer import Tokenizer
 
         vocab_size = Tokenizer.from_folder(tokenizer).vocab_size
-        out = out or f"runs/mpt-125m-{Path(data).name.partition('.')[0]}"
-        run = recipes.pretrain(data, out, tokenizer, vocab_size, **changes)
+        out = out or f"runs/{recipe}-{Path(data).name.partition('.')[0]}"
+        run = recipes.pretrain(data, out, tokenizer, vocab_size, recipe, **changes)
     _train(run, resume, dry_run, gpus)
 
 
@@ -302,6 +309,51 @@ def export(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="mpt_7b ..., or a finetune: instruct, storywriter ...")],
+    base: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="What a finetune starts from.")] = "mpt-7b",
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, l40s, a10g, rtx4090.")] = "a100-40",
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 8,
+    tokens: Annotated[float | None, typer.Option(help="To train on; default: the recipe's steps, rows full.")] = None,
+    max_seq_len: MaxSeqLen = None,
+    optimizer: Optimizer = None,
+    activation_checkpointing: Checkpointing = None,
+    lora: LoraRank = None,
+    mfu: Annotated[float, typer.Option(help="Model FLOPs utilisation, as the published tables count it.")] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Dollars a GPU hour; default: the table's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Do the math of a run: memory on each GPU, time and cost.
+
+    Example: train plan --recipe mpt_7b --tokens 1e12 --gpu a100-40 --gpus 440 --mfu 0.38
+    """
+    import dataclasses
+
+    from training import plan as planning
+    from training import recipes
+    from training.run import Lora
+
+    if recipe in recipes.PRETRAINING:
+        run = recipes.pretrain("data", "out", "tokenizer", 50_432, recipe)
+        shape = planning.shape_of_model(run.model)
+    elif recipe in recipes.FINETUNES:
+        run = recipes.FINETUNES[recipe](base, "data", "out")
+        shape = planning.shape_of_base(base)
+    else:
+        known = ", ".join((*recipes.PRETRAINING, *recipes.FINETUNES))
+        raise UserError(f"no recipe `{recipe}`; known: {known}")
+    run = recipes.change(
+        run, max_seq_len=max_seq_len, optimizer=optimizer, activation_checkpointing=activation_checkpointing,
+        lora=None if lora is None else Lora(rank=lora),
+    )  # fmt: skip
+    if tokens is None and run.steps is None:
+        raise UserError(f"`{recipe}` runs for epochs of data that is not known here; give --tokens")
+    tokens = tokens if tokens is not None else float(run.steps or 0) * run.global_batch * run.max_seq_len
+    found = planning.job(shape, run, tokens, gpu, gpus, mfu, price)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else planning.render(found))
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="One run, or several to compare.")],
     out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Default: <first run>/curves.png.")] = None,
@@ -320,7 +372,7 @@ def _read(config: Path) -> "Run":
 
 def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
     if dry_run:
-        _print_plan(run)
+        _print_plan(run, gpus or 1)
         return
     from training import launch, loop, show
 
@@ -333,23 +385,30 @@ def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
     print(folder)
 
 
-def _print_plan(run: "Run") -> None:
+def _print_plan(run: "Run", n_gpus: int) -> None:
     """The run as JSON, then what it comes to."""
     from training import loop, packing
+    from training import plan as planning
 
     tokenizer = loop.load_tokenizer(run)
     data = loop.load_data(run, tokenizer, run.data)
     n_steps = loop.count_steps(run, data)
     batch = packing.pack([data.sample(number) for number in range(run.global_batch)], run.max_seq_len)
     used = int((batch.sequence_id >= 0).sum())
+    shape = planning.shape_of_model(run.model) if run.base is None else planning.shape_of_base(run.base)
+    needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))
     print(run.to_json(), end="")
-    print(f"parameters {loop.n_parameters(loop.new_model(run))}")
+    print(f"parameters {shape.n_parameters}")
     print(f"samples {data.n_samples if data.n_samples is not None else 'generated'}")
     print(f"steps {n_steps}")
     print(f"tokens_per_step {used}")
     print(f"learned_tokens_per_step {batch.n_learned}")
     print(f"useful_positions {used / batch.ids.numel():.3f}")
     print(f"tokens {n_steps * used}")
+    print(f"flops {n_steps * used * shape.flops_per_token(run.max_seq_len, is_causal=True):.3g}")
+    for what, n_bytes in vars(needed).items():
+        print(f"memory_{what}_gb {n_bytes / 1e9:.2f}")
+    print(f"memory_gb {needed.total / 1e9:.2f} on each of {n_gpus}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ published (Lion's learning rates), so a recipe says which yaml it follows. "Meas
 from dataclasses import replace
 from typing import Any
 
+from mpt.errors import UserError
 from mpt.prompts import PromptStyle
 from training.run import Run
 
@@ -50,28 +51,108 @@ def finetune(base: str, data: str, out: str, **changes: Any) -> Run:
     return change(run, **changes)
 
 
-def pretrain(data: str, out: str, tokenizer: str, vocab_size: int, **changes: Any) -> Run:
-    """MPT-125M's recipe: llm-foundry `pretrain/mpt-125m.yaml`, with the released models' shape (ALiBi, no biases).
+# llm-foundry `scripts/train/yamls/pretrain/mpt-*.yaml`: d_model, heads, layers, peak lr, sequences a step, steps.
+_YAMLS: dict[str, tuple[int, int, int, float, int, int]] = {
+    "mpt_125m": (768, 12, 12, 6.0e-4, 256, 4_800),
+    "mpt_350m": (1024, 16, 24, 3.0e-4, 256, 13_400),
+    "mpt_760m": (1536, 12, 24, 2.5e-4, 256, 29_000),
+    "mpt_1b": (2048, 16, 24, 2.0e-4, 512, 24_800),
+    "mpt_3b": (2560, 20, 32, 1.6e-4, 512, 51_500),
+    "mpt_7b": (4096, 32, 32, 1.2e-4, 1024, 63_900),
+    "mpt_13b": (5120, 40, 40, 1.0e-4, 1024, 124_000),
+    "mpt_30b": (7168, 64, 48, 1.0e-4, 2048, 143_100),  # 64 heads as released; the yaml has 56
+    "mpt_70b": (8192, 64, 80, 8.0e-5, 2048, 333_800),
+}
 
-    256 sequences of 2,048 a step, 4,800 steps, AdamW 6e-4, betas 0.9 and 0.95, cosine to a tenth after 100 steps.
+
+def pretrain(data: str, out: str, tokenizer: str, vocab_size: int, recipe: str = "mpt_125m", **changes: Any) -> Run:
+    """New weights by the yaml of this size, in the released models' form: ALiBi, no biases, a vocabulary of 128's.
+
+    The yamls themselves have learned positions and biases; what the released models were trained with (Lion, its
+    learning rate, 1760 sequences a step) was published in part only, so the numbers here are the yamls': sequences of
+    2,048, AdamW with betas 0.9 and 0.95, no weight decay, cosine to a tenth after 100 steps, clip 1.0.
     """
+    if recipe not in _YAMLS:
+        raise UserError(f"no recipe `{recipe}`; known: {', '.join(_YAMLS)}")
+    d_model, n_heads, n_layers, lr, global_batch, steps = _YAMLS[recipe]
     run = Run(
-        name="mpt-125m",
+        name=recipe.replace("_", "-"),
         base=None,
         data=data,
         out=out,
         tokenizer=tokenizer,
-        model={**TINY_SHAPE, "d_model": 768, "n_heads": 12, "n_layers": 12, "vocab_size": -(-vocab_size // 128) * 128},
+        model={
+            **TINY_SHAPE,
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_layers": n_layers,
+            "vocab_size": -(-vocab_size // 128) * 128,
+        },
         max_seq_len=2048,
-        global_batch=256,
-        steps=4800,
+        global_batch=global_batch,
+        steps=steps,
         epochs=None,
-        lr=6e-4,
+        lr=lr,
         schedule="cosine",
         warmup_steps=100,
         lr_floor=0.1,
+        activation_checkpointing="full" if d_model >= 2560 else "none",  # as the yamls
     )
     return change(run, **changes)
+
+
+def mpt_7b_released(data: str, out: str, tokenizer: str) -> Run:
+    """MPT-7B as the launch blog tells it: a trillion tokens, 1,760 sequences of 2,048 a step, Lion.
+
+    Lion's settings were never published; lr and weight decay here are our assumption, a tenth of the yaml's AdamW lr
+    (Chen et al. 2023 advise 3 to 10 times less) and llm-foundry's only published Lion decay, 1e-6.
+    """
+    steps = round(1e12 / (1760 * 2048))
+    run = pretrain(data, out, tokenizer, 50_432, "mpt_7b", global_batch=1760, steps=steps, optimizer="lion")
+    return change(run, lr=1.2e-5, weight_decay=1e-6)
+
+
+def mpt_1b_redpajama_200b(data: str, out: str, tokenizer: str) -> Run:
+    """MPT-1B-RedPajama-200b: qk_ln, 200 billion tokens, 2,200 sequences a step; the lr is the 1B yaml's."""
+    run = pretrain(data, out, tokenizer, 50_432, "mpt_1b", global_batch=2200, steps=round(200e9 / (2200 * 2048)))
+    return replace(
+        run, name="mpt-1b-redpajama-200b", model={**run.model, "attn_config": {"alibi": True, "qk_ln": True}}
+    )
+
+
+def chat(base: str, data: str, out: str) -> Run:
+    """MPT-7B-Chat's shape of a run: ChatML, 32 conversations a step; lr and epochs are MPT-7B-Instruct's, its own
+    were not published."""
+    return change(finetune(base, data, out), global_batch=32, prompt_style="chatml")
+
+
+def storywriter(base: str, data: str, out: str) -> Run:
+    """MPT-7B-StoryWriter: 2,500 steps of 32 sequences of 65,536 tokens, alibi_bias_max 16, clip_qkv 6, Lion.
+
+    Its learning rate was not published; 1e-6 with weight decay 1e-6 and betas 0.9, 0.95 are those of llm-foundry's only
+    published Lion finetune (dbrx).
+    """
+    run = finetune(base, data, out, steps=2500, global_batch=32, max_seq_len=65_536, optimizer="lion", lr=1e-6)
+    return change(
+        run, betas=(0.9, 0.95), weight_decay=1e-6, schedule="cosine", model=STORYWRITER_CONFIG, prompt_style="none",
+        activation_checkpointing="full", microbatch_tokens=65_536,
+    )  # fmt: skip
+
+
+def instruct_30b(base: str, data: str, out: str) -> Run:
+    """llm-foundry `mpt-30b-instruct.yaml`: 72 rows a step, 8 epochs, AdamW 9.65e-6, sequences of 8,192."""
+    run = finetune(base, data, out, global_batch=72, epochs=8, lr=9.65e-6, max_seq_len=8192)
+    return change(run, betas=(0.9, 0.95), activation_checkpointing="full", microbatch_tokens=8192)
+
+
+def long_8k(base: str, data: str, out: str) -> Run:
+    """MPT-7B-8k's kind of run: on with pretraining at 8,192 tokens. Numbers of llm-foundry's `mpt-7b_domain_adapt`
+    (AdamW 5e-5, betas 0.9 and 0.95, cosine to a tenth after 100 steps), 256 sequences a step to keep its tokens."""
+    run = finetune(base, data, out, steps=3195, global_batch=256, lr=5e-5, max_seq_len=8192)
+    return change(
+        run, betas=(0.9, 0.95), schedule="cosine", warmup_steps=100, lr_floor=0.1, model={"max_seq_len": 8192},
+        prompt_style="none", activation_checkpointing="full",
+    )  # fmt: skip
 
 
 def change(run: Run, **changes: Any) -> Run:
@@ -223,3 +304,10 @@ def mpt_tiny_storywriter(out: str, base: str) -> Run:
         licence="Apache-2.0",
         checkpoint_every=25,
     )
+
+
+# What --recipe takes: pretraining by its size, finetunes by what they make.
+PRETRAINING = tuple(_YAMLS)
+FINETUNES = {
+    "instruct": finetune, "chat": chat, "storywriter": storywriter, "instruct_30b": instruct_30b, "long_8k": long_8k,
+}  # fmt: skip

@@ -1,9 +1,9 @@
 """Rows of finetuning sets, in any of the shapes people keep them in, as samples.
 
 Known shapes: `prompt` with `response` or `completion`; Dolly and Alpaca (`instruction`, `context` or `input`,
-`response` or `output`); `messages`; ShareGPT (`conversations` of `from` and `value`); HC3 (`question`, `chatgpt_answers`); HH-RLHF
-(`chosen`); trees of OASST; plain `text`. They are rendered by `mpt.prompts`, as the server renders prompts, so text
-never becomes a control token.
+`response` or `output`); `messages`; ShareGPT (`conversations` of `from` and `value`); HC3 (`question`,
+`chatgpt_answers`); HH-RLHF (`chosen`); trees of OASST; plain `text`. They are rendered by `mpt.prompts`, as the server
+renders prompts, so text never becomes a control token.
 """
 
 import itertools

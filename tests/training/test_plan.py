@@ -1,0 +1,129 @@
+"""The math of a run against the published tables and the model itself."""
+
+import pytest
+import torch
+
+from mpt.config import MPTConfig
+from mpt.errors import UserError
+from mpt.model import MPTForCausalLM
+from training import plan, recipes
+from training.plan import GPUS, Shape
+from training.run import Lora
+
+# llm-foundry `scripts/train/benchmarking/README.md`, one node of 8 A100-80 (H100-80 for the last three): MFU in per
+# cent and tokens/s on each GPU. Its models have learned positions and no biases; the table is under 0.3 % of N.
+PUBLISHED = [
+    ("mpt_125m", 2048, "a100-80", 44.8, 142_830),
+    ("mpt_350m", 2048, "a100-80", 51.6, 58_782),
+    ("mpt_760m", 2048, "a100-80", 56.9, 32_434),
+    ("mpt_1b", 2048, "a100-80", 59.9, 20_513),
+    ("mpt_7b", 2048, "a100-80", 64.2, 4_641),
+    ("mpt_7b", 8192, "a100-80", 54.5, 3_206),
+    ("mpt_7b", 65536, "a100-80", 47.0, 1_013),
+    ("mpt_13b", 2048, "a100-80", 59.6, 2_262),
+    ("mpt_30b", 2048, "a100-80", 55.3, 916),
+    ("mpt_1b", 2048, "h100", 41.8, 45_455),
+    ("mpt_7b", 2048, "h100", 46.4, 10_643),
+    ("mpt_7b", 65536, "h100", 28.6, 1_956),
+]
+
+
+def shape(recipe: str) -> Shape:
+    return plan.shape_of_model(recipes.pretrain("d", "o", "t", 50_368, recipe).model)
+
+
+@pytest.mark.parametrize(("recipe", "length", "gpu", "mfu", "speed"), PUBLISHED)
+def test_published_speeds_give_the_published_mfu(recipe: str, length: int, gpu: str, mfu: float, speed: int) -> None:
+    reached = speed * shape(recipe).flops_per_token(length) / (GPUS[gpu].peak_tflops * 1e12)
+    assert reached == pytest.approx(mfu / 100, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "length", "tokens", "gpu", "n", "mfu", "days", "dollars"),
+    [
+        # The launch blog's Table 3. MFU end to end from its own tokens and days: 2,769 tok/s a GPU.
+        ("mpt_7b", 2048, 1e12, "a100-40", 440, 0.38, 9.5, 200_640),
+        # StoryWriter: 5 billion tokens, 32 A100-80 for 2.2 days, $4,270: 862 tok/s a GPU are 40 % MFU at 65,536.
+        ("mpt_7b", 65536, 5e9, "a100-80", 32, 0.385, 2.2, 4_270),
+        # MPT-7B-Instruct: 2,470 steps of 48 padded rows of 2,048 on 8 A100-40, 2.3 hours, $37.
+        ("mpt_7b", 2048, 2470 * 48 * 2048, "a100-40", 8, 0.509, 2.3 / 24, 37),
+    ],
+)
+def test_published_costs_are_reproduced(
+    recipe: str, length: int, tokens: float, gpu: str, n: int, mfu: float, days: float, dollars: float
+) -> None:
+    run = recipes.pretrain("d", "o", "t", 50_432, recipe, max_seq_len=length)
+    found = plan.job(shape(recipe), run, tokens, gpu, n, mfu)
+    assert found.hours / 24 == pytest.approx(days, rel=0.1)
+    assert found.dollars == pytest.approx(dollars, rel=0.1)
+
+
+@pytest.mark.parametrize("qk_ln", [False, True])
+@pytest.mark.parametrize("no_bias", [False, True])
+@pytest.mark.parametrize("kv_n_heads", [4, 2])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_parameters_are_the_models(qk_ln: bool, no_bias: bool, kv_n_heads: int, alibi: bool) -> None:
+    attention = {"alibi": alibi, "qk_ln": qk_ln}
+    if kv_n_heads != 4:
+        attention |= {"attn_type": "grouped_query_attention", "kv_n_heads": kv_n_heads}  # type: ignore[dict-item]
+    config = MPTConfig(
+        d_model=64, n_heads=4, n_layers=3, vocab_size=256, max_seq_len=32, expansion_ratio=2, no_bias=no_bias,
+        attn_config=attention,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = MPTForCausalLM(config)
+    assert Shape.of(config).n_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_lion_with_checkpointing_needs_about_12_gb_a_billion_parameters() -> None:
+    # llm-foundry's rule for all GPUs together: parameters, gradients and Lion's one moment, 4 bytes each.
+    run = recipes.pretrain("d", "o", "t", 50_432, "mpt_7b", optimizer="lion")
+    found = plan.memory(shape("mpt_7b"), run, 8)
+    states = 8 * (found.parameters + found.gradients + found.optimizer)
+    assert states / 1e9 == pytest.approx(12 * 6.65, rel=0.1)
+
+
+def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
+    run = recipes.pretrain("d", "o", "t", 50_432, "mpt_7b", activation_checkpointing="none")
+    shape7 = shape("mpt_7b")
+    one, eight = plan.memory(shape7, run, 1), plan.memory(shape7, run, 8)
+    assert one.optimizer == 8 * eight.optimizer and one.activations == eight.activations
+    assert one.parameters == 4 * shape7.n_parameters
+    full = recipes.change(run, activation_checkpointing="full")
+    # By hand: 32 blocks' inputs of 2 x 4,096 bytes a token, and one block's own 34 x 4,096.
+    assert plan.memory(shape7, full, 1).activations == 2048 * (32 * 2 * 4096 + 34 * 4096)
+    lora = recipes.finetune("mpt-7b", "d", "o", lora=Lora(rank=16, targets=("Wqkv",)))
+    assert plan.memory(shape7, lora, 1).gradients == 4 * 32 * 16 * (4096 + 3 * 4096)
+
+
+def test_what_fits_and_what_does_not() -> None:
+    run = recipes.pretrain("d", "o", "t", 50_432, "mpt_7b")
+    assert plan.job(shape("mpt_7b"), run, 1e9, "a100-40", 1).sequences == 0
+    assert "does not fit" in plan.render(plan.job(shape("mpt_7b"), run, 1e9, "a100-40", 1))
+    assert plan.job(shape("mpt_7b"), run, 1e9, "a100-40", 8).sequences >= 1
+    assert plan.job(shape("mpt_125m"), run, 1e9, "a10g", 1).sequences >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"gpu_name": "b300"}, "h100"), ({"n_gpus": 0}, "--gpus"), ({"mfu": 1.5}, "--mfu"), ({"tokens": 0.0}, "--tokens")],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, object], message: str) -> None:
+    run = recipes.pretrain("d", "o", "t", 50_432)
+    arguments: dict[str, object] = {"tokens": 1e9, "gpu_name": "h100", "n_gpus": 8, **changes}
+    with pytest.raises(UserError, match=message):
+        plan.job(shape("mpt_125m"), run, **arguments)  # type: ignore[arg-type]
+
+
+def test_recipes_have_their_published_numbers() -> None:
+    story = recipes.storywriter("mpt-7b", "novels", "out")
+    assert (story.steps, story.global_batch, story.max_seq_len, story.optimizer) == (2500, 32, 65_536, "lion")
+    assert story.model["attn_config"] == {"alibi_bias_max": 16, "clip_qkv": 6}
+    released = recipes.mpt_7b_released("data", "out", "tok")
+    assert (released.global_batch, released.optimizer, released.model["vocab_size"]) == (1760, "lion", 50_432)
+    assert released.steps == pytest.approx(277_000, rel=0.01)
+    assert recipes.instruct_30b("mpt-30b", "d", "o").lr == 9.65e-6
+    assert recipes.chat("mpt-7b", "d", "o").prompt_style == "chatml"
+    assert recipes.mpt_1b_redpajama_200b("d", "o", "t").model["attn_config"]["qk_ln"] is True
+    with pytest.raises(UserError, match="mpt_760m"):
+        recipes.pretrain("d", "o", "t", 1, "mpt_2b")

@@ -1,0 +1,230 @@
+"""Doing the math of a run before it starts: parameters, FLOPs, memory per GPU, time and money, in closed form.
+
+FLOPs as the published MFU counts them: 3 (2 N + 4 L d T) a token, N with the tied embedding and the whole T x T of
+attention (llm-foundry's `scripts/train/benchmarking/README.md`), so that figures compare; causal attention needs half
+of the second term.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mpt.errors import UserError
+from training.run import Run
+
+_LOSS_CHUNK = 2048  # training/step.py
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator. price: dollars an hour, an assumption unless the origin says otherwise."""
+
+    name: str
+    peak_tflops: float  # dense bfloat16, from the maker's data sheet
+    memory_gb: float
+    price: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # $2 an hour is what the launch blog's Table 3 charges: MPT-7B 440 x 9.5 x 24 h x $2 = $200,640.
+        Gpu("a100-40", 312, 40, 2.0),
+        Gpu("a100-80", 312, 80, 2.5),  # $4,270 for StoryWriter's 32 for 2.2 days is $2.53
+        Gpu("h100", 989.5, 80, 3.5),
+        Gpu("h200", 989.5, 141, 4.0),
+        Gpu("l40s", 362, 48, 1.5),
+        Gpu("a10g", 70, 24, 1.0),
+        Gpu("rtx4090", 165, 24, 0.6),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counts of a model's config."""
+
+    d_model: int
+    n_heads: int
+    n_layers: int
+    vocab_size: int
+    expansion_ratio: int = 4
+    n_kv_heads: int | None = None
+    no_bias: bool = True
+    learned_positions: int = 0  # rows of the position table
+    qk_ln: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """Of an MPTConfig."""
+        return cls(
+            config.d_model, config.n_heads, config.n_layers, config.vocab_size, config.d_ffn // config.d_model,
+            config.n_kv_heads, config.no_bias, config.max_seq_len if config.has_wpe else 0, config.attention["qk_ln"],
+        )  # fmt: skip
+
+    @property
+    def kv_width(self) -> int:
+        return self.d_model // self.n_heads * (self.n_kv_heads or self.n_heads)
+
+    @property
+    def n_block_parameters(self) -> int:
+        d, qkv, ffn = self.d_model, self.d_model + 2 * self.kv_width, self.expansion_ratio * self.d_model
+        weights = d * qkv + d * d + 2 * d * ffn
+        norms = 2 * d + (d + self.kv_width if self.qk_ln else 0)
+        biases = 0 if self.no_bias else qkv + d + ffn + d + norms
+        return weights + norms + biases
+
+    @property
+    def n_parameters(self) -> int:
+        """All of them, the tied embedding once."""
+        outside = (self.vocab_size + self.learned_positions + (1 if self.no_bias else 2)) * self.d_model
+        return self.n_layers * self.n_block_parameters + outside
+
+    def flops_per_token(self, max_seq_len: int, is_causal: bool = False) -> float:
+        """Of forward and backward; recomputed activations are not counted."""
+        attention = 4 * self.n_layers * self.d_model * max_seq_len / (2 if is_causal else 1)
+        return 3 * (2 * self.n_parameters + attention)
+
+
+# Of the catalog's names, for planning without a copy. Source: the published configs.
+_CATALOG = {
+    "mpt-1b": Shape(2048, 16, 24, 50_432, qk_ln=True),
+    "mpt-7b": Shape(4096, 32, 32, 50_432),
+    "mpt-30b": Shape(7168, 64, 48, 50_432),
+}
+
+
+def shape_of_model(model: dict[str, Any]) -> Shape:
+    """Of a run's `model`."""
+    attention = model.get("attn_config", {})
+    return Shape(
+        model["d_model"], model["n_heads"], model["n_layers"], model["vocab_size"], model.get("expansion_ratio", 4),
+        attention.get("kv_n_heads"), model.get("no_bias", False), 0 if attention.get("alibi") else model["max_seq_len"],
+        attention.get("qk_ln", False),
+    )  # fmt: skip
+
+
+def shape_of_base(name: str) -> Shape:
+    """Of a checkpoint: a copy's config, or the published one. Raises UserError for unknown names."""
+    from mpt.catalog import describe, find_local
+    from mpt.checkpoint import read_config
+
+    folder = find_local(name)
+    if folder is not None:
+        return Shape.of(read_config(folder))
+    describe(name)  # a name nobody knows is refused
+    published = next((shape for prefix, shape in _CATALOG.items() if name.startswith(prefix)), None)
+    if published is None:
+        raise UserError(f"`{name}` is not on this machine; give a folder, or one of {', '.join(_CATALOG)}")
+    return published
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU, by what they are for."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered_blocks: float  # the block at work and the next one, in bfloat16
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
+    """What a run needs on each of n_gpus, computing `sequences` of its length at a time.
+
+    Parameters, gradients and states are float32 and sharded; activations bfloat16, about 34 d bytes a token and block
+    (Korthikanti et al. 2022, without the scores that attention here never holds), 2 d with full checkpointing beside
+    one block's own.
+    """
+    n, d = shape.n_parameters, shape.d_model
+    trained = float(n)
+    if run.lora is not None:
+        widths = {
+            "Wqkv": (d, d + 2 * shape.kv_width), "out_proj": (d, d),
+            "up_proj": (d, shape.expansion_ratio * d), "down_proj": (shape.expansion_ratio * d, d),
+        }  # fmt: skip
+        trained = float(shape.n_layers * run.lora.rank * sum(sum(widths[target]) for target in run.lora.targets))
+    tokens = sequences * run.max_seq_len
+    block = 34.0 * d * tokens
+    kept = {"none": block, "selective": 16.0 * d * tokens, "full": 2.0 * d * tokens}[run.activation_checkpointing]
+    return Memory(
+        parameters=4 * n / n_gpus,
+        gradients=4 * trained / n_gpus,
+        optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
+        gathered_blocks=2 * 2.0 * shape.n_block_parameters if n_gpus > 1 else 0.0,
+        activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
+        logits=3 * 4.0 * _LOSS_CHUNK * shape.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run costs on so many GPUs of a kind."""
+
+    gpu: Gpu
+    n_gpus: int
+    n_parameters: int
+    tokens: float
+    flops: float
+    mfu: float
+    hours: float
+    dollars: float
+    memory: Memory
+    sequences: int  # at a time on each GPU, the most that fit; 0: none does
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.hours / 3600
+
+
+def job(
+    shape: Shape, run: Run, tokens: float, gpu_name: str, n_gpus: int, mfu: float = 0.4, price: float | None = None
+) -> Job:
+    """A run's time, money and memory. mfu: of the published kind, see above. Raises UserError for unknown GPUs."""
+    gpu = GPUS.get(gpu_name)
+    if gpu is None:
+        raise UserError(f"no GPU `{gpu_name}`; known: {', '.join(GPUS)}")
+    if n_gpus < 1:
+        raise UserError(f"`--gpus` is {n_gpus}; at least 1 is needed")
+    if not 0 < mfu <= 1:
+        raise UserError(f"`--mfu` is {mfu}; it is a share, above 0 and at most 1")
+    if tokens <= 0:
+        raise UserError(f"`--tokens` is {tokens:g}; it must be above 0")
+    flops = tokens * shape.flops_per_token(run.max_seq_len)
+    hours = flops / (n_gpus * gpu.peak_tflops * 1e12 * mfu) / 3600
+    sequences = fitting(shape, run, gpu, n_gpus)
+    dollars = hours * n_gpus * (gpu.price if price is None else price)
+    needed = memory(shape, run, n_gpus, max(1, sequences))
+    return Job(gpu, n_gpus, shape.n_parameters, tokens, flops, mfu, hours, dollars, needed, sequences)
+
+
+def fitting(shape: Shape, run: Run, gpu: Gpu, n_gpus: int) -> int:
+    """Most sequences at a time, as a power of two, that leave a tenth of the memory free; 0 when not one fits."""
+    room = 0.9 * gpu.memory_gb * 1e9
+    sequences = 0
+    while sequences < 64 and memory(shape, run, n_gpus, max(1, 2 * sequences)).total <= room:
+        sequences = max(1, 2 * sequences)
+    return sequences
+
+
+def render(found: Job) -> str:
+    """A job as `key value` lines, one fact each."""
+    rows = [
+        ("parameters", f"{found.n_parameters:,}"),
+        ("tokens", f"{found.tokens:.4g}"),
+        ("flops", f"{found.flops:.3g}"),
+        ("gpus", f"{found.n_gpus} x {found.gpu.name}, {found.gpu.peak_tflops:g} TFLOP/s each at {found.mfu:.0%} MFU"),
+        ("tokens_per_s", f"{found.tokens_per_s:,.0f}"),
+        ("time", f"{found.hours:.1f} hours ({found.hours / 24:.1f} days)"),
+        ("cost", f"${found.dollars:,.0f}"),
+    ]
+    rows += [(f"memory_{key}", f"{value / 1e9:.2f} GB") for key, value in vars(found.memory).items()]
+    rows.append(("memory_total", f"{found.memory.total / 1e9:.2f} of {found.gpu.memory_gb:g} GB on each GPU"))
+    fits = f"{found.sequences} at a time" if found.sequences else "does not fit; take more GPUs, or checkpointing"
+    rows.append(("sequences", fits))
+    return "\n".join(f"{key} {value}" for key, value in rows)
