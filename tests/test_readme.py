@@ -32,8 +32,9 @@ def test_a_command_of_the_readme_exists(words):
         assert words[1] in targets
         return
     program = {"mpt": mpt_app, "train": train_app}[Path(words[0]).name]
-    group = typer.main.get_command(program)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
-    command = group.commands[words[1]]  # type: ignore[attr-defined]
+    command: click.Command = typer.main.get_command(program)
+    names = iter(words[1:])
+    while hasattr(command, "commands"):
+        command = command.commands[next(names)]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words[2:] if word.startswith("--")} <= known
