@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training.datasets import Sample
 
+_WIDTHS = 32  # that are tried for a step's sequences, from the shortest that could do
 IGNORED = -100  # the label of a position that is not learned: cross_entropy's own default
 
 
@@ -28,20 +29,24 @@ class Batch(NamedTuple):
 
 
 def pack(samples: Sequence[Sample], max_seq_len: int) -> Batch:
-    """The samples in as few sequences as first fit finds; a sample over max_seq_len is cut on the right."""
+    """The samples in as few sequences as first fit finds, then as short ones as hold them.
+
+    A sample over max_seq_len is cut on the right.
+    """
     by_length = sorted(samples, key=lambda sample: -min(len(sample.ids), max_seq_len))  # stable
-    rows: list[list[Sample]] = []
-    free: list[int] = []
-    for sample in by_length:
-        n = min(len(sample.ids), max_seq_len)
-        place = next((i for i, room in enumerate(free) if room >= n), None)
-        if place is None:
-            place = len(rows)
-            rows.append([])
-            free.append(max_seq_len)
+    lengths = [min(len(sample.ids), max_seq_len) for sample in by_length]
+    places = _first_fit(lengths, max_seq_len)
+    n_rows = max(places) + 1
+    least = max(lengths[0], -(-sum(lengths) // n_rows))
+    for width in range(least, max_seq_len, max(1, (max_seq_len - least) // _WIDTHS)):
+        narrower = _first_fit(lengths, width)
+        if max(narrower) < n_rows:
+            places = narrower
+            break
+    rows: list[list[Sample]] = [[] for _ in range(n_rows)]
+    for place, sample in zip(places, by_length, strict=True):
         rows[place].append(sample)
-        free[place] -= n
-    width = max_seq_len - min(free)
+    width = max(sum(min(len(sample.ids), max_seq_len) for sample in row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     sequence_id = torch.full_like(ids, -1)
@@ -56,6 +61,19 @@ def pack(samples: Sequence[Sample], max_seq_len: int) -> Batch:
             sequence_id[r, start:end] = d
             start = end
     return Batch(ids, labels, sequence_id)
+
+
+def _first_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Which row each length goes to: the first with room for it."""
+    free: list[int] = []
+    places = []
+    for n in lengths:
+        place = next((row for row, room in enumerate(free) if room >= n), len(free))
+        if place == len(free):
+            free.append(capacity)
+        free[place] -= n
+        places.append(place)
+    return places
 
 
 def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
