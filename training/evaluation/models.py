@@ -21,10 +21,11 @@ _CONNECTIONS = 16
 class Local:
     """A checkpoint loaded here."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """dtype: None keeps the file's."""
         folder = resolve(name)
         self.tokenizer = Tokenizer.from_folder(folder)
-        self.model = mpt.checkpoint.load(folder, device=device)
+        self.model = mpt.checkpoint.load(folder, device=device, dtype=dtype)
         self.max_seq_len: int = self.model.config.max_seq_len
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:
