@@ -2,8 +2,9 @@
 
     LM_EVAL_PYTHON=/path/to/venv/bin/python python benchmarks/evaluate.py --model mpt-tiny --limit 200
 
-The harness needs an environment of its own (`pip install lm_eval`), whose python LM_EVAL_PYTHON names. Both compute in
-float32 with 2 threads; its `acc` and our `sum` choose by the same quantity and must agree.
+The harness needs an environment of its own (`pip install lm_eval`), whose python LM_EVAL_PYTHON names. Both compute
+with 2 threads; its `acc` and our `sum` choose by the same quantity and agree in float32, given a tokenizer that, as
+GPT-NeoX's, splits at the space before a choice (mpt-tiny's own merges across it, and the harness tokenizes jointly).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 folder, tasks, names = sys.argv[1], sys.argv[2], sys.argv[3].split(",")
-model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=16)
+model = HFLM(pretrained=folder, dtype=sys.argv[4], device="cpu", batch_size=16)
 manager = TaskManager(include_path=tasks)
 started = time.perf_counter()
 tasks = [f"bench_{n}" for n in names]
@@ -36,7 +37,7 @@ print(json.dumps({"seconds": seconds, "accuracy": accuracy}))
 """
 
 
-def ours(model: str, names: list[str], folder: Path, limit: int) -> dict[str, object]:
+def ours(model: str, names: list[str], folder: Path, limit: int, dtype: str) -> dict[str, object]:
     import torch
 
     from training.distributed import World
@@ -44,14 +45,14 @@ def ours(model: str, names: list[str], folder: Path, limit: int) -> dict[str, ob
     from training.evaluation.tasks import TASKS as KNOWN
 
     torch.set_num_threads(THREADS)
-    local = models.Local(model, torch.device("cpu"), torch.float32)
+    local = models.Local(model, torch.device("cpu"), getattr(torch, dtype))
     world = World(0, 1, torch.device("cpu"))
     started = time.perf_counter()
     accuracy = {name: suite.run(local, KNOWN[name], folder, world, limit=limit).accuracy["sum"] for name in names}
     return {"seconds": time.perf_counter() - started, "accuracy": accuracy}
 
 
-def harness(python: str, model: str, names: list[str], folder: Path, limit: int) -> dict[str, object]:
+def harness(python: str, model: str, names: list[str], folder: Path, limit: int, dtype: str) -> dict[str, object]:
     """Our rows as tasks of the harness: contexts and choices are the strings we score."""
     from mpt.catalog import resolve
     from training.evaluation.tasks import TASKS as KNOWN
@@ -79,7 +80,7 @@ def harness(python: str, model: str, names: list[str], folder: Path, limit: int)
         program = Path(scratch) / "harness.py"
         program.write_text(_HARNESS)
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-        command = [python, str(program), str(resolve(model)), scratch, ",".join(names)]
+        command = [python, str(program), str(resolve(model)), scratch, ",".join(names), dtype]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -91,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=200, help="rows of each task")
     parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     python = os.environ.get("LM_EVAL_PYTHON")
     if not python:
@@ -98,9 +100,9 @@ def main() -> None:
     from training.datasets import test_data
 
     folder, names = test_data() / "icl", options.tasks.split(",")
-    mine = ours(options.model, names, folder, options.limit)
-    theirs = harness(python, options.model, names, folder, options.limit)
-    print(f"{options.model}, {options.limit} rows of each task, float32, {THREADS} threads\n")
+    mine = ours(options.model, names, folder, options.limit, options.dtype)
+    theirs = harness(python, options.model, names, folder, options.limit, options.dtype)
+    print(f"{options.model}, {options.limit} rows of each task, {options.dtype}, {THREADS} threads\n")
     print("| task | ours, `sum` | lm-evaluation-harness, `acc` |\n|---|---|---|")
     for name in names:
         print(f"| {name} | {mine['accuracy'][name]:.4f} | {theirs['accuracy'][name]:.4f} |")  # type: ignore[index]

@@ -70,7 +70,7 @@ def run(
     limit: only the first so many rows. strict: generated answers must equal an alias, not begin with one.
     """
     started = time.perf_counter()
-    everything = examples(task, rows(task, folder), model.tokenizer, model.max_seq_len, n_shots)[:limit]
+    everything = examples(task, rows(task, folder), model.tokenizer, model.max_seq_len, n_shots, limit)
     mine = everything[world.rank :: world.size]
     finished = 0
 

@@ -96,12 +96,20 @@ def rows(task: Task, folder: Path) -> list[dict[str, Any]]:
 
 
 def examples(
-    task: Task, data: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_seq_len: int, n_shots: int = 0
+    task: Task,
+    data: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    n_shots: int = 0,
+    limit: int | None = None,
 ) -> list[Example]:
-    """The rows as examples, each after n_shots others with their answers (llm-foundry's sampling, seed 1234)."""
+    """The first rows as examples, each after n_shots of all others with their answers.
+
+    The shots are drawn as llm-foundry draws them, seed 1234.
+    """
     rng = random.Random(1234)
     made = []
-    for number, row in enumerate(data):
+    for number, row in enumerate(data[:limit]):
         shots = ""
         for other in rng.sample([n for n in range(len(data)) if n != number], n_shots) if n_shots else ():
             shots += _worked(task, data[other]) + "\n"
@@ -110,8 +118,13 @@ def examples(
 
 
 def _example(task: Task, row: dict[str, Any], shots: str, tokenizer: Tokenizer, max_seq_len: int) -> Example:
+    known: dict[str, list[int]] = {}  # the context of several choices is tokenized once
+
     def sequence(context: str, continuation: str) -> tuple[list[int], int]:
-        before, after = tokenizer.encode(shots + context), tokenizer.encode(" " + continuation.lstrip())
+        if context not in known:
+            known[context] = tokenizer.encode(shots + context)
+        before = known[context]
+        after = tokenizer.encode(" " + continuation.lstrip())
         whole = (before or [tokenizer.eos_id]) + after
         cut = max(0, len(whole) - max_seq_len)
         return whole[cut:], max(1, len(whole) - len(after) - cut)
