@@ -8,7 +8,7 @@ import logging
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -114,10 +114,10 @@ def _samples(
     style: PromptStyle,
     max_seq_len: int,
     learn: Learn,
-) -> list[Sample]:
+) -> Iterator[Sample]:
     """The rows' samples; what was cut, left out or could not be read is said. Raises UserError for too much of it."""
-    n_rows = n_cut = 0
-    samples, bad = [], []
+    n_rows = n_kept = n_cut = 0
+    bad: list[str] = []
     for where, row in rows:
         n_rows += 1
         try:
@@ -126,7 +126,8 @@ def _samples(
             bad.append(f"{where}: {error}")
             continue
         if any(sample.learned[1:max_seq_len]):  # else nothing is left to learn
-            samples.append(sample)
+            yield sample
+            n_kept += 1
             n_cut += len(sample.ids) > max_seq_len
     if bad:
         more = f" (and {len(bad) - _BAD_ROWS_SHOWN} more)" if len(bad) > _BAD_ROWS_SHOWN else ""
@@ -134,15 +135,14 @@ def _samples(
         if len(bad) > _BAD_ROWS_ALLOWED * n_rows:
             raise UserError(f"{story}; mend them, or look at --data")
         log.warning("%s; they are left out", story)
-    n_left_out = n_rows - len(bad) - len(samples)
+    n_left_out = n_rows - len(bad) - n_kept
     if n_cut or n_left_out:
         log.warning(
             "`%s`: of %d rows, %d are cut at %d tokens and %d left out, since nothing to learn remains of them",
             *(Path(name).name, n_rows, n_cut, max_seq_len, n_left_out),
         )
-    if not samples:
+    if not n_kept:
         raise UserError(f"`{name}` has no row with anything to learn within {max_seq_len} tokens")
-    return samples
 
 
 def test_data() -> Path:

@@ -81,6 +81,10 @@ class _Training:
         self.data = load_data(run, self.tokenizer, run.data)
         self.held_out = self._held_out()
         self.n_steps = count_steps(run, self.data)
+        if run.warmup_steps >= self.n_steps:
+            log.warning(
+                "the warm-up takes %d steps, the run has %d; --lr is never reached", run.warmup_steps, self.n_steps
+            )
         self.model = new_model(run)
         if run.lora is not None:
             adapters.add(self.model, run.lora)

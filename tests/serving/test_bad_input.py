@@ -113,6 +113,13 @@ async def test_bad_messages_are_refused_by_name(serving, messages, code, param):
     assert (error["code"], error["param"]) == (code, param)
 
 
+async def test_a_prompt_and_its_answer_may_fill_the_context(serving):
+    body = '{"model":"base","prompt":[5],"max_tokens":127,"ignore_eos":true}'
+    response = await send(serving, body, "/v1/completions")
+    assert response.status_code == 200
+    assert response.json()["usage"]["total_tokens"] == 128
+
+
 async def test_scores_of_prompts_are_bounded(serving, monkeypatch):
     monkeypatch.setattr("serving.intake._MAX_SCORES", 60)
     body = {"model": "base", "prompt": ["abc", "de"], "echo": True, "max_tokens": 0}  # a token a byte: 5

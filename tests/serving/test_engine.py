@@ -88,6 +88,24 @@ async def test_greedy_tokens_survive_preemption(model, tokenizer):
         assert tokens_of(events) == generate(model, prompt, 130)
 
 
+async def test_who_was_sent_back_goes_on_before_who_came_later(model, tokenizer):
+    """All grow out of blocks of 256; the youngest, c, is sent back, and what a leaves fits c, or d and not c."""
+    asked = {"a": 130, "b": 300, "c": 130, "d": 10}
+    order: list[str] = []
+
+    async def follow(name: str) -> None:
+        prompt = [random.Random(name).randrange(4, 260) for _ in range(210 if name == "c" else 200)]
+        async for event in engine.generate(prompt, greedy(asked[name]), request_id=name):
+            if isinstance(event, Delta):
+                order.append(name)
+
+    with running(model, tokenizer, kv_tokens=1024, max_running=3) as engine:
+        await asyncio.gather(*map(follow, asked))
+        assert engine.stats().n_preemptions > 0
+    last_of_c = len(order) - 1 - order[::-1].index("c")
+    assert order.index("d") > last_of_c
+
+
 async def test_prefix_reuse_gives_the_same_tokens_and_counts_them(model, tokenizer):
     book = prompts(1)[0] * 5
     first, second = [*book, 10, 11], [*book, 12, 13, 14]
@@ -148,6 +166,37 @@ async def test_a_long_prompt_does_not_hold_up_a_running_answer(model, tokenizer)
         await asyncio.gather(chat, follow("book", [9] * 1900, greedy(1)))
     before_book = order.index("book")
     assert before_book >= 1900 // 32  # at least one chat token for each chunk of the book
+
+
+async def test_a_long_prompt_does_not_hold_up_a_short_one(model, tokenizer):
+    """The oldest prompt takes half of a step's reading, so that a greeting is answered beside it."""
+    with running(model, tokenizer, prefill_chunk=32) as engine:
+        order: list[str] = []
+
+        async def follow(name: str, prompt: list[int], sampling: Sampling) -> None:
+            async for event in engine.generate(prompt, sampling, request_id=name):
+                order.append(name if isinstance(event, Delta) else f"{name} started")
+
+        book = asyncio.create_task(follow("book", [9] * 1900, greedy(1)))
+        while not order:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(book, follow("greeting", list(range(5, 45)), greedy(3)))
+    assert order == ["book started", "greeting started", *["greeting"] * 3, "book"]
+
+
+async def test_a_running_request_shares_its_beginning_within_a_key_only(model, tokenizer):
+    with running(model, tokenizer) as engine:
+        prompt = prompts(1)[0] * 3
+
+        async def cached(salt: str) -> int:
+            return (await collect(engine, prompt, greedy(1), salt=salt))[0].cached_tokens  # type: ignore[union-attr]
+
+        answer = engine.submit(prompt, greedy(400), request_id="long", salt="a")
+        async for event in answer:
+            if isinstance(event, Delta):
+                break
+        assert [await cached("b"), await cached("a")] == [0, len(prompt) - 1]
+        answer.close()
 
 
 @pytest.mark.parametrize("stop", ["\x00", None])

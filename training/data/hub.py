@@ -4,6 +4,7 @@ A set is looked for in $MPT_HOME/datasets/<name>/, among the files for tests and
 names any set of the hub.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -49,30 +50,36 @@ def is_known(name: str) -> bool:
 def rows(name: str, test_data: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a set, each with where it stands. Raises UserError when it is nowhere."""
     try:
-        yield from _rows_of(locate(name, test_data))
+        found = locate(name, test_data)
     except UserError:
         if name != "dolly_hhrlhf":
             raise
-        try:
-            dolly, hh = (_rows_of(locate(part, test_data)) for part in ("dolly", "hh_rlhf"))
-        except UserError:
-            pass
-        else:
-            log.warning("dolly_hhrlhf cannot be had; it is rebuilt from Dolly and HH-RLHF by its card's rules")
-            rebuilt = rebuilt_dolly_hhrlhf((row for _, row in dolly), (row for _, row in hh))
-            yield from ((f"rebuilt row {n}", row) for n, row in enumerate(rebuilt, 1))
-            return
-        raise
+        parts = []
+        with contextlib.suppress(UserError):
+            parts = [_rows_of(locate(part, test_data)) for part in ("dolly", "hh_rlhf")]
+        if len(parts) < 2:
+            raise
+        dolly, hh = parts
+        log.warning("dolly_hhrlhf cannot be had; it is rebuilt from Dolly and HH-RLHF by its card's rules")
+        rebuilt = rebuilt_dolly_hhrlhf((row for _, row in dolly), (row for _, row in hh))
+        yield from ((f"rebuilt row {n}", row) for n, row in enumerate(rebuilt, 1))
+        return
+    yield from _rows_of(found)
 
 
 def locate(name: str, test_data: Path) -> list[Path]:
     """The files of a set, fetched if need be. Raises UserError that says where to put a copy."""
     home = Path(os.environ.get("MPT_HOME", "~/.cache/mpt")).expanduser() / "datasets" / name.replace("/", "--")
-    for folder, pattern in ((home, "*"), (test_data / "instruct", f"{name}_train*")):
-        found = sorted(path for path in folder.glob(pattern) if files.kind(path) in files.FILES)
-        if found:
-            return found
+    found = sorted(path for path in home.glob("*") if files.kind(path) in files.FILES)
+    if found:
+        return found
     wanted = SETS.get(name, HubSet(name, "unknown"))
+    sample = sorted(path for path in test_data.glob(f"instruct/{name}_train*") if files.kind(path) in files.FILES)
+    if sample:
+        log.warning(
+            "`%s` is read from `%s`, a part of the published set; put the whole into `%s`", name, sample[0].name, home
+        )
+        return sample
     try:
         return _fetch(wanted)
     except UserError as error:

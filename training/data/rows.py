@@ -16,6 +16,7 @@ from mpt.tokenizer import Tokenizer
 
 Learn = Literal["responses", "all"]
 
+_CONVERSATIONS = {"messages", "conversations", "prompt", "instruction", "question", "chosen"}
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "assistant": "assistant", "system": "system",
@@ -39,7 +40,8 @@ def sample_of(row: Any, tokenizer: Tokenizer, style: PromptStyle, learn: Learn =
         raise UserError("it is not JSON")
     if not isinstance(row, dict):
         raise UserError(f"a row is a {type(row).__name__}; an object is needed")
-    if isinstance(row.get("text"), str):
+    # Copies of Alpaca carry a `text` beside the fields it was made from: only a row of nothing else is plain text.
+    if isinstance(row.get("text"), str) and not row.keys() & _CONVERSATIONS:
         sample = text_sample([*tokenizer.encode(row["text"]), tokenizer.eos_id])
     else:
         messages = conversation(row)

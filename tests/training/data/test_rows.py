@@ -1,5 +1,6 @@
 """Every shape of row becomes the same conversation, and the conversation what the server would render."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,26 @@ def test_every_answer_of_a_chat_is_learned_and_nothing_else() -> None:
     prompt = encode_chat(tokenizer, "chatml", messages[:3])  # type: ignore[arg-type]
     assert sample.ids[: len(prompt)] == prompt
     assert all(sample_of({"messages": messages}, tokenizer, "chatml", "all").learned)
+
+
+def test_a_text_beside_the_fields_it_was_made_from_is_not_learned() -> None:
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
+    row = {"instruction": "Name a fruit.", "input": "", "output": "An apple.", "text": "Below is ... An apple."}
+    bare = {key: value for key, value in row.items() if key != "text"}
+    assert sample_of(row, tokenizer, "instruct") == sample_of(bare, tokenizer, "instruct")
+
+
+def test_a_damaged_set_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    for name in ("dolly_hhrlhf", "dolly", "hh_rlhf"):
+        (tmp_path / "datasets" / name).mkdir(parents=True)
+    good = '{"prompt": "a", "response": "b"}\n'
+    (tmp_path / "datasets" / "dolly_hhrlhf" / "a.jsonl.gz").write_bytes(gzip.compress(good.encode() * 500)[:-9])
+    (tmp_path / "datasets" / "dolly" / "a.jsonl").write_text(good)
+    (tmp_path / "datasets" / "hh_rlhf" / "a.jsonl").write_text(good)
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
+        datasets.load("dolly_hhrlhf", tokenizer, "instruct", 100, 0)
 
 
 def test_control_tokens_in_a_row_stay_text() -> None:
