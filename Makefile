@@ -34,6 +34,7 @@ tiny: setup  ## train the mpt-tiny family again, from fixed seeds (about an hour
 bench: setup  ## every number of docs/benchmarks.md
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
