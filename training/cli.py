@@ -238,8 +238,8 @@ def _evaluate_suite(
     from training.evaluation import models, report, suite
     from training.evaluation.tasks import select
 
-    chosen = select(tasks)
     folder = data_folder or test_data() / "icl"
+    chosen = select(tasks, folder)
     is_url = name.startswith(("http://", "https://"))
     if is_url and not (model and tokenizer):
         raise UserError("a URL needs `--model`, the model's name there, and `--tokenizer`, whose tokenizer it has")

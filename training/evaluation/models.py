@@ -16,6 +16,7 @@ from training.evaluation.scoring import Score
 from training.evaluation.tasks import Query
 
 _CONNECTIONS = 16
+_CONTEXT = 2048  # of a server that does not say
 
 
 class Local:
@@ -59,8 +60,10 @@ class Remote:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=600)
         self._name = name
-        card = self._get(f"models/{name}")
-        self.max_seq_len = int(card.get("max_model_len") or 2048)
+        served = {card["id"]: card for card in self._get("models")["data"]}
+        if name not in served:
+            raise UserError(f"`{url}` serves {', '.join(served)}, not `{name}`")
+        self.max_seq_len = int(served[name].get("max_model_len") or _CONTEXT)
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:
         def one(query: Query) -> list[Score]:

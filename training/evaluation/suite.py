@@ -1,7 +1,7 @@
 """Runs tasks on a model, at hand or behind a URL, and adds their results up.
 
 Accuracies are named after what decides: `token_mean` (LLM Foundry, Table 1), `sum` (lm-evaluation-harness' acc) and
-`byte_mean` (its acc_norm); numbers of different conventions are not comparable.
+`byte_mean` (its acc_bytes, and its acc_norm where choices are ASCII); different conventions are not comparable.
 """
 
 import string

@@ -7,6 +7,7 @@ Sequences over the model's context lose their beginning.
 
 import gzip
 import json
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # `choice`: one context, several continuations. `schema`: several contexts, one continuation. `language`: is every token
 # of the continuation the likeliest. `generation`: does the greedy answer begin with one of the aliases.
@@ -69,29 +72,47 @@ class Example:
     category: str | None = None
 
 
-def select(names: str) -> list[Task]:
-    """The tasks of a comma-separated list; `table1` and `all` are every one. Raises UserError for unknown names."""
+def select(names: str, folder: Path) -> list[Task]:
+    """The tasks of a comma-separated list; `table1` is every one whose file the folder holds, the others are said.
+
+    Raises UserError for unknown names, and for a named task without its file.
+    """
     found: list[Task] = []
     for name in names.split(","):
-        if name in ("table1", "all"):
-            found += TASKS.values()
+        if name == "table1":
+            present = [task for task in TASKS.values() if _files(task, folder)]
+            missing = [task.name for task in TASKS.values() if task not in present]
+            if missing and present:
+                log.warning("not run, since `%s` does not hold their files: %s", folder, ", ".join(missing))
+            found += present or TASKS.values()
         elif name in TASKS:
             found.append(TASKS[name])
         else:
             raise UserError(f"no task `{name}`; known: {', '.join(TASKS)}, and table1 for all of them")
+    for task in found:
+        _file(task, folder)
     return found
 
 
-def rows(task: Task, folder: Path) -> list[dict[str, Any]]:
-    """The task's rows from a .jsonl or .jsonl.gz of the folder. Raises UserError when it is missing."""
-    found = sorted(path for pattern in (task.file, task.file + ".gz") for path in folder.glob(pattern))
+def _files(task: Task, folder: Path) -> list[Path]:
+    return sorted(path for pattern in (task.file, task.file + ".gz") for path in folder.glob(pattern))
+
+
+def _file(task: Task, folder: Path) -> Path:
+    found = _files(task, folder)
     if not found:
         raise UserError(
             f"`{task.name}` needs `{task.file}` in `{folder}`; it is in llm-foundry's scripts/eval/local_data; "
             "name another folder with --data-folder"
         )
-    raw = found[0].read_bytes()
-    text = (gzip.decompress(raw) if found[0].suffix == ".gz" else raw).decode("utf-8")
+    return found[0]
+
+
+def rows(task: Task, folder: Path) -> list[dict[str, Any]]:
+    """The task's rows from a .jsonl or .jsonl.gz of the folder. Raises UserError when it is missing."""
+    path = _file(task, folder)
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 

@@ -151,9 +151,12 @@ def test_guessing_and_categories_are_counted(folder: Path, local: models.Local) 
     assert [r["task"] for r in json.loads(report.render([piqa, jeopardy], "json"))] == ["piqa", "jeopardy"]
 
 
-def test_unknown_tasks_and_missing_files_say_what_to_do(folder: Path) -> None:
+def test_unknown_tasks_and_missing_files_say_what_to_do(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match="table1"):
-        tasks.select("piqqa")
-    assert [task.name for task in tasks.select("table1")] == list(TASKS)
+        tasks.select("piqqa", folder)
     with pytest.raises(UserError, match="--data-folder"):
-        tasks.rows(TASKS["boolq"], folder)
+        tasks.select("piqa,boolq", folder)
+    with pytest.raises(UserError, match="--data-folder"):
+        tasks.select("table1", folder / "nowhere")
+    assert [task.name for task in tasks.select("table1", folder)] == ["piqa", "winograd", "triviaqa", "jeopardy"]
+    assert "not run" in caplog.text and "winogrande" in caplog.text
