@@ -27,7 +27,7 @@ from mpt.config import MPTConfig
 from mpt.errors import Interrupted, MPTError, TrainingDiverged, UserError
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from training import adapters, checkpoint, curves, datasets, distributed, memory, optimizer, packing
+from training import adapters, checkpoint, curves, datasets, distributed, memory, optimizer, packing, plan
 from training.checkpoint import Position
 from training.distributed import World
 from training.logbook import Logbook, where
@@ -94,6 +94,9 @@ class _Training:
         if run.compile:
             for block in self.model.transformer.blocks:
                 block.compile()
+        self.shape = plan.Shape.of(self.model.config)
+        is_gpu = world.device.type == "cuda"
+        self.peak_tflops = plan.peak_tflops(torch.cuda.get_device_name(world.device)) if is_gpu else None
         self.optimizer = optimizer.build(run, [p for p in self.model.parameters() if p.requires_grad])
         self.mirror = None if run.mirror is None else Mirror(run.mirror)
         self.saver = checkpoint.Saver(self.out, world, run.checkpoints_kept, self.mirror)
@@ -171,9 +174,12 @@ class _Training:
                 "tokens": self.position.tokens,
                 "tokens_per_s": used / (now - began),
                 "useful": used / batch.ids.numel(),
+                "tflops": plan.step_flops(self.shape, used, packing.squared_lengths(batch)) / (now - began) / 1e12,
                 "memory_gb": memory.used_gb(world.device),
                 "seconds": seconds,
             }
+            if self.peak_tflops is not None:  # of useful tokens: padding is not work
+                line["mfu"] = line["tflops"] / (self.peak_tflops * world.size)
             is_last = step + 1 == self.n_steps
             if self.held_out is not None and ((step + 1) % run.eval_every == 0 or is_last):
                 line["held_out_loss"] = self.held_out_loss()

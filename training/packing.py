@@ -82,6 +82,14 @@ def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
     return [Batch(*(x[i : i + rows] for x in batch)) for i in range(0, len(batch.ids), rows)]
 
 
+def squared_lengths(batch: Batch) -> int:
+    """The sum of each sample's length squared: what attention's work goes by."""
+    rows = torch.arange(len(batch.ids))[:, None].expand_as(batch.sequence_id)
+    pairs = torch.stack([rows, batch.sequence_id])[:, batch.sequence_id >= 0]
+    counts = pairs.unique(dim=1, return_counts=True)[1]
+    return int((counts**2).sum())
+
+
 def deal(batch: Batch, rank: int, n_ranks: int, max_tokens: int) -> list[Batch]:
     """The microbatches of one rank: every n_ranks-th row. All ranks get equally many, so that they gather together.
 

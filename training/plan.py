@@ -118,6 +118,19 @@ def shape_of_base(name: str) -> Shape:
     return published
 
 
+def step_flops(shape: Shape, n_tokens: int, squared_lengths: int) -> float:
+    """What a step's useful tokens cost, forward and backward: 6 N each, and causal attention within each sample."""
+    return 6.0 * shape.n_parameters * n_tokens + 6.0 * shape.n_layers * shape.d_model * squared_lengths
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """The dense bfloat16 peak of a GPU by the name CUDA gives it; None for one that is not in the table."""
+    squeezed = device_name.lower().replace(" ", "").replace("-", "")
+    known = {"a10080gb": "a100-80", "a100": "a100-40", "h100": "h100", "h200": "h200", "l40s": "l40s", "a10g": "a10g",
+             "4090": "rtx4090"}  # fmt: skip
+    return next((GPUS[name].peak_tflops for key, name in known.items() if key in squeezed), None)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on each GPU, by what they are for."""

@@ -6,7 +6,8 @@ import torch
 from mpt.config import MPTConfig
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
-from training import plan, recipes
+from training import packing, plan, recipes
+from training.data.rows import Sample
 from training.plan import GPUS, Shape
 from training.run import Lora
 
@@ -81,6 +82,17 @@ def test_lion_with_checkpointing_needs_about_12_gb_a_billion_parameters() -> Non
     found = plan.memory(shape("mpt_7b"), run, 8)
     states = 8 * (found.parameters + found.gradients + found.optimizer)
     assert states / 1e9 == pytest.approx(12 * 6.65, rel=0.1)
+
+
+def test_a_steps_flops_count_useful_tokens_and_their_own_attention() -> None:
+    batch = packing.pack([Sample([1] * n, [True] * n) for n in (5, 3, 2)], 7)
+    assert packing.squared_lengths(batch) == 25 + 9 + 4
+    small = Shape(d_model=8, n_heads=2, n_layers=3, vocab_size=10)
+    # 6 N a token; per layer 2 d T^2 forward for causal scores and values together, thrice that with the backward.
+    assert plan.step_flops(small, 10, 38) == 6 * small.n_parameters * 10 + 3 * 3 * 2 * 8 * 38
+    assert plan.peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert plan.peak_tflops("NVIDIA H200") == 989.5
+    assert plan.peak_tflops("NVIDIA GeForce GTX 1080") is None
 
 
 def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
