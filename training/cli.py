@@ -47,6 +47,7 @@ Precision = Annotated[PrecisionChoice | None, typer.Option(help="Of the matrix p
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the data, and new weights.")]
 MirrorUrl = Annotated[str | None, typer.Option("--mirror", metavar="URL", help="Copy checkpoints to s3://, gs:// ...")]
 Track = Annotated[list[str] | None, typer.Option(help="Once per tracker: tensorboard, wandb.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Each block through torch.compile: slower to start.")]
 LoraRank = Annotated[int | None, typer.Option("--lora", metavar="RANK", help="Train adapters of this rank instead.")]
 EvalData = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A held-out set, scored every 100 steps.")]
 Checkpointing = Annotated[CheckpointingChoice | None, typer.Option(help="Recompute activations to save memory.")]
@@ -92,6 +93,7 @@ def finetune(
     eval_data: EvalData = None,
     activation_checkpointing: Checkpointing = None,
     on_spike: Spike = None,
+    compile_blocks: Compile = False,
     mirror: MirrorUrl = None,
     track: Track = None,
     gpus: Gpus = None,
@@ -110,7 +112,7 @@ def finetune(
         "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
         "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
         "activation_checkpointing": activation_checkpointing, "lora": None if lora is None else Lora(rank=lora),
-        "mirror": mirror, "trackers": tuple(track) if track else None,
+        "compile": compile_blocks or None, "mirror": mirror, "trackers": tuple(track) if track else None,
     }  # fmt: skip
     if config is None:
         for option, value in (("--base", base), ("--data", data)):
@@ -148,6 +150,7 @@ def pretrain(
     eval_data: EvalData = None,
     activation_checkpointing: Checkpointing = None,
     on_spike: Spike = None,
+    compile_blocks: Compile = False,
     mirror: MirrorUrl = None,
     track: Track = None,
     gpus: Gpus = None,
@@ -163,7 +166,7 @@ def pretrain(
     changes: dict[str, Any] = {
         "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
         "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
-        "activation_checkpointing": activation_checkpointing, "mirror": mirror,
+        "activation_checkpointing": activation_checkpointing, "mirror": mirror, "compile": compile_blocks or None,
         "trackers": tuple(track) if track else None,
     }  # fmt: skip
     if config is not None:

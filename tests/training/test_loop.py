@@ -318,3 +318,11 @@ def test_a_held_out_loss_is_the_loss_of_one_pass(small_run: Run) -> None:
         losses += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
         n += int((labels[1:] != -100).sum())
     assert lines[-1]["held_out_loss"] == pytest.approx(losses / n, rel=1e-5)
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_compiled_blocks_give_the_same_curve(small_run: Run) -> None:
+    loop.fit(dataclasses.replace(small_run, steps=4))
+    compiled = dataclasses.replace(elsewhere(small_run, "compiled"), steps=4, compile=True)
+    loop.fit(compiled)
+    assert losses(compiled) == pytest.approx(losses(small_run), rel=1e-5)
