@@ -398,7 +398,7 @@ def _print_plan(run: "Run", n_gpus: int) -> None:
     n_steps = loop.count_steps(run, data)
     batch = packing.pack([data.sample(number) for number in range(run.global_batch)], run.max_seq_len)
     used = int((batch.sequence_id >= 0).sum())
-    shape = planning.shape_of_model(run.model) if run.base is None else planning.shape_of_base(run.base)
+    shape = planning.shape_of_run(run)
     needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))
     print(run.to_json(), end="")
     print(f"parameters {shape.n_parameters}")

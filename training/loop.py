@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -85,6 +86,8 @@ class _Training:
             log.warning(
                 "the warm-up takes %d steps, the run has %d; --lr is never reached", run.warmup_steps, self.n_steps
             )
+        n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
         self.model = new_model(run)
         if run.lora is not None:
             adapters.add(self.model, run.lora)

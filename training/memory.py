@@ -1,6 +1,7 @@
 """Fitting a step into memory: smaller microbatches when it runs out, and recomputed activations."""
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -92,6 +93,13 @@ def checkpoint_activations(model: MPTForCausalLM, how: ActivationCheckpointing) 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def available_gb(device: torch.device, n_local: int = 1) -> float:
+    """The memory of this process's device: of the GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 / n_local
 
 
 def used_gb(device: torch.device) -> float:

@@ -118,6 +118,22 @@ def shape_of_base(name: str) -> Shape:
     return published
 
 
+def shape_of_run(run: Run) -> Shape:
+    """Of the model a run trains."""
+    return shape_of_model(run.model) if run.base is None else shape_of_base(run.base)
+
+
+def check_memory(run: Run, n_devices: int, available_gb: float) -> None:
+    """Raises UserError when not even one sequence at a time can fit, with the estimate."""
+    needed = memory(shape_of_run(run), run, n_devices, 1).total / 1e9
+    if needed > available_gb:
+        raise UserError(
+            f"one sequence of {run.max_seq_len} tokens needs about {needed:.3g} GB on each of {n_devices} devices, "
+            f"which have {available_gb:.3g}; lower --max-seq-len, or take --activation-checkpointing full, --lora 16 "
+            "or more --gpus"
+        )
+
+
 def step_flops(shape: Shape, n_tokens: int, squared_lengths: int) -> float:
     """What a step's useful tokens cost, forward and backward: 6 N each, and causal attention within each sample."""
     return 6.0 * shape.n_parameters * n_tokens + 6.0 * shape.n_layers * shape.d_model * squared_lengths

@@ -16,7 +16,7 @@ import torch
 import mpt.checkpoint
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.model import MPTMLP
-from training import checkpoint, datasets, loop, step
+from training import checkpoint, datasets, loop, memory, step
 from training.distributed import World
 from training.logbook import Logbook
 from training.run import Run
@@ -250,6 +250,15 @@ def test_a_sequence_that_does_not_fit_is_refused(small_run: Run, monkeypatch: py
     monkeypatch.setattr(step, "backward", refuse)
     with pytest.raises(MachineRefused, match="one sequence of 512 tokens"):
         loop.fit(small_run)
+
+
+def test_what_cannot_fit_is_refused_with_the_estimate(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_gb", lambda *_: 0.005)
+    # By hand, in MB: 28,832 parameters of 16 bytes 0.46, two layers' activations of 34 x 32 x 512 bytes 1.11, and three
+    # times 2,048 positions of 384 logits 9.44.
+    with pytest.raises(UserError, match=r"512 tokens needs about 0\.011 GB on each of 1 devices.*--max-seq-len"):
+        loop.fit(small_run)
+    assert not list(Path(small_run.out).glob("step-*"))
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
