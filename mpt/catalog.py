@@ -105,6 +105,9 @@ def find_local(name_or_path: str | Path) -> Path | None:
     if (path / "config.json").is_file():
         return path
     entry = _known(given)
+    if entry is None and (path / "adapter_config.json").is_file():
+        merge = f"train export {path} --merge --out FOLDER"
+        raise CheckpointNotFound(f"`{path}` holds adapters alone; add them to their base with `{merge}`")
     if entry is None and path.is_dir():
         raise CheckpointNotFound(
             f"`{path}` has no config.json; give the folder that holds a checkpoint's config.json and weights"

@@ -310,3 +310,9 @@ def test_describe_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text('{"prompt_')
     with pytest.raises(DamagedFile, match=r"manifest\.json"):
         describe(folder)
+
+
+def test_adapters_alone_are_no_checkpoint_and_say_how_to_become_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointNotFound, match="--merge"):
+        resolve(tmp_path)
