@@ -1,6 +1,8 @@
 """Files at any URL fsspec opens (s3://, gs://, abfs://, file://, memory://), tried again when the store fails."""
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -17,6 +19,11 @@ _ATTEMPTS = 4
 _FIRST_WAIT_S = 1.0  # doubled each time
 
 
+def partial_name(path: Path) -> Path:
+    """Where a file is made before it appears under its name, this process's and thread's own."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+
+
 class Remote:
     """A folder at a URL."""
 
@@ -28,14 +35,20 @@ class Remote:
             raise UserError(f"`{url}` cannot be opened: {error}") from error
         self.url, self.root = url, PurePosixPath(root)
 
-    def get(self, name: str, to: Path) -> None:
-        """Copy a file here; it appears whole. Raises UserError when it is not there."""
-        partial = to.with_name(to.name + ".partial")
+    def get(self, name: str, to: Path, check: Callable[[Path], None] = lambda _: None) -> None:
+        """Copy a file here; it appears whole and checked, also when several processes fetch it into one folder.
+
+        Raises UserError when it is not there, and what `check` raises of the copy.
+        """
+        partial = partial_name(to)
         try:
             self.retry(lambda: self.files.get_file(str(self.root / name), str(partial)))
+            check(partial)
+            partial.replace(to)
         except FileNotFoundError as error:
             raise UserError(f"`{self.url}` has no `{name}`; check the address") from error
-        partial.rename(to)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def put(self, path: Path, name: str) -> None:
         self.retry(lambda: self.files.put_file(str(path), str(self.root / name)))

@@ -19,7 +19,7 @@ from mpt.tokenizer import Tokenizer
 from training.data import mds
 from training.data.order import Order
 from training.data.rows import Sample
-from training.mirror import Remote
+from training.remote import Remote, partial_name
 
 if TYPE_CHECKING:
     from training.data.mds import Tokens
@@ -138,15 +138,11 @@ class Source:
         if plain.is_file() and (info.compression or self._remote is not None):
             return plain  # checked when it came
         if self._remote is not None and not stored.is_file():
-            self._remote.get(info.file, stored)
+            self._remote.get(info.file, stored, lambda copy: mds.verify(copy, info))
         if not stored.is_file():
             raise DamagedFile(f"`{stored}` is in the index and not there; copy the folder again")
-        try:
+        if self._remote is None:
             mds.verify(stored, info)
-        except DamagedFile:
-            if self._remote is not None:
-                stored.unlink()  # the next start fetches it anew
-            raise
         if info.compression:
             _decompress(stored, plain, info.compression)
         return plain
@@ -157,7 +153,7 @@ def _decompress(stored: Path, plain: Path, compression: str) -> None:
         raise UserError(f"`{stored.name}` is compressed with `{compression}`; supported: zstd")
     import zstandard
 
-    partial = plain.with_name(plain.name + ".partial")
+    partial = partial_name(plain)
     with stored.open("rb") as source, partial.open("wb") as target:
         zstandard.ZstdDecompressor().copy_stream(source, target)
-    partial.rename(plain)
+    partial.replace(plain)

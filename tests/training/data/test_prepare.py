@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -90,6 +93,8 @@ def test_a_set_behind_a_url_is_fetched_a_shard_at_a_time(
     store.pipe("/sets/bad/index.json", store.cat("/sets/here/index.json"))
     with pytest.raises(DamagedFile, match="sha256"):
         datasets.load("memory://sets/bad", tokenizer, "none", 2048, seed=5).sample(0)
+    assert len(list((tmp_path / "cache").rglob("*.mds"))) == 1  # the good one: a bad copy is never under its name
+    assert not list((tmp_path / "cache").rglob("*.partial"))
     with pytest.raises(UserError, match=r"index\.json"):
         datasets.load("memory://sets/nowhere", tokenizer, "none", 2048, seed=5)
 
@@ -176,3 +181,20 @@ def test_real_text_is_prepared(tmp_path: Path, tiny: Path, tokenizer: Tokenizer)
     assert 50 < found.n_kept < 300
     shards = Source(str(tmp_path / "c4"))
     assert int(np.max(shards.tokens(0))) < tokenizer.vocab_size
+
+
+_READ = """
+import sys
+from training.data.streams import Source
+print(Source(sys.argv[1]).tokens(0).tolist())
+"""
+
+
+def test_processes_share_a_cache(tmp_path: Path, tiny: Path) -> None:
+    made = tmp_path / "made"
+    prepare([str(jsonl(tmp_path / "texts.jsonl", TEXTS))], made, tiny, 16)
+    env = {**os.environ, "MPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", _READ, made.as_uri()]
+    readers = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [reader.communicate(timeout=60)[0] for reader in readers]
+    assert answers == [f"{Source(str(made)).tokens(0).tolist()}\n"] * 3
