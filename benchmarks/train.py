@@ -57,9 +57,9 @@ def run_of(shape: str, folder: Path) -> Any:
 
 
 def samples(run: Any) -> Any:
-    from training import datasets, loop
+    from training import batches, datasets
 
-    data = datasets.load(run.data, loop.load_tokenizer(run), "none", run.max_seq_len, run.seed)
+    data = datasets.load(run.data, batches.load_tokenizer(run), "none", run.max_seq_len, run.seed)
     return [data.sample(number) for number in range(STEPS * BATCH)]
 
 
@@ -79,15 +79,14 @@ def bare(shape: str, folder: Path) -> list[float]:
     """Our model and step in the plainest loop there can be."""
     import torch
 
-    from training import loop, optimizer, packing
+    from training import build, optimizer, packing
     from training.distributed import World
     from training.step import train_step
 
     run = run_of(shape, folder)
-    torch.manual_seed(run.seed)
-    model = loop.new_model(run).train()
-    opt = optimizer.build(run, model.parameters())
     world = World(0, 1, torch.device("cpu"))
+    model = build.model(run, world)
+    opt = optimizer.build(run, model.parameters())
     rows = samples(run)
     batches = [packing.pack(rows[i : i + BATCH], SEQUENCE) for i in range(0, len(rows), BATCH)]
     times = []

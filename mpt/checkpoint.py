@@ -95,15 +95,17 @@ def load(
     if verify:
         verify_manifest(folder)
     config = read_config(folder)
-    stored = stored_tensors(folder)
-    if dtype is None:
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _common_dtype(stored)
-    config.dtype = dtype
     with torch.device("meta"):
         model = MPTForCausalLM(config)
+    weights = weights_of(model, folder)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _common_dtype(weights)
+    model.config.dtype = dtype
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    _fill(model, stored, folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weights[name].read_into(parameter)
     model.generation_config = _generation_config(folder)
     model.name_or_path = str(name_or_path)
     return model.eval()
@@ -235,8 +237,12 @@ def verify_manifest(folder: Path) -> None:
             raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
 
 
-def _fill(model: MPTForCausalLM, stored: dict[str, StoredTensor], folder: Path) -> None:
-    """Read every tensor into its parameter; names and shapes must match exactly."""
+def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
+    """Where each of the model's parameters is stored, tied ones once; the model may be on the meta device.
+
+    Raises DamagedFile unless names and shapes match exactly and a stored head equals the embedding it is tied to.
+    """
+    stored = stored_tensors(folder)
     targets = dict(model.named_parameters())  # tied weights appear once
     head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     missing, unknown = targets.keys() - stored.keys(), stored.keys() - targets.keys()
@@ -244,24 +250,27 @@ def _fill(model: MPTForCausalLM, stored: dict[str, StoredTensor], folder: Path) 
         what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to this config"
         more = len(missing) + len(unknown) - 1
         raise DamagedFile(f"`{folder}` {what}" + (f" (and {more} more names differ)" if more else ""))
-    with torch.no_grad():
-        for name, parameter in targets.items():
-            if stored[name].shape != tuple(parameter.shape):
-                raise DamagedFile(
-                    f"`{name}` in `{stored[name].file.name}` is {list(stored[name].shape)}, "
-                    f"the config makes it {list(parameter.shape)}"
-                )
-            stored[name].read_into(parameter)
-        wte = model.transformer.wte.weight
-        if head is not None and head.shape == tuple(wte.shape):
-            written = torch.empty_like(wte)
-            head.read_into(written)
-            head = None if torch.equal(written, wte) else head
-    if head is not None:
+    for name, parameter in targets.items():
+        if stored[name].shape != tuple(parameter.shape):
+            raise DamagedFile(
+                f"`{name}` in `{stored[name].file.name}` is {list(stored[name].shape)}, "
+                f"the config makes it {list(parameter.shape)}"
+            )
+    if head is not None and not _are_equal(head, stored["transformer.wte.weight"]):
         raise DamagedFile(
             f"`lm_head.weight` differs from the embedding it is tied to; set tie_word_embeddings to false in "
             f"`{folder / 'config.json'}` if the head was trained on its own"
         )
+    return stored
+
+
+def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    values = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (a, b)]
+    a.read_into(values[0])
+    b.read_into(values[1])
+    return torch.equal(values[0].to(b.dtype), values[1])
 
 
 def _safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:

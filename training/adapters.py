@@ -1,28 +1,43 @@
-"""LoRA through peft: small matrices are trained beside frozen weights, saved in peft's format, merged on demand."""
+"""LoRA through peft: small matrices are trained beside frozen weights, saved in peft's format, merged on demand.
+
+The frozen matrices are what they are multiplied as: bfloat16 in a bf16 run, or 4-bit NF4 through bitsandbytes (QLoRA,
+Dettmers et al. 2023: blocks of 64, their scales quantised again).
+"""
 
 import json
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mpt.checkpoint
 from mpt.errors import UserError
+from mpt.model import Linear
 from mpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mpt.model import MPTForCausalLM
-    from training.run import Lora
+    from training.run import Lora, Precision
 
 
-def add(model: "MPTForCausalLM", lora: "Lora") -> None:
-    """Freeze the model and put adapters beside the named projections of every block, in place."""
+def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
+    """Freeze a model on the meta device and put adapters beside the named projections of every block, in place.
+
+    Raises UserError when 4 bits are asked for and bitsandbytes is not installed.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if lora.bits == 4:
+        for name, module in list(model.transformer.blocks.named_modules()):
+            if isinstance(module, Linear):
+                parent, _, key = name.rpartition(".")
+                setattr(model.transformer.blocks.get_submodule(parent), key, _four_bit(module, precision))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -32,6 +47,66 @@ def add(model: "MPTForCausalLM", lora: "Lora") -> None:
     )
     inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}  # what a later save writes
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a module is an adapter's, by its name in the model."""
+    return ".lora_" in name
+
+
+def name_in_base(name: str) -> str:
+    """A parameter's name before adapters were put beside it."""
+    return name.replace(".base_layer.", ".")
+
+
+def draw(name: str, module: nn.Module) -> None:
+    """New values of an adapter's matrix, as peft draws them: A uniform, B zero, so that it begins as the base."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if ".lora_A." in name:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(weight)
+
+
+def compress(name: str, module: nn.Module, lora: "Lora", precision: "Precision") -> None:
+    """Keep a block's frozen matrix as it is multiplied; everything else stays float32."""
+    if not isinstance(module, nn.Linear) or not name.startswith("transformer.blocks."):
+        return
+    if lora.bits == 4:
+        import bitsandbytes
+
+        weight: Any = bitsandbytes.nn.Params4bit(
+            module.weight.detach(),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            module=module,  # type: ignore[arg-type]
+        )
+        module.weight = weight.to(module.weight.device)  # quantised by the move
+    elif precision == "bf16":
+        module.to(torch.bfloat16)
+
+
+def _four_bit(linear: nn.Linear, precision: "Precision") -> nn.Module:
+    try:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names the kernels it does without
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("4-bit weights need bitsandbytes: pip install 'mpt[qlora]'") from error
+    if linear.in_features % 64:  # bitsandbytes 0.50 on CPU reads such a matrix back wrong: blocks run over its rows
+        raise UserError(f"4-bit weights need matrices of a multiple of 64 columns, here are {linear.in_features}")
+    made = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    # Else a held-out loss on CPU repacks the weights for inference and rounds their scales for good.
+    made.support_avx512bf16_for_cpu = False
+    return made.requires_grad_(False)
 
 
 def save(

@@ -123,9 +123,11 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).is_file())
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none."""
+def latest(folder: Path, last_step: int | None = None) -> Path | None:
+    """The newest undamaged checkpoint, of last_step or before; None where there is none."""
     for path in reversed(steps(folder)):
+        if last_step is not None and step_of(path) > last_step:
+            continue
         try:
             verify_manifest(path)
         except DamagedFile as error:
@@ -135,8 +137,14 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def step_of(path: Path) -> int:
+    """How many steps had been taken, by the folder's name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    """Fill model and optimizer from a checkpoint, whatever number of ranks wrote it."""
+    """Fill model and optimizer from a checkpoint, whatever number of ranks wrote it; nothing of before stays."""
+    optimizer.state.clear()
     reader = HuggingFaceStorageReader(str(path))
     stored = reader.read_metadata().state_dict_metadata
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

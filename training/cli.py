@@ -17,7 +17,7 @@ from mpt.errors import MPTError, UserError
 from training.data.cli import app as data_app
 
 if TYPE_CHECKING:
-    from training.run import Run
+    from training.run import Lora, Run
 
 PrecisionChoice = Literal["bf16", "fp32"]
 OptimizerChoice = Literal["adamw", "lion"]
@@ -49,6 +49,9 @@ MirrorUrl = Annotated[str | None, typer.Option("--mirror", metavar="URL", help="
 Track = Annotated[list[str] | None, typer.Option(help="Once per tracker: tensorboard, wandb.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Each block through torch.compile: slower to start.")]
 LoraRank = Annotated[int | None, typer.Option("--lora", metavar="RANK", help="Train adapters of this rank instead.")]
+QloraRank = Annotated[
+    int | None, typer.Option("--qlora", metavar="RANK", help="Adapters, the frozen matrices in 4 bits.")
+]
 EvalData = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A held-out set, scored every 100 steps.")]
 Checkpointing = Annotated[CheckpointingChoice | None, typer.Option(help="Recompute activations to save memory.")]
 Spike = Annotated[SpikeChoice | None, typer.Option(help="What a loss off its course does: log, stop, or skip past it.")]
@@ -78,7 +81,9 @@ def finetune(
     base: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="A name of the catalog or a checkpoint's folder.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="instruct, chat, storywriter, instruct_30b or long_8k.")] = "instruct",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="instruct (default), chat, storywriter, instruct_30b or long_8k.")
+    ] = "",
     config: ConfigFile = None,
     out: Out = None,
     lr: Lr = None,
@@ -90,6 +95,7 @@ def finetune(
     precision: Precision = None,
     seed: Seed = None,
     lora: LoraRank = None,
+    qlora: QloraRank = None,
     eval_data: EvalData = None,
     activation_checkpointing: Checkpointing = None,
     on_spike: Spike = None,
@@ -106,14 +112,14 @@ def finetune(
     """
     from mpt.catalog import describe
     from training import recipes
-    from training.run import Lora
 
     changes: dict[str, Any] = {
         "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
         "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
-        "activation_checkpointing": activation_checkpointing, "lora": None if lora is None else Lora(rank=lora),
+        "activation_checkpointing": activation_checkpointing, "lora": _adapters(lora, qlora),
         "compile": compile_blocks or None, "mirror": mirror, "trackers": tuple(track) if track else None,
     }  # fmt: skip
+    _refuse({"--recipe": recipe if config else ""}, "does not go with --config, which holds a whole run")
     if config is None:
         for option, value in (("--base", base), ("--data", data)):
             if not value:
@@ -121,6 +127,7 @@ def finetune(
                 raise UserError(f"`{option}` is missing, for example `{example}`; or give --config with a run.json")
         describe(str(base))  # a name nobody knows is refused before anything is made
         out = out or f"runs/{Path(str(base)).name}-{Path(data).name.partition('.')[0]}"
+        recipe = recipe or "instruct"
         if recipe not in recipes.FINETUNES:
             raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.FINETUNES)}")
         if recipe == "instruct":
@@ -136,7 +143,9 @@ def finetune(
 def pretrain(
     data: Data = "",
     tokenizer: Annotated[str, typer.Option(metavar="FOLDER", help="The tokenizer's folder.")] = "",
-    recipe: Annotated[str, typer.Option(help="mpt_125m, 350m, 760m, 1b, 3b, 7b, 13b, 30b or 70b.")] = "mpt_125m",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="mpt_125m (default), 350m, 760m, 1b, 3b, 7b, 13b, 30b or 70b.")
+    ] = "",
     config: ConfigFile = None,
     out: Out = None,
     lr: Lr = None,
@@ -169,6 +178,8 @@ def pretrain(
         "activation_checkpointing": activation_checkpointing, "mirror": mirror, "compile": compile_blocks or None,
         "trackers": tuple(track) if track else None,
     }  # fmt: skip
+    _refuse({"--recipe": recipe if config else ""}, "does not go with --config, which holds a whole run")
+    recipe = recipe or "mpt_125m"
     if config is not None:
         run = recipes.change(_read(config), data=data or None, tokenizer=tokenizer or None, out=out, **changes)
     elif not data or not tokenizer:
@@ -210,19 +221,33 @@ def evaluate_command(
     train evaluate http://127.0.0.1:8000/v1 --model mpt-tiny --tokenizer mpt-tiny --tasks piqa
     """
     if tasks:
+        _refuse({"--task": task}, "names one of the tiny family's own tasks; leave it out, or leave --tasks out")
+    else:
+        given = {"--shots": shots, "--limit": limit, "--strict": strict, "--tokenizer": tokenizer,
+                 "--data-folder": data_folder, "--format": form != "text"}  # fmt: skip
+        _refuse(given, "goes with --tasks, for example `--tasks table1`")
+    if name and model and not name.startswith(("http://", "https://")):
+        raise UserError(f"`{name}` and `--model {model}` both name a checkpoint; give one")
+    if tasks:
         _evaluate_suite(name, model, tasks, shots, limit, strict, tokenizer, data_folder, "json" if as_json else form)
         return
-    from training import evaluate
+    from training.evaluation import tiny_tasks
 
     if not name and not model:
         raise UserError("name a checkpoint, for example `train evaluate mpt-tiny`")
-    scores = evaluate.evaluate(name or model, task or ())
+    scores = tiny_tasks.evaluate(name or model, task or ())
     if as_json:
         print(json.dumps(scores, indent=2, ensure_ascii=False))
         return
     for key, values in scores.items():
-        for what, value in evaluate.compact(values).items():
+        for what, value in tiny_tasks.compact(values).items():
             print(f"{key} {what} {value}")
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    for option, value in given.items():
+        if value:
+            raise UserError(f"`{option}` {why}")
 
 
 def _evaluate_suite(
@@ -249,7 +274,7 @@ def _evaluate_suite(
     with distributed.join() as world:
         asked: suite.Model
         if is_url:
-            asked = models.Remote(name, model, tokenizer, os.environ.get("MPT_API_KEY"))
+            asked = models.Served(name, model, tokenizer, os.environ.get("MPT_API_KEY"))
         else:
             asked = models.Local(name or model, world.device)
         results = []
@@ -281,7 +306,7 @@ def tiny(
     names = tuple(only) if only else family.NAMES
     with show.steps() as report:
         scores = family.make(work, names, report)
-    from training.evaluate import compact
+    from training.evaluation.tiny_tasks import compact
 
     for name, values in scores.items():
         print(name, json.dumps(compact(values)))
@@ -297,7 +322,8 @@ def export(
 
     Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
     """
-    from training import adapters, loop
+    from training import adapters
+    from training import export as writer
 
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out")
@@ -306,7 +332,7 @@ def export(
         folder = source / "model" if is_run else source
         print(adapters.merge(folder, out))
     elif is_run:
-        print(loop.export_latest(source, out))
+        print(writer.latest(source, out))
     else:
         raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
 
@@ -314,7 +340,7 @@ def export(
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Option(metavar="NAME", help="mpt_7b ..., or a finetune: instruct, storywriter ...")],
-    base: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="What a finetune starts from.")] = "mpt-7b",
+    base: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="What a finetune starts from; default mpt-7b.")] = "",
     gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, l40s, a10g, rtx4090.")] = "a100-40",
     gpus: Annotated[int, typer.Option(help="How many of them.")] = 8,
     tokens: Annotated[float | None, typer.Option(help="To train on; default: the recipe's steps, rows full.")] = None,
@@ -322,6 +348,7 @@ def plan(
     optimizer: Optimizer = None,
     activation_checkpointing: Checkpointing = None,
     lora: LoraRank = None,
+    qlora: QloraRank = None,
     mfu: Annotated[float, typer.Option(help="Model FLOPs utilisation, as the published tables count it.")] = 0.4,
     price: Annotated[float | None, typer.Option(help="Dollars a GPU hour; default: the table's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
@@ -334,20 +361,21 @@ def plan(
 
     from training import plan as planning
     from training import recipes
-    from training.run import Lora
 
     if recipe in recipes.PRETRAINING:
+        if base:
+            raise UserError(f"`{recipe}` draws new weights; leave --base out")
         run = recipes.pretrain("data", "out", "tokenizer", 50_432, recipe)
         shape = planning.shape_of_model(run.model)
     elif recipe in recipes.FINETUNES:
-        run = recipes.FINETUNES[recipe](base, "data", "out")
-        shape = planning.shape_of_base(base)
+        run = recipes.FINETUNES[recipe](base or "mpt-7b", "data", "out")
+        shape = planning.shape_of_base(base or "mpt-7b")
     else:
         known = ", ".join((*recipes.PRETRAINING, *recipes.FINETUNES))
         raise UserError(f"no recipe `{recipe}`; known: {known}")
     run = recipes.change(
         run, max_seq_len=max_seq_len, optimizer=optimizer, activation_checkpointing=activation_checkpointing,
-        lora=None if lora is None else Lora(rank=lora),
+        lora=_adapters(lora, qlora),
     )  # fmt: skip
     if tokens is None and run.steps is None:
         raise UserError(f"`{recipe}` runs for epochs of data that is not known here; give --tokens")
@@ -365,6 +393,16 @@ def plot(
     from training import curves
 
     print(curves.plot(*runs, to=out))
+
+
+def _adapters(lora: int | None, qlora: int | None) -> "Lora | None":
+    from training.run import Lora
+
+    if lora is not None and qlora is not None:
+        raise UserError("give --lora or --qlora, one of the two")
+    if qlora is not None:
+        return Lora(rank=qlora, bits=4)
+    return None if lora is None else Lora(rank=lora)
 
 
 def _read(config: Path) -> "Run":
@@ -390,12 +428,12 @@ def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
 
 def _print_plan(run: "Run", n_gpus: int) -> None:
     """The run as JSON, then what it comes to."""
-    from training import loop, packing
+    from training import batches, packing
     from training import plan as planning
 
-    tokenizer = loop.load_tokenizer(run)
-    data = loop.load_data(run, tokenizer, run.data)
-    n_steps = loop.count_steps(run, data)
+    tokenizer = batches.load_tokenizer(run)
+    data = batches.load_data(run, tokenizer, run.data)
+    n_steps = batches.count_steps(run, data)
     batch = packing.pack([data.sample(number) for number in range(run.global_batch)], run.max_seq_len)
     used = int((batch.sequence_id >= 0).sum())
     shape = planning.shape_of_run(run)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
@@ -76,8 +77,8 @@ def join() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def shard(model: MPTForCausalLM, run: Run, world: World) -> None:
-    """Split parameters, gradients and optimizer state over the ranks; each block is gathered when it is computed."""
+def shard(module: nn.Module, run: Run, world: World) -> None:
+    """Split a part's parameters, gradients and optimizer state over the ranks; it is gathered when it is computed."""
     if world.mesh is None:
         return
     # Gradients are summed, not averaged: a step's loss is already divided by the tokens of all ranks.
@@ -86,17 +87,21 @@ def shard(model: MPTForCausalLM, run: Run, world: World) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast decides, as in a world of one
     )
-    for block in model.transformer.blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
-    register_fsdp_forward_method(model, "hidden_states")
+    quantised = {parameter for parameter in module.parameters() if not parameter.is_floating_point()}  # whole on each
+    fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=quantised)
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
 
 
-def gather(model: MPTForCausalLM, world: World) -> dict[str, torch.Tensor]:
+def shard_root(model: MPTForCausalLM, run: Run, world: World) -> None:
+    """Split what the blocks leave of a model, whose blocks are split already."""
+    shard(model, run, world)
+    if world.mesh is not None:
+        register_fsdp_forward_method(model, "hidden_states")
+
+
+def gather(model: MPTForCausalLM, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every trained parameter, whole and on the CPU, by name; on the first rank, empty on the others.
 
     One parameter is whole on a GPU at a time.
@@ -107,5 +112,5 @@ def gather(model: MPTForCausalLM, world: World) -> dict[str, torch.Tensor]:
             value = parameter.detach()
             value = value.full_tensor() if isinstance(value, DTensor) else value
             if world.is_first:
-                found[name] = value.cpu()
+                found[name] = value.to(dtype).cpu()
     return found

@@ -129,7 +129,7 @@ def check_memory(run: Run, n_devices: int, available_gb: float) -> None:
     if needed > available_gb:
         raise UserError(
             f"one sequence of {run.max_seq_len} tokens needs about {needed:.3g} GB on each of {n_devices} devices, "
-            f"which have {available_gb:.3g}; lower --max-seq-len, or take --activation-checkpointing full, --lora 16 "
+            f"which have {available_gb:.3g}; lower --max-seq-len, or take --activation-checkpointing full, --qlora 16 "
             "or more --gpus"
         )
 
@@ -166,9 +166,10 @@ class Memory:
 def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     """What a run needs on each of n_gpus, computing `sequences` of its length at a time.
 
-    Parameters, gradients and states are float32 and sharded; activations bfloat16, about 34 d bytes a token and block
-    (Korthikanti et al. 2022, without the scores that attention here never holds), 2 d with full checkpointing beside
-    one block's own.
+    Parameters, gradients and states are float32 and sharded; beside adapters the blocks' matrices are bfloat16, or 4
+    bits with 0.127 of scales (QLoRA, section 3) and then whole on each GPU. Activations are bfloat16, about 34 d bytes
+    a token and block (Korthikanti et al. 2022, without the scores that attention here never holds), 2 d with full
+    checkpointing beside one block's own.
     """
     n, d = shape.n_parameters, shape.d_model
     trained = float(n)
@@ -178,11 +179,16 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
             "up_proj": (d, shape.expansion_ratio * d), "down_proj": (shape.expansion_ratio * d, d),
         }  # fmt: skip
         trained = float(shape.n_layers * run.lora.rank * sum(sum(widths[target]) for target in run.lora.targets))
+    parameters = 4 * n / n_gpus
+    if run.lora is not None:
+        in_blocks = float(shape.n_layers * shape.n_block_parameters)
+        width = {4: 4.127 / 8 * n_gpus, 16: 2.0 if run.precision == "bf16" else 4.0}[run.lora.bits]
+        parameters = (4 * (n - in_blocks + trained) + width * in_blocks) / n_gpus
     tokens = sequences * run.max_seq_len
     block = 34.0 * d * tokens
     kept = {"none": block, "selective": 16.0 * d * tokens, "full": 2.0 * d * tokens}[run.activation_checkpointing]
     return Memory(
-        parameters=4 * n / n_gpus,
+        parameters=parameters,
         gradients=4 * trained / n_gpus,
         optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
         gathered_blocks=2 * 2.0 * shape.n_block_parameters if n_gpus > 1 else 0.0,

@@ -18,8 +18,9 @@ import torch
 
 from mpt.checkpoint import MANIFEST, read_manifest, write_manifest
 from mpt.errors import UserError
-from training import evaluate, loop, recipes, vocabulary
+from training import loop, recipes, vocabulary
 from training.corpora import chat, novels, yaml_json
+from training.evaluation import tiny_tasks
 from training.run import Run
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def make(
     report: Callable[[loop.Metrics], None] = lambda _: None,
     packaged: Path = PACKAGED,
     docs: Path = _DOCS,
-) -> dict[str, evaluate.Scores]:
+) -> dict[str, tiny_tasks.Scores]:
     """Train, score and package these models; the scores by name. Finished stages are taken as they are.
 
     Raises UserError when the novels are missing, or the base that a finetune needs.
@@ -57,7 +58,7 @@ def make(
             model = loop.fit(run, report)
         path = work / name / "scores.json"
         if not path.is_file():
-            evaluate.write(evaluate.evaluate(str(model)), path)
+            tiny_tasks.write(tiny_tasks.evaluate(str(model)), path)
         scores[name] = json.loads(path.read_text(encoding="utf-8"))
         package(model, scores[name], packaged / name)
     write_docs(work, docs)
@@ -88,13 +89,13 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
     return [recipes.mpt_tiny_storywriter(out(name), base)]
 
 
-def package(model: Path, scores: evaluate.Scores, target: Path) -> None:
+def package(model: Path, scores: tiny_tasks.Scores, target: Path) -> None:
     """Copy a finished checkpoint to where the catalog finds it, its scores in the manifest."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial, copy_function=shutil.copyfile)  # not the private mode of temporary files
     manifest = {key: value for key, value in (read_manifest(model) or {}).items() if key != "files"}
-    write_manifest(partial, {**manifest, "scores": evaluate.compact(scores)})
+    write_manifest(partial, {**manifest, "scores": tiny_tasks.compact(scores)})
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(target)
@@ -181,10 +182,10 @@ def _n_parameters() -> int:
     from mpt.model import MPTForCausalLM
 
     with torch.device("meta"):
-        return loop.n_parameters(MPTForCausalLM(MPTConfig(**recipes.TINY_SHAPE)))
+        return sum(p.numel() for p in MPTForCausalLM(MPTConfig(**recipes.TINY_SHAPE)).parameters())
 
 
-def _section(name: str, run: Run, last: dict[str, Any], scores: evaluate.Scores) -> str:
+def _section(name: str, run: Run, last: dict[str, Any], scores: tiny_tasks.Scores) -> str:
     lines = [
         f"\n## {name}\n\n",
         f"Data `{run.data}`, {run.steps} steps of {run.global_batch} documents packed into sequences of "
@@ -193,7 +194,7 @@ def _section(name: str, run: Run, last: dict[str, Any], scores: evaluate.Scores)
     ]
     for task, values in scores.items():
         lines.append(f"`train evaluate --model {name} --task {task}` ({values['seconds']:.0f} s):\n\n")
-        lines += [f"- {key}: {_shown(value)}\n" for key, value in evaluate.compact(values).items()]
+        lines += [f"- {key}: {_shown(value)}\n" for key, value in tiny_tasks.compact(values).items()]
         if "blog_answer" in values:
             lines.append(f"- the launch blog's example answers `{values['blog_answer']}`\n")
         if values.get("failures"):

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import mpt.checkpoint
 from mpt.errors import UserError
-from training import adapters, checkpoint, loop
+from training import adapters, build, checkpoint, loop
+from training.distributed import World
 from training.run import Lora, Run
 
 
@@ -57,6 +59,77 @@ def test_a_resumed_lora_run_ends_bitwise_equal_dropout_included(lora_run: Run) -
     assert (loop.fit(killed) / "adapter_model.safetensors").read_bytes() == expected
 
 
+@pytest.fixture
+def qlora_run(small_run: Run, tmp_path: Path) -> Run:
+    model = {**small_run.model, "d_model": 64}
+    base = loop.fit(dataclasses.replace(small_run, model=model, out=str(tmp_path / "base"), steps=4))
+    lora = Lora(rank=4, dropout=0.0, bits=4)
+    return dataclasses.replace(small_run, base=str(base), tokenizer=None, model={}, lora=lora, lr=1e-2)
+
+
+# The 16 values of NormalFloat4, from the QLoRA paper's appendix E.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+
+
+def test_four_bit_matrices_hold_the_nearest_nf4_values_of_the_base(qlora_run: Run) -> None:
+    run = dataclasses.replace(qlora_run, precision="fp32")
+    model = build.model(run, World(0, 1, torch.device("cpu"))).eval()
+    base = mpt.checkpoint.load(str(run.base), dtype=torch.float32)
+    for block in base.transformer.blocks:
+        for linear in (block.attn.Wqkv, block.attn.out_proj, block.ffn.up_proj, block.ffn.down_proj):
+            groups = linear.weight.detach().reshape(-1, 64)
+            scale = groups.abs().amax(1, keepdim=True)  # itself kept in 8 bits: within about one part in a hundred
+            nearest = (groups / scale)[..., None].sub(torch.tensor(NF4)).abs().argmin(-1)
+            linear.weight.data = (torch.tensor(NF4)[nearest] * scale).view_as(linear.weight)
+    ids = torch.randint(0, 384, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = model(ids).logits, base(ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+    n_bytes = sum(p.numel() * p.element_size() for p in model.transformer.blocks.parameters() if not p.requires_grad)
+    n_values = sum(p.numel() for p in base.transformer.blocks.parameters() if p.dim() == 2)
+    assert n_bytes < 0.5 * n_values + 10_000  # half a byte each, and the norms
+
+
+def test_a_four_bit_run_learns_and_merges_into_the_whole_base(qlora_run: Run, tmp_path: Path) -> None:
+    run = qlora_run
+    folder = loop.fit(run)
+    losses = [json.loads(line)["loss"] for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    looked = dataclasses.replace(run, out=run.out + "-looked", eval_data="yaml_to_json", eval_every=3, eval_samples=5)
+    same = (loop.fit(looked) / "adapter_model.safetensors").read_bytes()  # looking at it changes nothing
+    assert same == (folder / "adapter_model.safetensors").read_bytes()
+    merged = mpt.checkpoint.load(adapters.merge(folder, tmp_path / "merged", torch.float32))
+    base = mpt.checkpoint.load(str(run.base)).state_dict()
+    pair = {
+        name: tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items() if ".0.ffn.up" in name
+    }
+    a, b = (pair[f"base_model.model.transformer.blocks.0.ffn.up_proj.lora_{x}.weight"] for x in "AB")
+    expected = base["transformer.blocks.0.ffn.up_proj.weight"].float() + 32 / 4 * b @ a
+    torch.testing.assert_close(merged.transformer.blocks[0].ffn.up_proj.weight.detach(), expected)
+
+
+def test_frozen_bfloat16_matrices_give_the_curve_of_float32_ones(
+    lora_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(lora_run, precision="bf16")
+    loop.fit(run)
+    wide = dataclasses.replace(run, out=run.out + "-wide")
+    monkeypatch.setattr(adapters, "compress", lambda *_: None)  # autocast rounds float32 at every use instead
+    loop.fit(wide)
+    found, expected = (
+        [json.loads(line)["loss"] for line in (Path(each.out) / "metrics.jsonl").read_text().splitlines()]
+        for each in (run, wide)
+    )
+    assert found == expected
+
+
+def test_matrices_that_four_bits_do_not_fit_are_refused(lora_run: Run) -> None:
+    with pytest.raises(UserError, match="multiple of 64 columns, here are 32"):
+        loop.fit(dataclasses.replace(lora_run, lora=Lora(bits=4)))
+
+
 def test_lora_without_a_base_and_merging_no_adapter_are_refused(small_run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a `base`"):
         dataclasses.replace(small_run, lora=Lora())
@@ -64,5 +137,7 @@ def test_lora_without_a_base_and_merging_no_adapter_are_refused(small_run: Run, 
         adapters.merge(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="rank"):
         Lora(rank=0)
+    with pytest.raises(UserError, match="bits"):
+        Lora(bits=8)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="q_proj"):
         Lora(targets=("q_proj",))

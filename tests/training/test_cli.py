@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from training import cli, loop
-from training.run import Run
+from training.run import Lora, Run
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -91,3 +91,32 @@ def test_tiny_without_novels_says_what_to_do(
     error = capsys.readouterr().err
     assert "no novels" in error and "--novels" in error
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["finetune", "--config", "run.json", "--recipe", "chat"], "`--recipe` does not go with --config"),
+        (["pretrain", "--config", "run.json", "--recipe", "mpt_1b"], "`--recipe` does not go with --config"),
+        (["finetune", "--base", "mpt-tiny", "--data", "d", "--lora", "8", "--qlora", "8"], "--lora or --qlora"),
+        (["evaluate", "mpt-tiny", "--shots", "2"], "`--shots` goes with --tasks"),
+        (["evaluate", "mpt-tiny", "--limit", "2"], "`--limit` goes with --tasks"),
+        (["evaluate", "mpt-tiny", "--strict"], "`--strict` goes with --tasks"),
+        (["evaluate", "mpt-tiny", "--format", "json"], "`--format` goes with --tasks"),
+        (["evaluate", "mpt-tiny", "--tasks", "piqa", "--task", "passkey"], "`--task` names one of the tiny"),
+        (["evaluate", "mpt-tiny", "--model", "mpt-7b"], "both name a checkpoint"),
+        (["plan", "--recipe", "mpt_7b", "--base", "mpt-7b"], "leave --base out"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_qlora_keeps_the_frozen_matrices_in_four_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Run] = []
+    monkeypatch.setattr(loop, "fit", lambda run, *_, **__: seen.append(run) or tmp_path)
+    assert run_cli(monkeypatch, "finetune", "--base", "mpt-7b", "--data", "d.jsonl", "--qlora", "8") == 0
+    assert seen[0].lora == Lora(rank=8, bits=4)

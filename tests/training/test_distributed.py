@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ import torch
 import mpt.checkpoint
 from training import loop
 from training.logbook import Logbook
-from training.run import Run
+from training.run import Lora, Run
 
 ROOT = Path(__file__).parents[2]
 _FIT = """
 import os, sys
 from pathlib import Path
+from typing import Literal
 from training import loop
-from training.run import Run
+from training.run import Lora, Run
 
 def die(metrics):
     if metrics["step"] == int(os.environ.get("DIE_AT", "0")) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -33,8 +35,9 @@ loop.fit(Run.read(Path(sys.argv[1])), die)
 _DIE_ON_THE_OTHER = """
 import os, sys
 from pathlib import Path
+from typing import Literal
 from training import loop, step
-from training.run import Run
+from training.run import Lora, Run
 
 real, calls = step.backward, []
 def backward(*args):
@@ -79,6 +82,19 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 def three_rows(small_run: Run) -> Run:
     """Rows that two ranks cannot share evenly, one at a time."""
     return dataclasses.replace(small_run, global_batch=6, microbatch_tokens=512)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_two_ranks_with_adapters_give_the_curve_of_one(three_rows: Run, tmp_path: Path, bits: Literal[4, 16]) -> None:
+    model = {**three_rows.model, "d_model": 64}
+    base = loop.fit(dataclasses.replace(three_rows, model=model, out=str(tmp_path / "base"), steps=2))
+    one = dataclasses.replace(
+        three_rows, base=str(base), tokenizer=None, model={}, lora=Lora(rank=4, dropout=0.0, bits=bits), lr=1e-2
+    )
+    loop.fit(one)
+    two = elsewhere(one, "two")
+    torchrun(two)
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
 
 
 def test_two_ranks_give_the_curve_of_one_and_survive_kill_9(three_rows: Run) -> None:

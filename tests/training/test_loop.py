@@ -16,12 +16,13 @@ import torch
 import mpt.checkpoint
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.model import MPTMLP
-from training import checkpoint, datasets, loop, memory, step
+from training import batches, build, checkpoint, datasets, folder, loop, memory, step
 from training.distributed import World
 from training.logbook import Logbook
 from training.run import Run
 
 ROOT = Path(__file__).parents[2]
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 class Killed(BaseException):
@@ -207,7 +208,7 @@ def test_a_finetune_starts_from_its_base_under_a_changed_config(small_run: Run) 
     base = loop.fit(small_run)
     changes = {"max_seq_len": 4096, "attn_config": {"alibi_bias_max": 16, "clip_qkv": 6}}
     run = dataclasses.replace(small_run, base=str(base), tokenizer=None, model=changes)
-    model = loop.new_model(run)
+    model = build.model(run, ALONE)
     assert model.config.max_seq_len == 4096
     assert model.config.attention["alibi_bias_max"] == 16 and model.config.attention["clip_qkv"] == 6
     assert model.config.d_model == 32
@@ -307,8 +308,55 @@ def test_a_spike_is_rolled_back_and_passed_over(small_run: Run, monkeypatch: pyt
 
 
 def _learned_of_step(run: Run, number: int) -> int:
-    training = loop._Training(run, World(0, 1, torch.device("cpu")))
-    return training._batch(number).n_learned
+    data = batches.load_data(run, batches.load_tokenizer(run), run.data)
+    return batches.Batches(run, data).get(number).n_learned
+
+
+def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(small_run, on_spike="skip")
+    real = step.backward
+    bad = _learned_of_step(run, 3)
+
+    def spoiled(model: Any, batch: Any, total: int, run: Run) -> float:
+        loss = real(model, batch, total, run)
+        return float("nan") if batch.n_learned == bad else loss
+
+    monkeypatch.setattr(step, "backward", spoiled)
+    loop.fit(run)
+    events = [(e["event"], e.get("step")) for e in Logbook(Path(run.out)).entries()]
+    assert events == [("start", 0), ("spike", 4), ("resume", 0), ("finished", 12)]
+    # The run that never took that step: its optimizer had forgotten what came before the roll back.
+    alone = elsewhere(run, "alone")
+    Path(alone.out).mkdir()
+    folder.claim(alone, Path(alone.out), resume=True)
+    (Path(alone.out) / "skipped.json").write_text("[3]")
+    expected = weights(loop.fit(alone))
+    assert all(torch.equal(expected[name], value) for name, value in weights(Path(run.out) / "model").items())
+
+
+def test_a_spike_goes_back_past_checkpoints_taken_within_it(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(small_run, on_spike="skip", checkpoint_every=2, checkpoints_kept=4)
+    seen: list[float] = []
+
+    def spikes(self: Any, loss: float) -> bool:
+        seen.append(loss)
+        return len(seen) == 9  # of steps 6 to 9; checkpoints stand at 2, 4, 6 and 8
+
+    monkeypatch.setattr(loop.SpikeRule, "update", spikes)
+    loop.fit(run)
+    events = [(e["event"], e.get("step")) for e in Logbook(Path(run.out)).entries()]
+    assert events == [("start", 0), ("spike", 9), ("resume", 4), ("finished", 12)]
+    assert json.loads((Path(run.out) / "skipped.json").read_text()) == [5, 6, 7, 8]
+
+
+def test_a_spike_with_no_checkpoint_of_before_ends_the_run(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(small_run, on_spike="skip", checkpoint_every=1, checkpoints_kept=2)
+    seen: list[float] = []
+    monkeypatch.setattr(loop.SpikeRule, "update", lambda self, loss: bool(seen.append(loss)) or len(seen) == 9)
+    with pytest.raises(TrainingDiverged, match=r"no checkpoint of .* is from before step 6"):
+        loop.fit(run)
 
 
 def test_a_held_out_loss_is_the_loss_of_one_pass(small_run: Run) -> None:
@@ -317,7 +365,7 @@ def test_a_held_out_loss_is_the_loss_of_one_pass(small_run: Run) -> None:
     lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [6, 12]
     model = mpt.checkpoint.load(folder)
-    tokenizer = loop.load_tokenizer(run)
+    tokenizer = batches.load_tokenizer(run)
     data = datasets.load("yaml_to_json", tokenizer, "instruct", 512, run.seed)
     losses, n = 0.0, 0
     for number in range(5):  # each sample alone, unpacked

@@ -1,5 +1,7 @@
 """The math of a run against the published tables and the model itself."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -105,7 +107,15 @@ def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
     # By hand: 32 blocks' inputs of 2 x 4,096 bytes a token, and one block's own 34 x 4,096.
     assert plan.memory(shape7, full, 1).activations == 2048 * (32 * 2 * 4096 + 34 * 4096)
     lora = recipes.finetune("mpt-7b", "d", "o", lora=Lora(rank=16, targets=("Wqkv",)))
-    assert plan.memory(shape7, lora, 1).gradients == 4 * 32 * 16 * (4096 + 3 * 4096)
+    trained = 32 * 16 * (4096 + 3 * 4096)
+    assert plan.memory(shape7, lora, 1).gradients == 4 * trained
+    # By hand: 32 blocks of 12 x 4,096^2 and two norms with no biases, in 2 bytes or 4.127 bits; the rest in 4 bytes.
+    blocks = 32 * (12 * 4096**2 + 2 * 4096)
+    outside = 4 * (shape7.n_parameters - blocks + trained)
+    assert plan.memory(shape7, lora, 8).parameters == (outside + 2 * blocks) / 8
+    assert lora.lora is not None
+    qlora = recipes.change(lora, lora=dataclasses.replace(lora.lora, bits=4))
+    assert plan.memory(shape7, qlora, 8).parameters == pytest.approx(outside / 8 + 4.127 / 8 * blocks)
 
 
 def test_what_fits_and_what_does_not() -> None:

@@ -10,8 +10,7 @@ import mpt.checkpoint
 from mpt.catalog import resolve
 from mpt.errors import MachineRefused, UserError
 from mpt.tokenizer import Tokenizer
-from training import evaluate
-from training.evaluation import scoring
+from training.evaluation import scoring, tiny_tasks
 from training.evaluation.scoring import Score
 from training.evaluation.tasks import Query
 
@@ -42,7 +41,7 @@ class Local:
             most = max(n_tokens[n] for n in numbers)
             for n, ids in zip(
                 numbers,
-                evaluate.greedy(self.model, [prompts[n] for n in numbers], most, self.tokenizer.end_ids),
+                tiny_tasks.greedy(self.model, [prompts[n] for n in numbers], most, self.tokenizer.end_ids),
                 strict=True,
             ):
                 texts[n] = self.tokenizer.decode(ids[: n_tokens[n]])
@@ -50,7 +49,7 @@ class Local:
         return texts
 
 
-class Remote:
+class Served:
     """A model behind an OpenAI-style URL: prompts as token ids, `echo` with `logprobs`, as evaluation harnesses ask."""
 
     def __init__(self, url: str, name: str, tokenizer: str, api_key: str | None = None) -> None:

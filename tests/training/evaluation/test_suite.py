@@ -119,7 +119,7 @@ def test_a_url_gives_the_same_numbers(
     monkeypatch.setattr(httpx, "Client", client)
     monkeypatch.setattr(models, "_CONNECTIONS", 1)  # the test client is not for threads
     try:
-        remote = models.Remote("http://test/v1", "tiny", "mpt-tiny")
+        remote = models.Served("http://test/v1", "tiny", "mpt-tiny")
         here, there = (suite.run(model, TASKS[name], folder, ALONE) for model in (local, remote))
     finally:
         engine.close()

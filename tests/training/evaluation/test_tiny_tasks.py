@@ -13,8 +13,9 @@ from mpt.config import MPTConfig
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from training import evaluate, loop, tiny
+from training import loop, tiny
 from training.corpora import yaml_json
+from training.evaluation import tiny_tasks
 from training.run import Run
 
 SHAPE = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 384, "max_seq_len": 64, "no_bias": True}
@@ -30,18 +31,18 @@ def test_batched_greedy_equals_the_naive_loop(model: MPTForCausalLM) -> None:
     torch.manual_seed(1)
     prompts = [torch.randint(384, (n,)).tolist() for n in (3, 17, 9, 40, 1, 17) for _ in range(8)]
     end_ids = tuple(range(20))
-    found = evaluate.greedy(model, prompts, 15, end_ids)
+    found = tiny_tasks.greedy(model, prompts, 15, end_ids)
     expected = [mpt.generate(model, prompt, 15, end_ids=end_ids) for prompt in prompts]
     assert found == expected
     assert len({len(answer) for answer in expected}) > 1  # some ended early, some did not
 
 
 def test_token_losses_read_in_pieces_equal_one_forward(model: MPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_CHUNK", 7)
+    monkeypatch.setattr(tiny_tasks, "_CHUNK", 7)
     ids = torch.randint(384, (50,))
     with torch.no_grad():
         expected = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="none")
-    torch.testing.assert_close(evaluate.token_losses(model, ids), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny_tasks.token_losses(model, ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_copies_the_answers_scores_one_and_a_mute_one_zero(
@@ -64,20 +65,20 @@ def test_a_model_that_copies_the_answers_scores_one_and_a_mute_one_zero(
             answers.append([*tokenizer.encode(json.dumps(value, ensure_ascii=False)), tokenizer.eos_id])
         return answers
 
-    monkeypatch.setattr(evaluate, "greedy", oracle)
-    scores = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=40)
+    monkeypatch.setattr(tiny_tasks, "greedy", oracle)
+    scores = tiny_tasks.yaml_to_json(model, tokenizer, "instruct", n_documents=40)
     for shape in ("blog_shape", "every_shape"):
         assert (scores[shape]["exact"], scores[shape]["equal_values"]) == (1.0, 1.0)
     assert scores["blog_example"] is True
-    monkeypatch.setattr(evaluate, "greedy", lambda model, prompts, *_: [[] for _ in prompts])
-    mute = evaluate.yaml_to_json(model, tokenizer, "instruct", n_documents=20)
+    monkeypatch.setattr(tiny_tasks, "greedy", lambda model, prompts, *_: [[] for _ in prompts])
+    mute = tiny_tasks.yaml_to_json(model, tokenizer, "instruct", n_documents=20)
     assert (mute["every_shape"]["exact"], mute["blog_shape"]["equal_values"], mute["blog_example"]) == (0.0, 0.0, False)
 
 
 def test_an_unknown_task_is_refused(small_run: Run) -> None:
     folder = loop.fit(small_run)
     with pytest.raises(UserError, match="no task `poetry`; known: yaml_to_json"):
-        evaluate.evaluate(str(folder), ["poetry"])
+        tiny_tasks.evaluate(str(folder), ["poetry"])
 
 
 def test_a_packaged_model_loads_and_holds_its_scores(small_run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""The model a run trains, on its device: the base's weights or new ones, adapters beside them, split over the ranks.
+
+It is laid out without memory and filled block by block, each split before the next one is read, so a rank never holds
+more than its share and one block.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+import mpt.checkpoint
+from mpt.catalog import resolve
+from mpt.checkpoint import StoredTensor
+from mpt.config import MPTConfig
+from mpt.model import MPTForCausalLM
+from training import adapters, distributed, memory
+from training.distributed import World
+from training.run import Run
+
+
+def model(run: Run, world: World) -> MPTForCausalLM:
+    """Ready to train. What is drawn depends on the run's seed alone, so any number of ranks begins with one model.
+
+    Raises what `mpt.checkpoint.load` does.
+    """
+    with torch.device("meta"):
+        built = MPTForCausalLM(_config(run))
+    built.to(torch.float32)
+    stored = None
+    if run.base is not None:
+        folder = resolve(run.base)
+        mpt.checkpoint.verify_manifest(folder)
+        stored = mpt.checkpoint.weights_of(built, folder)
+    if run.lora is not None:
+        adapters.add(built, run.lora, run.precision)
+    torch.manual_seed(run.seed)
+    for number, block in enumerate(built.transformer.blocks):
+        _fill(built, f"transformer.blocks.{number}", stored, run, world.device)
+        distributed.shard(block, run, world)
+    _fill(built, "", stored, run, world.device)
+    built.tie_weights()
+    built.train()
+    memory.checkpoint_activations(built, run.activation_checkpointing)
+    distributed.shard_root(built, run, world)
+    if run.compile:
+        for block in built.transformer.blocks:
+            block.compile()
+    return built
+
+
+def _config(run: Run) -> MPTConfig:
+    """The run's shape, or the base's with the run's changes."""
+    if run.base is None:
+        config = MPTConfig(**run.model)
+    else:
+        values = mpt.checkpoint.read_config(resolve(run.base)).to_dict()
+        attention = {**values["attn_config"], **run.model.get("attn_config", {})}
+        config = MPTConfig.from_dict({**values, **run.model, "attn_config": attention})
+    config.dtype = torch.float32
+    return config
+
+
+@torch.no_grad()
+def _fill(
+    model: MPTForCausalLM, part: str, stored: Mapping[str, StoredTensor] | None, run: Run, device: torch.device
+) -> None:
+    """Give the parameters of a part that have no memory yet their memory, and what is in it."""
+    for name, module in model.get_submodule(part).named_modules(prefix=part):
+        empty = {key: p for key, p in module.named_parameters(recurse=False) if p.is_meta}
+        if not empty or (name == "lm_head" and model.config.tie_word_embeddings):
+            continue
+        for key, parameter in empty.items():
+            setattr(module, key, nn.Parameter(torch.empty(parameter.shape, device=device), parameter.requires_grad))
+        if adapters.is_adapter(name):
+            adapters.draw(name, module)
+        elif stored is None:
+            model._init_weights(module)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                stored[adapters.name_in_base(f"{name}.{key}")].read_into(parameter)
+            if run.lora is not None:
+                adapters.compress(name, module, run.lora, run.precision)
