@@ -7,6 +7,7 @@ from mpt.catalog import resolve
 from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
 from training import datasets, packing
+from training.data.streams import Stream
 from training.packing import Batch
 from training.run import Run
 
@@ -65,6 +66,8 @@ class Batches:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        if isinstance(self._data, Stream):
+            self._data.close()
 
     def _pack(self, step: int) -> Batch:
         first = step * self._run.global_batch

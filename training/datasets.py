@@ -26,6 +26,7 @@ from training.data.rows import Learn, Sample, sample_of, text_sample
 log = logging.getLogger(__name__)
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+_ROWS_BETWEEN_NEWS = 10_000
 _BAD_ROWS_SHOWN = 5
 _BAD_ROWS_ALLOWED = 0.01  # of all rows; more look like a mistake about the file
 
@@ -120,6 +121,8 @@ def _samples(
     bad: list[str] = []
     for where, row in rows:
         n_rows += 1
+        if n_rows % _ROWS_BETWEEN_NEWS == 0:
+            log.info("`%s`: %d rows read", Path(name).name, n_rows)
         try:
             sample = sample_of(row, tokenizer, style, learn)
         except MPTError as error:

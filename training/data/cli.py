@@ -110,7 +110,7 @@ def mix(
 
     if not out.name.endswith(".mix.json"):
         raise UserError(f"`--out` is `{out}`; a mixture ends in .mix.json")
-    described, sizes, weights, lengths = {}, {}, {}, {}
+    described, shards, weights, lengths = {}, {}, {}, {}
     for text in sources:
         name, _, rest = text.partition("=")
         path, _, weight = rest.rpartition(":")
@@ -121,14 +121,15 @@ def mix(
         if not path or not weights[name] > 0:
             raise UserError(f"`{text}` is not NAME=PATH:WEIGHT with a weight above 0, for example books=books-2048:30")
         source = Source(path)
-        sizes[name], lengths[name] = source.n_samples, len(source.tokens(0)) if _has_tokens(source.shards) else 0
+        shards[name] = [shard.n_samples for shard in source.shards]
+        lengths[name] = len(source.tokens(0)) if _has_tokens(source.shards) else 0
         described[name] = {"path": path, "weight": weights[name]}
     out.write_text(json.dumps({"sources": described}, indent=2) + "\n", encoding="utf-8")
-    order = Order(sizes, weights, seed=0)
+    order = Order(shards, weights, seed=0)
     length = max(lengths.values())
-    for name in sizes:
+    for name, sizes in shards.items():
         share = order.quotas[name] / sum(order.quotas.values())
-        line = f"{name} {share:.2%} of samples, {sizes[name]} samples"
+        line = f"{name} {share:.2%} of samples, {sum(sizes)} samples"
         if tokens and length:
             line += f", {order.epochs(int(tokens / length))[name]:.2f} epochs of {tokens:.3g} tokens"
         print(line)

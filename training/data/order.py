@@ -1,44 +1,61 @@
 """Which sample of which source comes j-th: a pure function of the seed and j.
 
-Every block of 16,384 samples holds each source as often as its weight says, shuffled; within a source, each epoch
-visits every sample once, in an order of its own. Nothing is stored and nothing replayed: any number of ranks takes its
-slice of j, and a run resumes at any j.
+Every block of 16,384 samples holds each source as often as its weight says, shuffled. Within a source, each epoch
+visits every sample once: its shards in an order of the epoch's own, then the samples of each window of shards shuffled
+together, so that a set far away is fetched a window at a time. Nothing is stored and nothing replayed: any number of
+ranks takes its slice of j, and a run resumes at any j.
 """
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 _BLOCK = 16_384
+_WINDOW = 131_072  # samples shuffled together, at least: 1 GB of sequences of 2,048 tokens
 _ROUNDS = 4  # of a Feistel network: three make a permutation that looks random (Luby and Rackoff 1988), one to spare
 
 
 @dataclass(frozen=True)
 class Place:
-    """One sample: its source, which pass over it this is, and the sample's number there."""
+    """One sample: its source, which pass over it this is, the window of shards, and the sample's number there."""
 
     source: str
     epoch: int
+    window: int
     number: int
 
 
 class Order:
-    """The order of a mixture. sizes: samples of each source; weights: positive, in any unit."""
+    """The order of a mixture. shards: the samples of each shard of each source; weights: positive, in any unit."""
 
-    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], seed: int) -> None:
-        assert sizes.keys() == weights.keys() and all(n > 0 for n in sizes.values()), (sizes, weights)
-        self._names = list(sizes)
-        self._sizes, self._seed = dict(sizes), seed
+    def __init__(self, shards: Mapping[str, Sequence[int]], weights: Mapping[str, float], seed: int) -> None:
+        self._sizes = {name: sum(sizes) for name, sizes in shards.items()}
+        assert shards.keys() == weights.keys() and all(self._sizes.values()), (self._sizes, weights)
+        self._names, self._shards, self._seed = list(shards), dict(shards), seed
         self.quotas = quotas(weights)
         self._held: tuple[int, list[tuple[str, int]]] = (-1, [])
+        self._epochs: dict[str, tuple[int, _Epoch]] = {}
 
     def place(self, j: int) -> Place:
         """The j-th sample of the run."""
         block, offset = divmod(j, _BLOCK)
         name, rank = self._block(block)[offset]
         epoch, place = divmod(block * self.quotas[name] + rank, self._sizes[name])
-        return Place(name, epoch, permuted(place, self._sizes[name], f"{self._seed}/{name}/{epoch}"))
+        return Place(name, epoch, *self._epoch(name, epoch).sample(place))
+
+    def shards(self, place: Place, ahead: int = 1) -> list[int]:
+        """The shards of a place's window and of so many after it in its epoch."""
+        return self._epoch(place.source, place.epoch).shards(place.window, place.window + 1 + ahead)
+
+    def _epoch(self, name: str, epoch: int) -> "_Epoch":
+        held, found = self._epochs.get(name, (-1, None))
+        if found is None or held != epoch:
+            found = _Epoch(self._shards[name], f"{self._seed}/{name}/{epoch}")
+            self._epochs[name] = epoch, found
+        return found
 
     def _block(self, block: int) -> list[tuple[str, int]]:
         """Of each place in a block its source, and how many of the block's places before it are that source's."""
@@ -56,6 +73,37 @@ class Order:
     def epochs(self, n_samples: int) -> dict[str, float]:
         """How often each source is passed over by the first n_samples."""
         return {name: n_samples * self.quotas[name] / _BLOCK / self._sizes[name] for name in self._names}
+
+
+class _Epoch:
+    """One pass over a source: its shards in another order, cut into windows."""
+
+    def __init__(self, sizes: Sequence[int], key: str) -> None:
+        self._key = key
+        self._order = [permuted(place, len(sizes), f"{key}/shards") for place in range(len(sizes))]
+        self._firsts = np.cumsum([0, *sizes])  # of each shard, among the source's samples
+        self._ends = np.cumsum([sizes[shard] for shard in self._order])  # of each shard, in this pass
+        self._windows = [0]  # where each begins: the place among the shards
+        self._starts = [0]  # and among the samples
+        for place, end in enumerate(self._ends[:-1].tolist()):
+            if end - self._starts[-1] >= _WINDOW:
+                self._windows.append(place + 1)
+                self._starts.append(end)
+
+    def sample(self, place: int) -> tuple[int, int]:
+        """The window and the number among the source's samples of the place-th sample of the pass."""
+        window = int(np.searchsorted(self._starts, place, side="right")) - 1
+        start = self._starts[window]
+        end = self._starts[window + 1] if window + 1 < len(self._starts) else int(self._ends[-1])
+        place = start + permuted(place - start, end - start, f"{self._key}/{window}")
+        at = int(np.searchsorted(self._ends, place, side="right"))
+        from_the_end = place - int(self._ends[at])
+        return window, int(self._firsts[self._order[at] + 1]) + from_the_end
+
+    def shards(self, first_window: int, end_window: int) -> list[int]:
+        """The shards of some windows, those that are there."""
+        bounds = [*self._windows, len(self._order)]
+        return self._order[bounds[first_window] : bounds[min(end_window, len(bounds) - 1)]]
 
 
 def quotas(weights: Mapping[str, float]) -> dict[str, int]:

@@ -1,13 +1,18 @@
 """Pretraining sets: a folder or URL of MDS shards, or a mixture of several, as samples in a stateless order.
 
-Shards behind a URL are fetched when they are first needed, checked, and kept in a cache folder; shards here are read in
-place. A mixture is JSON: {"sources": {"name": {"path": "folder or URL", "weight": 0.3}}}.
+Shards behind a URL are fetched before they are needed, checked, and kept in a cache folder, whose size $MPT_CACHE_GB
+limits; shards here are read in place. A mixture is JSON:
+{"sources": {"name": {"path": "folder or URL", "weight": 0.3}}}.
 """
 
+import contextlib
 import json
+import logging
+import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +29,9 @@ from training.remote import Remote, partial_name
 if TYPE_CHECKING:
     from training.data.mds import Tokens
 
+log = logging.getLogger(__name__)
+
+_FETCHES = 4  # at a time for a source
 # MPT-7B's ten sources and their share of the trillion tokens, in per cent. Source: the launch blog, Table 2.
 MPT_7B_MIX: Mapping[str, float] = {
     "mc4_en": 33.0, "c4_semdedup": 29.9, "redpajama_commoncrawl": 10.0, "stack_selected": 10.0,
@@ -68,13 +76,34 @@ class Stream:
         seed: int,
     ) -> None:
         self.sources, self._tokenizer, self._max_seq_len = dict(sources), tokenizer, max_seq_len
-        self.order = Order({name: source.n_samples for name, source in sources.items()}, weights, seed)
+        shards = {name: [shard.n_samples for shard in source.shards] for name, source in sources.items()}
+        self.order = Order(shards, weights, seed)
+        self._windows: dict[str, tuple[int, int]] = {}  # that were last read from
+        self._n_cut = 0
         only = next(iter(sources.values()))
         self.n_samples: int | None = only.n_samples if len(sources) == 1 else None
 
+    def close(self) -> None:
+        """Fetch no more."""
+        for source in self.sources.values():
+            source.close()
+
     def sample(self, number: int) -> Sample:
         place = self.order.place(number)
-        tokens = self.sources[place.source].tokens(place.number, self._tokenizer)[: self._max_seq_len]
+        source = self.sources[place.source]
+        if self._windows.get(place.source) != (place.epoch, place.window):
+            self._windows[place.source] = place.epoch, place.window
+            source.prefetch(self.order.shards(place))
+        whole = source.tokens(place.number, self._tokenizer)
+        tokens = whole[: self._max_seq_len]
+        if len(tokens) < len(whole):
+            self._n_cut += 1
+            if self._n_cut == 1:
+                log.warning(
+                    "`%s` holds samples of %d tokens, cut at %d and their rest never read; give --max-seq-len %d, or "
+                    "prepare the set with sequences of %d",
+                    *(place.source, len(whole), self._max_seq_len, len(whole), self._max_seq_len),
+                )
         if int(tokens.max()) >= self._tokenizer.vocab_size:
             raise UserError(
                 f"`{place.source}` holds token {int(tokens.max())}, the tokenizer has {self._tokenizer.vocab_size}; "
@@ -90,6 +119,7 @@ class Source:
         """cache: where shards of a URL are kept, by default $MPT_CACHE or ~/.cache/mpt. Raises UserError."""
         self.path = path
         self._remote = Remote(path) if "://" in path else None
+        self._limit = _cache_limit()
         if self._remote is None:
             self._folder = Path(path).expanduser()
             if not (self._folder / mds.INDEX).is_file():
@@ -107,6 +137,21 @@ class Source:
             raise UserError(f"`{path}` holds no samples")
         self._open: dict[int, mds.Shard] = {}
         self._lock = threading.Lock()
+        self._fetches: dict[int, Future[Path]] = {}
+        self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="shards") if self._remote is not None else None
+
+    def close(self) -> None:
+        """Fetch no more."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to fetch these shards, in this order; those that lie here already cost nothing."""
+        if self._pool is not None:
+            with self._lock:
+                for which in shards:
+                    if which not in self._open and which not in self._fetches:
+                        self._fetches[which] = self._pool.submit(self._fetch, which)
 
     def tokens(self, number: int, tokenizer: Tokenizer | None = None) -> "Tokens":
         """One sample's tokens; a set of texts is tokenized as it is read."""
@@ -127,9 +172,38 @@ class Source:
     def _shard(self, which: int) -> mds.Shard:
         """A shard, fetched, checked and opened when it is first asked for."""
         with self._lock:
-            if which not in self._open:
-                self._open[which] = mds.Shard(self._fetch(which), self.shards[which])
+            if which in self._open:
+                return self._open[which]
+            fetch = self._fetches.get(which)
+        path = self._fetch(which) if fetch is None else fetch.result()
+        with self._lock:
+            self._fetches.pop(which, None)
+            self._open[which] = mds.Shard(path, self.shards[which])
+            if self._remote is not None and self._limit < math.inf:
+                path.touch()
+                self._make_room(which)
             return self._open[which]
+
+    def _make_room(self, opened: int) -> None:
+        """Remove the fetched shards that were opened longest ago until the cache is within its limit.
+
+        What is still to be read of this window stays. Another process that reads a removed one keeps it: it is mapped.
+        """
+        needed = {opened, *self._fetches}
+        found: list[tuple[float, int, Path, int]] = []
+        for which, shard in enumerate(self.shards):
+            for name in {shard.file, shard.file.removesuffix(".zstd")}:
+                with contextlib.suppress(FileNotFoundError):
+                    status = (self._folder / name).stat()
+                    found.append((status.st_mtime, status.st_size, self._folder / name, which))
+        used = sum(size for _, size, _, _ in found)
+        for _, size, path, which in sorted(found):
+            if used <= self._limit:
+                return
+            if which not in needed:
+                path.unlink(missing_ok=True)
+                self._open.pop(which, None)
+                used -= size
 
     def _fetch(self, which: int) -> Path:
         info = self.shards[which]
@@ -146,6 +220,18 @@ class Source:
         if info.compression:
             _decompress(stored, plain, info.compression)
         return plain
+
+
+def _cache_limit() -> float:
+    """Bytes that a set's fetched shards may take."""
+    text = os.environ.get("MPT_CACHE_GB", "inf")
+    try:
+        limit = float(text) * 1e9
+    except ValueError:
+        limit = -1
+    if not limit > 0:
+        raise UserError(f"MPT_CACHE_GB is `{text}`; give the gigabytes that a set's fetched shards may take")
+    return limit
 
 
 def _decompress(stored: Path, plain: Path, compression: str) -> None:

@@ -28,7 +28,7 @@ def test_different_keys_give_different_orders_that_look_random() -> None:
 
 
 def test_every_block_holds_each_sources_share() -> None:
-    order = Order(dict.fromkeys(MPT_7B_MIX, 10_000), MPT_7B_MIX, seed=3)
+    order = Order({name: [10_000] for name in MPT_7B_MIX}, MPT_7B_MIX, seed=3)
     for block in (0, 5):
         counts = Counter(order.place(j).source for j in range(block * BLOCK, (block + 1) * BLOCK))
         for name, percent in MPT_7B_MIX.items():
@@ -36,7 +36,7 @@ def test_every_block_holds_each_sources_share() -> None:
 
 
 def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order() -> None:
-    order = Order({"a": 300, "b": 70}, {"a": 3, "b": 1}, seed=1)
+    order = Order({"a": [100, 1, 199], "b": [70]}, {"a": 3, "b": 1}, seed=1)
     seen: dict[tuple[str, int], list[int]] = {}
     for j in range(2000):
         place = order.place(j)
@@ -52,7 +52,7 @@ def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order() -> Non
 
 def test_a_sample_is_a_function_of_seed_and_number_alone() -> None:
     def order(seed: int) -> Order:
-        return Order({"a": 1000}, {"a": 1}, seed)
+        return Order({"a": [600, 400]}, {"a": 1}, seed)
 
     assert [order(7).place(j) for j in range(50, 60)] == [order(7).place(j) for j in range(60)][50:]
     assert [order(7).place(j) for j in range(9)] != [order(8).place(j) for j in range(9)]
@@ -62,3 +62,22 @@ def test_a_sample_is_a_function_of_seed_and_number_alone() -> None:
 def test_the_smallest_source_is_read_too() -> None:
     found = quotas({"large": 1.0, "small": 1e-9})
     assert found == {"large": BLOCK - 1, "small": 1}
+
+
+def test_an_epoch_goes_through_the_shards_a_window_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.order._WINDOW", 100)
+    sizes = [30, 40, 50, 60, 70, 80, 90, 5]
+    firsts = [sum(sizes[:shard]) for shard in range(len(sizes))]
+    order = Order({"a": sizes}, {"a": 1}, seed=4)
+    places = [order.place(j) for j in range(sum(sizes))]
+    assert sorted(place.number for place in places) == list(range(sum(sizes)))
+    seen: set[int] = set()
+    for _, group in itertools.groupby(places, lambda place: place.window):
+        window = list(group)
+        shards = {max(s for s, first in enumerate(firsts) if first <= place.number) for place in window}
+        assert shards == set(order.shards(window[0], ahead=0)) and not shards & seen  # each is read in one window
+        assert sum(sizes[shard] for shard in shards) == len(window)
+        assert len(window) >= 100 or window[-1] == places[-1]
+        seen |= shards
+    assert seen == set(range(8))
+    assert order.shards(places[0], ahead=99)[: len(order.shards(places[0], 0))] == order.shards(places[0], 0)

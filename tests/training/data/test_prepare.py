@@ -18,7 +18,7 @@ from mpt.catalog import resolve
 from mpt.errors import DamagedFile, MachineRefused, UserError
 from mpt.tokenizer import Tokenizer
 from training import datasets
-from training.data import streams
+from training.data import mds, streams
 from training.data.filters import Duplicates, mc4, s2orc
 from training.data.prepare import prepare
 from training.data.streams import Source
@@ -188,6 +188,46 @@ import sys
 from training.data.streams import Source
 print(Source(sys.argv[1]).tokens(0).tolist())
 """
+
+
+def test_far_shards_come_a_window_ahead_and_the_cache_keeps_its_limit(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.data.order._WINDOW", 20)
+    made = tmp_path / "made"
+    mds.write(made, (np.full(100, n, np.int32) for n in range(200)), shard_bytes=5000)  # 10 or 11 samples a shard
+    store = fsspec.filesystem("memory")
+    store.put(str(made), "/sets/far", recursive=True)
+    shard_bytes = max(path.stat().st_size for path in made.glob("*.mds"))
+    monkeypatch.setenv("MPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MPT_CACHE_GB", str(8 * shard_bytes / 1e9))
+    there = streams.load("memory://sets/far", tokenizer, 2048, seed=5)
+    first = there.sample(0).ids[0]
+    there.close()
+    # By hand: a window of 20 samples is two shards of 10 or more, and one more window comes ahead.
+    assert len(list((tmp_path / "cache").rglob("*.mds"))) <= 4
+    again = streams.load("memory://sets/far", tokenizer, 2048, seed=5)
+    seen, most = [], 0.0
+    for n in range(200):
+        seen.append(again.sample(n).ids[0])
+        most = max(most, sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.mds")))
+    again.close()
+    assert seen[0] == first and sorted(seen) == list(range(200))
+    # A window and the one ahead may lie beside what the limit counts when a shard is opened.
+    assert 4 * shard_bytes < most <= 12 * shard_bytes
+    monkeypatch.setenv("MPT_CACHE_GB", "lots")
+    with pytest.raises(UserError, match="MPT_CACHE_GB is `lots`"):
+        streams.load("memory://sets/far", tokenizer, 2048, seed=5)
+
+
+def test_samples_longer_than_the_run_are_cut_and_said(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    mds.write(tmp_path / "long", (np.arange(10, dtype=np.int32) for _ in range(3)))
+    set_ = streams.load(str(tmp_path / "long"), tokenizer, 8, seed=0)
+    assert [set_.sample(n).ids for n in range(3)] == [list(range(8))] * 3
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "samples of 10 tokens, cut at 8" in message
 
 
 def test_processes_share_a_cache(tmp_path: Path, tiny: Path) -> None:
