@@ -6,6 +6,7 @@ only RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so torchrun, Ray Train and Kubef
 
 import contextlib
 import datetime
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def join() -> Iterator[World]:
     if size == 1:
         yield World(rank, size, device)
         return
+    if rank:
+        logging.getLogger("training").setLevel(logging.ERROR)  # the first rank says it
     store, _, _ = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     # torchrun keeps one store over its restarts, where a restarted rank would read dead peers' addresses.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
