@@ -418,7 +418,7 @@ def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
     from training import launch, loop, show
 
     if gpus is not None and gpus > 1:
-        loop.check(run, resume)
+        loop.check(run, resume, gpus)
         print(launch.start(run, gpus))
         return
     with show.steps() as report:

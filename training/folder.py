@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,7 @@ def own(run: Run, world: World, resume: bool) -> Iterator[None]:
         world.barrier()
         yield
         return
-    claim(run, out, resume)
-    with (out / "lock").open("w") as lock:
+    with claimed(run, resume), (out / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -29,8 +29,27 @@ def own(run: Run, world: World, resume: bool) -> Iterator[None]:
         yield  # the file stays: removing it would let two processes lock two files of one name
 
 
-def claim(run: Run, out: Path, resume: bool) -> None:
-    """Make the run's folder its own, or see that it already is. Raises UserError when it is another's."""
+@contextlib.contextmanager
+def claimed(run: Run, resume: bool) -> Iterator[None]:
+    """Make the run's folder its own, or see that it already is; a user's mistake leaves no new folder behind.
+
+    Raises UserError when it is another run's.
+    """
+    out = Path(run.out)
+    existed = out.is_dir()
+    is_new = _claim(run, out, resume)
+    try:
+        yield
+    except UserError:
+        if is_new and not (out / "metrics.jsonl").exists():
+            shutil.rmtree(out)
+            if existed:
+                out.mkdir()
+        raise
+
+
+def _claim(run: Run, out: Path, resume: bool) -> bool:
+    """Whether the folder became the run's just now."""
     path = out / "run.json"
     if not path.is_file():
         if out.is_dir() and any(out.iterdir()):
@@ -39,7 +58,7 @@ def claim(run: Run, out: Path, resume: bool) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text(run.to_json(), encoding="utf-8")
         partial.rename(path)
-        return
+        return True
     if not resume:
         raise UserError(f"`{out}` already holds a run; leave --no-resume out to go on with it, or choose another --out")
     old, new = json.loads(Run.read(path).to_json()), json.loads(run.to_json())
@@ -49,6 +68,7 @@ def claim(run: Run, out: Path, resume: bool) -> None:
         raise UserError(
             f"`{out}` holds a run with {key} {old[key]!r}, now {new[key]!r}; a changed run needs another --out"
         )
+    return False
 
 
 def cut_metrics(path: Path, last_step: int) -> tuple[list[float], int]:

@@ -59,10 +59,12 @@ def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume:
     return finished
 
 
-def check(run: Run, resume: bool) -> None:
-    """Find a user's mistakes before ranks are started: folder, tokenizer and data. Raises UserError."""
-    folder.claim(run, Path(run.out), resume)
-    batches.count_steps(run, batches.load_data(run, batches.load_tokenizer(run), run.data))
+def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
+    """Find a user's mistakes before ranks are started: folder, memory, tokenizer and data. Raises UserError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with folder.claimed(run, resume):
+        plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
+        batches.count_steps(run, batches.load_data(run, batches.load_tokenizer(run), run.data))
 
 
 class _Training:

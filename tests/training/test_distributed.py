@@ -167,3 +167,7 @@ def test_a_mistake_is_found_before_ranks_are_started(three_rows: Run) -> None:
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 2
     assert error == "train: no dataset `yaml_to_jsn`; did you mean `yaml_to_json`?\n"
+    process = start(dataclasses.replace(three_rows, max_seq_len=10**9))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "one sequence of 1000000000 tokens needs about" in error
+    assert not Path(three_rows.out).exists()

@@ -16,7 +16,7 @@ import torch
 import mpt.checkpoint
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.model import MPTMLP
-from training import batches, build, checkpoint, datasets, folder, loop, memory, step
+from training import batches, build, checkpoint, datasets, loop, memory, step
 from training.distributed import World
 from training.logbook import Logbook
 from training.run import Run
@@ -196,6 +196,22 @@ def test_a_changed_run_does_not_touch_the_old_ones_folder(small_run: Run) -> Non
         loop.fit(small_run, resume=False)
 
 
+@pytest.mark.parametrize("start", [loop.fit, lambda run: loop.check(run, True)])
+def test_a_mistake_leaves_no_folder_behind(small_run: Run, start: Callable[[Run], Any]) -> None:
+    mistaken = dataclasses.replace(small_run, data="yaml_to_jsn")
+    with pytest.raises(UserError, match="did you mean"):
+        start(mistaken)
+    assert not Path(small_run.out).exists()
+    Path(small_run.out).mkdir()
+    with pytest.raises(UserError, match="did you mean"):
+        start(mistaken)
+    assert list(Path(small_run.out).iterdir()) == []
+    loop.fit(small_run)
+    with pytest.raises(UserError, match="holds a run with data"):  # a finished one is not touched
+        start(mistaken)
+    assert (Path(small_run.out) / "model").is_dir()
+
+
 def test_a_folder_with_other_things_is_refused(small_run: Run) -> None:
     Path(small_run.out).mkdir()
     (Path(small_run.out) / "thesis.txt").write_text("mine")
@@ -329,8 +345,7 @@ def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(
     assert events == [("start", 0), ("spike", 4), ("resume", 0), ("finished", 12)]
     # The run that never took that step: its optimizer had forgotten what came before the roll back.
     alone = elsewhere(run, "alone")
-    Path(alone.out).mkdir()
-    folder.claim(alone, Path(alone.out), resume=True)
+    loop.check(alone, resume=True)
     (Path(alone.out) / "skipped.json").write_text("[3]")
     expected = weights(loop.fit(alone))
     assert all(torch.equal(expected[name], value) for name, value in weights(Path(run.out) / "model").items())
