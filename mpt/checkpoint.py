@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,13 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _HEADER_LIMIT = 100_000_000  # the safetensors format's own bound on its JSON header
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}  # the last in quantised ONNX folders only, never a model's weights
 # `mosaic_gpt` (the 1B) to today's names, in this order. Source: llm-foundry scripts/misc/convert_examples_ckpt.py
 _MOSAIC_GPT_NAMES = (
     (".ln_", ".norm_"),
@@ -130,7 +136,7 @@ def save(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with _without_progress_bar():
+    with without_progress_bar():
         model.save_pretrained(partial, max_shard_size=max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(partial)
@@ -165,7 +171,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     files = weight_files(folder)
     found: dict[str, StoredTensor] = {}
     for file in files:
-        entries = _safetensors_entries(file) if file.suffix == ".safetensors" else _torch_entries(file)
+        is_safetensors = file.suffix == ".safetensors"
+        entries = safetensors_entries(file) if is_safetensors else place(file, describe_torch_file(file))
         for name, tensor in entries:
             name = canonical_name(name)
             if name in found:
@@ -212,7 +219,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole."""
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
     text = json.dumps({**entries, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -251,6 +259,8 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
         more = len(missing) + len(unknown) - 1
         raise DamagedFile(f"`{folder}` {what}" + (f" (and {more} more names differ)" if more else ""))
     for name, parameter in targets.items():
+        if not stored[name].dtype.is_floating_point:
+            raise UnsupportedConfig(f"`{name}` in `{stored[name].file.name}` is {stored[name].dtype}, no weights")
         if stored[name].shape != tuple(parameter.shape):
             raise DamagedFile(
                 f"`{name}` in `{stored[name].file.name}` is {list(stored[name].shape)}, "
@@ -273,7 +283,7 @@ def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
     return torch.equal(values[0].to(b.dtype), values[1])
 
 
-def _safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Name and place of each tensor of a safetensors file. Format: u64 header size, JSON header, data."""
     size = file.stat().st_size
     try:
@@ -283,8 +293,12 @@ def _safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
                 raise ValueError(f"header of {n_header} bytes")
             header = json.loads(f.read(n_header))
         header.pop("__metadata__", None)
-        for name, entry in header.items():
+        used = 0  # entries may come in any order, their bytes must not be shared
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
+            if start < used:
+                raise ValueError(f"`{name}` overlaps another tensor")
+            used = end
             if entry["dtype"] not in _DTYPES:
                 raise UnsupportedConfig(
                     f"`{name}` in `{file.name}` is {entry['dtype']}; supported: {', '.join(_DTYPES)}"
@@ -297,13 +311,17 @@ def _safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         raise DamagedFile(f"`{file}` is not a whole safetensors file ({error}); copy it again") from error
 
 
-def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Name and place of each tensor of a `torch.save` file, unpickled weights-only and without its data."""
+def describe_torch_file(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
+    """What a `torch.save` file holds, unpickled weights-only and without its tensors' data: `place` finds that.
+
+    safe_globals: more classes it may name. Raises DamagedFile, also for a file that asks for code.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with FakeTensorMode():  # gives shapes and, per storage, the offset of its bytes in the file
-            state = torch.load(file, weights_only=True)
+        # The mode gives shapes and, per storage, the offset of its bytes in the file.
+        with FakeTensorMode(), torch.serialization.safe_globals(list(safe_globals)):
+            return torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own text advises to run the file's code
         code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks for `{code[1]}`, and such a file can run code" if code else "is damaged, or more than weights"
@@ -311,8 +329,13 @@ def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others for a bad file
         what = str(error).partition(".")[0].partition("\n")[0]
         raise DamagedFile(f"`{file}` is not a whole torch file ({what}); copy it again") from error
-    if not isinstance(state, dict):
+
+
+def place(file: Path, state: Any) -> Iterator[tuple[str, StoredTensor]]:
+    """Name and place of each tensor of a mapping that `describe_torch_file` gave."""
+    if not isinstance(state, Mapping):
         raise DamagedFile(f"`{file.name}` holds a {type(state).__name__}, not tensors by name")
+    size = file.stat().st_size
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DamagedFile(f"`{name}` in `{file.name}` is a {type(tensor).__name__}, not a tensor")
@@ -321,13 +344,17 @@ def _torch_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             raise UnsupportedConfig(f"`{name}` in `{file.name}` is {tensor.dtype}; supported: {supported}")
         if not tensor.is_contiguous():
             raise UnsupportedConfig(f"`{name}` in `{file.name}` is stored transposed; save it again, contiguous")
-        place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if place is None:
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if start is None:
             raise UnsupportedConfig(
                 f"`{file.name}` is in torch's format from before 1.6; save it again with a newer torch"
             )
-        offset = place + tensor.storage_offset() * tensor.dtype.itemsize
-        yield name, StoredTensor(file, offset, tensor.dtype, tuple(tensor.shape))
+        found = StoredTensor(
+            file, start + tensor.storage_offset() * tensor.dtype.itemsize, tensor.dtype, tuple(tensor.shape)
+        )
+        if found.offset + found.n_bytes > size:
+            raise DamagedFile(f"`{file.name}` ends before `{name}` does; copy it again")
+        yield name, found
 
 
 def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
@@ -350,7 +377,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """transformers draws one for each file written, on whatever stderr is."""
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The `mpt` command: serve, chat, generate, train.
+"""The `mpt` command: serve, chat, generate, convert, inspect, verify, train.
 
 Nothing heavy is imported before a command is chosen, so `--help` answers at once. The stages are named by string here,
 since `mpt` imports none of them.
@@ -50,6 +50,8 @@ Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable; at tem
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and an exit code."""
+    for name in ("convert", "inspect", "verify"):
+        app.command()(getattr(import_module("conversion.cli"), name))
     try:
         app(prog_name="mpt")
     except MPTError as error:

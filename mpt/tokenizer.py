@@ -81,6 +81,21 @@ class Tokenizer:
         """The tokenizer in one `tokenizer.json`, without the files that usually lie beside it."""
         return cls(_read_tokenizer(Path(tokenizer_json)))
 
+    @classmethod
+    def from_json(
+        cls, text: str, where: str, *, eos_token: str = END_OF_TEXT, end_ids: Iterable[int] = ()
+    ) -> "Tokenizer":
+        """The tokenizer that `to_json` gave, or the text of any tokenizer.json. Raises DamagedFile naming `where`."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text), eos_token=eos_token, end_ids=end_ids)
+        except Exception as error:  # `tokenizers` raises Exception itself, nothing narrower
+            raise DamagedFile(f"the tokenizer in `{where}` is not readable: {error}") from error
+
+    def to_json(self) -> str:
+        """All of it but which ids end a text, as the text of a tokenizer.json."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`; `<|im_end|>` and its like are plain characters unless `allow_special`.
 

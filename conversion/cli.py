@@ -1,0 +1,158 @@
+"""The commands `mpt convert`, `mpt inspect` and `mpt verify`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mpt.errors import DamagedFile, UserError
+
+if TYPE_CHECKING:
+    from conversion.source import Source
+
+# The same as in conversion.convert, which is slow to import; the type checker compares them.
+Target = Literal["hf", "onnx", "fastertransformer", "gguf"]
+DtypeChoice = Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
+SourcePath = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder or file of any kind, or a name of the catalog.")
+]
+TokenizerFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="For a source that brings no tokenizer.")]
+Base = Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="What an adapter is added to.")]
+
+
+def convert(
+    source: SourcePath,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write; must not hold anything.")],
+    to: Annotated[Target, typer.Option(help="The format to write.")],
+    dtype: Annotated[
+        DtypeChoice, typer.Option(help="Of the weights; auto keeps them (ONNX: float32 for bfloat16).")
+    ] = "auto",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks a FasterTransformer folder is split for.")] = 1,
+    triton: Annotated[bool, typer.Option("--triton", help="Also a Triton model repository, in TARGET/triton.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A setting the target may lose; once per setting.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read the copy back and compare it; --no-verify trusts it.")] = True,
+    tokenizer: TokenizerFolder = None,
+    base: Base = None,
+) -> None:
+    """Write a checkpoint in another format, and prove that it is the same model.
+
+    Example: mpt convert mpt-tiny my-onnx --to onnx --dtype int8
+    """
+    from conversion.convert import Options
+    from conversion.convert import convert as run
+
+    options = Options(
+        to=to,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
+        triton=triton,
+        allow=tuple(allow or ()),
+        verify=verify,
+        tokenizer=tokenizer,
+        base=base,
+    )
+    with _bar() as progress:
+        report = run(source, target, options, progress)
+    if verify:
+        print(report.render())
+    print(target)
+
+
+def inspect(
+    source: SourcePath,
+    tokenizer: TokenizerFolder = None,
+    base: Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is, without reading its weights.
+
+    Example: mpt inspect downloads/model-q8_0.gguf
+    """
+    from conversion.source import open_source
+
+    found = _described(open_source(source, tokenizer, base))
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            for name, what in value.items():
+                print(f"{key} {name}: {what}")
+        elif value is not None:
+            print(f"{key} {value}")
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `mpt convert` wrote.")],
+    against: Annotated[str, typer.Option(metavar="SOURCE", help="Also compare it with this checkpoint.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Check a converted folder again, offline: every file's sha256, its structure and its numbers.
+
+    Example: mpt verify my-onnx --against mpt-tiny
+    """
+    from conversion import verify as verification
+    from mpt.checkpoint import MANIFEST, read_manifest
+
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        raise UserError(f"`{folder}` has no {MANIFEST}; give a folder that `mpt convert` or `train` wrote")
+    report = verification.again(folder, manifest, against)
+    print(report.to_json() if as_json else report.render())
+    if not report.is_good:
+        raise DamagedFile(f"`{folder}` is not what was written; convert it again")
+
+
+def _described(source: "Source") -> dict[str, Any]:
+    from conversion import card
+    from conversion.convert import beyond
+
+    config, attention = source.config, source.config.attention
+    return {
+        "kind": source.kind,
+        "published as": card.published_as(source),
+        "parameters": source.n_parameters,
+        "bytes": source.n_bytes,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "context": config.max_seq_len,
+        "layers": config.n_layers,
+        "width": config.d_model,
+        "heads": config.n_heads,
+        "key-value heads": config.n_kv_heads,
+        "vocabulary": config.vocab_size,
+        "alibi_bias_max": attention["alibi_bias_max"] if attention["alibi"] else None,
+        "positions": "learned" if config.has_wpe else "ALiBi" if attention["alibi"] else "none",
+        "clip_qkv": attention["clip_qkv"],
+        "qk_ln": attention["qk_ln"],
+        "biases": not config.no_bias,
+        "tied head": config.tie_word_embeddings,
+        "tokenizer": None if source.tokenizer is None else f"{source.tokenizer.vocab_size} tokens",
+        "licence": card.licence(source),
+        "note": "; ".join(source.notes) or None,
+        "transformers' own class differs": "; ".join(config.beyond_stock()) or None,
+        "cannot be expressed in": {to: "; ".join(why.values()) for to, why in beyond(config).items() if why} or None,
+    }
+
+
+def _bar() -> Any:
+    """A progress bar of bytes and time left on a terminal; elsewhere nothing."""
+    import contextlib
+
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext(lambda done, of: None)
+
+    @contextlib.contextmanager
+    def bar() -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("weights")
+            yield lambda done, of: progress.update(task, completed=done, total=of)
+
+    return bar()

@@ -1,0 +1,1 @@
+"""One module per format: how to recognise it, read it, and write it."""

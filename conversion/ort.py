@@ -1,0 +1,61 @@
+"""Runs a converted ONNX folder in onnxruntime: whole batches for comparing, and a cache for continuing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpt.checkpoint import read_config
+from mpt.errors import DamagedFile
+
+Cache = list[Any]  # keys and values of each layer, (1, KV heads, P, D)
+_ALL = 2**62
+
+
+class Session:
+    """An onnxruntime session over `model.onnx`."""
+
+    def __init__(self, folder: Path, n_threads: int = 0) -> None:
+        """n_threads: 0 leaves it to onnxruntime. Raises DamagedFile for a graph it does not take."""
+        import onnxruntime as ort
+
+        self.config = read_config(folder)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = n_threads
+        options.log_severity_level = 3
+        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = [name for name in wanted if name in ort.get_available_providers()]
+        try:
+            self._session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+        except Exception as error:  # onnxruntime raises its own classes, all of Exception
+            raise DamagedFile(f"`{folder / 'model.onnx'}` cannot be loaded: {str(error).splitlines()[0]}") from error
+        names = [f"{n}.{which}" for n in range(self.config.n_layers) for which in ("key", "value")]
+        self._past = [f"past_key_values.{name}" for name in names]
+        self._outputs = ["logits", *(f"present.{name}" for name in names)]
+        by_name = {value.name: value.type for value in self._session.get_inputs()}
+        self.dtype = np.dtype(np.float16 if by_name[self._past[0]] == "tensor(float16)" else np.float32)
+
+    def empty(self, n_rows: int = 1) -> Cache:
+        shape = (n_rows, self.config.n_kv_heads, 0, self.config.d_head)
+        return [np.zeros(shape, self.dtype) for _ in self._past]
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, T, V) of whole rows, padding on the left."""
+        return torch.from_numpy(self.run(ids.numpy(), mask.numpy(), self.empty(len(ids)), _ALL)[0])
+
+    def extend(self, cache: Cache | None, tokens: Sequence[int], n_logits: int = 1) -> tuple[Cache, Any]:
+        """The cache after more tokens of one row, and the logits (1, n, V) of the last of them."""
+        cache = self.empty() if cache is None else cache
+        ids = np.array([tokens], dtype=np.int64)
+        mask = np.ones((1, cache[0].shape[2] + len(tokens)), dtype=np.int64)
+        logits, *present = self.run(ids, mask, cache, n_logits)
+        return present, logits
+
+    def run(self, ids: Any, mask: Any, cache: Cache, n_logits: int) -> list[Any]:
+        """Logits, then the keys and values of each layer."""
+        feed = {"input_ids": ids, "attention_mask": mask, "n_logits": np.array([n_logits], dtype=np.int64)}
+        found: list[Any] = self._session.run(self._outputs, feed | dict(zip(self._past, cache, strict=True)))
+        return found

@@ -1,0 +1,349 @@
+"""Proves a conversion: what was written is read back and compared with the source, in five levels.
+
+1 structure, 2 every tensor bit for bit (or its quantisation's error), 3 logits, greedy tokens and cache, 4 token ids,
+5 sha256 of every file (the manifest, written after this). Thresholds are those of docs/conversion.md.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conversion.source import Source, open_source
+from mpt.checkpoint import without_progress_bar
+from mpt.errors import MPTError
+from mpt.model import MPTMLP, MPTForCausalLM
+from mpt.tokenizer import Tokenizer
+
+REPORT = "verification.json"
+# Per precision: the mean KL divergence that is allowed, and the share of equal likeliest tokens that is needed.
+_LIMITS = {"float16": (1e-4, 0.995), "bfloat16": (1e-4, 0.995), "int8": (1e-3, 0.99), "int4": (5e-2, 0.95)}
+_LOGIT_LIMIT = 1e-4  # of float32, times the logits' deviation where that is above 1
+_NOISE = 4.0  # times the root mean square difference: a smaller lead is a tie, which any rounding may turn
+_LENGTHS = (1, 17, 256)
+_GREEDY = 64
+_STOCK = "transformers' own class"
+_MEMORY_SHARE = 0.7  # of what is free, for two float32 models
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two  spaces,\ttabs\tand\n\n\nlines   ",
+    "Zwölf Boxkämpfer jagen Viktor über den Sylter Deich: 1234567890 €",
+    "Съешь ещё этих мягких французских булок", "いろはにほへと ちりぬるを", "مرحبا بالعالم", "🙂👩‍👩‍👧 e\u0301 \u00e9",
+    "def f(x):\n    return {'a': [1, 2.5e-3]}  # done", "<|im_start|>user\nhello<|im_end|>", "<|endoftext|>", "",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ok: None where it could not be."""
+
+    level: int
+    what: str
+    ok: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of a conversion."""
+
+    checks: list[Check]
+
+    @property
+    def is_good(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    def render(self) -> str:
+        words = {True: "ok", False: "WRONG", None: "not run"}
+        return "\n".join(f"{c.level} {words[c.ok]:7} {c.what}: {c.detail}" for c in self.checks)
+
+    def to_json(self) -> str:
+        return json.dumps({"checks": [asdict(check) for check in self.checks]}, indent=2, ensure_ascii=False) + "\n"
+
+
+# A batch of token ids (B, T) and its mask, 0 at padding on the left, to logits (B, T, V) in float32.
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def check(source: Source, folder: Path, dtype: str, given_up: Sequence[str] = ()) -> Report:
+    """Compare a converted folder, in whatever format it is, with its source."""
+    checks: list[Check] = []
+    try:
+        target = _reopen(folder)
+    except MPTError as error:
+        return Report([Check(1, "structure", False, str(error))])
+    checks.append(Check(1, "structure", True, f"{len(target.tensors)} tensors, each once, in its shape"))
+    checks += [Check(1, "given up", True, what) for what in given_up]
+    checks.append(_config(source, target, given_up))
+    checks.append(_round_trip(source, target, dtype))
+    needed = 2 * 4 * source.n_parameters
+    free = _free_bytes()
+    if needed > _MEMORY_SHARE * free:
+        detail = f"two models in float32 take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        checks.append(Check(3, "numbers", None, detail))
+    else:
+        checks += _numbers(source, target, folder, dtype, bool(given_up))
+    checks.append(_tokens(source, target))
+    return Report(checks)
+
+
+def _reopen(folder: Path) -> Source:
+    single = folder / "model.gguf"
+    return open_source(single if single.is_file() else folder)
+
+
+def _config(source: Source, target: Source, given_up: Sequence[str]) -> Check:
+    keys = ("d_model", "n_heads", "n_layers", "d_ffn", "max_seq_len", "vocab_size", "no_bias", "n_kv_heads",
+            "has_wpe", "softmax_scale", "logit_factor", "tie_word_embeddings")  # fmt: skip
+    found = {key: (getattr(source.config, key), getattr(target.config, key)) for key in keys}
+    inside = ("alibi", "clip_qkv", "qk_ln", "alibi_bias_max")
+    found |= {key: (source.config.attention[key], target.config.attention[key]) for key in inside}
+    if not source.config.attention["alibi"]:
+        del found["alibi_bias_max"]
+    differing = [f"{key} {a} became {b}" for key, (a, b) in found.items() if a != b]
+    is_eps_kept = abs(source.config.norm_eps - target.config.norm_eps) < 1e-12
+    differing += [] if is_eps_kept else [f"norm_eps {source.config.norm_eps} became {target.config.norm_eps}"]
+    is_good = not differing or bool(given_up)
+    return Check(1, "config", is_good, "; ".join(differing) or f"{len(found) + 1} settings equal")
+
+
+def _round_trip(source: Source, target: Source, dtype: str) -> Check:
+    """Level 2."""
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    errors: list[tuple[float, str]] = []
+    n_equal = 0
+    for name, tensor in source.tensors.items():
+        expected, found = tensor.read(), target.tensors[name].read()
+        exact = expected.to(kinds[dtype]) if dtype in kinds else expected
+        if torch.equal(found.float(), exact.float()):
+            n_equal += 1
+            continue
+        if torch.equal(found.float(), expected.float()):  # kept wider than asked, as GGUF's norms
+            n_equal += 1
+            continue
+        size = float(expected.float().norm())
+        errors.append((float((found.float() - expected.float()).norm()) / max(size, 1e-30), name))
+    what = f"{n_equal} of {len(source.tensors)} tensors bit for bit"
+    if not errors:
+        return Check(2, "round trip", True, what)
+    errors.sort(reverse=True)
+    worst = ", ".join(f"{name} {error:.2%}" for error, name in errors[:10])
+    limit = {"int8": 0.02, "int4": 0.2}.get(dtype, 0.0)
+    return Check(2, "round trip", errors[0][0] <= limit, f"{what}; the others off by at most {worst}")
+
+
+def _numbers(source: Source, target: Source, folder: Path, dtype: str, is_less: bool) -> list[Check]:
+    """Level 3: lengths, left padding, and what the runtime itself answers where there is one."""
+    reference = _torch(_filled(source))
+    runners: list[tuple[str, Forward]] = []
+    if target.kind == "onnx":
+        from conversion.ort import Session
+
+        runners.append(("onnxruntime", Session(folder).forward))
+    else:
+        runners.append(
+            (
+                f"{target.kind} read back",
+                _torch(_filled(target, "tanh" if target.kind == "fastertransformer" else "erf")),
+            )
+        )
+    if target.kind == "huggingface" and not source.config.beyond_stock():
+        runners.append((_STOCK, _stock(folder)))
+    if is_less:
+        return [Check(3, "numbers", None, "the target computes another model, as --allow says")]
+    checks = []
+    longest = source.config.max_seq_len + 1
+    lengths = [*_LENGTHS, *([longest] if longest <= 4097 and not source.config.has_wpe else [])]
+    for what, forward in runners:
+        known = [n for n in lengths if n < longest] if what == _STOCK else lengths  # its ALiBi ends there
+        limit = "float16" if target.kind == "fastertransformer" and dtype == "float32" else dtype
+        checks.append(_compare(reference, forward, source, known, limit, what))
+        checks.append(_compare_padded(reference, forward, source, limit, what))
+    if target.kind == "onnx":
+        checks.append(_greedy(source, folder, dtype))
+    return checks
+
+
+def _compare(
+    reference: Forward, forward: Forward, source: Source, lengths: Sequence[int], dtype: str, what: str
+) -> Check:
+    generator = torch.Generator().manual_seed(0)
+    worst = Difference()
+    for n in lengths:
+        if source.config.has_wpe and n > source.config.max_seq_len:
+            continue
+        ids = torch.randint(0, source.config.vocab_size, (1, n), generator=generator)
+        mask = torch.ones_like(ids)
+        worst = worst.with_(reference(ids, mask), forward(ids, mask))
+    return worst.check(dtype, f"{what}, {', '.join(map(str, lengths))} tokens")
+
+
+def _compare_padded(reference: Forward, forward: Forward, source: Source, dtype: str, what: str) -> Check:
+    generator = torch.Generator().manual_seed(1)
+    n, n_short = 24, 9
+    ids = torch.randint(0, source.config.vocab_size, (2, n), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, : n - n_short] = 0
+    found = forward(ids, mask)
+    whole = reference(ids[:1], mask[:1])
+    short = reference(ids[1:, n - n_short :], mask[1:, n - n_short :])
+    worst = Difference().with_(whole, found[:1]).with_(short, found[1:, n - n_short :])
+    return worst.check(dtype, f"{what}, two rows with padding on the left")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two models' logits differ, over all positions so far."""
+
+    largest: float = 0.0  # between two logits
+    deviation: float = 0.0  # of the reference's logits, the largest of a batch
+    kl_sum: float = 0.0  # nats
+    n: int = 0
+    n_clear: int = 0  # positions whose likeliest token is ahead of the next by more than the noise
+    n_equal: int = 0  # of these, whose likeliest token is the same
+
+    def with_(self, expected: Tensor, found: Tensor) -> "Difference":
+        expected, found = expected.flatten(0, 1).float(), found.flatten(0, 1).float()
+        difference = expected - found
+        noise = _NOISE * float(difference.square().mean().sqrt())
+        top = expected.topk(2, dim=-1).values
+        is_clear = top[:, 0] - top[:, 1] > noise
+        is_equal = expected.argmax(-1) == found.argmax(-1)
+        kl = F.kl_div(found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="sum")
+        return Difference(
+            max(self.largest, float(difference.abs().max())),
+            max(self.deviation, float(expected.std())),
+            self.kl_sum + float(kl),
+            self.n + len(expected),
+            self.n_clear + int(is_clear.sum()),
+            self.n_equal + int((is_clear & is_equal).sum()),
+        )
+
+    def check(self, dtype: str, what: str) -> Check:
+        """Level 3's verdict at this precision."""
+        kl = max(0.0, self.kl_sum / self.n)  # below 0 by rounding only
+        share = self.n_equal / max(1, self.n_clear)
+        detail = f"largest difference {self.largest:.2g} at deviation {self.deviation:.2g}, KL {kl:.1e}, likeliest "
+        detail += f"token equal at {share:.1%} of the {self.n_clear} of {self.n} positions where one is ahead"
+        if dtype == "float32":
+            is_good = self.largest <= _LOGIT_LIMIT * max(1.0, self.deviation) and share == 1
+        else:
+            most, least = _LIMITS[dtype]
+            is_good = kl <= most and share >= least
+        return Check(3, what, is_good, detail)
+
+
+def _filled(source: Source, gelu: Literal["erf", "tanh"] = "erf") -> MPTForCausalLM:
+    """Our model with a source's weights in float32."""
+    with torch.device("meta"):
+        model = MPTForCausalLM(source.config)
+    model = model.to(torch.float32).to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.tensors[name].read())
+    if gelu == "tanh":
+        for block in model.transformer.blocks:
+            block.ffn.forward = partial(_tanh_ffn, block.ffn)
+    return model.eval()
+
+
+def _tanh_ffn(ffn: MPTMLP, x: Tensor) -> Tensor:
+    """FasterTransformer has the tanh form of GELU only."""
+    out: Tensor = ffn.down_proj(F.gelu(ffn.up_proj(x), approximate="tanh"))
+    return out
+
+
+def _torch(model: Any) -> Forward:
+    @torch.inference_mode()
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+        return logits.float()
+
+    return forward
+
+
+def _stock(folder: Path) -> Forward:
+    from transformers import MptConfig, MptForCausalLM
+
+    with without_progress_bar():
+        model = MptForCausalLM.from_pretrained(folder, config=MptConfig.from_pretrained(folder))
+    return _torch(model.float().eval())
+
+
+def _greedy(source: Source, folder: Path, dtype: str) -> Check:
+    """64 greedy tokens with the cache, in steps of one after a prefill in two chunks, against full forwards."""
+    from conversion.ort import Session
+
+    prompt = torch.randint(0, source.config.vocab_size, (1, 21), generator=torch.Generator().manual_seed(2))[0].tolist()
+    n = min(_GREEDY, source.config.max_seq_len - len(prompt) - 1) if source.config.has_wpe else _GREEDY
+    model = _torch(_filled(source))
+    session = Session(folder)
+    cache, logits = session.extend(None, prompt[:8])
+    cache, logits = session.extend(cache, prompt[8:])
+    ids = list(prompt)
+    for step in range(n):
+        token = int(torch.from_numpy(logits)[0, -1].argmax())
+        expected = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0, -1]
+        if token != int(expected.argmax()):
+            gap = float(expected.max() - expected[token])
+            is_good = dtype not in ("float32",) or gap < _LOGIT_LIMIT * max(1.0, float(expected.std()))
+            return Check(3, "greedy with cache", is_good, f"first differs at token {step + 1} of {n}, by {gap:.2g}")
+        ids.append(token)
+        cache, logits = session.extend(cache, [token])
+    return Check(3, "greedy with cache", True, f"{n} tokens equal, prefill in two chunks")
+
+
+def _tokens(source: Source, target: Source) -> Check:
+    """Level 4."""
+    if source.tokenizer is None:
+        return Check(4, "tokenizer", None, "the source has none")
+    if target.tokenizer is None:
+        return Check(4, "tokenizer", False, "the target has none")
+
+    def ids(tokenizer: Tokenizer) -> list[list[int]]:
+        return [tokenizer.encode(text, allow_special=special) for text in _TEXTS for special in (False, True)]
+
+    if ids(source.tokenizer) != ids(target.tokenizer):
+        return Check(4, "tokenizer", False, "ids differ on the test texts")
+    if source.tokenizer.eos_id != target.tokenizer.eos_id:
+        return Check(4, "tokenizer", False, f"eos {source.tokenizer.eos_id} became {target.tokenizer.eos_id}")
+    return Check(
+        4, "tokenizer", True, f"ids equal on {len(_TEXTS)} texts in many scripts; eos {target.tokenizer.eos_id}"
+    )
+
+
+def _free_bytes() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def again(folder: Path, manifest: dict[str, Any], against: str = "") -> Report:
+    """A converted folder looked at later: every file's sha256, its structure, and a source if one is named."""
+    from mpt.checkpoint import verify_manifest
+
+    try:
+        verify_manifest(folder)
+    except MPTError as error:
+        return Report([Check(5, "sha256", False, str(error))])
+    checks = [Check(5, "sha256", True, f"{len(manifest['files'])} files are what was written")]
+    if against:
+        lost = manifest.get("given_up") or []
+        return Report(
+            [*check(open_source(against), folder, str(manifest.get("dtype", "float32")), lost).checks, *checks]
+        )
+    try:
+        target = _reopen(folder)
+    except MPTError as error:
+        return Report([Check(1, "structure", False, str(error)), *checks])
+    return Report([Check(1, "structure", True, f"{len(target.tensors)} tensors, each once, in its shape"), *checks])
