@@ -134,7 +134,7 @@ def _described(source: "Source") -> dict[str, Any]:
         "licence": card.licence(source),
         "note": "; ".join(source.notes) or None,
         "transformers' own class differs": "; ".join(config.beyond_stock()) or None,
-        "cannot be expressed in": {to: "; ".join(why.values()) for to, why in beyond(config).items() if why} or None,
+        "cannot be expressed in": {to: "; ".join(why.values()) for to, why in beyond(source).items() if why} or None,
     }
 
 

@@ -13,7 +13,6 @@ from conversion import card, verify
 from conversion.formats import fastertransformer, gguf, huggingface, onnx
 from conversion.source import Source, open_source
 from mpt.checkpoint import write_manifest
-from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
 
 log = logging.getLogger(__name__)
@@ -104,19 +103,19 @@ def resolve_dtype(source: Source, options: Options) -> str:
     return options.dtype
 
 
-def beyond(config: MPTConfig) -> dict[Target, dict[str, str]]:
+def beyond(source: Source) -> dict[Target, dict[str, str]]:
     """For every target, the settings of this model it cannot express and why."""
     return {
         "hf": {},
         "onnx": {},
-        "fastertransformer": fastertransformer.cannot_express(config),
-        "gguf": gguf.cannot_express(config),
+        "fastertransformer": fastertransformer.cannot_express(source),
+        "gguf": gguf.cannot_express(source),
     }
 
 
 def _refusals(source: Source, options: Options) -> list[str]:
     """What is given up, as `--allow` says. Raises UnsupportedConfig for what it does not name."""
-    lost = beyond(source.config)[options.to]
+    lost = beyond(source)[options.to]
     unknown = [name for name in options.allow if name not in lost]
     if unknown:
         raise UserError(

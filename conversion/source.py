@@ -125,7 +125,7 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
 
 
 def complete(config: MPTConfig, tensors: dict[str, Lazy], where: Path) -> dict[str, Lazy]:
-    """The tensors as exactly the model's parameters, in its shapes; a head equal to the tied embedding is left out.
+    """The tensors as exactly the model's parameters, in its shapes and order; a head equal to the embedding goes.
 
     Raises DamagedFile naming what is missing, unknown, of another shape, or a head that differs.
     """
@@ -149,7 +149,7 @@ def complete(config: MPTConfig, tensors: dict[str, Lazy], where: Path) -> dict[s
         wte = tensors["transformer.wte.weight"]
         if head.shape != wte.shape or not torch.equal(head.read().to(wte.dtype), wte.read()):
             raise DamagedFile(f"`lm_head.weight` in `{head.where}` differs from the embedding the config ties it to")
-    return tensors
+    return {name: tensors[name] for name in expected}
 
 
 def refuse_links_outside(folder: Path) -> None:

@@ -6,7 +6,7 @@ shape, dtype) and read when its turn comes.
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -128,17 +128,6 @@ def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def in_order(tensors: Mapping[str, Lazy]) -> Iterator[tuple[str, Lazy]]:
-    """Embedding, blocks by number, final norm, head: the order every format writes."""
-
-    def place(name: str) -> tuple[int, int, str]:
-        if ".blocks." in name:
-            return 1, int(name.split(".")[2]), ""
-        return (0 if ".wte." in name or ".wpe." in name else 2), 0, ""
-
-    yield from sorted(tensors.items(), key=lambda item: place(item[0]))
 
 
 def read_exactly(path: Path, offset: int, n: int) -> bytes:

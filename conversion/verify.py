@@ -81,15 +81,18 @@ def check(source: Source, folder: Path, dtype: str, given_up: Sequence[str] = ()
         return Report([Check(1, "structure", False, str(error))])
     checks.append(Check(1, "structure", True, f"{len(target.tensors)} tensors, each once, in its shape"))
     checks += [Check(1, "given up", True, what) for what in given_up]
-    checks.append(_config(source, target, given_up))
+    settings = _config(source, target, given_up)
+    checks.append(settings)
     checks.append(_round_trip(source, target, dtype))
     needed = 2 * 4 * source.n_parameters
     free = _free_bytes()
-    if needed > _MEMORY_SHARE * free:
+    if given_up and "became" in settings.detail:
+        checks.append(Check(3, "numbers", None, "the target is another model, as --allow says"))
+    elif needed > _MEMORY_SHARE * free:
         detail = f"two models in float32 take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
         checks.append(Check(3, "numbers", None, detail))
     else:
-        checks += _numbers(source, target, folder, dtype, bool(given_up))
+        checks += _numbers(source, target, folder, dtype)
     checks.append(_tokens(source, target))
     return Report(checks)
 
@@ -139,7 +142,7 @@ def _round_trip(source: Source, target: Source, dtype: str) -> Check:
     return Check(2, "round trip", errors[0][0] <= limit, f"{what}; the others off by at most {worst}")
 
 
-def _numbers(source: Source, target: Source, folder: Path, dtype: str, is_less: bool) -> list[Check]:
+def _numbers(source: Source, target: Source, folder: Path, dtype: str) -> list[Check]:
     """Level 3: lengths, left padding, and what the runtime itself answers where there is one."""
     reference = _torch(_filled(source))
     runners: list[tuple[str, Forward]] = []
@@ -156,8 +159,6 @@ def _numbers(source: Source, target: Source, folder: Path, dtype: str, is_less: 
         )
     if target.kind == "huggingface" and not source.config.beyond_stock():
         runners.append((_STOCK, _stock(folder)))
-    if is_less:
-        return [Check(3, "numbers", None, "the target computes another model, as --allow says")]
     checks = []
     longest = source.config.max_seq_len + 1
     lengths = [*_LENGTHS, *([longest] if longest <= 4097 and not source.config.has_wpe else [])]

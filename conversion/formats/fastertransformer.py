@@ -32,9 +32,9 @@ _IN_BLOCK = (
 )
 
 
-def cannot_express(config: MPTConfig) -> dict[str, str]:
+def cannot_express(source: Source) -> dict[str, str]:
     """By name of a setting, why FasterTransformer would compute this model differently."""
-    attention = config.attention
+    config, attention = source.config, source.config.attention
     found: dict[str, str] = {}
     if attention["clip_qkv"] is not None:
         found["clip_qkv"] = f"clip_qkv {attention['clip_qkv']}: FasterTransformer does not clip"
@@ -47,7 +47,9 @@ def cannot_express(config: MPTConfig) -> dict[str, str]:
     if attention["softmax_scale"] not in (None, config.d_head**-0.5):
         found["softmax_scale"] = f"softmax_scale {attention['softmax_scale']}: FasterTransformer uses 1/sqrt(d_head)"
     if config.n_kv_heads != config.n_heads:
-        found["kv_n_heads"] = f"{config.n_kv_heads} key-value heads: FasterTransformer has one for each query head"
+        found["kv_n_heads"] = (
+            f"kv_n_heads {config.n_kv_heads}: FasterTransformer has a key-value head for each query head"
+        )
     return found
 
 

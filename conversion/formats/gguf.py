@@ -42,14 +42,24 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types
 _MOST = 10_000_000  # entries of any table: a vocabulary has 50,432
 
 
-def cannot_express(config: MPTConfig) -> dict[str, str]:
-    """By name of a setting, what llama.cpp's MPT leaves out."""
+def cannot_express(source: Source) -> dict[str, str]:
+    """By name of a setting, what llama.cpp would do differently with this file."""
+    config = source.config
     found: dict[str, str] = {}
     if config.logit_factor is not None:
         found["logit_scale"] = f"logit_scale {config.logit_scale}: llama.cpp's MPT does not scale logits"
     if config.attention["softmax_scale"] not in (None, config.d_head**-0.5):
         found["softmax_scale"] = f"softmax_scale {config.attention['softmax_scale']}: llama.cpp uses 1/sqrt(d_head)"
+    if config.attention["qk_ln"]:
+        found["qk_ln"] = "qk_ln: llama.cpp (seen in v0.5.0) aborts on a file that holds it"
+    if source.tokenizer is not None and not _splits_as_neox(source.tokenizer):
+        found["tokenizer"] = "tokenizer: llama.cpp knows no pattern that splits text as this one does"
     return found
+
+
+def _splits_as_neox(tokenizer: Tokenizer) -> bool:
+    splitter = json.loads(tokenizer.to_json())["pre_tokenizer"] or {}
+    return splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True) and not splitter["add_prefix_space"]
 
 
 def their_name(name: str) -> str:
@@ -73,7 +83,7 @@ def write(source: Source, out: Path, quantisation: str, advance: Callable[[int],
     writer: Any = gguf.GGUFWriter(str(out / "model.gguf"), _ARCH)
     _add_keys(writer, source, quantisation)
     _add_tokenizer(writer, source, source.tokenizer)
-    ordered = list(tensors.in_order(source.tensors))
+    ordered = list(source.tensors.items())
     kinds = {name: _kind(name, tensor, quantisation) for name, tensor in ordered}
     for name, tensor in ordered:
         kind = kinds[name]
@@ -310,10 +320,10 @@ def _config(keys: Mapping[str, Any], found: Mapping[str, _Entry], path: Path) ->
         raise DamagedFile(f"`{path}` misses `token_embd.weight`")
     d_model, n_heads = key("embedding_length"), key("attention.head_count")
     n_kv_heads = key("attention.head_count_kv", n_heads)
-    bias_max = float(key("attention.max_alibi_bias", 0.0))
+    bias_max = _decimal(key("attention.max_alibi_bias", 0.0))
     attention: dict[str, Any] = {
         "alibi": bias_max > 0,
-        "clip_qkv": float(key("attention.clamp_kqv", 0.0)) or None,
+        "clip_qkv": _decimal(key("attention.clamp_kqv", 0.0)) or None,
         "qk_ln": any("attn_q_norm" in name for name in found),
     }
     if bias_max > 0:
@@ -327,12 +337,17 @@ def _config(keys: Mapping[str, Any], found: Mapping[str, _Entry], path: Path) ->
         expansion_ratio=key("feed_forward_length") / d_model,
         max_seq_len=key("context_length"),
         vocab_size=found["token_embd.weight"].shape[0],
-        norm_eps=round(float(key("attention.layer_norm_epsilon", 1e-5)), 12),  # stored as float32
+        norm_eps=_decimal(key("attention.layer_norm_epsilon", 1e-5)),
         no_bias="output_norm.bias" not in found,
         tie_word_embeddings="output.weight" not in found,
         learned_pos_emb=True,
         attn_config=attention,
     )
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that a float32 of the file stands for: 0.7, not 0.699999988."""
+    return float(str(np.float32(value)))
 
 
 def _names(config: MPTConfig) -> list[str]:

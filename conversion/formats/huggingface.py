@@ -63,20 +63,19 @@ def write(source: Source, out: Path, dtype: torch.dtype, advance: Callable[[int]
 
 def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int], None]) -> None:
     """Stream tensors into model.safetensors, or into shards with an index. Raises DamagedFile for NaN and infinity."""
-    ordered = dict(tensors.in_order(found))
-    groups = tensors.shards({name: tensor.n_bytes for name, tensor in ordered.items()}, SHARD_BYTES)
+    groups = tensors.shards({name: tensor.n_bytes for name, tensor in found.items()}, SHARD_BYTES)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        described = {name: (ordered[name].dtype, ordered[name].shape) for name in names}
+        described = {name: (found[name].dtype, found[name].shape) for name in names}
         with SafetensorsFile(out / file, described) as target:
             for name in names:
-                values = ordered[name].read()
-                tensors.check_finite(name, values, ordered[name].where)
+                values = found[name].read()
+                tensors.check_finite(name, values, found[name].where)
                 advance(len(target.write(name, values)))
     if len(groups) > 1:
-        total = sum(tensor.n_bytes for tensor in ordered.values())
+        total = sum(tensor.n_bytes for tensor in found.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(out / f"{_SINGLE}.index.json", index)
 
