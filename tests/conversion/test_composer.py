@@ -1,0 +1,183 @@
+"""Composer checkpoints, whole and in shards: weights, config, tokenizer and template come out; nothing in them runs."""
+
+import datetime
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import mpt.checkpoint
+from conversion.convert import Options, convert
+from conversion.source import open_source
+from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
+from tests.conversion.conftest import make
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+class Runs:
+    """A pickle that would write a file if it were run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self._path}",))
+
+
+def state_of(source: Path, **tokenizer: Any) -> dict[str, Any]:
+    """What Composer saves of a model, as its HuggingFaceModel and State write it."""
+    model = mpt.checkpoint.load(source)
+    entries: dict[str, Any] = {
+        path.stem: {"file_extension": path.suffix, "content": json.loads(path.read_text())}
+        for path in source.glob("*.json")
+        if path.stem in ("tokenizer", "tokenizer_config", "special_tokens_map")
+    }
+    entries["chat_template"] = {"file_extension": ".jinja", "content": TEMPLATE}
+    config = json.loads((source / "config.json").read_text())
+    return {
+        "model": {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"},
+        "timestamp": {"Timestamp": {"epoch": 0, "batch": 2000, "total_wct": datetime.timedelta(seconds=5)}},
+        "integrations": {
+            "huggingface": {
+                "model": {"config": {"file_extension": ".json", "content": config}, "class": "MPTForCausalLM"},
+                "tokenizer": entries | tokenizer,
+            }
+        },
+    }
+
+
+def save(path: Path, state: dict[str, Any]) -> Path:
+    random_state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    torch.save({"state": state, "rng": [random_state]}, path)
+    return path
+
+
+def same(source: Path, folder: Path) -> bool:
+    before, after = (mpt.checkpoint.load(each).state_dict() for each in (source, folder))
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("shape", ["storywriter", "1b", "untied"])
+def test_a_monolithic_checkpoint(shape: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", shape)
+    state = state_of(source)
+    if shape == "untied":
+        state["model"]["model.lm_head.weight"] = mpt.checkpoint.load(source).lm_head.weight
+    path = save(tmp_path / "ep0-ba2000-rank0.pt", state)
+    assert open_source(path).kind == "composer"
+    convert(path, tmp_path / "out", Options(to="hf"))
+    assert same(source, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_sharded_checkpoint_of_one_rank(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "storywriter")
+    dcp.save({"state": state_of(source)}, checkpoint_id=tmp_path / "ep0-ba2000", no_dist=True)
+    assert open_source(tmp_path / "ep0-ba2000").kind == "composer-sharded"
+    convert(tmp_path / "ep0-ba2000", tmp_path / "out", Options(to="hf"))
+    assert same(source, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+_TWO_RANKS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from tests.conversion.test_composer import state_of
+dist.init_process_group("gloo")
+state = state_of(Path(sys.argv[1]))
+mesh = init_device_mesh("cpu", (2,))
+state["model"] = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in state["model"].items()}
+dcp.save({"state": state}, checkpoint_id=sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_checkpoint_of_two_ranks(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b", n_layers=1)
+    script = tmp_path / "save.py"
+    script.write_text(_TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(source), str(tmp_path / "ep0-ba1")], env=env, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "ep0-ba1").glob("*.distcp"))) == 2
+    convert(tmp_path / "ep0-ba1", tmp_path / "out", Options(to="hf"))
+    assert same(source, tmp_path / "out")
+
+
+def test_tokenizer_files_of_other_names_go_nowhere(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    evil = {
+        "../../escaped": {"file_extension": ".json", "content": {}},
+        "modeling_mpt": {"file_extension": ".py", "content": "raise SystemExit"},
+        "tokenizer_config": {"file_extension": ".py", "content": "raise SystemExit"},
+    }
+    convert(save(tmp_path / "a.pt", state_of(source, **evil)), tmp_path / "out", Options(to="hf"))
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert not {"escaped.json", "modeling_mpt.py", "tokenizer_config.py"} & names
+
+
+def test_pickles_that_ask_for_code_are_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    source = make(tmp_path / "source", "mpt-7b")
+    state = state_of(source)
+    with pytest.raises(DamagedFile, match="can run code"):
+        open_source(save(tmp_path / "a.pt", state | {"callbacks": Runs(ran)}))
+    dcp.save({"state": state}, checkpoint_id=tmp_path / "sharded", no_dist=True)
+    metadata = tmp_path / "sharded" / ".metadata"
+    good = metadata.read_bytes()
+    metadata.write_bytes(pickle.dumps(Runs(ran)))
+    with pytest.raises(DamagedFile, match=r"asks for `posix\.system`"):
+        open_source(tmp_path / "sharded")
+    metadata.write_bytes(good[: len(good) // 2])
+    with pytest.raises(DamagedFile, match=r"\.metadata"):
+        open_source(tmp_path / "sharded")
+    metadata.write_bytes(good)
+    shard = next((tmp_path / "sharded").glob("*.distcp"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DamagedFile, match=r"ends .* bytes early|is damaged"):
+        convert(tmp_path / "sharded", tmp_path / "out", Options(to="hf"))
+    shard.unlink()
+    with pytest.raises((DamagedFile, CheckpointNotFound)):
+        convert(tmp_path / "sharded", tmp_path / "out", Options(to="hf"))
+    assert not ran.exists() and not list(tmp_path.glob("out*"))
+
+
+def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    dcp.save({"state": state_of(source)}, checkpoint_id=tmp_path / "sharded", no_dist=True)
+    path = tmp_path / "sharded" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../sharded/{info.relative_path}"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedFile, match="outside the folder"):
+        open_source(tmp_path / "sharded")
+
+
+def test_a_checkpoint_without_a_config_says_so(tmp_path: Path) -> None:
+    state = state_of(make(tmp_path / "source", "mpt-7b"))
+    with pytest.raises(UnsupportedConfig, match="holds no config"):
+        open_source(save(tmp_path / "a.pt", state | {"integrations": {}}))
+    torch.save({"weights": 1}, tmp_path / "b.pt")
+    with pytest.raises(DamagedFile, match="has no `state`"):
+        open_source(tmp_path / "b.pt")
