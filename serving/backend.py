@@ -1,12 +1,12 @@
 """What the engine needs from a model, and the torch implementation of it.
 
 The engine plans; a backend computes one step of mixed prefill and decode, and owns the memory of each row's KV cache.
-The interface is small on purpose: onnxruntime and Triton can stand behind it. Not here: who runs when, sampling, text.
+The interface is small on purpose: onnxruntime stands behind it too (`onnx_backend.py`). Not here: who runs when, text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs abou
 class Row:
     """One sequence's KV cache. `length` tokens of it are valid; a step writes behind them, the engine advances it."""
 
-    kv: list[Tensor]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads
+    kv: list[Any]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads
     length: int = 0
 
     @property
     def capacity(self) -> int:
-        return self.kv[0].shape[2]
+        """Tokens it has memory for."""
+        return int(self.kv[0].shape[2])
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,21 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mpt.catalog import describe, resolve
-from mpt.checkpoint import load
-from mpt.errors import MachineRefused
+from mpt.checkpoint import load, read_manifest, verify_manifest
+from mpt.config import MPTConfig
+from mpt.errors import MachineRefused, UserError
 from mpt.local import choose_device
 from mpt.prompts import PromptStyle
 from mpt.tokenizer import Tokenizer
-from serving.backend import TorchBackend
+from serving.backend import Backend, TorchBackend
 from serving.engine import Engine
+from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
@@ -63,10 +66,14 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     folder = resolve(root)
     entry = describe(root)
     device = choose_device(options.device)
-    model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
+    backend: Backend
+    if (folder / "model.onnx").is_file():
+        backend, config, dtype = _onnx(folder, options)
+    else:
+        model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
+        backend, config, dtype = TorchBackend(model), model.config, str(model.dtype).removeprefix("torch.")
     tokenizer = Tokenizer.from_folder(folder)
-    backend = TorchBackend(model)
-    context = options.context_lengths.get(name, model.config.max_seq_len)
+    context = options.context_lengths.get(name, config.max_seq_len)
     kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, device, n_sharing)
     engine = Engine(
         backend,
@@ -92,7 +99,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     log.info(
         "%s: %s on %s, context %d tokens, KV cache %.2f GB, prompts %s, licence %s%s",
         name,
-        str(model.dtype).removeprefix("torch."),
+        dtype,
         device,
         endpoint.context_length,
         kv_bytes / 1e9,
@@ -105,7 +112,18 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     return endpoint
 
 
-def _default_kv_bytes(backend: TorchBackend, context: int, max_running: int, device: str, n_sharing: int) -> int:
+def _onnx(folder: Path, options: ServeOptions) -> tuple[OnnxBackend, MPTConfig, str]:
+    """A folder of `mpt convert --to onnx`. Raises UserError for a dtype it was not converted to."""
+    verify_manifest(folder)
+    manifest = read_manifest(folder) or {}
+    stored = str(manifest.get("dtype", "its own"))
+    if options.dtype not in ("auto", stored):
+        raise UserError(f"`{folder}` was converted to {stored}; --dtype {options.dtype} needs another conversion")
+    backend = OnnxBackend(folder, options.device)
+    return backend, backend.session.config, f"onnxruntime {stored}"
+
+
+def _default_kv_bytes(backend: Backend, context: int, max_running: int, device: str, n_sharing: int) -> int:
     """Room for every row at full context, or this model's share of the free memory if that is less."""
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else _available_bytes()
     share = int(free * _KV_SHARE / n_sharing)

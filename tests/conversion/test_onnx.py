@@ -12,7 +12,7 @@ import torch
 import mpt.checkpoint
 from conversion.convert import Options, convert
 from conversion.formats.onnx import dequantise, quantise
-from conversion.ort import Session
+from mpt.onnx_session import Session
 from mpt.tokenizer import Tokenizer
 from tests.conversion.conftest import SHAPES, make
 

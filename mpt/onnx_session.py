@@ -1,4 +1,7 @@
-"""Runs a converted ONNX folder in onnxruntime: whole batches for comparing, and a cache for continuing."""
+"""Runs a converted ONNX folder in onnxruntime: whole batches for comparing, and a cache for continuing.
+
+What verifies a conversion and what serves one share it. The graph is described in `conversion/formats/onnx.py`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpt.checkpoint import read_config
-from mpt.errors import DamagedFile
+from mpt.errors import DamagedFile, MachineRefused, UserError
 
 Cache = list[Any]  # keys and values of each layer, (1, KV heads, P, D)
 _ALL = 2**62
@@ -18,16 +21,23 @@ _ALL = 2**62
 class Session:
     """An onnxruntime session over `model.onnx`."""
 
-    def __init__(self, folder: Path, n_threads: int = 0) -> None:
-        """n_threads: 0 leaves it to onnxruntime. Raises DamagedFile for a graph it does not take."""
-        import onnxruntime as ort
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        """device: `cpu`, `cuda`, or `auto` for CUDA where onnxruntime has it.
 
+        Raises DamagedFile for a graph that does not load, MachineRefused where CUDA is asked for and is not there.
+        """
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise UserError("ONNX folders need onnxruntime: pip install 'mpt[conversion]'") from error
         self.config = read_config(folder)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = n_threads
         options.log_severity_level = 3
-        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        providers = [name for name in wanted if name in ort.get_available_providers()]
+        providers = ["CPUExecutionProvider"]
+        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
+            providers.insert(0, "CUDAExecutionProvider")
+        elif device == "cuda":
+            raise MachineRefused("onnxruntime has no CUDA here; install onnxruntime-gpu, or take --device cpu")
         try:
             self._session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
         except Exception as error:  # onnxruntime raises its own classes, all of Exception
