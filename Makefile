@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup serve test check format tiny bench clean
+.PHONY: setup serve test check format tiny bench llama triton clean
 
 setup: $(READY)
 
@@ -36,5 +36,13 @@ bench: setup  ## every number of docs/benchmarks.md
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train.py
 
+llama:  ## llama.cpp, prebuilt for node, for tests of GGUF files
+	mkdir -p .llama && cd .llama && npm install --silent --no-fund --no-audit --ignore-scripts node-llama-cpp@3.22.1
+
+# A venv of its own: Triton's python backend needs numpy < 2.
+triton:  ## a Triton server for CPU, for tests of model repositories and `mpt serve --model triton://`
+	test -x .triton/bin/python || $(PYTHON) -m venv .triton
+	.triton/bin/python -m pip install --quiet --disable-pip-version-check -r conversion/triton_repository/requirements.txt
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .llama .triton .mypy_cache .ruff_cache .pytest_cache

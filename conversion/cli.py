@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # The same as in conversion.convert, which is slow to import; the type checker compares them.
 Target = Literal["hf", "onnx", "fastertransformer", "gguf"]
 DtypeChoice = Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
+TritonChoice = Literal["no", "whole", "stream"]
 SourcePath = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder or file of any kind, or a name of the catalog.")
 ]
@@ -30,7 +31,9 @@ def convert(
         DtypeChoice, typer.Option(help="Of the weights; auto keeps them (ONNX: float32 for bfloat16).")
     ] = "auto",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks a FasterTransformer folder is split for.")] = 1,
-    triton: Annotated[bool, typer.Option("--triton", help="Also a Triton model repository, in TARGET/triton.")] = False,
+    triton: Annotated[
+        TritonChoice, typer.Option(help="With onnx: a Triton repository too, answering at once or token by token.")
+    ] = "no",
     allow: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A setting the target may lose; once per setting.")
     ] = None,

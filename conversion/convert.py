@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from conversion import card, verify
-from conversion.formats import fastertransformer, gguf, huggingface, onnx
+from conversion.formats import fastertransformer, gguf, huggingface, onnx, triton
 from conversion.source import Source, open_source
 from mpt.checkpoint import write_manifest
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
@@ -41,7 +41,7 @@ class Options:
     verify: bool = True
     tokenizer: Path | None = None
     base: str | None = None
-    triton: bool = False  # also a Triton model repository
+    triton: Literal["no", "whole", "stream"] = "no"  # also a Triton repository: an answer a request, or one a token
 
 
 def convert(
@@ -129,8 +129,8 @@ def _refusals(source: Source, options: Options) -> list[str]:
             )
     if options.tensor_parallel != 1 and options.to != "fastertransformer":
         raise UserError(f"`--tensor-parallel` goes with --to fastertransformer, not {options.to}")
-    if options.triton and options.to not in ("fastertransformer", "onnx"):
-        raise UserError(f"`--triton` goes with --to onnx or fastertransformer, not {options.to}")
+    if options.triton != "no" and options.to != "onnx":
+        raise UserError(f"`--triton` goes with --to onnx, which it runs, not {options.to}")
     return [lost[name] for name in options.allow]
 
 
@@ -143,6 +143,8 @@ def _write(source: Source, out: Path, options: Options, dtype: str, advance: Cal
         gguf.write(source, out, _GGUF_NAMES[dtype], advance)
     else:
         onnx.write(source, out, dtype, advance)
+        if options.triton != "no":
+            triton.write(out, options.triton == "stream")
 
 
 def _manifest(source: Source, options: Options, dtype: str, given_up: Sequence[str]) -> dict[str, Any]:

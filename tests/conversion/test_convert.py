@@ -163,7 +163,7 @@ def test_options_that_mean_nothing_are_refused(checkpoint: Path, tmp_path: Path)
         (Options(to="onnx", dtype="bfloat16"), "does not exist for onnx"),
         (Options(to="hf", tensor_parallel=2), "goes with --to fastertransformer"),
         (Options(to="fastertransformer", tensor_parallel=3), "must divide n_heads 4"),
-        (Options(to="gguf", triton=True), "`--triton` goes with"),
+        (Options(to="gguf", triton="whole"), "`--triton` goes with"),
         (Options(to="hf", base="mpt-tiny"), "`--base` goes with adapters"),
     ):
         with pytest.raises(UserError, match=said):
