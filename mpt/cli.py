@@ -91,7 +91,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]NAME|PATH",
-            help="A checkpoint to serve: a name of the catalog, a folder, a hub repository; repeatable.",
+            help="A checkpoint to serve: a name of the catalog, a folder (ONNX too), a hub repository, or "
+            "NAME=triton://HOST:PORT/MODEL?checkpoint=NAME; repeatable.",
             show_default="the four of the mpt-tiny family",
         ),
     ] = None,
@@ -154,7 +155,8 @@ def serve(
     from mpt.catalog import resolve
 
     for source in sources.values():
-        resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
+        if not source.startswith("triton://"):
+            resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
     options = import_module("serving.options").ServeOptions(
         models=sources,
         host=host,

@@ -13,10 +13,10 @@ from typing import Any
 
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 from serving.endpoints import Endpoint
-from serving.engine import Answer
 from serving.errors import from_engine
 from serving.metrics import Metrics
 from serving.request import Delta, EngineError, Event, PromptScored, Sampling, Started, TokenLogprob
+from serving.sequence import Answer
 
 _LOWEST = -9999.0  # JSON has no -inf; the value OpenAI's servers use
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpt.catalog import describe, resolve
-from mpt.checkpoint import load, read_manifest, verify_manifest
+from mpt.checkpoint import load, read_config, read_manifest, verify_manifest
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
 from mpt.local import choose_device
@@ -20,6 +20,7 @@ from serving.backend import Backend, TorchBackend
 from serving.engine import Engine
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
+from serving.triton_engine import SCHEME, Address, TritonEngine
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Endpoint:
 
     name: str
     root: str  # what was asked for: catalog name, folder or hub repository
-    engine: Engine
+    engine: Engine | TritonEngine
     tokenizer: Tokenizer
     prompt_style: PromptStyle
     system_prompt: str | None
@@ -63,6 +64,8 @@ class Endpoint:
 
 def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoint:
     """Load one model and start its engine; n_sharing models share the memory that is free."""
+    if root.startswith(SCHEME):
+        return _open_triton(name, root, options)
     folder = resolve(root)
     entry = describe(root)
     device = choose_device(options.device)
@@ -110,6 +113,33 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     if endpoint.context_length < context:
         log.warning("%s: the KV cache holds %d of %d tokens of context", name, endpoint.context_length, context)
     return endpoint
+
+
+def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
+    """A model of a Triton server. Raises UserError for options that are the server's to decide."""
+    address = Address.parse(root)
+    for option, value in (("--device", options.device), ("--dtype", options.dtype)):
+        if value != "auto":
+            raise UserError(f"`{option} {value}` cannot be chosen for `{root}`; the Triton server decides it")
+    folder = resolve(address.checkpoint)
+    entry, config, tokenizer = describe(address.checkpoint), read_config(folder), Tokenizer.from_folder(folder)
+    context = options.context_lengths.get(name, config.max_seq_len)
+    engine = TritonEngine(
+        address, tokenizer, context_length=context, vocab_size=config.vocab_size, max_waiting=options.max_waiting
+    )
+    engine.start()
+    log.info("%s: `%s` of Triton at %s, context %d tokens", name, address.model, address.server, context)
+    return Endpoint(
+        name=name,
+        root=name,
+        engine=engine,
+        tokenizer=tokenizer,
+        prompt_style=options.prompt_styles.get(name, entry.prompt_style),
+        system_prompt=entry.system_prompt,
+        licence=entry.licence,
+        vocab_size=config.vocab_size,
+        context_length=context,
+    )
 
 
 def _onnx(folder: Path, options: ServeOptions) -> tuple[OnnxBackend, MPTConfig, str]:

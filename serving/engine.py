@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,9 @@ from torch import Tensor
 from mpt.sampling import sample
 from mpt.tokenizer import Tokenizer
 from serving.backend import Backend, Work
+from serving.drawing import columns, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.request import (
-    Delta,
     EngineError,
     EngineFailed,
     Event,
@@ -38,7 +38,7 @@ from serving.request import (
     Started,
     TokenLogprob,
 )
-from serving.sequence import Request, Sequence
+from serving.sequence import Answer, Request, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class Engine:
         request_id: str,
         deadline_s: float | None = None,
         salt: str = "",
-    ) -> "Answer":
+    ) -> Answer:
         """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
         salt: prompts share cached beginnings only within one. Raises Overloaded, PromptTooLong, ShuttingDown.
@@ -469,7 +469,7 @@ class Engine:
             for row, sequence in enumerate(sequences):
                 if sequence.adjusts_logits:
                     sequence.adjust(logits[row])
-        tokens = sample(logits, *_columns(sequences, logits.device)).tolist()
+        tokens = sample(logits, *columns(sequences, logits.device)).tolist()
         asked = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         logprobs: dict[int, TokenLogprob] = {}
         if asked:
@@ -526,59 +526,6 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._hand_out()
-
-
-class Answer:
-    """What happens to one request, event by event, until all its n samples have ended.
-
-    Closing it cancels: the memory is free at the next step. Raises RequestTimeout, ShuttingDown and EngineFailed.
-    """
-
-    def __init__(
-        self, request: Request, inbox: "asyncio.Queue[Event | EngineError]", cancel: Callable[[Request], None]
-    ) -> None:
-        self._request, self._inbox, self._cancel = request, inbox, cancel
-        self._n_left = request.sampling.n
-
-    def __aiter__(self) -> "Answer":
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._n_left:
-            raise StopAsyncIteration
-        event = await self._inbox.get()
-        if isinstance(event, EngineError):
-            raise event
-        self._n_left -= isinstance(event, Delta) and event.finish_reason is not None
-        return event
-
-    def close(self) -> None:
-        self._cancel(self._request)
-
-
-def token_logprobs(logits: Tensor, tokens: list[int], n_top: list[int]) -> list[TokenLogprob]:
-    """Each token's log-probability in its row of logits, (N, V) float32, with its row's n_top best alternatives."""
-    if not tokens:
-        return []
-    logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(-1).tolist()
-    top_values, top_ids = logprobs.topk(min(max(n_top), logits.shape[-1]), dim=-1) if max(n_top) else (None, None)
-    out = []
-    for row, (token, logprob, n) in enumerate(zip(tokens, own, n_top, strict=True)):
-        top: Iterable[tuple[int, float]] = ()
-        if n and top_values is not None and top_ids is not None:
-            top = zip(top_ids[row, :n].tolist(), top_values[row, :n].tolist(), strict=True)
-        out.append(TokenLogprob(token, logprob, tuple(top)))
-    return out
-
-
-def _columns(sequences: list[Sequence], device: torch.device) -> tuple[Tensor, ...]:
-    """Temperature, top_p, top_k, min_p and this step's uniform number of each sequence, (B,) float64 each."""
-    rows = [
-        (s.sampling.temperature, s.sampling.top_p, s.sampling.top_k, s.sampling.min_p, s.random.random())
-        for s in sequences
-    ]
-    return torch.tensor(rows, device=device, dtype=torch.float64).unbind(-1)
 
 
 def _deliver(events: list[tuple[Request, Event | EngineError]]) -> None:

@@ -12,6 +12,7 @@ from serving.request import (
     PromptTooLong,
     RequestTimeout,
     ShuttingDown,
+    Unsupported,
 )
 
 
@@ -78,6 +79,8 @@ def from_engine(error: EngineError, *, started: bool = False) -> ApiError:
     """The engine's error as the server says it. started: whether the request had left the queue."""
     if isinstance(error, PromptTooLong):
         return InvalidRequest(str(error), code="context_length_exceeded")
+    if isinstance(error, Unsupported):
+        return InvalidRequest(str(error), code="unsupported_value")
     if isinstance(error, Overloaded):
         return Unavailable(str(error), code="overloaded")
     if isinstance(error, ShuttingDown):

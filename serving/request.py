@@ -91,6 +91,10 @@ class PromptTooLong(EngineError):
     """Prompt plus max_tokens exceed the context or the KV budget."""
 
 
+class Unsupported(EngineError):
+    """This engine cannot do what a field of the request asks."""
+
+
 class ShuttingDown(EngineError):
     """The engine is draining: no new requests."""
 

@@ -156,3 +156,31 @@ class Sequence:
         self.finished = reason is not None
         logprobs = None if logprob is None else (logprob,)
         return Delta(self.index, text, (token,), logprobs, reason, stop)
+
+
+class Answer:
+    """What happens to one request, event by event, until all its n samples have ended.
+
+    Closing it cancels: the memory is free at the next step. Raises RequestTimeout, ShuttingDown and EngineFailed.
+    """
+
+    def __init__(
+        self, request: Request, inbox: "asyncio.Queue[Event | EngineError]", cancel: Callable[[Request], None]
+    ) -> None:
+        self._request, self._inbox, self._cancel = request, inbox, cancel
+        self._n_left = request.sampling.n
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._n_left:
+            raise StopAsyncIteration
+        event = await self._inbox.get()
+        if isinstance(event, EngineError):
+            raise event
+        self._n_left -= isinstance(event, Delta) and event.finish_reason is not None
+        return event
+
+    def close(self) -> None:
+        self._cancel(self._request)

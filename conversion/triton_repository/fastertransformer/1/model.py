@@ -224,7 +224,8 @@ def _rows(request, model):
             raise ValueError(f"input_ids has {int(ids[n, :length].max())}, the vocabulary {vocab_size} entries")
         settings = {
             "top_k": int(of("runtime_top_k", 0, n)), "top_p": float(of("runtime_top_p", 0.0, n)),
-            "temperature": float(of("temperature", 1.0, n)), "repetition_penalty": float(of("repetition_penalty", 1.0, n)),
+            "temperature": float(of("temperature", 1.0, n)),
+            "repetition_penalty": float(of("repetition_penalty", 1.0, n)),
             "end_id": int(of("end_id", end_id, n)),
             "stop_words": _words(get("stop_words_list"), n), "bad_words": _words(get("bad_words_list"), n),
         }  # fmt: skip
