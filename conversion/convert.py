@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from conversion import card, verify
-from conversion.formats import fastertransformer, gguf, huggingface, onnx, triton
+from conversion.formats import fastertransformer, gguf_file, huggingface, onnx_folder, triton
 from conversion.source import Source, open_source
 from mpt.checkpoint import write_manifest
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
@@ -109,7 +109,7 @@ def beyond(source: Source) -> dict[Target, dict[str, str]]:
         "hf": {},
         "onnx": {},
         "fastertransformer": fastertransformer.cannot_express(source),
-        "gguf": gguf.cannot_express(source),
+        "gguf": gguf_file.cannot_express(source),
     }
 
 
@@ -140,9 +140,9 @@ def _write(source: Source, out: Path, options: Options, dtype: str, advance: Cal
     elif options.to == "fastertransformer":
         fastertransformer.write(source, out, getattr(torch, dtype), options.tensor_parallel, advance)
     elif options.to == "gguf":
-        gguf.write(source, out, _GGUF_NAMES[dtype], advance)
+        gguf_file.write(source, out, _GGUF_NAMES[dtype], advance)
     else:
-        onnx.write(source, out, dtype, advance)
+        onnx_folder.write(source, out, dtype, advance)
         if options.triton != "no":
             triton.write(out, options.triton == "stream")
 

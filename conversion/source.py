@@ -111,7 +111,7 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
         refuse_links_outside(path)
     if base is not None and kind != "adapter":
         raise UserError(f"`--base` goes with adapters; `{path}` is {kind}")
-    from conversion.formats import adapter, composer, fastertransformer, gguf, huggingface
+    from conversion.formats import adapter, composer, fastertransformer, gguf_file, huggingface
 
     if kind == "adapter":
         return adapter.read(path, base)
@@ -120,7 +120,7 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
     if kind == "fastertransformer":
         return fastertransformer.read(path, tokenizer)
     if kind == "gguf":
-        return gguf.read(path, tokenizer)
+        return gguf_file.read(path, tokenizer)
     return huggingface.read(path, kind, tokenizer)
 
 

@@ -32,9 +32,9 @@ def read(folder: Path, kind: str = "huggingface", tokenizer: Path | None = None)
     found = {name: tensors.stored(tensor) for name, tensor in stored_tensors(folder).items()}
     notes = []
     if kind == "onnx" and any(name.endswith(".quantised") for name in found):
-        from conversion.formats import onnx
+        from conversion.formats import onnx_folder
 
-        found = onnx.read_quantised(found)
+        found = onnx_folder.read_quantised(found)
         notes.append("matrices were dequantised")
     if "lm_head.weight" in found and config.tie_word_embeddings:
         notes.append("the head is stored beside the embedding it is tied to")
