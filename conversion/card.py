@@ -1,5 +1,7 @@
 """The model card of a converted checkpoint: what it is, where it came from, under which licence, what to mind."""
 
+from collections.abc import Mapping
+
 import torch
 
 from conversion.source import Source
@@ -29,8 +31,8 @@ def prompt_style(source: Source) -> str | None:
         return None
 
 
-def render(source: Source, dtype: torch.dtype) -> str:
-    """README.md with the front matter the hub reads."""
+def render(source: Source, dtype: torch.dtype, hashes: Mapping[str, str]) -> str:
+    """README.md with the front matter the hub reads. hashes: sha256 of the source's files."""
     config, attention = source.config, source.config.attention
     name = source.path.resolve().name
     its_licence = licence(source)
@@ -64,7 +66,7 @@ def render(source: Source, dtype: torch.dtype) -> str:
     if source.notes:
         lines += ["", "## Notes of the conversion", "", *(f"- {note}" for note in source.notes)]
     lines += ["", "## Source files", "", "| file | sha256 |", "|---|---|"]
-    lines += [f"| {name} | {digest} |" for name, digest in source.hashes.items()]
+    lines += [f"| {name} | {digest} |" for name, digest in hashes.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,13 +74,18 @@ def convert(
         progress(min(done, total), total)
 
     try:
-        _write(source, partial, options, dtype, advance)
+        with ThreadPoolExecutor(1) as pool:
+            hashing = pool.submit(source.hash_files)  # beside the writing: it takes as long
+            digests = _write(source, partial, options, dtype, advance)
+            hashes = hashing.result()
+        if options.to == "hf":
+            (partial / "README.md").write_text(card.render(source, getattr(torch, dtype), hashes), encoding="utf-8")
         report = verify.check(source, partial, dtype, given_up) if options.verify else verify.Report([])
         if not report.is_good:
             raise DamagedFile(f"the conversion to `{out}` is not right, nothing was kept:\n{report.render()}")
         if options.verify:
             (partial / verify.REPORT).write_text(report.to_json(), encoding="utf-8")
-        write_manifest(partial, _manifest(source, options, dtype, given_up))
+        write_manifest(partial, _manifest(source, options, dtype, given_up, hashes), digests)
         if out.exists():
             out.rmdir()
         partial.rename(out.absolute())
@@ -134,20 +140,26 @@ def _refusals(source: Source, options: Options) -> list[str]:
     return [lost[name] for name in options.allow]
 
 
-def _write(source: Source, out: Path, options: Options, dtype: str, advance: Callable[[int], None]) -> None:
+def _write(
+    source: Source, out: Path, options: Options, dtype: str, advance: Callable[[int], None]
+) -> Mapping[Path, str]:
+    """Write everything but card, report and manifest; sha256 of what was hashed on the way."""
     if options.to == "hf":
-        huggingface.write(source, out, getattr(torch, dtype), advance)
-    elif options.to == "fastertransformer":
-        fastertransformer.write(source, out, getattr(torch, dtype), options.tensor_parallel, advance)
-    elif options.to == "gguf":
+        return huggingface.write(source, out, getattr(torch, dtype), advance)
+    if options.to == "fastertransformer":
+        return fastertransformer.write(source, out, getattr(torch, dtype), options.tensor_parallel, advance)
+    if options.to == "gguf":
         gguf_file.write(source, out, _GGUF_NAMES[dtype], advance)
-    else:
-        onnx_folder.write(source, out, dtype, advance)
-        if options.triton != "no":
-            triton.write(out, options.triton == "stream")
+        return {}
+    digests = onnx_folder.write(source, out, dtype, advance)
+    if options.triton != "no":
+        triton.write(out, options.triton == "stream")
+    return digests
 
 
-def _manifest(source: Source, options: Options, dtype: str, given_up: Sequence[str]) -> dict[str, Any]:
+def _manifest(
+    source: Source, options: Options, dtype: str, given_up: Sequence[str], hashes: Mapping[str, str]
+) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -156,7 +168,7 @@ def _manifest(source: Source, options: Options, dtype: str, given_up: Sequence[s
         "given_up": list(given_up),
         "licence": card.licence(source),
         "context_length": source.config.max_seq_len,
-        "source": {"kind": source.kind, "name": source.path.resolve().name, "files": source.hashes},
+        "source": {"kind": source.kind, "name": source.path.resolve().name, "files": hashes},
         "converter": f"mpt-home {version('mpt-home')}",
         **({"prompt_style": style} if (style := card.prompt_style(source)) else {}),
     }

@@ -1,11 +1,9 @@
 """What a path holds: recognised by looking, described, and every tensor of it readable under the model's own name."""
 
-import hashlib
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from conversion.tensors import Lazy
 from mpt.catalog import find_local
+from mpt.checkpoint import read_manifest, sha256
 from mpt.config import MPTConfig
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
 from mpt.model import MPTForCausalLM
@@ -37,6 +36,7 @@ class Source:
     notes: tuple[str, ...] = ()  # what a reader should know of how it was read
     folder: Path | None = None  # that describes it (manifest.json, config.json), if it has one
     licence: str | None = None  # where the file itself says it
+    manifests: tuple[Path, ...] = ()  # folders whose manifest.json its files are checked against
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,14 +48,16 @@ class Source:
     def n_parameters(self) -> int:
         return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
 
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """sha256 of every file it was read from, by name."""
-        found = {}
-        for path in self.files:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
+    def hash_files(self) -> dict[str, str]:
+        """sha256 of every file it was read from, by name. Raises DamagedFile where a manifest says otherwise."""
+        found = {path: sha256(path) for path in self.files}
+        for folder in self.manifests:
+            for name, expected in (read_manifest(folder) or {}).get("files", {}).items():
+                if not (folder / name).is_file():
+                    raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
+                if found.get(folder / name, expected) != expected:
+                    raise DamagedFile(f"`{folder / name}` does not match its sha256 in manifest.json; copy it again")
+        return {path.name: digest for path, digest in found.items()}
 
     @property
     def n_bytes(self) -> int:

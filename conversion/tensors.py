@@ -4,12 +4,16 @@ A checkpoint of any size is converted in the memory of its largest tensor: what 
 shape, dtype) and read when its turn comes.
 """
 
+import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -68,15 +72,43 @@ def stored(tensor: StoredTensor) -> Lazy:
 
 def check_finite(name: str, values: Tensor, where: str) -> None:
     """Raises DamagedFile for NaN or infinity, which no trained checkpoint holds."""
-    # A sum is finite only if all are, and takes no memory; float32's own largest value may overflow it, so look again.
-    if not values.is_floating_point() or bool(values.sum(dtype=torch.float64).isfinite()):
+    if not values.is_floating_point() or not values.numel():
         return
-    n_bad = int((~values.isfinite()).sum())
-    if n_bad:
+    low, high = torch.aminmax(values)  # NaN if any is; one pass that takes no memory
+    if not (math.isfinite(low) and math.isfinite(high)):
+        n_bad = sum(int((~part.isfinite()).sum()) for part in values.view(-1).split(1 << 24))
         raise DamagedFile(f"`{name}` in `{where}` holds {n_bad} values that are NaN or infinite; get another copy")
 
 
-class SafetensorsFile:
+class HashedFile:
+    """A new file whose sha256 is taken while it is written, in a thread: hashing takes as long as writing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._last: Future[None] | None = None
+        self.sha256 = ""  # once it is closed
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append; at most one piece beside this one is held for the hash."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(self._digest.update, data)
+        self._file.write(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._pool.shutdown()
+        self.sha256 = self._digest.hexdigest()
+
+
+class SafetensorsFile(HashedFile):
     """A safetensors file written tensor by tensor, in the order of its header."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -88,27 +120,17 @@ class SafetensorsFile:
             at += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the data begins where any type may lie
-        self.data_start = 8 + len(text)
         self._left = dict(tensors)
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        super().__init__(path)
+        self.write(struct.pack("<Q", len(text)) + text)
 
-    def write(self, name: str, values: Tensor) -> memoryview:
-        """Append the next tensor; returns the bytes written."""
+    def add(self, name: str, values: Tensor) -> int:
+        """Append the next tensor; the bytes it took."""
         expected = next(iter(self._left))
         assert name == expected and self._left.pop(name) == (values.dtype, tuple(values.shape)), (name, expected)
         data = raw(values)
-        self._file.write(data)
-        return data
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        assert kind is not None or not self._left, self._left
+        self.write(data)
+        return len(data)
 
 
 def raw(values: Tensor) -> memoryview:

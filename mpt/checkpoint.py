@@ -217,10 +217,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointNotFound(f"`{folder}` has no model.safetensors or pytorch_model.bin, single or sharded")
 
 
-def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole."""
+def write_manifest(folder: Path, entries: Mapping[str, Any], known: Mapping[Path, str] | None = None) -> None:
+    """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole.
+
+    known: sha256 of files that were hashed while they were written.
+    """
+    known = known or {}
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+    files = {path.relative_to(folder).as_posix(): known.get(path) or sha256(path) for path in paths}
     text = json.dumps({**entries, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -241,7 +245,7 @@ def verify_manifest(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
 
 
@@ -398,6 +402,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from conversion.source import Source, open_source
 from conversion.tensors import Lazy
-from mpt.checkpoint import verify_manifest
 from mpt.errors import DamagedFile, UnsupportedConfig
 
 _PREFIX = "base_model.model."
@@ -21,7 +20,6 @@ def read(folder: Path, base: str | None = None) -> Source:
 
     base: instead of the one its configuration names. Raises UnsupportedConfig for another kind than plain LoRA.
     """
-    verify_manifest(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind, rank, alpha = config["peft_type"], config["r"], config["lora_alpha"]
@@ -65,6 +63,7 @@ def read(folder: Path, base: str | None = None) -> Source:
         generation=whole.generation,
         notes=(f"LoRA of rank {rank} added to `{Path(named).name}`",),
         folder=folder,
+        manifests=(folder, *whole.manifests),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conversion import tensors
 from conversion.source import Source, complete
-from conversion.tensors import Lazy
+from conversion.tensors import HashedFile, Lazy
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UnsupportedConfig, UserError
 from mpt.tokenizer import Tokenizer
@@ -103,14 +103,18 @@ def _pair(name: str, path: str, layout: str, config: MPTConfig, tp: int) -> Iter
         yield _File(f"{path}.bias.bin", (c,), bias, _same)
 
 
-def write(source: Source, out: Path, dtype: torch.dtype, tp: int, advance: Callable[[int], None]) -> None:
-    """Write `<out>/<tp>-gpu/`, config.json and the tokenizer beside it. Raises UserError for a tp that does not fit."""
+def write(source: Source, out: Path, dtype: torch.dtype, tp: int, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Write `<out>/<tp>-gpu/`, config.json and the tokenizer beside it; the weights' sha256.
+
+    Raises UserError for a tp that does not fit.
+    """
     config = source.config
     for what, size in (("n_heads", config.n_heads), ("d_model", config.d_model), ("d_ffn", config.d_ffn)):
         if tp < 1 or size % tp:
             raise UserError(f"`--tensor-parallel` is {tp}; it must divide {what} {size}")
     folder = out / f"{tp}-gpu"
     folder.mkdir()
+    digests: dict[Path, str] = {}
     held: tuple[str | None, Tensor] = (None, torch.empty(0))
     for file in files(config, tp, "lm_head.weight" in source.tensors):
         if file.tensor is None:
@@ -124,7 +128,9 @@ def write(source: Source, out: Path, dtype: torch.dtype, tp: int, advance: Calla
             values = file.part(held[1])
         assert tuple(values.shape) == file.shape, (file.name, values.shape)
         data = tensors.raw(values)
-        (folder / file.name).write_bytes(data)
+        with HashedFile(folder / file.name) as target:
+            target.write(data)
+        digests[folder / file.name] = target.sha256
         advance(len(data))
     (folder / "config.ini").write_text(_ini(source, dtype, tp), encoding="utf-8")
     from conversion.formats.huggingface import write_beside
@@ -132,6 +138,7 @@ def write(source: Source, out: Path, dtype: torch.dtype, tp: int, advance: Calla
     written = MPTConfig.from_dict(config.to_dict())
     written.dtype = dtype
     write_beside(source, written, out)
+    return digests
 
 
 def read(path: Path, tokenizer: Path | None = None) -> Source:

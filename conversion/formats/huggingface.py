@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from conversion import card, tensors
+from conversion import tensors
 from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
-from mpt.checkpoint import read_config, stored_tensors, verify_manifest, weight_files
+from mpt.checkpoint import read_config, stored_tensors, weight_files
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
 from mpt.tokenizer import Tokenizer
@@ -27,7 +27,6 @@ _TEMPLATE = "chat_template.jinja"
 
 def read(folder: Path, kind: str = "huggingface", tokenizer: Path | None = None) -> Source:
     """Hub, in-tree, remote-code and `mosaic_gpt` names; safetensors or .bin, one file or many."""
-    verify_manifest(folder)
     config = read_config(folder)
     found = {name: tensors.stored(tensor) for name, tensor in stored_tensors(folder).items()}
     notes = []
@@ -45,6 +44,7 @@ def read(folder: Path, kind: str = "huggingface", tokenizer: Path | None = None)
         tensors=complete(config, found, folder),
         tokenizer=_tokenizer(tokenizer or folder),
         files=(folder / "config.json", *weight_files(folder)),
+        manifests=(folder,),
         chat_template=_chat_template(folder),
         generation=_object(folder / "generation_config.json"),
         notes=tuple(notes),
@@ -52,19 +52,27 @@ def read(folder: Path, kind: str = "huggingface", tokenizer: Path | None = None)
     )
 
 
-def write(source: Source, out: Path, dtype: torch.dtype, advance: Callable[[int], None]) -> None:
-    """Write the folder's files into `out`, which exists and is empty. advance: called with bytes of weights written."""
+def write(source: Source, out: Path, dtype: torch.dtype, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Write the folder's files into `out`, which exists and is empty, but for the card; the weights' sha256.
+
+    advance: called with bytes of weights written.
+    """
     config = MPTConfig.from_dict(source.config.to_dict())
     config.dtype = dtype
-    write_weights({name: tensor.cast(dtype, name) for name, tensor in source.tensors.items()}, out, advance)
+    written = {name: tensor.cast(dtype, name) for name, tensor in source.tensors.items()}
+    digests = write_weights(written, out, advance)
     write_beside(source, config, out)
-    (out / "README.md").write_text(card.render(source, dtype), encoding="utf-8")
+    return digests
 
 
-def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int], None]) -> None:
-    """Stream tensors into model.safetensors, or into shards with an index. Raises DamagedFile for NaN and infinity."""
+def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Stream tensors into model.safetensors, or into shards with an index; the files' sha256.
+
+    Raises DamagedFile for NaN and infinity.
+    """
     groups = tensors.shards({name: tensor.n_bytes for name, tensor in found.items()}, SHARD_BYTES)
     weight_map: dict[str, str] = {}
+    digests: dict[Path, str] = {}
     for number, names in enumerate(groups, 1):
         file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -73,11 +81,13 @@ def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int],
             for name in names:
                 values = found[name].read()
                 tensors.check_finite(name, values, found[name].where)
-                advance(len(target.write(name, values)))
+                advance(target.add(name, values))
+        digests[out / file] = target.sha256
     if len(groups) > 1:
         total = sum(tensor.n_bytes for tensor in found.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(out / f"{_SINGLE}.index.json", index)
+    return digests
 
 
 def write_beside(source: Source, config: MPTConfig, out: Path) -> None:

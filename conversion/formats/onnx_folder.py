@@ -33,8 +33,8 @@ _TYPES = {
 _ALL = 2**62  # n_logits by default
 
 
-def write(source: Source, out: Path, dtype: str, advance: Callable[[int], None]) -> None:
-    """Write model.onnx, its weights, config, tokenizer and genai_config.json into `out`.
+def write(source: Source, out: Path, dtype: str, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Write model.onnx, its weights, config, tokenizer and genai_config.json into `out`; the weights' sha256.
 
     dtype: float32, float16, or int8 and int4 (`MatMulNBits`, blocks of 32, symmetric; embedding and norms float32).
     """
@@ -42,13 +42,14 @@ def write(source: Source, out: Path, dtype: str, advance: Callable[[int], None])
     found = {name: tensor.cast(computed, name) for name, tensor in source.tensors.items()}
     if dtype in ("int8", "int4"):
         found = _quantised(found, source.config, 8 if dtype == "int8" else 4)
-    huggingface.write_weights(found, out, advance)
+    digests = huggingface.write_weights(found, out, advance)
     build(source.config, out, computed)
     config = MPTConfig.from_dict(source.config.to_dict())
     config.dtype = computed
     huggingface.write_beside(source, config, out)
     text = json.dumps(_genai(source), indent=2) + "\n"
     (out / "genai_config.json").write_text(text, encoding="utf-8")
+    return digests
 
 
 def build(config: MPTConfig, folder: Path, computed: torch.dtype) -> Path:
@@ -241,12 +242,18 @@ def _quantised(found: Mapping[str, Lazy], config: MPTConfig, bits: int) -> dict[
 def _pair(name: str, tensor: Lazy, bits: int) -> dict[str, Lazy]:
     n_out, n_in = tensor.shape
     packed = (n_out, n_in // _BLOCK, _BLOCK * bits // 8)
+    waiting: list[Tensor] = []  # the scales, between the writing of the levels and theirs
+
+    def levels() -> Tensor:
+        found, scales = quantise(tensor.read(), bits)
+        waiting[:] = [scales]
+        return found
 
     def scales() -> Tensor:
-        return quantise(tensor.read(), bits)[1]
+        return waiting.pop() if waiting else quantise(tensor.read(), bits)[1]
 
     return {
-        f"{name}.quantised": Lazy(torch.uint8, packed, lambda: quantise(tensor.read(), bits)[0], tensor.where),
+        f"{name}.quantised": Lazy(torch.uint8, packed, levels, tensor.where),
         f"{name}.scales": Lazy(torch.float32, (n_out, n_in // _BLOCK), scales, tensor.where),
     }
 
