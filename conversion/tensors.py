@@ -21,6 +21,7 @@ from torch import Tensor
 from mpt.checkpoint import StoredTensor
 from mpt.errors import DamagedFile
 
+_LARGE = 100_000_000  # bytes
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
     torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
@@ -91,11 +92,13 @@ class HashedFile:
         self.sha256 = ""  # once it is closed
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append; at most one piece beside this one is held for the hash."""
+        """Append; a small piece is held for its hash while the next one is read, a large one is not."""
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(self._digest.update, data)
         self._file.write(data)
+        if len(data) > _LARGE:
+            self._last.result()
 
     def __enter__(self) -> Self:
         return self

@@ -82,6 +82,7 @@ def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int],
                 values = found[name].read()
                 tensors.check_finite(name, values, found[name].where)
                 advance(target.add(name, values))
+                del values  # before the next one is read
         digests[out / file] = target.sha256
     if len(groups) > 1:
         total = sum(tensor.n_bytes for tensor in found.values())

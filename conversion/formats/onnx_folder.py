@@ -27,6 +27,7 @@ from mpt.config import MPTConfig
 MODEL = "model.onnx"
 OPSET, _OPSET_ORT = 23, 1
 _BLOCK = 32  # values that share a scale
+_ROWS = 2048  # that are quantised at a time: 16 MB of float32 in the 1B's shape
 _TYPES = {
     torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.uint8: TensorProto.UINT8,
 }  # fmt: skip
@@ -263,6 +264,11 @@ def quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     The scale takes a block's largest value, sign included, to the lowest level, which has one more than the highest.
     """
+    parts = [_quantise_rows(rows, bits) for rows in values.split(_ROWS)]
+    return torch.cat([levels for levels, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def _quantise_rows(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     blocks = values.float().view(values.shape[0], -1, _BLOCK)
     low = 2 ** (bits - 1)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # (N, K / 32, 1)
@@ -271,7 +277,7 @@ def quantise(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     levels = (blocks * inverse).round_().add_(low).clamp_(0, 2 * low - 1).to(torch.uint8)
     if bits == 4:
         levels = levels[..., 0::2] | levels[..., 1::2] << 4
-    return levels.contiguous(), scales.squeeze(-1).contiguous()
+    return levels, scales.squeeze(-1)
 
 
 def read_quantised(found: Mapping[str, Lazy]) -> dict[str, Lazy]:
