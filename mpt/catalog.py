@@ -108,13 +108,11 @@ def find_local(name_or_path: str | Path) -> Path | None:
     if entry is None and (path / "adapter_config.json").is_file():
         merge = f"train export {path} --merge --out FOLDER"
         raise CheckpointNotFound(f"`{path}` holds adapters alone; add them to their base with `{merge}`")
-    if entry is None and path.is_dir():
+    if entry is None and path.exists():
+        what = "has no config.json" if path.is_dir() else "is a file"
         raise CheckpointNotFound(
-            f"`{path}` has no config.json; give the folder that holds a checkpoint's config.json and weights"
-        )
-    if entry is None and path.is_file():
-        raise CheckpointNotFound(
-            f"`{path}` is a file; give the folder that holds a checkpoint's config.json and weights"
+            f"`{path}` {what}; give the folder that holds a checkpoint's config.json and weights, or make one of a "
+            f"copy in another format: `mpt convert {path} FOLDER --to hf`"
         )
     name = entry.name if entry else given
     places = [_TINY / name]

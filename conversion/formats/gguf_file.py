@@ -175,8 +175,9 @@ def _add_tokenizer(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
         writer.add_eot_token_id(end)
     writer.add_add_bos_token(False)
     writer.add_string("tokenizer.huggingface.json", tokenizer.to_json())
-    if source.chat_template is not None:
-        writer.add_chat_template(source.chat_template)
+    template = card.chat_template(source)
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def read(path: Path, tokenizer: Path | None = None) -> Source:

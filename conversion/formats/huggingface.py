@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from conversion import tensors
+from conversion import card, tensors
 from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
 from mpt.checkpoint import read_config, stored_tensors, weight_files
@@ -100,8 +100,9 @@ def write_beside(source: Source, config: MPTConfig, out: Path) -> None:
     if tokenizer is None:
         return
     tokenizer.save(out)
-    if source.chat_template is not None:
-        (out / _TEMPLATE).write_text(source.chat_template, encoding="utf-8")
+    template = card.chat_template(source)
+    if template is not None:
+        (out / _TEMPLATE).write_text(template, encoding="utf-8")
     generation = GenerationConfig(
         bos_token_id=tokenizer.eos_id,
         eos_token_id=list(tokenizer.end_ids),

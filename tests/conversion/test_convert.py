@@ -262,3 +262,34 @@ def test_verification_finds_one_changed_weight(checkpoint: Path, tmp_path: Path)
     assert not report.is_good
     levels = {check.level for check in report.checks if check.ok is False}
     assert 2 in levels and 3 in levels
+
+
+@pytest.mark.parametrize("name", ["mpt-tiny-chat", "mpt-tiny-instruct"])
+def test_the_chat_template_renders_what_the_server_reads(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from mpt.prompts import Message, encode_chat
+
+    convert(name, tmp_path / "out", Options(to="hf", verify=False))
+    stock = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = mpt.tokenizer.Tokenizer.from_folder(tmp_path / "out")
+    entry = mpt.catalog.describe(name)
+    turns = [("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi!"), ("user", "Who are you?")]
+    for chosen in (turns, turns[1:], turns[1:2], [turns[0], turns[1]]):
+        messages = [Message(role=role, content=content) for role, content in chosen]
+        found = stock.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        expected = encode_chat(tokenizer, entry.prompt_style, messages, system_default=entry.system_prompt)
+        assert found == expected, (stock.decode(found), stock.decode(expected))
+
+
+def test_the_published_chat_models_default_system_is_in_their_template() -> None:
+    from jinja2 import Template
+
+    from conversion.templates import jinja
+    from mpt.prompts import MPT_7B_CHAT_SYSTEM
+
+    text = jinja("chatml", MPT_7B_CHAT_SYSTEM)
+    assert text is not None
+    rendered = Template(text).render(messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    system = f"<|im_start|>system\n{MPT_7B_CHAT_SYSTEM}<|im_end|>\n"
+    assert rendered == f"{system}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
