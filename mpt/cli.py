@@ -50,8 +50,6 @@ Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable; at tem
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and an exit code."""
-    for name in ("convert", "inspect", "verify"):
-        app.command()(getattr(import_module("conversion.cli"), name))
     try:
         app(prog_name="mpt")
     except MPTError as error:
@@ -326,6 +324,10 @@ def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "Loc
     from mpt.local import LocalModel
 
     return LocalModel(model, device=device, dtype=dtype, style=style)
+
+
+for _name in ("convert", "inspect", "verify"):
+    app.command()(getattr(import_module("conversion.cli"), _name))
 
 
 if __name__ == "__main__":
