@@ -22,9 +22,8 @@ ROOT = Path(__file__).parents[2]
 _FIT = """
 import os, sys
 from pathlib import Path
-from typing import Literal
 from training import loop
-from training.run import Lora, Run
+from training.run import Run
 
 def die(metrics):
     if metrics["step"] == int(os.environ.get("DIE_AT", "0")) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -34,20 +33,23 @@ loop.fit(Run.read(Path(sys.argv[1])), die)
 """
 _DIE_ON_THE_OTHER = """
 import os, sys
+import time
 from pathlib import Path
-from typing import Literal
 from training import loop, step
-from training.run import Lora, Run
+from training.run import Run
 
+run = Run.read(Path(sys.argv[1]))
 real, calls = step.backward, []
 def backward(*args):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 18 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        while not (Path(run.out) / "step-000005" / "manifest.json").is_file():  # written in the background
+            time.sleep(0.01)
         os.kill(os.getpid(), 9)
     return real(*args)
 
 step.backward = backward
-loop.fit(Run.read(Path(sys.argv[1])))
+loop.fit(run)
 """
 
 

@@ -374,6 +374,27 @@ def test_a_spike_with_no_checkpoint_of_before_ends_the_run(small_run: Run, monke
         loop.fit(run)
 
 
+def test_a_steps_loss_is_the_mean_over_its_learned_tokens(small_run: Run) -> None:
+    model = build.model(small_run, ALONE).eval()
+    data = batches.load_data(small_run, batches.load_tokenizer(small_run), small_run.data)
+    batch = batches.Batches(small_run, data).get(0)
+    loss = step.accumulate(model, batch, small_run, ALONE, 512)
+    with torch.no_grad():
+        logits = model.unembed(model.hidden_states(batch.ids, batch.sequence_id))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left(small_run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}", "response": "x" * n}) + "\n" for n in range(1, 11)))
+    run = dataclasses.replace(small_run, data=str(path), steps=None, epochs=1.5)
+    data = batches.load_data(run, batches.load_tokenizer(run), run.data)
+    made = batches.Batches(run, data)
+    assert made.n_steps == 4  # of 15 samples by fours
+    assert [int(made.get(n).sequence_id.max(dim=1).values.add(1).sum()) for n in range(4)] == [4, 4, 4, 3]
+
+
 def test_a_held_out_loss_is_the_loss_of_one_pass(small_run: Run) -> None:
     run = dataclasses.replace(small_run, eval_data="yaml_to_json", eval_every=6, eval_samples=5)
     folder = loop.fit(run)

@@ -80,4 +80,6 @@ def test_an_epoch_goes_through_the_shards_a_window_at_a_time(monkeypatch: pytest
         assert len(window) >= 100 or window[-1] == places[-1]
         seen |= shards
     assert seen == set(range(8))
+    first_shards = [order.shards(order.place(epoch * sum(sizes)), ahead=9) for epoch in range(4)]
+    assert len({tuple(shards) for shards in first_shards}) > 1  # each epoch goes through them in its own order
     assert order.shards(places[0], ahead=99)[: len(order.shards(places[0], 0))] == order.shards(places[0], 0)
