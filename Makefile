@@ -35,6 +35,8 @@ bench: setup  ## every number of docs/benchmarks.md
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/onnx_speed.py
 
 llama:  ## llama.cpp, prebuilt for node, for tests of GGUF files
 	mkdir -p .llama && cd .llama && npm install --silent --no-fund --no-audit --ignore-scripts node-llama-cpp@3.22.1

@@ -29,6 +29,7 @@ _LOGIT_LIMIT = 1e-4  # of float32, times the logits' deviation where that is abo
 _NOISE = 4.0  # times the root mean square difference: a smaller lead is a tie, which any rounding may turn
 _LENGTHS = (1, 17, 256)
 _GREEDY = 64
+_CHUNK = 128  # tokens
 _ROWS = 2048  # of a matrix, compared at a time
 _STOCK = "transformers' own class"
 _MEMORY_SHARE = 0.7  # of what is free, for two float32 models
@@ -276,10 +277,19 @@ def _tanh_ffn(ffn: MPTMLP, x: Tensor) -> Tensor:
 
 
 def _torch(model: Any) -> Forward:
+    """A row alone is read in chunks: ALiBi is anchored at a pass's last key, and far from it float32 rounds scores."""
+
     @torch.inference_mode()
     def forward(ids: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
-        return logits.float()
+        if len(ids) > 1:
+            whole: Tensor = model(input_ids=ids, attention_mask=mask).logits
+            return whole.float()
+        cache, parts = None, []
+        for chunk in ids.split(_CHUNK, dim=1):
+            out = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits.float())
+        return torch.cat(parts, dim=1)
 
     return forward
 

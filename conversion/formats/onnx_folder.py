@@ -42,7 +42,7 @@ def write(source: Source, out: Path, dtype: str, advance: Callable[[int], None])
     computed = torch.float16 if dtype == "float16" else torch.float32
     found = {name: tensor.cast(computed, name) for name, tensor in source.tensors.items()}
     if dtype in ("int8", "int4"):
-        found = _quantised(found, source.config, 8 if dtype == "int8" else 4)
+        found = _quantised(found, source, 8 if dtype == "int8" else 4)
     digests = huggingface.write_weights(found, out, advance)
     build(source.config, out, computed)
     config = MPTConfig.from_dict(source.config.to_dict())
@@ -226,17 +226,17 @@ def _positions(g: _Graph) -> str:
     return str(g.op("Slice", counted, start, g.constant([_ALL], "end"), g.constant([1], "one")))
 
 
-def _quantised(found: Mapping[str, Lazy], config: MPTConfig, bits: int) -> dict[str, Lazy]:
+def _quantised(found: Mapping[str, Lazy], source: Source, bits: int) -> dict[str, Lazy]:
     """Every matrix of the blocks, and a head of its own, as `<name>.quantised` and `<name>.scales`."""
     made: dict[str, Lazy] = {}
     for name, tensor in found.items():
         is_matrix = ".blocks." in name and len(tensor.shape) == 2 and tensor.shape[1] % _BLOCK == 0
         if name == "lm_head.weight" or is_matrix:
-            made |= _pair(name, tensor, bits)
+            made |= _pair(name, source.tensors[name], bits)  # as stored: half the memory of float32
         else:
             made[name] = tensor
-        if name == "transformer.wte.weight" and config.tie_word_embeddings:
-            made |= _pair(name, tensor, bits)  # the head's; rows are looked up in the float one
+        if name == "transformer.wte.weight" and source.config.tie_word_embeddings:
+            made |= _pair(name, source.tensors[name], bits)  # the head's; rows are looked up in the float one
     return made
 
 
