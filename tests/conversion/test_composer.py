@@ -174,6 +174,18 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "sharded")
 
 
+def test_a_tensor_with_a_piece_missing_is_refused(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    dcp.save({"state": state_of(source)}, checkpoint_id=tmp_path / "sharded", no_dist=True)
+    path = tmp_path / "sharded" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    entry = metadata.state_dict_metadata["state.model.model.transformer.wte.weight"]
+    entry.chunks.clear()
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedFile, match=r"wte\.weight` in .* has pieces of 0 of its 131072 values"):
+        convert(tmp_path / "sharded", tmp_path / "out", Options(to="hf"))
+
+
 def test_a_checkpoint_without_a_config_says_so(tmp_path: Path) -> None:
     state = state_of(make(tmp_path / "source", "mpt-7b"))
     with pytest.raises(UnsupportedConfig, match="holds no config"):

@@ -157,6 +157,26 @@ def test_a_file_that_only_llama_cpp_cannot_run_comes_back_whole(tmp_path: Path) 
     assert all(torch.equal(weights(source)[name], tensor) for name, tensor in weights(tmp_path / "back").items())
 
 
+def test_fastertransformers_folder_is_the_public_converters(checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "out", Options(to="fastertransformer", tensor_parallel=2, verify=False))
+    folder = tmp_path / "out" / "2-gpu"
+    assert len(list(folder.glob("*.bin"))) == 3 + 2 * (6 + 6 * 2)
+    # Keys, order and forms of llm-foundry's convert_and_save_ft_weights.
+    assert (folder / "config.ini").read_text() == (
+        "[gpt]\nmodel_name = source\nhead_num = 4\nsize_per_head = 16\ninter_size = 256\nmax_pos_seq_len = 512\n"
+        "num_layer = 2\nvocab_size = 2048\nstart_id = 0\nend_id = 0\nweight_data_type = fp32\n"
+        "tensor_para_size = 2\nlayernorm_eps = 1e-05\nhas_positional_encoding = False\n"
+        "use_attention_linear_bias = True\n"
+    )
+    # The layout by its definition: W^T as (C, 3, C), the last axis split over the ranks.
+    qkv = weights(checkpoint)["transformer.blocks.1.attn.Wqkv.weight"].numpy()
+    second = np.fromfile(folder / "model.layers.1.attention.query_key_value.weight.1.bin", np.float32)
+    assert np.array_equal(second.reshape(64, 3, 32), qkv.T.reshape(64, 3, 64)[:, :, 32:])
+    down = weights(checkpoint)["transformer.blocks.0.ffn.down_proj.weight"].numpy()
+    first = np.fromfile(folder / "model.layers.0.mlp.dense_4h_to_h.weight.0.bin", np.float32)
+    assert np.array_equal(first.reshape(128, 64), down.T[:128])
+
+
 def test_options_that_mean_nothing_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     for options, said in (
         (Options(to="hf", dtype="int8"), "does not exist for hf"),

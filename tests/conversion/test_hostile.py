@@ -171,6 +171,8 @@ def test_gguf_counts_and_lengths_that_lie(gguf: bytes, tmp_path: Path) -> None:
     attempt(changed(described + 4, 2**61), "does not fit")
     offset = described + 4 + 16 + 4
     attempt(changed(offset, 2**61), "does not fit")
+    second = gguf.index(b"blk.0.attn_norm.weight") + len(b"blk.0.attn_norm.weight") + 4 + 8 + 4
+    attempt(changed(second, 0), "overlaps another tensor")
     architecture = gguf.index(b"general.architecture") + len(b"general.architecture") + 4 + 8
     path.write_bytes(gguf[:architecture] + b"xyz" + gguf[architecture + 3 :])
     with pytest.raises(MPTError, match="holds a `xyz`"):

@@ -66,6 +66,12 @@ async def test_a_kept_beginning_is_read_once(engine, model):
     assert tokens_of(events) == generate(model, second, 24)
 
 
+async def test_the_same_prompt_again_cuts_the_kept_row_back(engine, model):
+    (prompt,) = prompts(1)
+    for _ in range(2):
+        assert tokens_of(await collect(engine, prompt, greedy())) == generate(model, prompt, 24)
+
+
 async def test_scoring_a_prompt_gives_every_tokens_logprob(engine, model: MPTForCausalLM):
     import torch
 
