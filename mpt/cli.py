@@ -1,33 +1,22 @@
-"""The `mpt` command: serve, chat, generate, convert, inspect, verify, train.
+"""The `mpt` command: serve, cluster, top, chat, generate, convert, inspect, verify, train.
 
 Nothing heavy is imported before a command is chosen, so `--help` answers at once. The stages are named by string here,
 since `mpt` imports none of them.
 """
 
 import platform
-import re
 import sys
-from collections.abc import Collection, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import ip_address
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpt.errors import MPTError, UserError
+from mpt.command_line import Device, DeviceOption, Dtype, DtypeOption, Style
+from mpt.errors import MPTError
 
 if TYPE_CHECKING:
     from mpt.local import LocalModel
-
-# The same as in mpt.prompts and mpt.local, which are slow to import; the type checker compares them.
-Style = Literal["none", "instruct", "chatml"]
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,8 +29,6 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Option("--model", metavar="NAME|PATH", help="A name of the catalog, a folder, or a hub repository.")
 ]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` is CUDA where there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; `auto` keeps the checkpoint's.")]
 TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Draw from the smallest set of tokens with this probability.")
 ]
@@ -76,106 +63,6 @@ def _mpt(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command(
-    epilog="\b\nExamples:\n"
-    "  mpt serve\n"
-    "  mpt serve --model chat=/models/mpt-7b-chat --dtype bfloat16\n"
-    "  mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt"
-)
-def serve(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]NAME|PATH",
-            help="A checkpoint to serve: a name of the catalog, a folder (ONNX too), a hub repository, or "
-            "NAME=triton://HOST:PORT/MODEL?checkpoint=NAME; repeatable.",
-            show_default="the four of the mpt-tiny family",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="A key clients must send; repeatable. Other users of the machine can see it: prefer a file."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of keys, one per line; read again when it changes.")
-    ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    kv_gb: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
-    ] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Sequences computed at once, per model.")] = 32,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait, per model; more get 503.")] = 256,
-    prefill_chunk: Annotated[
-        int, typer.Option(min=16, help="Prompt tokens read in one step; smaller keeps other streams smoother.")
-    ] = 512,
-    context_length: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=TOKENS", help="Serve a context other than the trained one; repeatable."),
-    ] = None,
-    prompt_style: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=STYLE", help="Template for chat: none, instruct or chatml; repeatable."),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
-    ] = None,
-    docs: Annotated[
-        bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")
-    ] = None,
-    log_format: Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")] = "text",
-    drain_seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
-    ] = 30.0,
-    request_timeout: Annotated[
-        float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
-    ] = 600.0,
-) -> None:
-    """Serve checkpoints behind an OpenAI-style API."""
-    sources = dict(_model_source(text) for text in model or TINY)
-    if len(sources) < len(model or TINY):
-        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
-    if not _is_loopback(host) and not (api_key or api_key_file or no_auth):
-        raise UserError(
-            f"`{host}` can be reached from other machines and there are no keys; give --api-key-file, "
-            "or --no-auth to serve everybody who reaches it"
-        )
-    if no_auth and (api_key or api_key_file):
-        raise UserError("--no-auth and keys contradict each other; give one of them")
-    lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
-    styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
-    from mpt.catalog import resolve
-
-    for source in sources.values():
-        if not source.startswith("triton://"):
-            resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
-    options = import_module("serving.options").ServeOptions(
-        models=sources,
-        host=host,
-        port=port,
-        api_keys=tuple(api_key or ()),
-        api_key_file=api_key_file,
-        device=device,
-        dtype=dtype,
-        kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
-        max_running=max_running,
-        max_waiting=max_waiting,
-        prefill_chunk=prefill_chunk,
-        context_lengths=lengths,
-        prompt_styles=styles,
-        cors_origins=tuple(cors_origin or ()),
-        docs=_is_loopback(host) if docs is None else docs,
-        log_format=log_format,
-        drain_s=drain_seconds,
-        request_timeout_s=request_timeout,
-    )
-    import_module("serving.server").serve(options)
 
 
 @app.command(
@@ -271,51 +158,6 @@ def train(context: typer.Context) -> None:
     import_module("training.cli").main()
 
 
-def _model_source(text: str) -> tuple[str, str]:
-    """The name to serve under, and the name or path to load, of one `--model`."""
-    name, equals, source = text.partition("=")
-    if not equals or "/" in name:  # a path may hold "="
-        name, source = text.rstrip("/").rpartition("/")[2], text
-    if not _MODEL_NAME.fullmatch(name) or not source:
-        raise UserError(
-            f"`--model {text}` gives no usable name (letters, digits, `.`, `_`, `-`, at most 64); "
-            "write NAME=PATH, for example chat=/models/mpt-7b-chat"
-        )
-    return name, source
-
-
-def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Name and value of each NAME=VALUE, the names checked against the models served."""
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"`{option} {text}` names no model; write NAME=VALUE, for example {min(names)}={text}")
-        if name not in names:
-            raise UserError(f"`{option} {text}` is for `{name}`, which is not served; served: {', '.join(names)}")
-        yield name, value
-
-
-def _tokens(name: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise UserError(f"`--context-length {name}={text}` is no number of tokens; give a whole number from 1")
-    return int(text)
-
-
-def _style(name: str, text: str) -> str:
-    styles = get_args(Style)
-    if text not in styles:
-        raise UserError(f"`--prompt-style {name}={text}` is unknown; known: {', '.join(styles)}")
-    return text
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address; a name other than localhost may lead anywhere."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "LocalModel":
     """The model, or its error before the seconds that importing torch takes."""
     from mpt.catalog import resolve
@@ -326,8 +168,11 @@ def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "Loc
     return LocalModel(model, device=device, dtype=dtype, style=style)
 
 
-for _name in ("convert", "inspect", "verify"):
-    app.command()(getattr(import_module("conversion.cli"), _name))
+# The commands of the stages, named by string: `mpt` imports none of them.
+_STAGES = {"serving.cli": ("serve", "cluster", "top"), "conversion.cli": ("convert", "inspect", "verify")}
+for _module, _names in _STAGES.items():
+    for _name in _names:
+        app.command()(getattr(import_module(_module), _name))
 
 
 if __name__ == "__main__":

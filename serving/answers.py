@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpt.lora import Adapter
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 from serving.endpoints import Endpoint
 from serving.errors import from_engine
@@ -26,7 +27,9 @@ class Job:
     """What a request asks of an endpoint, prompts already token ids, and what it has cost so far."""
 
     id: str
+    model: str  # as asked for: a served name, an adapter's after a colon
     endpoint: Endpoint
+    adapter: Adapter | None
     prompts: list[list[int]]
     sampling: Sampling
     n: int  # choices returned per prompt; sampling.n are generated (best_of)
@@ -40,17 +43,30 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
     queue_s: float | None = None
     ttft_s: float | None = None
+    decode_s: float = 0.0  # from the first token to the last
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def n_tokens_at_most(self) -> int:
+        """What its client's account is charged while it runs."""
+        return sum(map(len, self.prompts)) + len(self.prompts) * self.sampling.n * self.sampling.max_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """What it has come to so far."""
+        return sum(map(len, self.prompts)) + self.completion_tokens
+
     def log_fields(self) -> dict[str, Any]:
-        """What the access log says of it, never its text."""
+        """What the access log says of it, never its text. itl_s: mean time between two tokens, of all its samples."""
+        n_gaps = self.completion_tokens - len(self.prompts) * self.sampling.n
         return {
-            "model": self.endpoint.name,
+            "model": self.model,
             "finish_reason": ",".join(sorted(self.finish_reasons)) or "-",
             "prompt_tokens": sum(map(len, self.prompts)),
             "completion_tokens": self.completion_tokens,
             "queue_s": "-" if self.queue_s is None else round(self.queue_s, 4),
             "ttft_s": "-" if self.ttft_s is None else round(self.ttft_s, 4),
+            "itl_s": round(self.decode_s * len(self.prompts) * self.sampling.n / n_gaps, 5) if n_gaps > 0 else "-",
         }
 
     def usage(self) -> dict[str, Any]:
@@ -73,7 +89,10 @@ def start(job: Job, metrics: Metrics, *, deadline_s: float, salt: str) -> Events
     engine, name = job.endpoint.engine, job.endpoint.name
     try:
         for prompt in job.prompts:
-            answers.append(engine.submit(prompt, job.sampling, request_id=job.id, deadline_s=deadline_s, salt=salt))
+            answer = engine.submit(
+                prompt, job.sampling, request_id=job.id, deadline_s=deadline_s, salt=salt, adapter=job.adapter
+            )
+            answers.append(answer)
     except EngineError as error:
         for answer in answers:
             answer.close()
@@ -96,8 +115,9 @@ async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
                     job.queue_s = job.queue_s or time.perf_counter() - job.arrived
                 elif isinstance(event, Delta):
                     job.completion_tokens += len(event.token_ids)
-                    if job.ttft_s is None:
-                        job.ttft_s = time.perf_counter() - job.arrived
+                    now = time.perf_counter() - job.arrived
+                    job.ttft_s = job.ttft_s or now
+                    job.decode_s = now - job.ttft_s
                     if event.finish_reason is not None:
                         job.finish_reasons.add(event.finish_reason)
                 yield prompt, event
@@ -259,7 +279,7 @@ async def chat_chunks(job: Job, events: Events, *, logprobs: bool) -> AsyncGener
 
 
 def _head(job: Job, prefix: str, kind: str) -> dict[str, Any]:
-    return {"id": f"{prefix}-{job.id}", "object": kind, "created": job.created, "model": job.endpoint.name}
+    return {"id": f"{prefix}-{job.id}", "object": kind, "created": job.created, "model": job.model}
 
 
 def _piece(job: Job, head: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ unknown fields; the OpenAPI schema is given by hand instead.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any, TypeVar
 
 import orjson
@@ -21,8 +22,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 import mpt
+from mpt.errors import MPTError
+from mpt.lora import Adapter
 from serving import answers
-from serving.auth import Keys
+from serving.adapters import split_name
+from serving.auth import Door, Keys
 from serving.docs import add_docs, takes
 from serving.endpoints import Endpoint
 from serving.errors import (
@@ -30,11 +34,13 @@ from serving.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    RateLimited,
     Unavailable,
 )
 from serving.gate import Gate, respond
 from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
-from serving.metrics import Metrics
+from serving.limits import Limits
+from serving.metrics import HttpMetrics, Metrics
 from serving.options import ServeOptions
 from serving.protocol import (
     ChatRequest,
@@ -45,6 +51,8 @@ from serving.protocol import (
     prompts_of,
 )
 from serving.sse import EventStream, until_disconnected
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 Result = TypeVar("Result")
@@ -58,6 +66,21 @@ class Serving:
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
     draining: bool = False
+
+    async def chosen(self, model: str) -> tuple[Endpoint, Adapter | None]:
+        """The endpoint, and the adapter, of a request's `model`. Raises like `endpoint`."""
+        base, name = split_name(model)
+        endpoint = self.endpoint(base)
+        if name is None:
+            return endpoint, None
+        adapter = await endpoint.adapters.get(name) if endpoint.adapters is not None else None
+        if adapter is None:
+            known = [] if endpoint.adapters is None else endpoint.adapters.names()
+            shown = ", ".join(f"`{base}:{each}`" for each in known) or "none"
+            raise NotFound(
+                f"no adapter `{name[:100]}` of `{base}` here; there are: {shown}", code="model_not_found", param="model"
+            )
+        return endpoint, adapter
 
     def endpoint(self, name: str) -> Endpoint:
         """The endpoint of a served name. Raises NotFound, or Unavailable while it loads or the server leaves."""
@@ -80,20 +103,23 @@ class Serving:
         return f"not answering: {', '.join(stopped)}" if stopped or not self.endpoints else None
 
 
-def make_app(serving: Serving) -> FastAPI:
-    """The ASGI app over these endpoints; they may still be loading."""
+def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
+    """The ASGI app over these endpoints; they may still be loading.
+
+    door: who is let in; the keys of the options by default. Another one stands behind a router, which logs.
+    """
     options = serving.options
     metrics = Metrics(lambda: list(serving.endpoints.values()))
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.serving = serving
+    app.state.serving, app.state.metrics = serving, metrics
     _add_generation(app, serving, metrics)
     _add_models_and_tokens(app, serving)
     _add_operations(app, serving, metrics)
-    _add_errors(app)
+    add_errors(app, metrics)
     if options.docs:
         add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-    keys = Keys(options.api_keys, options.api_key_file)
-    app.add_middleware(Gate, keys=keys, metrics=metrics, log_format=options.log_format)
+    log_format = options.log_format if door is None else None
+    app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -108,7 +134,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     async def completions(request: Request) -> Response:
         """Continue prompts: text, texts, token ids or lists of those."""
         asked = parse(CompletionRequest, await read_body(request, limit))
-        endpoint = serving.endpoint(asked.model)
+        endpoint, adapter = await serving.chosen(asked.model)
         texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
         prompts = [await prompt_tokens(endpoint, prompt) for prompt in texts_or_ids]
         longest = max(map(len, prompts))
@@ -120,7 +146,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             pairs = zip(texts_or_ids, prompts, strict=True)
             texts = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
         check_scores(asked, prompts)
-        job = make_job(request, asked, endpoint, prompts, wanted)
+        job = make_job(request, asked, endpoint, adapter, prompts, wanted)
         job.echo, job.texts = bool(asked.echo), texts
         return await run(
             request,
@@ -134,12 +160,12 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, in the model's own prompt style."""
         asked = parse(ChatRequest, await read_body(request, limit))
-        endpoint = serving.endpoint(asked.model)
+        endpoint, adapter = await serving.chosen(asked.model)
         prompt = await chat_tokens(endpoint, asked.messages)
         room = endpoint.context_length - len(prompt)
         wanted = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
         check_room(endpoint, len(prompt), wanted, "messages")
-        job = make_job(request, asked, endpoint, [prompt], wanted)
+        job = make_job(request, asked, endpoint, adapter, [prompt], wanted)
         logprobs = bool(asked.logprobs)
         return await run(
             request,
@@ -151,11 +177,12 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
 
     async def run(request: Request, job: answers.Job, asked: Any, chunks: Any, whole: Any) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
-        request.state.job = job  # for the access log, which is written when the last byte has been sent
+        request.state.admission.reserve(job.n_tokens_at_most)
+        request.state.work = job  # for the access log and the client's account, when the last byte has been sent
         events = answers.start(job, metrics, deadline_s=serving.options.request_timeout_s, salt=request.state.salt)
         if asked.stream:
             return EventStream(chunks(events), request_id=job.id, keep_alive_s=serving.options.keep_alive_s)
-        return _json(await _unless_disconnected(request, whole(events)))
+        return as_json(await _unless_disconnected(request, whole(events)))
 
 
 def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
@@ -164,18 +191,24 @@ def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
         """The models served here."""
-        return _json({"object": "list", "data": [endpoint.card() for endpoint in serving.endpoints.values()]})
+        return as_json(
+            {"object": "list", "data": [card for endpoint in serving.endpoints.values() for card in endpoint.cards()]}
+        )
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> Response:
         """One model served here."""
-        return _json(serving.endpoint(model).card())
+        base, _ = split_name(model)
+        for card in serving.endpoint(base).cards():
+            if card["id"] == model:
+                return as_json(card)
+        raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
 
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of messages in the model's prompt style."""
         asked = parse(TokenizeRequest, await read_body(request, limit))
-        endpoint = serving.endpoint(asked.model)
+        endpoint, _ = await serving.chosen(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
         if asked.messages is not None:
@@ -183,15 +216,15 @@ def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
         else:
             check_size(endpoint, [asked.prompt or ""], "prompt")
             ids = await asyncio.to_thread(endpoint.tokenizer.encode, asked.prompt or "")
-        return _json({"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length})
+        return as_json({"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length})
 
     @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, control tokens included."""
         asked = parse(DetokenizeRequest, await read_body(request, limit))
-        endpoint = serving.endpoint(asked.model)
+        endpoint, _ = await serving.chosen(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
-        return _json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
+        return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
 
 
 def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
@@ -199,19 +232,19 @@ def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     async def health() -> Response:
         """200 while the process and its engines live; 503 when an engine has stopped for good."""
         failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
-        return _json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
+        return as_json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
         """200 once every model has computed a token and the server takes requests."""
         why = serving.not_ready()
         if why is None:
-            return _json({"status": "ready"})
+            return as_json({"status": "ready"})
         return respond(Unavailable(why, code="shutting_down" if serving.draining else "model_loading"))
 
     @app.get("/version")
-    async def versions() -> Response:
-        return _json({"version": mpt.__version__, "torch": version("torch"), "transformers": version("transformers")})
+    async def version() -> Response:
+        return as_json(versions())
 
     @app.get("/metrics")
     async def scrape() -> Response:
@@ -219,10 +252,25 @@ def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-def _add_errors(app: FastAPI) -> None:
+def keys_of(options: ServeOptions) -> Keys:
+    """The keys a server was told to take. Raises UserError."""
+    limits = Limits(options.requests_per_minute, options.tokens_per_minute)
+    return Keys(options.api_keys, options.api_key_file, limits)
+
+
+def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
+    """Answer every error with OpenAI's body, the framework's own too."""
+
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
+        if isinstance(error, RateLimited):
+            metrics.rate_limited.labels(error.kind).inc()
         return respond(error)
+
+    @app.exception_handler(MPTError)
+    async def user_error(_: Request, error: MPTError) -> Response:
+        log.error("an adapter cannot be used: %s", error)  # with a path, which clients need not know
+        return respond(Unavailable("this adapter cannot be read here; ask who runs the server", code="adapter_damaged"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -234,6 +282,11 @@ def _add_errors(app: FastAPI) -> None:
         if error.status_code == 404:
             return respond(NotFound(f"there is no `{where}` here; the API begins at /v1"))
         return respond(InvalidRequest(str(error.detail)))
+
+
+def versions() -> dict[str, str]:
+    """What runs here, for /version."""
+    return {"version": mpt.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -252,5 +305,5 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Resul
             await task
 
 
-def _json(content: Any, status: int = 200) -> Response:
+def as_json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")

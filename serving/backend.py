@@ -4,14 +4,16 @@ The engine plans; a backend computes one step of mixed prefill and decode, and o
 The interface is small on purpose: onnxruntime stands behind it too (`onnx_backend.py`). Not here: who runs when, text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from mpt import attention
+from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
 
 _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs about 1 % of what decode reads meanwhile
@@ -37,6 +39,7 @@ class Work:
     row: Row
     tokens: Sequence[int]
     n_logits: int  # logits wanted of the last so many positions: 0, 1, or all when scoring a prompt
+    adapter: Adapter | None = None
 
 
 class Backend(Protocol):
@@ -73,6 +76,9 @@ class TorchBackend:
         self._shape = (2, config.n_kv_heads, config.d_head)
         self._n_layers: int = config.n_layers
         self.bytes_per_token = config.kv_bytes_per_token * self._weight.itemsize // 2
+        self._adapted: list[tuple[Adapter, Tensor | None]] = []  # and the tokens of the step it is for, None for all
+        for name, module in adaptable(model):
+            module.register_forward_hook(self._beside(name))
 
     def capacity_for(self, n_tokens: int) -> int:
         return -(-n_tokens // _BLOCK) * _BLOCK
@@ -103,6 +109,7 @@ class TorchBackend:
             end = start + len(item.tokens)
             spans.append((item.row, start, end, item.row.length + end - start))
             start = end
+        self._adapted = _by_adapter(work, device)
         bias = transformer.alibi_bias(max(stored for *_, stored in spans))
         scale = self.model.config.softmax_scale
 
@@ -125,7 +132,35 @@ class TorchBackend:
         # Rows in one piece: they may come transposed (mpt.model.Linear), and sampling reads each row many times.
         return self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
 
+    def _beside(self, name: str) -> Callable[[Module, tuple[Tensor], Tensor], None]:
+        """Adds to a projection's output what the step's adapters make of its input."""
+
+        def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            for adapter, tokens in self._adapted:
+                pair = adapter.pairs.get(name)
+                if pair is None:
+                    continue
+                a, b = pair
+                if tokens is None:
+                    output += inputs[0] @ a.t() @ b.t()
+                else:
+                    output[:, tokens] += inputs[0][:, tokens] @ a.t() @ b.t()
+
+        return add
+
     def _empty(self, n_tokens: int) -> Tensor:
         two, heads, d_head = self._shape
         shape = (two, heads, self.capacity_for(n_tokens), d_head)
         return torch.empty(shape, dtype=self._weight.dtype, device=self._weight.device)
+
+
+def _by_adapter(work: Sequence[Work], device: torch.device) -> list[tuple[Adapter, Tensor | None]]:
+    """Each adapter of a step with the places of its tokens in it; None where they are all of them."""
+    owners = [item.adapter for item in work for _ in item.tokens]
+    found = []
+    for adapter in dict.fromkeys(owners):
+        if adapter is not None:
+            places = [at for at, owner in enumerate(owners) if owner is adapter]
+            whole = len(places) == len(owners)
+            found.append((adapter, None if whole else torch.tensor(places, device=device)))
+    return found

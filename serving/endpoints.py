@@ -16,7 +16,9 @@ from mpt.errors import MachineRefused, UserError
 from mpt.local import choose_device
 from mpt.prompts import PromptStyle
 from mpt.tokenizer import Tokenizer
+from serving.adapters import Adapters
 from serving.backend import Backend, TorchBackend
+from serving.cards import card, with_adapters
 from serving.engine import Engine
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
@@ -40,6 +42,7 @@ class Endpoint:
     licence: str
     vocab_size: int
     context_length: int
+    adapters: Adapters | None = None  # None where the engine takes none
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -47,19 +50,17 @@ class Endpoint:
         """No prompt of more bytes can fit the context, however it is tokenized."""
         return self.context_length * self.tokenizer.longest_token_bytes
 
-    def card(self) -> dict[str, Any]:
-        """The entry in /v1/models: OpenAI's four fields, vLLM's two, and ours."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "mpt",
-            "root": self.root if "/" not in self.root.strip("./") else self.name,  # never a path of this machine
-            "max_model_len": self.context_length,
-            "context_length": self.context_length,
-            "prompt_style": self.prompt_style,
-            "licence": self.licence,
-        }
+    def cards(self) -> list[dict[str, Any]]:
+        """The entries in /v1/models: the model's, then its adapters'."""
+        own = card(
+            self.name,
+            self.root,
+            context_length=self.context_length,
+            prompt_style=self.prompt_style,
+            licence=self.licence,
+            created=self.created,
+        )
+        return with_adapters(own, self.adapters.names() if self.adapters is not None else [])
 
 
 def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoint:
@@ -70,11 +71,14 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     entry = describe(root)
     device = choose_device(options.device)
     backend: Backend
+    adapters = None
     if (folder / "model.onnx").is_file():
+        _refuse_adapters(name, options, "an ONNX folder")
         backend, config, dtype = _onnx(folder, options)
     else:
         model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
         backend, config, dtype = TorchBackend(model), model.config, str(model.dtype).removeprefix("torch.")
+        adapters = Adapters(options.adapters.get(name, {}), options.adapter_folders.get(name), model)
     tokenizer = Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
     kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, device, n_sharing)
@@ -98,6 +102,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
         licence=entry.licence,
         vocab_size=backend.vocab_size,
         context_length=engine.longest_request,
+        adapters=adapters,
     )
     log.info(
         "%s: %s on %s, context %d tokens, KV cache %.2f GB, prompts %s, licence %s%s",
@@ -121,6 +126,7 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
     for option, value in (("--device", options.device), ("--dtype", options.dtype)):
         if value != "auto":
             raise UserError(f"`{option} {value}` cannot be chosen for `{root}`; the Triton server decides it")
+    _refuse_adapters(name, options, "a Triton model")
     folder = resolve(address.checkpoint)
     entry, config, tokenizer = describe(address.checkpoint), read_config(folder), Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
@@ -140,6 +146,11 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
         vocab_size=config.vocab_size,
         context_length=context,
     )
+
+
+def _refuse_adapters(name: str, options: ServeOptions, what: str) -> None:
+    if name in options.adapters or name in options.adapter_folders:
+        raise UserError(f"`{name}` is {what}, which takes no adapters; serve a Hugging Face style folder of it")
 
 
 def _onnx(folder: Path, options: ServeOptions) -> tuple[OnnxBackend, MPTConfig, str]:

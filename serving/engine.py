@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpt.lora import Adapter
 from mpt.sampling import sample
 from mpt.tokenizer import Tokenizer
 from serving.backend import Backend, Work
@@ -120,6 +121,7 @@ class Engine:
         request_id: str,
         deadline_s: float | None = None,
         salt: str = "",
+        adapter: Adapter | None = None,
     ) -> Answer:
         """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
@@ -128,7 +130,9 @@ class Engine:
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        request = Request(request_id, list(prompt), sampling, salt, deadline, loop, inbox.put_nowait)
+        if adapter is not None:
+            salt = f"{salt}:{adapter.serial}"  # cached keys and values are of one adapter
+        request = Request(request_id, list(prompt), sampling, salt, adapter, deadline, loop, inbox.put_nowait)
         self._submit(request)
         return Answer(request, inbox, self._cancel)
 
@@ -386,7 +390,7 @@ class Engine:
         scoring = self._is_scoring(sequence)
         n = min(n, _SCORE_CHUNK) if scoring else n
         done = sequence.row.length + n == len(sequence.tokens)
-        return Work(sequence.row, sequence.unread[:n], n if scoring else int(done))
+        return Work(sequence.row, sequence.unread[:n], n if scoring else int(done), sequence.request.adapter)
 
     def _is_scoring(self, sequence: Sequence) -> bool:
         return sequence.sampling.prompt_logprobs is not None and sequence.index == 0 and not sequence.started

@@ -62,6 +62,16 @@ class UnsupportedMediaType(ApiError):
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class RateLimited(ApiError):
+    """A client is over its requests or tokens per minute."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+    def __init__(self, message: str, kind: str, headers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.kind, self.headers = kind, headers
+
+
 class InternalError(ApiError):
     """Our bug: the message carries the request's id and nothing else."""
 
@@ -69,7 +79,7 @@ class InternalError(ApiError):
 
 
 class Unavailable(ApiError):
-    """Not now: overloaded, queue_timeout, model_loading, shutting_down."""
+    """Not now: overloaded, queue_timeout, model_loading, shutting_down, replica_lost."""
 
     status, code = 503, "overloaded"
     headers = {"Retry-After": "2"}  # noqa: RUF012

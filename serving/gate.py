@@ -1,4 +1,4 @@
-"""What every HTTP request passes: its id, the key check, the security header, the access log.
+"""What every HTTP request passes: its id, the key check, rate limits, the security header, the access log.
 
 An ASGI middleware around the whole app, so that no route can be reached beside it. Access is denied by default: only
 the paths named here are open without a key.
@@ -9,15 +9,16 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.auth import Keys, fingerprint
-from serving.errors import ApiError, InternalError, Unauthorized
-from serving.metrics import Metrics
+from serving.auth import Door
+from serving.errors import ApiError, InternalError, RateLimited
+from serving.limits import Admission, RateLimiter
+from serving.metrics import HttpMetrics
 
 log = logging.getLogger("serving.access")
 bugs = logging.getLogger(__name__)
@@ -28,9 +29,28 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _SILENT = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
 
 
+class Work(Protocol):
+    """What a route leaves in `request.state.work`: for the access log and the client's account."""
+
+    n_tokens: int  # read and written
+
+    def log_fields(self) -> dict[str, Any]: ...
+
+
 class Gate:
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, log_format: str) -> None:
-        self._app, self._keys, self._metrics, self._log_format = app, keys, metrics, log_format
+    """log_format None writes no access log: whoever sent the request here does. names_requests: sends x-request-id."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        door: Door,
+        metrics: HttpMetrics,
+        log_format: Literal["text", "json"] | None,
+        names_requests: bool = True,
+    ) -> None:
+        self._app, self._door, self._metrics, self._log_format = app, door, metrics, log_format
+        self._names_requests = names_requests
+        self._limiter = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,14 +60,17 @@ class Gate:
         given = headers.get(b"x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, salt="")
+        state.update(request_id=request_id, salt="", admission=None)
         started, status = time.perf_counter(), 499  # unless a response begins, the client has gone
 
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                own = {"x-content-type-options": "nosniff", **_limits_left(state, status)}
+                if self._names_requests:
+                    own["x-request-id"] = request_id
+                extra = [(name.encode(), value.encode()) for name, value in own.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
@@ -67,19 +90,23 @@ class Gate:
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http.labels(route, method, str(status)).inc()
-            if scope["path"] not in _SILENT:
+            if state["admission"] is not None:
+                state["admission"].settle(state["work"].n_tokens if "work" in state else 0)
+            if scope["path"] not in _SILENT and self._log_format is not None:
                 self._log(scope, state, route, status, time.perf_counter() - started)
 
     def _refusal(self, path: str, headers: dict[bytes, str], state: dict[str, Any]) -> ApiError | None:
-        if not self._keys.required or path in _OPEN:
+        if path in _OPEN:
             return None
-        scheme, _, key = headers.get(b"authorization", "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
-            return Unauthorized("no API key was sent; send `Authorization: Bearer KEY`", code="missing_api_key")
-        if not self._keys.accepts(key):
-            return Unauthorized("the API key is not one of this server's", code="invalid_api_key")
-        state["salt"] = state["client"] = fingerprint(key)
+        try:
+            client = self._door.client(headers)
+            state.update(salt=client.salt, client=client.name)
+            state["admission"] = self._limiter.admit(client.salt, client.limits)
+        except RateLimited as error:
+            self._metrics.rate_limited.labels(error.kind).inc()
+            return error
+        except ApiError as error:
+            return error
         return None
 
     def _log(self, scope: Scope, state: dict[str, Any], route: str, status: int, total_s: float) -> None:
@@ -88,12 +115,17 @@ class Gate:
             "method": scope["method"],
             "path": route,
             "status": status,
-            **(state["job"].log_fields() if "job" in state else {}),
+            **(state["work"].log_fields() if "work" in state else {}),
             "total_s": round(total_s, 4),
             "client": state.get("client", "-"),
         }
         text = json.dumps(fields) if self._log_format == "json" else " ".join(f"{k}={v}" for k, v in fields.items())
         log.info("%s", text)
+
+
+def _limits_left(state: dict[str, Any], status: int) -> dict[str, str]:
+    admission: Admission | None = state["admission"]
+    return admission.headers() if admission is not None and status != 429 else {}  # an error brings its own
 
 
 def respond(error: ApiError) -> Response:

@@ -5,6 +5,7 @@ import asyncio
 from fastapi import Request
 
 from mpt.errors import UserError
+from mpt.lora import Adapter
 from mpt.prompts import Message, encode_chat
 from serving import answers
 from serving.endpoints import Endpoint
@@ -94,14 +95,21 @@ def check_scores(asked: CompletionRequest, prompts: list[list[int]]) -> None:
 
 
 def make_job(
-    request: Request, asked: CompletionRequest | ChatRequest, endpoint: Endpoint, prompts: list[list[int]], wanted: int
+    request: Request,
+    asked: CompletionRequest | ChatRequest,
+    endpoint: Endpoint,
+    adapter: Adapter | None,
+    prompts: list[list[int]],
+    wanted: int,
 ) -> answers.Job:
     if asked.stream_options is not None and not asked.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     options = asked.stream_options
     return answers.Job(
         id=request.state.request_id,
+        model=asked.model,
         endpoint=endpoint,
+        adapter=adapter,
         prompts=prompts,
         sampling=sampling_of(asked, wanted, endpoint.vocab_size),
         n=asked.n or 1,

@@ -19,17 +19,27 @@ _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320,
 _TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 16384, 32768, 65536, 131072)
 
 
-class Metrics:
-    """One registry per app, so that several apps can live in one process."""
+class HttpMetrics:
+    """What the gate counts. One registry per app, so that several apps can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.http = self.counter("http_requests", "HTTP responses.", ["path", "method", "code"])
+        self.rate_limited = self.counter("rate_limited", "Requests over a client's limits.", ["kind"])
+
+    def counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(f"mpt_{name}", text, labels, registry=self.registry)
+
+
+class Metrics(HttpMetrics):
+    """What the gate counts, what each request cost, and the engines' own figures."""
 
     def __init__(self, endpoints: Callable[[], Iterable[Endpoint]]) -> None:
-        self.registry = CollectorRegistry()
+        super().__init__()
+        counter = self.counter
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"mpt_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
-
-        def counter(name: str, text: str, labels: list[str]) -> Counter:
-            return Counter(f"mpt_{name}", text, labels, registry=self.registry)
 
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SLOW)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sample.", _FAST)
@@ -44,7 +54,6 @@ class Metrics:
         self.cancelled = counter("requests_cancelled", "Requests whose client went away.", ["model_name", "phase"])
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens taken in.", ["model_name"])
         self.answer_tokens = counter("generation_tokens", "Tokens generated.", ["model_name"])
-        self.http = counter("http_requests", "HTTP responses.", ["path", "method", "code"])
         self.registry.register(_EngineCollector(endpoints))
 
     async def observe(self, model: str, n_prompt: int, events: AsyncIterator[Event]) -> AsyncGenerator[Event, None]:

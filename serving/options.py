@@ -1,9 +1,14 @@
 """What `mpt serve` was told: one frozen row of options, light enough to make before torch is imported."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from mpt.command_line import Device, Dtype, Style
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of models and of adapters; the colon stands between
 
 
 @dataclass(frozen=True)
@@ -15,14 +20,18 @@ class ServeOptions:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    requests_per_minute: int | None = None  # of each client whose key has no limits of its own
+    tokens_per_minute: int | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
     kv_bytes: int | None = None  # per model; None shares what memory is free
     max_running: int = 32
     max_waiting: int = 256
     prefill_chunk: int = 512
     context_lengths: Mapping[str, int] = field(default_factory=dict)
-    prompt_styles: Mapping[str, Literal["none", "instruct", "chatml"]] = field(default_factory=dict)
+    prompt_styles: Mapping[str, Style] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)  # of a served name, by their own
+    adapter_folders: Mapping[str, Path] = field(default_factory=dict)
     cors_origins: tuple[str, ...] = ()
     docs: bool = True
     log_format: Literal["text", "json"] = "text"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mpt.lora import Adapter
 from mpt.sampling import TokenCounts, penalize
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 from serving.backend import Row
@@ -57,6 +58,7 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     salt: str  # prefixes are shared only within one salt
+    adapter: Adapter | None
     deadline: float | None  # time.monotonic
     loop: asyncio.AbstractEventLoop  # where `deliver` must be called
     deliver: Callable[[Event | EngineError], None]

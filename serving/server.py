@@ -8,15 +8,15 @@ second signal leaves at once.
 import asyncio
 import logging
 import socket
-import sys
 import time
 from types import FrameType
 
 import uvicorn
 
-from mpt.errors import MachineRefused
+from mpt.errors import MachineRefused, UserError
 from serving.app import Serving, make_app
 from serving.endpoints import open_endpoint
+from serving.logs import set_up_logging
 from serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def serve(options: ServeOptions) -> None:
     """Serve until told to stop. Raises MPTError if a model cannot be loaded or the port is taken."""
-    _set_up_logging()
+    set_up_logging()
     serving = Serving(options, loading=set(options.models))
     listener = _listen(options.host, options.port)
     server = _Server(serving)
@@ -107,15 +107,5 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise MachineRefused(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
     return listener
-
-
-def _set_up_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("serving", "mpt"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        logger.propagate = False

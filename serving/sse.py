@@ -18,7 +18,8 @@ from serving.errors import ApiError, InternalError
 
 log = logging.getLogger(__name__)
 
-_DONE, _KEEP_ALIVE = b"data: [DONE]\n\n", b": keep-alive\n\n"
+_DONE, KEEP_ALIVE = b"data: [DONE]\n\n", b": keep-alive\n\n"
+UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not hold events back
 
 
 def event(payload: dict[str, Any]) -> bytes:
@@ -32,8 +33,7 @@ class EventStream(Response):
         self.status_code, self.background = 200, None
         self._chunks, self._request_id, self._keep_alive_s = chunks, request_id, keep_alive_s
         self.body = b""
-        unbuffered = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not hold events back
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8", **unbuffered})
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", **UNBUFFERED})
         del self.headers["content-length"]
         self._sent_at = 0.0
 
@@ -71,7 +71,7 @@ class EventStream(Response):
         while True:
             quiet_s = time.monotonic() - self._sent_at
             if quiet_s >= self._keep_alive_s:
-                await write(_KEEP_ALIVE)
+                await write(KEEP_ALIVE)
             else:
                 await asyncio.sleep(self._keep_alive_s - quiet_s)
 

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 from mpt.errors import MachineRefused, UserError
+from mpt.lora import Adapter
 from mpt.tokenizer import Tokenizer
 from serving.engine import EngineStats
 from serving.request import (
@@ -115,8 +116,11 @@ class TritonEngine:
         request_id: str,
         deadline_s: float | None = None,
         salt: str = "",
+        adapter: Adapter | None = None,
     ) -> Answer:
         """As Engine.submit; raises Unsupported too."""
+        if adapter is not None:
+            raise Unsupported(f"adapter `{adapter.name}` cannot be used: the Triton server holds the model")
         for field, off in _OFF.items():
             if getattr(sampling, field) not in off:
                 raise Unsupported(f"`{field}` cannot be passed to a Triton model; leave it out")
@@ -133,7 +137,7 @@ class TritonEngine:
             )
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        request = Request(request_id, list(prompt), sampling, salt, None, loop, inbox.put_nowait)
+        request = Request(request_id, list(prompt), sampling, salt, None, None, loop, inbox.put_nowait)
         task = loop.create_task(self._answer(request, deadline_s))
         self._tasks[request] = task
         task.add_done_callback(lambda _: self._tasks.pop(request, None))

@@ -12,13 +12,14 @@ from typing import get_args
 
 import pytest
 
+import serving.cli
 from mpt import catalog, cli, generation
 from mpt.local import DeviceChoice, DtypeChoice, LocalModel
 from mpt.prompts import PROMPT_STYLES
 from serving.options import ServeOptions
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["serve", "generate", "chat", "train"]
+COMMANDS = ["serve", "cluster", "top", "generate", "chat", "train"]
 
 
 def mpt_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,10 +179,7 @@ def served(
 ) -> Callable[..., ServeOptions]:
     """What `mpt serve` would start, with the models found in the folder of the test's two."""
     started: list[ServeOptions] = []
-    stages = {
-        "serving.options": SimpleNamespace(ServeOptions=ServeOptions),
-        "serving.server": SimpleNamespace(serve=started.append),
-    }
+    stages = {"serving.server": SimpleNamespace(serve=started.append)}
 
     def serve(*arguments: str) -> ServeOptions:
         code, out, err = run("serve", *arguments)
@@ -189,7 +187,7 @@ def served(
         return started.pop()
 
     monkeypatch.setenv("MPT_HOME", str(tiny_folders))
-    monkeypatch.setattr(cli, "import_module", stages.__getitem__)
+    monkeypatch.setattr(serving.cli, "import_module", stages.__getitem__)
     return serve
 
 

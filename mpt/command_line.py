@@ -1,0 +1,15 @@
+"""What the command lines share: the choices of device, precision and prompt style, light to import.
+
+The same as in `mpt.prompts` and `mpt.local`, which are slow to import; the type checker compares them.
+"""
+
+from typing import Annotated, Literal
+
+import typer
+
+Style = Literal["none", "instruct", "chatml"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` is CUDA where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; `auto` keeps the checkpoint's.")]

@@ -1,0 +1,113 @@
+"""LoRA adapters as peft saves them: read, checked, and multiplied beside a model's projections.
+
+y = W x + alpha / r B A x (Hu et al. 2021). Not here: training them (`training/adapters.py`), adding them into the
+weights of their base (`conversion/formats/adapter.py`).
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
+
+_PREFIX = "base_model.model."
+_ONLY_AT = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """A folder of peft's LoRA, its configuration checked, its matrices not read yet."""
+
+    path: Path
+    rank: int
+    scale: float  # of B A
+    base: str | None  # the checkpoint it was trained on, as its configuration names it
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "adapter_model.safetensors"
+
+    def pairs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (r, in) and B (out, r) of each matrix, by the matrix's name; shapes: the base's, (out, in) each.
+
+        Raises DamagedFile for pairs that are incomplete, and for those that fit no matrix of the base.
+        """
+        try:
+            with safe_open(self.weights, "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise DamagedFile(f"`{self.weights}` cannot be read: {error}") from error
+        halves: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in found.items():
+            module, _, which = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+            if which not in ("lora_A", "lora_B") or f"{module}.weight" not in shapes:
+                raise DamagedFile(f"`{name}` in `{self.weights}` belongs to no matrix of the base")
+            halves.setdefault(f"{module}.weight", {})[which] = tensor
+        for name, pair in halves.items():
+            shape = tuple(shapes[name])
+            if pair.keys() != {"lora_A", "lora_B"} or (pair["lora_B"].shape[0], pair["lora_A"].shape[1]) != shape:
+                raise DamagedFile(
+                    f"`{name}` of the base is {list(shape)}; the adapter's pair in `{self.weights}` does not fit it"
+                )
+        return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
+
+
+def open_lora(folder: Path) -> LoraFolder:
+    """A folder of plain LoRA. Raises CheckpointNotFound, DamagedFile, and UnsupportedConfig for another kind."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise CheckpointNotFound(f"`{folder}` has no adapter_config.json; give a folder that peft saved")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
+        base = config.get("base_model_name_or_path")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"`{file}` is no adapter's configuration ({error!r})") from error
+    if kind != "LORA":
+        raise UnsupportedConfig(f"`{folder}` is a {kind} adapter; supported: LORA")
+    for key, value in _ONLY_AT.items():
+        if config.get(key) not in (None, value):
+            raise UnsupportedConfig(f"`{key}` of the adapter is {config[key]!r}; supported: {value!r}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise DamagedFile(f"`{folder}` has no adapter_model.safetensors; a pickled adapter is not opened")
+    if rank < 1:
+        raise DamagedFile(f"`{file}` gives rank {rank}; a rank is at least 1")
+    return LoraFolder(folder, rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, base)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in memory: for each projection of the model, A (r, in) and B (out, r) with its scale in it."""
+
+    name: str
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    serial: int = field(default_factory=itertools.count().__next__)  # what was cached of another one is not reused
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for a, b in self.pairs.values())
+
+
+def adaptable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The projections an adapter may stand beside, by name: those of the blocks."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("transformer.blocks."):
+            yield name, module
+
+
+def load_adapter(name: str, folder: Path, model: torch.nn.Module) -> Adapter:
+    """An adapter for this model, in its dtype and on its device. Raises like `open_lora` and `LoraFolder.pairs`."""
+    lora = open_lora(folder)
+    linears = {f"{name}.weight": module.weight for name, module in adaptable(model)}
+    pairs = {}
+    for matrix, (a, b) in lora.pairs({n: tuple(weight.shape) for n, weight in linears.items()}).items():
+        like = linears[matrix]
+        scaled = b.float() * lora.scale
+        pairs[matrix.removesuffix(".weight")] = (a.to(like), scaled.to(like))
+    return Adapter(name, pairs)

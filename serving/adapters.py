@@ -1,0 +1,62 @@
+"""The LoRA adapters of an endpoint: found in folders, read when first asked for, the least used let go.
+
+Asked for as `model="base:adapter"`. A request holds the adapter it began with, so letting one go disturbs nobody.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from mpt.errors import UserError
+from mpt.lora import Adapter, load_adapter, open_lora
+from serving.options import MODEL_NAME
+
+MAX_LOADED = 8  # adapters of rank 16 on all projections of a 7B take about 80 MB each in bfloat16
+
+
+class Adapters:
+    """given: folders by name. folder: whatever it holds beside them, looked at anew for every question."""
+
+    def __init__(self, given: Mapping[str, Path], folder: Path | None, model: nn.Module) -> None:
+        for path in given.values():
+            open_lora(path)  # a mistake is told at start
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"`{folder}` is no folder of adapters; each adapter is a folder inside it")
+        self._given, self._folder, self._model = dict(given), folder, model
+        self._loaded: OrderedDict[str, Adapter] = OrderedDict()
+        self._lock = asyncio.Lock()
+
+    def names(self) -> list[str]:
+        """Every adapter there is, loaded or not."""
+        return list(available(self._given, self._folder))
+
+    async def get(self, name: str) -> Adapter | None:
+        """An adapter, read if need be; None if there is none of this name. Raises MPTError for one that is damaged."""
+        path = available(self._given, self._folder).get(name)
+        async with self._lock:
+            if path is None:
+                self._loaded.pop(name, None)
+                return None
+            if name not in self._loaded:
+                self._loaded[name] = await asyncio.to_thread(load_adapter, name, path, self._model)
+            self._loaded.move_to_end(name)
+            while len(self._loaded) > MAX_LOADED:
+                self._loaded.popitem(last=False)
+            return self._loaded[name]
+
+
+def available(given: Mapping[str, Path], folder: Path | None) -> dict[str, Path]:
+    """Folders of adapters by name: those given, and those in a folder now."""
+    found = {}
+    if folder is not None:
+        found = {p.parent.name: p.parent for p in sorted(folder.glob("*/adapter_config.json"))}
+    return {name: path for name, path in {**found, **given}.items() if MODEL_NAME.fullmatch(name)}
+
+
+def split_name(model: str) -> tuple[str, str | None]:
+    """The base and the adapter of a request's `model`."""
+    base, colon, adapter = model.partition(":")
+    return base, adapter if colon else None

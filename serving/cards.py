@@ -1,0 +1,43 @@
+"""What a client may know of a model, for /v1/models: OpenAI's four fields, vLLM's three, and ours."""
+
+import time
+from typing import Any
+
+from mpt.catalog import describe, resolve
+from mpt.checkpoint import read_config
+from serving.cluster import ModelOptions
+
+
+def card(
+    name: str, root: str, *, context_length: int, prompt_style: str, licence: str, created: int | None = None
+) -> dict[str, Any]:
+    """The entry of one model."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(time.time()) if created is None else created,
+        "owned_by": "mpt",
+        "root": root if "/" not in root.strip("./") else name,  # never a path of this machine
+        "parent": None,
+        "max_model_len": context_length,
+        "context_length": context_length,
+        "prompt_style": prompt_style,
+        "licence": licence,
+    }
+
+
+def with_adapters(base: dict[str, Any], adapters: list[str]) -> list[dict[str, Any]]:
+    """The entries of a model and of the adapters served on it."""
+    return [base, *({**base, "id": f"{base['id']}:{name}", "parent": base["id"]} for name in adapters)]
+
+
+def card_of(name: str, model: ModelOptions) -> dict[str, Any]:
+    """The entry of a model of a cluster, from its files: it may have no replica now. Raises MPTError."""
+    entry, config = describe(model.root), read_config(resolve(model.root))
+    return card(
+        name,
+        model.root,
+        context_length=model.context_length or config.max_seq_len,
+        prompt_style=model.prompt_style or entry.prompt_style,
+        licence=entry.licence,
+    )

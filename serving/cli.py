@@ -1,0 +1,251 @@
+"""The commands `mpt serve`, `mpt cluster` and `mpt top`."""
+
+import os
+from collections.abc import Collection, Iterator
+from importlib import import_module
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import typer
+
+from mpt.command_line import DeviceOption, DtypeOption, Style
+from mpt.errors import UserError
+from serving.options import MODEL_NAME, ServeOptions
+
+TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
+CONFIG = Path(__file__).with_name("config.yaml")
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]NAME|PATH",
+            help="A checkpoint to serve: a name of the catalog, a folder (ONNX too), a hub repository, or "
+            "NAME=triton://HOST:PORT/MODEL?checkpoint=NAME; repeatable.",
+            show_default="the four of the mpt-tiny family",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key clients must send; repeatable. Other users of the machine can see it: prefer a file."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of keys, one per line, `[NAME:] KEY [requests_per_minute=N] [tokens_per_minute=N]`; read again "
+            "when it changes. Keys may stand in $MPT_API_KEYS too, one per line."
+        ),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of each client; more get 429.", show_default="no limit")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and answer tokens of each client.", show_default="no limit")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    kv_gb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Sequences computed at once, per model.")] = 32,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait, per model; more get 503.")] = 256,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=16, help="Prompt tokens read in one step; smaller keeps other streams smoother.")
+    ] = 512,
+    context_length: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TOKENS", help="Serve a context other than the trained one; repeatable."),
+    ] = None,
+    prompt_style: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=STYLE", help="Template for chat: none, instruct or chatml; repeatable."),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL[:NAME]=FOLDER",
+            help="LoRA adapters, asked for as MODEL:NAME: one folder by its name, or a folder of folders; repeatable.",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
+    ] = None,
+    docs: Annotated[
+        bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")
+    ] = None,
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")] = "text",
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
+    ] = 30.0,
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
+    ] = 600.0,
+) -> None:
+    """Serve checkpoints behind an OpenAI-style API.
+
+    \b
+    Examples:
+      mpt serve
+      mpt serve --model chat=/models/mpt-7b-chat --dtype bfloat16
+      mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
+      mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
+    """
+    sources = dict(_model_source(text) for text in model or TINY)
+    if len(sources) < len(model or TINY):
+        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
+    if not is_loopback(host) and not (keys or api_key_file or no_auth):
+        raise UserError(
+            f"`{host}` can be reached from other machines and there are no keys; give --api-key-file, "
+            "or --no-auth to serve everybody who reaches it"
+        )
+    if no_auth and (keys or api_key_file):
+        raise UserError("--no-auth and keys contradict each other; give one of them")
+    lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
+    styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
+    adapters, folders = _adapters(adapter, sources)
+    from mpt.catalog import resolve
+
+    for source in sources.values():
+        if not source.startswith("triton://"):
+            resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
+    options = ServeOptions(
+        models=sources,
+        host=host,
+        port=port,
+        api_keys=keys,
+        api_key_file=api_key_file,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        device=device,
+        dtype=dtype,
+        kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
+        max_running=max_running,
+        max_waiting=max_waiting,
+        prefill_chunk=prefill_chunk,
+        context_lengths=lengths,
+        prompt_styles=styles,
+        adapters=adapters,
+        adapter_folders=folders,
+        cors_origins=tuple(cors_origin or ()),
+        docs=is_loopback(host) if docs is None else docs,
+        log_format=log_format,
+        drain_s=drain_seconds,
+        request_timeout_s=request_timeout,
+    )
+    import_module("serving.server").serve(options)
+
+
+def cluster(
+    config: Annotated[
+        Path,
+        typer.Option(
+            help="A Ray Serve config; docs/operations.md lists what `args` may say.", show_default="the tiny four"
+        ),
+    ] = CONFIG,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="TCP port.", show_default="the config's, else 8000")
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs that Ray may hand out.", show_default="as many as there are")
+    ] = None,
+) -> None:
+    """Serve checkpoints on a local Ray, each model with replicas of its own, until interrupted.
+
+    On a Ray cluster that runs already: `serve deploy serving/config.yaml`; on Kubernetes: k8s/README.md.
+
+    \b
+    Examples:
+      mpt cluster
+      mpt cluster --config my-models.yaml --port 9000
+    """
+    import_module("serving.local_cluster").run(config, port, cpus)
+
+
+def top(
+    url: Annotated[str, typer.Option(help="A server of ours, embedded or a cluster.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one table, of one interval, and leave.")] = False,
+) -> None:
+    """Show models, queue, KV cache and tokens per second of a running server, live.
+
+    \b
+    Examples:
+      mpt top
+      mpt top --url http://gpu-box:8000 --every 2
+    """
+    import_module("serving.top").run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
+
+
+def _model_source(text: str) -> tuple[str, str]:
+    """The name to serve under, and the name or path to load, of one `--model`."""
+    name, equals, source = text.partition("=")
+    if not equals or "/" in name:  # a path may hold "="
+        name, source = text.rstrip("/").rpartition("/")[2], text
+    if not MODEL_NAME.fullmatch(name) or not source:
+        raise UserError(
+            f"`--model {text}` gives no usable name (letters, digits, `.`, `_`, `-`, at most 64); "
+            "write NAME=PATH, for example chat=/models/mpt-7b-chat"
+        )
+    return name, source
+
+
+def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of each NAME=VALUE, the names checked against the models served."""
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"`{option} {text}` names no model; write NAME=VALUE, for example {min(names)}={text}")
+        if name not in names:
+            raise UserError(f"`{option} {text}` is for `{name}`, which is not served; served: {', '.join(names)}")
+        yield name, value
+
+
+def _tokens(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise UserError(f"`--context-length {name}={text}` is no number of tokens; give a whole number from 1")
+    return int(text)
+
+
+def _style(name: str, text: str) -> Style:
+    styles: tuple[Style, ...] = get_args(Style)
+    for style in styles:
+        if text == style:
+            return style
+    raise UserError(f"`--prompt-style {name}={text}` is unknown; known: {', '.join(styles)}")
+
+
+def _adapters(texts: list[str] | None, names: Collection[str]) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
+    """The single adapters of each model, and its folder of adapters."""
+    single: dict[str, dict[str, Path]] = {}
+    folders: dict[str, Path] = {}
+    for text in texts or ():
+        asked, equals, folder = text.partition("=")
+        model, colon, name = asked.partition(":")
+        if not equals or not folder or model not in names or (colon and not MODEL_NAME.fullmatch(name)):
+            raise UserError(
+                f"`--adapter {text}` names no model served here; write MODEL:NAME=FOLDER or MODEL=FOLDER, for example "
+                f"{min(names)}:mine=runs/lora/adapter"
+            )
+        if colon:
+            single.setdefault(model, {})[name] = Path(folder)
+        else:
+            folders[model] = Path(folder)
+    return single, folders
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost may lead anywhere."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

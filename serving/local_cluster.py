@@ -1,0 +1,128 @@
+"""`mpt cluster`: a local Ray and the application of a Serve config on it, from checking to a clean exit.
+
+Everything a user can have got wrong is told before Ray starts, which takes seconds and hides errors in its logs.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpt.catalog import resolve
+from mpt.errors import UserError
+from serving.app import keys_of
+from serving.cli import is_loopback
+from serving.cluster import ClusterOptions, read_args
+from serving.logs import set_up_logging
+from serving.options import ServeOptions
+
+log = logging.getLogger(__name__)
+
+_IMPORT_PATH = "serving.deployment:app"
+# HAProxy in front of the replicas instead of Ray's Python proxy, and gRPC instead of actor calls between them: 1 ms and
+# 2 ms a request instead of 11 and 3 (docs/benchmarks.md). Read by Ray's processes when they start.
+ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def run(config: Path, port: int | None, cpus: int | None) -> None:
+    """Serve until told to stop. Raises UserError before anything is started."""
+    set_up_logging()
+    started = time.perf_counter()
+    application, http, logging_config = _read(config)
+    options = read_args(application.get("args") or {})
+    if port is not None:
+        http["port"] = port
+    n_cpus = cpus or os.cpu_count() or 1
+    _check(options, http, n_cpus)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from serving.deployment import app
+
+    stop = threading.Event()
+    ray.init(num_cpus=n_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
+        serve.run(
+            app(application.get("args") or {}),
+            name=application.get("name", "mpt"),
+            route_prefix=application.get("route_prefix", "/"),
+            logging_config=LoggingConfig(**logging_config),
+        )
+        log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+        stop.wait()
+        log.info("shutting down; running requests may finish")
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Our application of a Serve config, its HTTP options and its logging."""
+    try:
+        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
+        applications = raw["applications"]
+        ours = [each for each in applications if each["import_path"] == _IMPORT_PATH]
+    except OSError as error:
+        raise UserError(f"`{config}` cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"`{config}` is no Ray Serve config; serving/config.yaml is one") from error
+    if len(ours) != 1:
+        raise UserError(f"`{config}` has {len(ours)} applications with import_path {_IMPORT_PATH}; give it one")
+    http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
+    return ours[0], http, raw.get("logging_config") or {}
+
+
+def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
+    """Everything that would fail later and less clearly. Raises UserError."""
+    keys = keys_of(ServeOptions(models={}, api_keys=options.api_keys, api_key_file=options.api_key_file))
+    if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
+        raise UserError(
+            f"`{http['host']}` can be reached from other machines and there are no keys; give `api_key_file` in "
+            "`args`, or `no_auth: true` to serve everybody who reaches it"
+        )
+    for model in options.models.values():
+        resolve(model.root)
+        if model.adapters is not None and not Path(model.adapters).is_dir():
+            raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
+    wanted_gpus = sum(model.n_gpus for model in options.models.values())
+    if wanted_gpus:
+        import torch
+
+        if wanted_gpus > torch.cuda.device_count():
+            raise UserError(
+                f"the models ask for {wanted_gpus:g} GPUs and this machine has {torch.cuda.device_count()}; lower "
+                "num_gpus, tensor_parallel or min_replicas, or serve fewer models"
+            )
+    wanted_cpus = sum(model.n_cpus for model in options.models.values())
+    wanted_cpus += options.router_replicas * options.router_num_cpus
+    if wanted_cpus > n_cpus:
+        raise UserError(
+            f"the models and routers ask for {wanted_cpus:g} CPUs and Ray may hand out {n_cpus}; lower num_cpus or "
+            "min_replicas, or give --cpus"
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http["host"], http["port"]))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {http['host']}:{http['port']}: {error.strerror}; choose another --port"
+            ) from error

@@ -1,0 +1,15 @@
+"""Our log lines on stderr, in one form, wherever the app runs."""
+
+import logging
+import sys
+
+
+def set_up_logging() -> None:
+    """Once per process, before anything is served."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("serving", "mpt"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False
