@@ -111,6 +111,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     options = serving.options
     metrics = Metrics(lambda: list(serving.endpoints.values()))
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
     _add_generation(app, serving, metrics)
     _add_models_and_tokens(app, serving)

@@ -155,6 +155,9 @@ def cluster(
     cpus: Annotated[
         int | None, typer.Option(min=1, help="CPUs that Ray may hand out.", show_default="as many as there are")
     ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
+    ] = 30.0,
 ) -> None:
     """Serve checkpoints on a local Ray, each model with replicas of its own, until interrupted.
 
@@ -165,7 +168,7 @@ def cluster(
       mpt cluster
       mpt cluster --config my-models.yaml --port 9000
     """
-    import_module("serving.local_cluster").run(config, port, cpus)
+    import_module("serving.local_cluster").run(config, port, cpus, drain_seconds)
 
 
 def top(

@@ -35,6 +35,7 @@ class ModelOptions:
     tensor_parallel: int = 1  # processes, each with num_gpus, that hold a share of the weights
     num_gpus: float = 0  # of each process of a replica
     num_cpus: float = 0.25
+    threads: int | None = None  # of a replica on CPU; None is num_cpus from 1 on, below it all cores
     resources: Mapping[str, float] = field(default_factory=dict)  # Ray's custom resources, to pin a model to a group
     min_replicas: int = 1  # 0 lets go of the model when nobody asks
     max_replicas: int = 1
@@ -46,7 +47,7 @@ class ModelOptions:
     startup_timeout_s: float = 600  # reading the weights, a first token
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "context_length", "max_running", "tensor_parallel", "max_replicas")
+        _at_least(self, 1, "context_length", "max_running", "tensor_parallel", "max_replicas", "threads")
         _at_least(self, 0, "max_waiting", "num_gpus", "num_cpus", "min_replicas", "upscale_delay_s")
         _at_least(self, 0, "downscale_delay_s", "graceful_shutdown_timeout_s")
         _at_least(self, 16, "prefill_chunk")

@@ -116,7 +116,7 @@ class Model:
 
     def __init__(self, name: str, model: ModelOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
-        _choose_threads(model.num_cpus)
+        _choose_threads(model)
         self._name, self._cluster = name, cluster
         self._endpoint = _open(name, model, cluster)
         self._tickets: dict[str, _Ticket] = {}
@@ -187,7 +187,13 @@ class Model:
             import uvicorn
 
             config = uvicorn.Config(
-                self._app, log_config=None, access_log=False, server_header=False, lifespan="off", http="httptools"
+                self._app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                http="httptools",
+                ws="none",
             )
             self._server = asyncio.create_task(uvicorn.Server(config).serve(sockets=[self._listener]))
 
@@ -258,11 +264,12 @@ def _listen(host: str) -> tuple[socket.socket, str]:
     return listener, f"http://{address}:{listener.getsockname()[1]}"
 
 
-def _choose_threads(num_cpus: float) -> None:
+def _choose_threads(model: ModelOptions) -> None:
     """Ray sets one thread for a share of a CPU; such a replica may use what is idle, as `mpt serve` does."""
     import torch
 
-    torch.set_num_threads(int(num_cpus) if num_cpus >= 1 else os.cpu_count() or 1)
+    cores = int(model.num_cpus) if model.num_cpus >= 1 else os.cpu_count() or 1
+    torch.set_num_threads(model.threads or cores)
 
 
 def _replica_id() -> str:
@@ -288,7 +295,12 @@ class Router:
         return self._app
 
     def exposition(self) -> tuple[str, str]:
+        """This router's name and its metrics."""
         return _replica_id(), self._app.state.own_metrics()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let running answers end before everything is shut down."""
+        await self._app.state.traffic.drain(timeout_s)
 
 
 class RayFleet:
@@ -333,8 +345,8 @@ class RayFleet:
             rest.add_done_callback(lambda done: _tell(lost, done))
             yield Lease(first["url"], headers, first["replica"], lost, report)
         finally:
-            stream.cancel()
-            if rest is not None:
+            if rest is not None:  # else there is nothing to cancel, and cancelling would raise the error again
+                stream.cancel()
                 rest.cancel()
                 await asyncio.gather(rest, return_exceptions=True)
 

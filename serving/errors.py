@@ -58,6 +58,10 @@ class TooLarge(ApiError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
+class HeadersTooLarge(ApiError):
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
 class UnsupportedMediaType(ApiError):
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 

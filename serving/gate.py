@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.auth import Door
-from serving.errors import ApiError, InternalError, RateLimited
+from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
 from serving.limits import Admission, RateLimiter
 from serving.metrics import HttpMetrics
 
@@ -24,6 +24,7 @@ log = logging.getLogger("serving.access")
 bugs = logging.getLogger(__name__)
 
 _OPEN = frozenset({"/health", "/ready"})  # probes have no keys
+_MAX_HEADERS = 32 << 10  # bytes; what servers commonly take
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})  # others are one label in metrics
 _SILENT = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
@@ -38,7 +39,10 @@ class Work(Protocol):
 
 
 class Gate:
-    """log_format None writes no access log: whoever sent the request here does. names_requests: sends x-request-id."""
+    """log_format None neither logs nor counts: the router that sent the request here does.
+
+    names_requests: send x-request-id, unless something around this app does.
+    """
 
     def __init__(
         self,
@@ -72,10 +76,13 @@ class Gate:
                     own["x-request-id"] = request_id
                 extra = [(name.encode(), value.encode()) for name, value in own.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
+            try:
+                await send(message)
+            except Exception as error:  # the connection is broken, or what came over it is not HTTP
+                raise ClientDisconnect from error
 
         try:
-            refusal = self._refusal(scope["path"], headers, state)
+            refusal = self._refusal(scope, headers, state)
             if refusal is not None:
                 await respond(refusal)(scope, receive, send_on)
             else:
@@ -87,16 +94,15 @@ class Gate:
             if status == 499:
                 await respond(InternalError(f"internal error; request {request_id}"))(scope, receive, send_on)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http.labels(route, method, str(status)).inc()
             if state["admission"] is not None:
                 state["admission"].settle(state["work"].n_tokens if "work" in state else 0)
-            if scope["path"] not in _SILENT and self._log_format is not None:
-                self._log(scope, state, route, status, time.perf_counter() - started)
+            if self._log_format is not None:
+                self._record(scope, state, status, time.perf_counter() - started)
 
-    def _refusal(self, path: str, headers: dict[bytes, str], state: dict[str, Any]) -> ApiError | None:
-        if path in _OPEN:
+    def _refusal(self, scope: Scope, headers: dict[bytes, str], state: dict[str, Any]) -> ApiError | None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADERS:
+            return HeadersTooLarge(f"the headers are over the limit of {_MAX_HEADERS} bytes; send less")
+        if scope["path"] in _OPEN:
             return None
         try:
             client = self._door.client(headers)
@@ -109,7 +115,13 @@ class Gate:
             return error
         return None
 
-    def _log(self, scope: Scope, state: dict[str, Any], route: str, status: int, total_s: float) -> None:
+    def _record(self, scope: Scope, state: dict[str, Any], status: int, total_s: float) -> None:
+        """Count a response, and write its line in the access log."""
+        route = getattr(scope.get("route"), "path", "unknown")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.http.labels(route, method, str(status)).inc()
+        if scope["path"] in _SILENT:
+            return
         fields = {
             "request_id": state["request_id"],
             "method": scope["method"],

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from mpt.catalog import resolve
-from mpt.errors import UserError
+from mpt.errors import MachineRefused, UserError
+from serving import haproxy
 from serving.app import keys_of
 from serving.cli import is_loopback
 from serving.cluster import ClusterOptions, read_args
@@ -30,12 +31,17 @@ _IMPORT_PATH = "serving.deployment:app"
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # Ray Serve's own lines go to its log files, ours to stderr
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1800",  # how long a replaced HAProxy keeps its streams; Ray: 120
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 s is for load balancers beyond this machine
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",  # Ray listens on every address; nobody without its token is answered
 }
 
 
-def run(config: Path, port: int | None, cpus: int | None) -> None:
-    """Serve until told to stop. Raises UserError before anything is started."""
+def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> None:
+    """Serve until told to stop; running answers may then take drain_s more. Raises UserError before Ray starts."""
     set_up_logging()
     started = time.perf_counter()
     application, http, logging_config = _read(config)
@@ -44,34 +50,51 @@ def run(config: Path, port: int | None, cpus: int | None) -> None:
         http["port"] = port
     n_cpus = cpus or os.cpu_count() or 1
     _check(options, http, n_cpus)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    # HAProxy's own pages are on fixed ports of Ray's otherwise, so that a machine could hold one cluster only.
+    ports = {name: str(_free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
+    for variable, value in {**ENVIRONMENT, **ports, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command()}.items():
+        os.environ.setdefault(variable, value)
 
     import ray
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from serving.deployment import app
+    from serving.deployment import ROUTER, app
 
+    name = application.get("name", "mpt")
     stop = threading.Event()
     ray.init(num_cpus=n_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
-        serve.run(
-            app(application.get("args") or {}),
-            name=application.get("name", "mpt"),
-            route_prefix=application.get("route_prefix", "/"),
-            logging_config=LoggingConfig(**logging_config),
-        )
+        try:
+            serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
+            serve.run(
+                app(application.get("args") or {}),
+                name=name,
+                route_prefix=application.get("route_prefix", "/"),
+                logging_config=LoggingConfig(**logging_config),
+            )
+        except (RayError, RuntimeError) as error:
+            log.debug("Ray Serve did not start", exc_info=error)
+            last = str(error).strip().splitlines()[-1]
+            raise MachineRefused(f"the models did not start: {last}; see /tmp/ray/session_latest/logs/serve") from None
         log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
         stop.wait()
-        log.info("shutting down; running requests may finish")
+        log.info("shutting down; running requests may take %.0f s more", drain_s)
+        routers = serve.get_deployment_handle(ROUTER, name)
+        routers.broadcast("drain", drain_s).results(timeout_s=drain_s + 30)
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -89,6 +89,8 @@ class Relayed:
     estimate: int  # tokens, until the replica has counted
     report: dict[str, Any] = field(default_factory=dict)
     replica: str = "-"
+    arrived: float = field(default_factory=time.perf_counter)
+    lease_s: float = 0.0  # until a replica took it; the replica's own times come on top
 
     @property
     def n_tokens(self) -> int:
@@ -96,7 +98,7 @@ class Relayed:
         return sum(value for value in counted if isinstance(value, int)) if self.report else 0
 
     def log_fields(self) -> dict[str, Any]:
-        return {"model": self.model, "replica": self.replica, **self.report}
+        return {"model": self.model, "replica": self.replica, "lease_s": round(self.lease_s, 4), **self.report}
 
 
 class RouterMetrics(HttpMetrics):
@@ -104,16 +106,20 @@ class RouterMetrics(HttpMetrics):
         super().__init__()
         self.lost = self.counter("replica_lost", "Answers whose replica went away.", ["model_name"])
         self.rejected = self.counter("router_rejected", "Requests no replica had room for.", ["model_name"])
+        self.lease = self.histogram("lease_wait_seconds", "From arrival to a replica that takes the request.")
 
 
 def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     """The ASGI app in front of a fleet; the same routes and errors as `serving.app.make_app`."""
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     metrics = RouterMetrics()
-    session = _Session()
+    session, traffic = _Session(), Traffic()
     cards = fleet.cards
 
     def find(model: str) -> tuple[str, str | None]:
+        if traffic.draining:
+            raise Unavailable("the server is shutting down; try another", code="shutting_down")
         base, adapter = split_name(model)
         served = cards()
         if base not in served:
@@ -130,7 +136,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         request.state.work = work
         streamed = bool(getattr(asked, "stream", False))
         lease = _Lessor(fleet, base, adapter, _beginning(asked), request.state.salt)
-        return Relay(request, raw, work, lease, await session.get(), metrics, options, streamed)
+        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, streamed)
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
@@ -187,6 +193,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         return Response(merged(await fleet.expositions()), headers={"content-type": CONTENT_TYPE_LATEST})
 
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
+    app.state.traffic = traffic
     add_errors(app, metrics)
     if options.docs:
         add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
@@ -198,6 +205,41 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+class Traffic:
+    """What is on its way through, so that a router can leave when it is over."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._n = 0
+        self._ending = asyncio.Event()
+
+    async def through(self, relay: Coroutine[Any, Any, None]) -> None:
+        """Run a relay to its end, or to the end of the time there is. Raises Unavailable then."""
+        self._n += 1
+        task, ending = asyncio.ensure_future(relay), asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait({task, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Unavailable("the server is shutting down; try another", code="shutting_down")
+            await task
+        finally:
+            self._n -= 1  # before anything is awaited: cancelling may come twice
+            for each in (task, ending):
+                each.cancel()
+            await asyncio.gather(task, ending, return_exceptions=True)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests; wait for those there are, then end what is left with an error."""
+        self.draining = True
+        until = time.monotonic() + timeout_s
+        while self._n and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        self._ending.set()
+        while self._n:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)  # the last bytes are on their way to the sockets
 
 
 class _Session:
@@ -245,23 +287,25 @@ class Relay(Response):
         session: aiohttp.ClientSession,
         metrics: RouterMetrics,
         options: ClusterOptions,
+        traffic: "Traffic",
         streamed: bool,
     ) -> None:
         super().__init__()
         self._path, self._body, self._work, self._lease = request.scope["path"], body, work, lease
         self._session, self._metrics, self._options, self._streamed = session, metrics, options, streamed
+        self._traffic = traffic
         self._sent = {"content-type": "application/json", "x-request-id": request.state.request_id}
         self._sent["x-mpt-salt"] = lease.salt
-        self._started = False  # a response head has been sent
+        self._started = self._ended = False  # a response head, and the last byte, have been sent
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
-        relay = asyncio.create_task(self._relay())
+        relay = asyncio.create_task(self._traffic.through(self._relay()))
         beside = [asyncio.create_task(until_disconnected(receive))]
         if self._streamed:
             beside.append(asyncio.create_task(self._keep_alive()))
-        beside[0].add_done_callback(lambda _: relay.cancel())
+        beside[0].add_done_callback(lambda _: self._ended or relay.cancel())
         try:
             await asyncio.wait({relay})
         finally:
@@ -297,7 +341,8 @@ class Relay(Response):
         try:
             async with asyncio.timeout(self._options.request_timeout_s) as waiting, self._lease() as lease:
                 waiting.reschedule(None)  # from here on the replica keeps the deadline
-                self._work.replica = lease.replica
+                self._work.replica, self._work.lease_s = lease.replica, time.perf_counter() - self._work.arrived
+                self._metrics.lease.labels(self._lease.model).observe(self._work.lease_s)
                 answer = asyncio.ensure_future(self._pass_on(lease))
                 try:
                     await asyncio.wait({answer, lease.lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -343,6 +388,7 @@ class Relay(Response):
 
     async def _write(self, body: bytes, more: bool = True) -> None:
         self._written_at = time.monotonic()
+        self._ended = not more  # what it cost is still to be heard of, even if the client leaves now
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _keep_alive(self) -> None:

@@ -47,7 +47,8 @@ class _Server(uvicorn.Server):
             server_header=False,
             timeout_graceful_shutdown=5,  # the engines have ended every answer by then
             h11_max_incomplete_event_size=64 << 10,
-            http="h11",  # bounds header size, which httptools does not
+            http="h11",  # bounds what it buffers of a head, which httptools does not
+            ws="none",  # there is nothing to upgrade to, and the gate sees HTTP only
         )
         super().__init__(config)
         self._serving = serving

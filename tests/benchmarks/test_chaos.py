@@ -1,0 +1,123 @@
+"""The storm of benchmarks/chaos.py: a real server survives it, and one that cuts or changes answers is found out."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from benchmarks import chaos
+
+CHAOS = Path(chaos.__file__)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """`mpt serve` with one tiny model, as a process."""
+    command = [sys.executable, "-m", "mpt", "serve", "--port", "0", "--model", "mpt-tiny"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            found = (re.search(r"ready after .* on (http://\S+),", line) for line in process.stderr)
+            yield next(match[1] for match in found if match)
+        finally:
+            process.kill()
+
+
+def test_a_server_loses_nothing_in_a_storm(url, tmp_path):
+    path = tmp_path / "chaos.json"
+    command = [sys.executable, str(CHAOS), "--url", url, "--seconds", "5", "--streams", "12", "--burst", "40"]
+    done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(path.read_text())
+    assert (result["lost"], result["wrong"]) == (0, 0)
+    assert result["kinds"]["stream"]["complete"] > 0
+    assert result["kinds"]["after: gauges at 0"]["complete"] == 1
+
+
+def chunk(text: str, finish_reason: str | None) -> bytes:
+    choice = {"index": 0, "text": text, "finish_reason": finish_reason}
+    return b"data: " + json.dumps({"id": "cmpl-1", "choices": [choice]}).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+WHOLE = [chunk("an ", None), chunk("answer", "length"), DONE]
+
+
+@contextlib.asynccontextmanager
+async def fake_server(pieces: list[bytes]) -> AsyncIterator[str]:
+    """A server whose whole answers are right, and whose streams are these pieces; then the connection is closed."""
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        if not asked.get("stream"):
+            scores = {"tokens": ["an ", "answer"], "top_logprobs": [{"a": -0.1, "b": -3.0}] * 2}
+            choice = {"text": "an answer", "finish_reason": "length", "logprobs": scores}
+            choices = [{"index": k, **choice} for k in range(asked.get("n", 1))]
+            usage = {"completion_tokens": asked["max_tokens"] * len(choices)}
+            return web.json_response({"choices": choices, "usage": usage})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+        return response
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "fake", "max_model_len": 64, "prompt_style": "none"}]})
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(text="".join(f"{gauge} 0\n" for gauge in chaos.GAUGES))
+
+    app = web.Application()
+    app.router.add_post("/v1/completions", completions)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "what"),
+    [
+        ([chunk("an ", None)], "without [DONE]"),
+        ([chunk("an ", None), chunk("answer", "length")], "without [DONE]"),
+        ([chunk("an ", None), chunk("answer", None), DONE], "without a finish_reason"),
+        ([chunk("an ", "length"), chunk("answer", "length"), DONE], "after its finish_reason"),
+        ([chunk("an ", None), chunk("error", "length"), DONE], "wrong text"),
+        ([*WHOLE, chunk("more", None)], "after [DONE]"),
+        ([*WHOLE[:-1], DONE[:-1]], "inside an event"),
+    ],
+)
+async def test_a_stream_that_is_cut_or_changed_is_lost(pieces, what):
+    async with fake_server(pieces) as url, chaos.Storm(options(url)) as storm:
+        await storm.prepare()
+        for case in storm.cases:
+            await storm.attempt("stream", storm.stream(case))
+            await storm.attempt("whole", storm.whole(case))
+    assert storm.tally.outcomes == {("stream", "lost"): len(storm.cases), ("whole", "complete"): len(storm.cases)}
+    assert all(what in example for example in storm.tally.examples["stream: lost"])
+
+
+async def test_a_run_reports_what_a_fake_server_truncates():
+    async with fake_server(WHOLE[:-1]) as url:
+        result = await chaos.storm_over(options(url))
+    row = result["kinds"]["stream"]
+    assert row["lost"] == row["sent"] > 0
+    assert result["kinds"]["whole"]["lost"] == 0
+    assert result["kinds"]["bad: JSON"]["wrong"] == result["kinds"]["bad: JSON"]["sent"] > 0  # aiohttp's own 500
+
+
+def options(url: str) -> chaos.Run:
+    return chaos.Run(url, None, (), seconds=1.5, seed=0, n_streams=8, n_burst=0, patience_s=30, tie=0.0)

@@ -1,0 +1,420 @@
+"""What both servers must do, asked over HTTP alone: `mpt serve`, and `mpt cluster` on a local Ray."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+import mpt
+from mpt.generation import generate
+from mpt.prompts import encode_chat
+from tests.serving.servers import Server, free_port, running, serve_config
+
+KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
+KEYS = f"""# three clients
+tester: {KEY}
+{OTHER_KEY}
+slow: {SLOW_KEY} requests_per_minute=5 tokens_per_minute=1000
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tokenizer, tmp_path_factory) -> Path:
+    return mpt.save(model, tmp_path_factory.mktemp("checkpoints") / "base", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory) -> Path:
+    """A folder with one adapter, `loud`, of rank 4 on two projections, as peft saves it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("adapters")
+    copy = mpt.MPTForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["Wqkv", "down_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(copy, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(folder / "loud")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["serve", "cluster"])
+def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
+    """`base` and `chat` on the random model: byte tokens, 2,048 of context; three keys."""
+    folder = tmp_path_factory.mktemp(request.param)
+    keys = folder / "keys"
+    keys.write_text(KEYS)
+    if request.param == "serve":
+        options = [
+            *("--model", f"base={checkpoint}", "--model", f"chat={checkpoint}", "--prompt-style", "chat=chatml"),
+            *("--prompt-style", "base=none"),
+            *("--adapter", f"base={adapters}", "--max-running", "8", "--max-waiting", "24", "--kv-gb", "0.064"),
+            *("--api-key-file", str(keys), "--port", "0", "--docs"),
+        ]
+    else:
+        each = {
+            "root": str(checkpoint),
+            "max_running": 8,
+            "max_waiting": 8,
+            "kv_gb": 0.064,
+            "num_cpus": 0.1,
+            "threads": 1,
+        }
+        models = {
+            "base": {**each, "adapters": str(adapters), "prompt_style": "none"},
+            "chat": {**each, "prompt_style": "chatml"},
+        }
+        config = serve_config(folder, models, api_key_file=str(keys), docs=True)
+        options = ["--config", str(config), "--port", str(free_port())]
+    with running(request.param, *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server) -> str:
+    return server.url
+
+
+@pytest.fixture(scope="module")
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+
+
+def ignoring_eos(**more: object) -> dict[str, object]:
+    return {"ignore_eos": True, "skip_special_tokens": False, **more}
+
+
+def post(url: str, body: object, path: str = "/v1/completions", key: str = KEY, **more) -> httpx.Response:
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    headers = {"Authorization": f"Bearer {key}", "content-type": "application/json", **more}
+    return httpx.post(url + path, content=content, headers=headers, timeout=60)
+
+
+def total(url: str, metric: str, model: str) -> float:
+    """A metric of a model, over all its replicas."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).text
+    lines = [line for line in text.splitlines() if line.startswith(f"{metric}{{") and f'model_name="{model}"' in line]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def test_a_completion_is_the_naive_loops_text(client, model, tokenizer):
+    prompt = "The old man and the"
+    answer = client.completions.create(
+        model="base", prompt=prompt, max_tokens=20, temperature=0, extra_body=ignoring_eos()
+    )
+    ids = tokenizer.encode(prompt)
+    expected = generate(model, ids, 20)
+    assert answer.choices[0].text == tokenizer.decode(expected, False)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 20)
+    assert answer.id.startswith("cmpl-")
+
+
+def test_prompts_times_samples_are_indexed_in_order(client, model, tokenizer):
+    prompts = [[10, 11, 12], [20, 21]]
+    answer = client.completions.create(
+        model="base", prompt=prompts, n=2, max_tokens=6, temperature=0, extra_body=ignoring_eos()
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    texts = [tokenizer.decode(generate(model, prompt, 6), False) for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == [texts[0], texts[0], texts[1], texts[1]]
+    assert answer.usage.prompt_tokens == 5  # each prompt once
+    assert answer.usage.completion_tokens == 24
+
+
+def test_echo_scores_the_prompt_from_one_forward_pass(client, model, tokenizer):
+    """What lm-evaluation-harness asks: ids, one token more, the log-probability of every token but the first."""
+    ids = tokenizer.encode("scored text")
+    answer = client.completions.create(
+        model="base", prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0, extra_body=ignoring_eos()
+    )
+    scored = answer.choices[0].logprobs
+    whole = [*ids, *generate(model, ids, 1)]
+    with torch.no_grad():
+        truth = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    assert scored.token_logprobs[0] is None
+    for at in range(1, len(whole)):
+        assert scored.token_logprobs[at] == pytest.approx(float(truth[at - 1, whole[at]]), abs=1e-4)
+    assert max(scored.top_logprobs[-1].values()) == scored.token_logprobs[-1]  # is_greedy compares with `!=`
+    assert scored.text_offset[: len(ids)] == list(range(len(ids)))
+    assert answer.choices[0].text.startswith("scored text")
+
+
+def test_scoring_alone_generates_nothing(client, tokenizer):
+    answer = client.completions.create(model="base", prompt="abc", max_tokens=0, echo=True, logprobs=0)
+    assert answer.choices[0].text == "abc"
+    assert answer.usage.completion_tokens == 0
+    assert len(answer.choices[0].logprobs.tokens) == 3
+
+
+def test_a_chat_answer_and_its_logprobs(client, model, tokenizer):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
+    answer = client.chat.completions.create(
+        model="chat", messages=messages, max_completion_tokens=5, temperature=0, logprobs=True, top_logprobs=2,
+        extra_body=ignoring_eos(),
+    )  # fmt: skip
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    expected = generate(model, encode_chat(tokenizer, "chatml", plain), 5)
+    entries = answer.choices[0].logprobs.content
+    assert [bytes(entry.bytes) for entry in entries] == [tokenizer.token_bytes(token) for token in expected]
+    assert all(entry.logprob == entry.top_logprobs[0].logprob for entry in entries)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == tokenizer.decode(expected, False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stream_adds_up_to_the_whole_answer(client, seed):
+    """Random bytes, so characters are split across tokens all the time."""
+    ask = {"model": "base", "prompt": "ünï", "max_tokens": 60, "seed": seed, "extra_body": ignoring_eos()}
+    whole = client.completions.create(**ask).choices[0].text
+    chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 60
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_chat_stream_has_openais_order(url):
+    body = {"model": "chat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, **ignoring_eos()}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    chunks = [httpx.Response(200, content=event).json() for event in events[:-1]]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 4
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1])
+
+
+def test_best_of_returns_the_likeliest(client):
+    ask = {"model": "base", "prompt": "a", "max_tokens": 8, "seed": 3, "logprobs": 0, "extra_body": ignoring_eos()}
+    drawn = client.completions.create(**ask, n=5).choices
+    best = client.completions.create(**ask, n=1, best_of=5).choices
+    means = {choice.text: sum(choice.logprobs.token_logprobs) / 8 for choice in drawn}
+    assert [choice.text for choice in best] == [max(means, key=means.__getitem__)]
+
+
+def test_stop_strings_never_show(client):
+    ask = {"model": "base", "prompt": "q", "max_tokens": 40, "temperature": 0, "extra_body": ignoring_eos()}
+    whole = client.completions.create(**ask).choices[0].text
+    stop = whole[7:9]
+    chunks = list(client.completions.create(**ask, stop=[stop], stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole[: whole.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_errors_are_the_clients_own_classes(client, url):
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="gpt-4", prompt="a")
+    assert missing.value.code == "model_not_found" and "`base`" in missing.value.message
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="base", prompt="a" * 2000, max_tokens=100)
+    assert long.value.code == "context_length_exceeded" and "2100" in long.value.message
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.completions.create(model="base", prompt="a", extra_body={"tempratur": 1})
+    assert unknown.value.code == "unknown_parameter" and unknown.value.param == "tempratur"
+    with pytest.raises(openai.BadRequestError, match="completions"):
+        client.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.AuthenticationError) as wrong:
+        openai.OpenAI(base_url=f"{url}/v1", api_key="sk-other", max_retries=0).models.list()
+    assert wrong.value.code == "invalid_api_key"
+
+
+def test_every_route_but_the_probes_needs_a_key(url):
+    for path in ("/v1/models", "/metrics", "/docs", "/version", "/tokenize", "/nowhere"):
+        response = httpx.get(url + path)
+        assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer", path
+        assert response.headers["x-request-id"] and response.headers["x-content-type-options"] == "nosniff"
+    assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_models_say_what_they_are(client):
+    card = client.models.retrieve("chat").model_dump()
+    assert {"max_model_len": 2048, "prompt_style": "chatml", "licence": "unknown"}.items() <= card.items()
+    assert [model.id for model in client.models.list()] == ["base", "base:loud", "chat"]
+
+
+def test_metrics_count_what_happened(url, client):
+    names = ("mpt_prompt_tokens_total", "mpt_generation_tokens_total", "mpt_inter_token_latency_seconds_count")
+    before = [total(url, name, "chat") for name in names]
+    for _ in range(3):
+        client.completions.create(model="chat", prompt="12345", max_tokens=7, extra_body=ignoring_eos())
+    after = [total(url, name, "chat") for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3 * 5, 3 * 7, 3 * 6]
+    assert total(url, "mpt_num_requests_running", "chat") == total(url, "mpt_kv_cache_usage_ratio", "chat") == 0
+
+
+def test_a_good_request_id_is_echoed_once(url):
+    good = httpx.get(f"{url}/health", headers={"x-request-id": "abc-1.2_3"})
+    assert good.headers.get_list("x-request-id") == ["abc-1.2_3"]
+    answer = post(url, {"model": "base", "prompt": "a", "max_tokens": 1}, **{"x-request-id": "mine-7"})
+    assert answer.json()["id"] == "cmpl-mine-7" and answer.headers.get_list("x-request-id") == ["mine-7"]
+    assert httpx.get(f"{url}/nowhere").headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_go_away_stop_their_generation(url, stream):
+    """Eight of them: HAProxy with splicing misses one in four."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 2000, "stream": stream, **ignoring_eos()}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    before = total(url, "mpt_requests_cancelled_total", "base")
+    for _ in range(8):
+        with httpx.Client(timeout=0.15) as impatient:
+            if stream:
+                with impatient.stream(
+                    "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=30
+                ) as answer:
+                    next(answer.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    impatient.post(f"{url}/v1/completions", json=body, headers=headers)
+    for _ in range(50):
+        if total(url, "mpt_requests_cancelled_total", "base") == before + 8:
+            break
+        time.sleep(0.02)
+    assert total(url, "mpt_requests_cancelled_total", "base") == before + 8
+    assert total(url, "mpt_num_requests_running", "base") == total(url, "mpt_kv_cache_usage_ratio", "base") == 0
+
+
+def test_a_full_queue_is_503_with_retry_after(url):
+    body = {"model": "chat", "prompt": "a", "max_tokens": 400, "n": 1, **ignoring_eos()}
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: post(url, body), range(64)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert refused and {answer.status_code for answer in refused} == {503}
+    assert {answer.json()["error"]["code"] for answer in refused} == {"overloaded"}
+    assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
+    served = [answer.json()["usage"]["completion_tokens"] for answer in answers if answer.status_code == 200]
+    assert served == [400] * len(served) and served
+    assert post(url, {**body, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code", "param"),
+    [
+        ("{", 400, "invalid_json", None),
+        ('{"model":"base","prompt":"a","temperature":NaN}', 400, "invalid_json", None),
+        ('{"model":"base","prompt":"a","n":"16"}', 400, "invalid_type", "n"),
+        ('{"model":"base","prompt":"a","tempratur":1}', 400, "unknown_parameter", "tempratur"),
+        ('{"model":"base","prompt":"a","tools":[{}]}', 400, "unsupported_parameter", "tools"),
+        ('{"model":"base","prompt":[260]}', 400, "invalid_prompt", "prompt"),
+        ('{"model":"base","prompt":"a","stop_token_ids":[260]}', 400, "invalid_value", "stop_token_ids"),
+        ('{"model":"base","prompt":"a","max_tokens":2048}', 400, "context_length_exceeded", "prompt"),
+        ('{"model":"other","prompt":"a"}', 404, "model_not_found", "model"),
+        ('{"model":"base:other","prompt":"a"}', 404, "model_not_found", "model"),
+        ('{"model":"base:../../etc","prompt":"a"}', 404, "model_not_found", "model"),
+        ('{"model":"other:loud","prompt":"a"}', 404, "model_not_found", "model"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_body_is_refused_by_name(url, content, status, code, param, stream):
+    if stream:
+        content = content.replace("{", '{"stream":true,', 1) if len(content) > 1 else content
+    answer = post(url, content)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+    assert error["type"] == "invalid_request_error"
+
+
+def test_other_kinds_of_bodies_paths_and_methods(url):
+    text = post(url, '{"model":"base","prompt":"a"}', **{"content-type": "text/plain"})
+    assert (text.status_code, text.json()["error"]["code"]) == (415, "unsupported_media_type")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    nowhere, method = httpx.get(f"{url}/v2", headers=headers), httpx.get(f"{url}/v1/completions", headers=headers)
+    assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, "unknown_url")
+    assert (method.status_code, method.json()["error"]["code"]) == (405, "method_not_allowed")
+    slash = httpx.post(f"{url}/v1/completions/", headers={**headers, "host": "evil.example"}, json={})
+    assert (slash.status_code, slash.json()["error"]["code"]) == (404, "unknown_url")
+    padding = {f"x-padding-{k}": "p" * 8000 for k in range(5)}
+    assert post(url, {"model": "base", "prompt": "a"}, **padding).status_code in (400, 431)  # HAProxy's, ours
+    large = post(url, b'{"model":"base","prompt":"' + b"a" * (33 << 20) + b'"}')
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_tokens_there_and_back(url):
+    made = post(url, {"model": "chat", "messages": [{"role": "user", "content": "Hi"}]}, "/tokenize").json()
+    assert made["count"] == len(made["tokens"]) and made["max_model_len"] == 2048
+    back = post(url, {"model": "chat", "tokens": made["tokens"]}, "/detokenize").json()["prompt"]
+    assert back.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_an_adapter_is_asked_for_by_its_name(client, url, model, tokenizer, adapters):
+    from peft import PeftModel
+
+    copy = mpt.MPTForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    merged = PeftModel.from_pretrained(copy, adapters / "loud").merge_and_unload()
+    ids = tokenizer.encode("The old man and the")
+    ask = {"prompt": ids, "max_tokens": 20, "temperature": 0, "extra_body": ignoring_eos()}
+    plain = tokenizer.decode(generate(model, ids, 20), False)
+    adapted = tokenizer.decode(generate(merged, ids, 20), False)
+    assert plain != adapted
+    answer = client.completions.create(model="base:loud", **ask)
+    assert (answer.choices[0].text, answer.model) == (adapted, "base:loud")
+    assert client.completions.create(model="base", **ask).choices[0].text == plain
+    card = client.models.retrieve("base:loud").model_dump()
+    assert (card["parent"], card["max_model_len"]) == ("base", 2048)
+
+
+def test_a_clients_limits_are_told_and_kept(url):
+    ask = {"model": "base", "prompt": "1234567890", "max_tokens": 10, **ignoring_eos()}
+    first = post(url, ask, key=SLOW_KEY)
+    assert first.status_code == 200
+    assert first.headers["x-ratelimit-limit-requests"] == "5" and first.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert first.headers["x-ratelimit-remaining-requests"] == "4"
+    too_many = post(url, {**ask, "max_tokens": 1500}, key=SLOW_KEY)
+    assert (too_many.status_code, too_many.headers["x-should-retry"]) == (429, "false")
+    assert too_many.json()["error"]["type"] == "rate_limit_error"
+    kept = int(post(url, ask, key=SLOW_KEY).headers["x-ratelimit-remaining-tokens"])
+    assert kept >= 1000 - 2 * 2 * 20  # the refused one cost nothing, each served one about its 20 tokens
+    answers = [post(url, ask, key=SLOW_KEY) for _ in range(4)]
+    limited = [answer for answer in answers if answer.status_code == 429]
+    assert limited and all(0 < int(answer.headers["retry-after"]) <= 60 for answer in limited)
+    assert {answer.json()["error"]["code"] for answer in limited} == {"rate_limit_exceeded"}
+    assert post(url, ask).status_code == 200  # another client's minute is its own
+
+
+def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url):
+    ask = {"model": "base", "prompt": "confidential", "max_tokens": 3, **ignoring_eos()}
+    post(url, ask, **{"x-request-id": "logged-1"})
+    post(url, ask, key=OTHER_KEY, **{"x-request-id": "logged-2"})
+    for _ in range(200):
+        found = [line for line in list(server.lines) if "request_id=logged-" in line]
+        if len(found) == 2:
+            break
+        time.sleep(0.02)
+    named, hashed = found
+    for part in ("client=tester", "model=base", "prompt_tokens=12", "completion_tokens=3", "finish_reason=length"):
+        assert part in named
+    assert "ttft_s=0." in named and "itl_s=0." in named and "status=200" in named
+    assert "client=" in hashed and "client=tester" not in hashed
+    everything = "".join(server.lines)
+    assert "confidential" not in everything and not any(key in everything for key in (KEY, OTHER_KEY, SLOW_KEY))
+
+
+def test_it_leaves_when_told(server):
+    """Last: running answers end, the exit code is 0."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 300, "stream": True, **ignoring_eos()}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert server.process.wait(60) == 0
