@@ -26,7 +26,7 @@ from mpt.errors import MPTError
 from mpt.lora import Adapter
 from serving import answers
 from serving.adapters import split_name
-from serving.auth import Door, Keys
+from serving.auth import Door, keys_of
 from serving.docs import add_docs, takes
 from serving.endpoints import Endpoint
 from serving.errors import (
@@ -39,7 +39,6 @@ from serving.errors import (
 )
 from serving.gate import Gate, respond
 from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
-from serving.limits import Limits
 from serving.metrics import HttpMetrics, Metrics
 from serving.options import ServeOptions
 from serving.protocol import (
@@ -251,12 +250,6 @@ def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
     async def scrape() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
-
-
-def keys_of(options: ServeOptions) -> Keys:
-    """The keys a server was told to take. Raises UserError."""
-    limits = Limits(options.requests_per_minute, options.tokens_per_minute)
-    return Keys(options.api_keys, options.api_key_file, limits)
 
 
 def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol
 from mpt.errors import UserError
 from serving.errors import Unauthorized
 from serving.limits import NO_LIMITS, Limits
+from serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,12 @@ class Keys:
             return
         if first and not self._from_file:
             raise UserError(f"the key file `{self._file}` holds no key; write one per line")
+
+
+def keys_of(options: ServeOptions) -> Keys:
+    """The keys a server was told to take. Raises UserError."""
+    limits = Limits(options.requests_per_minute, options.tokens_per_minute)
+    return Keys(options.api_keys, options.api_key_file, limits)
 
 
 def bearer(headers: Headers) -> str:

@@ -77,8 +77,7 @@ class TorchBackend:
         self._n_layers: int = config.n_layers
         self.bytes_per_token = config.kv_bytes_per_token * self._weight.itemsize // 2
         self._adapted: list[tuple[Adapter, Tensor | None]] = []  # and the tokens of the step it is for, None for all
-        for name, module in adaptable(model):
-            module.register_forward_hook(self._beside(name))
+        self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
 
     def capacity_for(self, n_tokens: int) -> int:
         return -(-n_tokens // _BLOCK) * _BLOCK
@@ -110,6 +109,10 @@ class TorchBackend:
             spans.append((item.row, start, end, item.row.length + end - start))
             start = end
         self._adapted = _by_adapter(work, device)
+        if self._adapted and not self._has_hooks:
+            self._has_hooks = True
+            for name, module in adaptable(self.model):
+                module.register_forward_hook(self._beside(name))
         bias = transformer.alibi_bias(max(stored for *_, stored in spans))
         scale = self.model.config.softmax_scale
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Iterator
 from importlib import import_module
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -11,7 +10,7 @@ import typer
 
 from mpt.command_line import DeviceOption, DtypeOption, Style
 from mpt.errors import UserError
-from serving.options import MODEL_NAME, ServeOptions
+from serving.options import MODEL_NAME, ServeOptions, is_loopback
 
 TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
 CONFIG = Path(__file__).with_name("config.yaml")
@@ -244,11 +243,3 @@ def _adapters(texts: list[str] | None, names: Collection[str]) -> tuple[dict[str
         else:
             folders[model] = Path(folder)
     return single, folders
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address; a name other than localhost may lead anywhere."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

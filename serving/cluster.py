@@ -17,6 +17,12 @@ from serving.options import MODEL_NAME
 Routing = Literal["least_loaded", "prefix"]
 
 
+NO_KEYS = (
+    "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, or "
+    "`no_auth: true` to serve everybody who reaches it"
+)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """One model and how many replicas of it may run. Only `root` has no default."""

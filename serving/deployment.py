@@ -32,7 +32,7 @@ from mpt.errors import MPTError, UserError
 from serving.adapters import MAX_LOADED, available
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
-from serving.cluster import ClusterOptions, ModelOptions, read_args
+from serving.cluster import NO_KEYS, ClusterOptions, ModelOptions, read_args
 from serving.errors import Unavailable
 from serving.limits import Limits
 from serving.logs import set_up_logging
@@ -51,10 +51,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     """The application for the `args` of a Serve config (`serving.cluster.ClusterOptions`). Raises UserError."""
     options = read_args(args)
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
-        raise UserError(
-            "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, "
-            "or `no_auth: true` to serve everybody who reaches it"
-        )
+        raise UserError(NO_KEYS)
     models = {
         name: _deployment(name, model, options).bind(name, model, options) for name, model in options.models.items()
     }

@@ -46,6 +46,10 @@ class Unauthorized(ApiError):
     headers = {"WWW-Authenticate": "Bearer"}  # noqa: RUF012
 
 
+class Forbidden(ApiError):
+    status, type, code = 403, "invalid_request_error", "forbidden"
+
+
 class NotFound(ApiError):
     status, type, code = 404, "invalid_request_error", "unknown_url"
 

@@ -17,21 +17,21 @@ import yaml
 from mpt.catalog import resolve
 from mpt.errors import MachineRefused, UserError
 from serving import haproxy
-from serving.app import keys_of
-from serving.cli import is_loopback
-from serving.cluster import ClusterOptions, read_args
+from serving.auth import keys_of
+from serving.cluster import NO_KEYS, ClusterOptions, read_args
 from serving.logs import set_up_logging
-from serving.options import ServeOptions
+from serving.options import ServeOptions, is_loopback
 
 log = logging.getLogger(__name__)
 
 _IMPORT_PATH = "serving.deployment:app"
-# HAProxy in front of the replicas instead of Ray's Python proxy, and gRPC instead of actor calls between them: 1 ms and
-# 2 ms a request instead of 11 and 3 (docs/benchmarks.md). Read by Ray's processes when they start.
+# Read by Ray's processes when they start. HAProxy in front of the routers instead of Ray's Python proxy: 1 ms a request
+# instead of 11. Throughput optimized: gRPC between replicas instead of actor calls, no threads of its own around our
+# event loops, Ray Serve's own lines in its log files (docs/benchmarks.md).
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # Ray Serve's own lines go to its log files, ours to stderr
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_worker_niceness": "0",  # 15 otherwise: behind everything else on this machine
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1800",  # how long a replaced HAProxy keeps its streams; Ray: 120
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 s is for load balancers beyond this machine
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
@@ -115,6 +115,8 @@ def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
     """Everything that would fail later and less clearly. Raises UserError."""
+    if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
+        raise UserError(NO_KEYS)
     keys = keys_of(ServeOptions(models={}, api_keys=options.api_keys, api_key_file=options.api_key_file))
     if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
         raise UserError(

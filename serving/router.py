@@ -24,7 +24,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
 from serving.adapters import split_name
@@ -32,10 +32,11 @@ from serving.app import add_errors, as_json, versions
 from serving.auth import Door
 from serving.cluster import ClusterOptions
 from serving.docs import add_docs, takes
-from serving.errors import ApiError, NotFound, Unavailable
+from serving.errors import ApiError, Forbidden, NotFound, Unavailable
 from serving.gate import Gate, respond
 from serving.intake import read_body
 from serving.metrics import HttpMetrics
+from serving.options import is_loopback
 from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from serving.sse import KEEP_ALIVE, UNBUFFERED, event, until_disconnected
 
@@ -195,6 +196,8 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
     add_errors(app, metrics)
+    if options.replica_host == "loopback":
+        app.add_middleware(_FromHereOnly)
     if options.docs:
         add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
@@ -205,6 +208,20 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+class _FromHereOnly:
+    """Refuses other machines: Ray binds a replica's port to every address, whatever the config's host is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        peer = scope.get("client") or ("127.0.0.1", 0)
+        if scope["type"] == "http" and not is_loopback(peer[0]):
+            await respond(Forbidden("this server is for its own machine only"))(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class Traffic:
