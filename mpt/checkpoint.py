@@ -30,6 +30,7 @@ from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserE
 from mpt.model import MPTForCausalLM
 
 if TYPE_CHECKING:
+    from mpt.sharding import Shard
     from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -89,10 +90,12 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = True,
+    shard: "Shard | None" = None,
 ) -> MPTForCausalLM:
     """The model in a folder, or under a name of the catalog, ready for inference.
 
-    dtype: None keeps the file's. verify: check every file against the folder's manifest.json, where it has one.
+    dtype: None keeps the file's. verify: check every file against the folder's manifest.json, where it has one. shard:
+    load a share of a model that several processes hold together.
     Raises CheckpointNotFound, UnsupportedConfig, DamagedFile.
     """
     from mpt.catalog import resolve
@@ -104,6 +107,8 @@ def load(
     with torch.device("meta"):
         model = MPTForCausalLM(config)
     weights = weights_of(model, folder)
+    if shard is not None:
+        shard.cut(model)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _common_dtype(weights)
     model.config.dtype = dtype
@@ -111,7 +116,12 @@ def load(
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            weights[name].read_into(parameter)
+            if shard is None or weights[name].shape == parameter.shape:
+                weights[name].read_into(parameter)
+            else:
+                whole = torch.empty(weights[name].shape, dtype=weights[name].dtype)
+                weights[name].read_into(whole)
+                parameter.copy_(shard.part(name, whole, config))
     model.generation_config = _generation_config(folder)
     model.name_or_path = str(name_or_path)
     return model.eval()

@@ -71,7 +71,7 @@ class MPTAttention(nn.Module):
             self.q_ln = self.k_ln = None
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.Wqkv(x).contiguous()  # attention kernels need it, see Linear
         if self.clip_qkv:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
@@ -82,7 +82,7 @@ class MPTAttention(nn.Module):
         k = k.view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
         v = v.view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
         out = attend(self.layer, q, k, v)
-        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class MPTMLP(nn.Module):
@@ -148,6 +148,7 @@ class MPTModel(MPTPreTrainedModel):
         self.blocks = nn.ModuleList(MPTBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
         self.gradient_checkpointing = False
+        self.heads = slice(None)  # those this process holds: all, unless the model is shared out (mpt/sharding.py)
         self._bias: Tensor | None = None
         self.post_init()
 
@@ -163,7 +164,8 @@ class MPTModel(MPTPreTrainedModel):
             return None
         device = self.wte.weight.device
         if self._bias is None or self._bias.shape[-1] < n_keys or self._bias.device != device:
-            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"]).to(device)
+            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"])
+            slopes = slopes[self.heads].to(device)
             self._bias = attention.alibi_bias(slopes, max(n_keys, min(self.config.max_seq_len, 2 * n_keys)))
         return self._bias[..., -n_keys:]
 

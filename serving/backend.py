@@ -4,6 +4,7 @@ The engine plans; a backend computes one step of mixed prefill and decode, and o
 The interface is small on purpose: onnxruntime stands behind it too (`onnx_backend.py`). Not here: who runs when, text.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,6 +43,10 @@ class Work:
     adapter: Adapter | None = None
 
 
+class DeviceLost(Exception):
+    """The backend cannot compute any more; the engine stops, and whoever runs it starts another."""
+
+
 class Backend(Protocol):
     vocab_size: int
     bytes_per_token: int  # of KV cache
@@ -63,6 +68,10 @@ class Backend(Protocol):
         """Run one step; the logits asked for, in order, (sum of n_logits, V) float32. Lengths stay as they are."""
         ...
 
+    def close(self) -> None:
+        """Let go of what is not memory: other processes, sessions."""
+        ...
+
 
 class TorchBackend:
     """An MPTForCausalLM: all tokens of a step in one packed pass, attention row by row over exact slices."""
@@ -73,9 +82,10 @@ class TorchBackend:
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
         self._weight = model.transformer.wte.weight
-        self._shape = (2, config.n_kv_heads, config.d_head)
+        attn: Any = model.transformer.blocks[0].attn
+        self._shape = (2, int(attn.n_kv_heads), config.d_head)
         self._n_layers: int = config.n_layers
-        self.bytes_per_token = config.kv_bytes_per_token * self._weight.itemsize // 2
+        self.bytes_per_token = math.prod(self._shape) * self._n_layers * self._weight.itemsize
         self._adapted: list[tuple[Adapter, Tensor | None]] = []  # and the tokens of the step it is for, None for all
         self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
 
@@ -134,6 +144,9 @@ class TorchBackend:
         wanted = [hidden[end - item.n_logits : end] for item, (_, _, end, _) in zip(work, spans, strict=True)]
         # Rows in one piece: they may come transposed (mpt.model.Linear), and sampling reads each row many times.
         return self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        pass
 
     def _beside(self, name: str) -> Callable[[Module, tuple[Tensor], Tensor], None]:
         """Adds to a projection's output what the step's adapters make of its input."""

@@ -48,6 +48,9 @@ def serve(
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Share the model over so many processes, one GPU each.")
+    ] = 1,
     kv_gb: Annotated[
         float | None,
         typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
@@ -106,6 +109,8 @@ def serve(
         )
     if no_auth and (keys or api_key_file):
         raise UserError("--no-auth and keys contradict each other; give one of them")
+    if tensor_parallel > 1 and len(sources) > 1:
+        raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
     adapters, folders = _adapters(adapter, sources)
@@ -124,6 +129,7 @@ def serve(
         tokens_per_minute=tokens_per_minute,
         device=device,
         dtype=dtype,
+        tensor_parallel=tensor_parallel,
         kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
         max_running=max_running,
         max_waiting=max_waiting,

@@ -67,7 +67,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
 
 def _deployment(name: str, model: ModelOptions, options: ClusterOptions) -> serve.Deployment:
     """How Ray runs one model."""
-    actor = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus, "resources": dict(model.resources)}
+    n = model.tensor_parallel  # processes, all of them in the replica's own actor, so on one machine
+    actor = {"num_cpus": model.num_cpus * n, "num_gpus": model.num_gpus * n, "resources": dict(model.resources)}
     routing = RequestRouterConfig(request_router_class=_AFFINE) if model.routing == "prefix" else RequestRouterConfig()
     settings: dict[str, Any] = {
         "name": name,
@@ -78,10 +79,6 @@ def _deployment(name: str, model: ModelOptions, options: ClusterOptions) -> serv
         "health_check_period_s": 5,
         "request_router_config": routing,
     }
-    if model.tensor_parallel > 1:
-        bundle = {"CPU": model.num_cpus, **({"GPU": model.num_gpus} if model.num_gpus else {}), **model.resources}
-        settings["placement_group_bundles"] = [bundle] * model.tensor_parallel
-        settings["placement_group_strategy"] = "STRICT_PACK"  # one machine: its GPUs talk over NVLink
     if model.min_replicas == model.max_replicas:
         settings["num_replicas"] = model.min_replicas
     else:
@@ -235,6 +232,7 @@ def _open(name: str, model: ModelOptions, cluster: ClusterOptions) -> Any:
         models={name: model.root},
         device=model.device if model.device != "auto" or model.num_gpus else "cpu",
         dtype=model.dtype,
+        tensor_parallel=model.tensor_parallel,
         kv_bytes=None if model.kv_gb is None else int(model.kv_gb * 1e9),
         max_running=model.max_running,
         prefill_chunk=model.prefill_chunk,

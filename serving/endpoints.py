@@ -22,6 +22,7 @@ from serving.cards import card, with_adapters
 from serving.engine import Engine
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
+from serving.tensor_parallel import open_backend
 from serving.triton_engine import SCHEME, Address, TritonEngine
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,14 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     adapters = None
     if (folder / "model.onnx").is_file():
         _refuse_adapters(name, options, "an ONNX folder")
+        if options.tensor_parallel > 1:
+            raise UserError(f"`{name}` is an ONNX folder, which runs in one process; leave tensor_parallel out")
         backend, config, dtype = _onnx(folder, options)
+    elif options.tensor_parallel > 1:
+        _refuse_adapters(name, options, "shared by several processes")
+        dtype_or_its_own = None if options.dtype == "auto" else getattr(torch, options.dtype)
+        backend = open_backend(root, options.tensor_parallel, dtype=dtype_or_its_own, device=device)
+        config, dtype = backend.config, f"{backend.dtype} in {options.tensor_parallel} processes"
     else:
         model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
         backend, config, dtype = TorchBackend(model), model.config, str(model.dtype).removeprefix("torch.")

@@ -23,7 +23,7 @@ from torch import Tensor
 from mpt.lora import Adapter
 from mpt.sampling import sample
 from mpt.tokenizer import Tokenizer
-from serving.backend import Backend, Work
+from serving.backend import Backend, DeviceLost, Work
 from serving.drawing import columns, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.request import (
@@ -228,6 +228,7 @@ class Engine:
             self.failed = f"{type(error).__name__}: {error}"
         self.ready = False
         self._fail_everybody()
+        self._backend.close()
 
     def _warm_up(self) -> None:
         row = self._backend.reserve(None, 1)
@@ -345,6 +346,8 @@ class Engine:
         started = time.perf_counter()
         try:
             logits = self._backend.forward([work for _, work in planned])
+        except DeviceLost:
+            raise
         except Exception:
             log.exception("a step of %d sequences failed; trying each alone", len(planned))
             self._step_alone(planned)
@@ -358,6 +361,8 @@ class Engine:
         for sequence, work in planned:
             try:
                 logits = self._backend.forward([work])
+            except DeviceLost:
+                raise
             except Exception:
                 log.exception("request %s cannot be computed", sequence.request.id)
                 self._fail(sequence.request, EngineFailed("this request could not be computed"))

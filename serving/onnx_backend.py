@@ -54,6 +54,9 @@ class OnnxBackend:
         kv = [part[:, :, :n_tokens].copy() for part in source.kv]
         return OnnxRow(kv, n_tokens, reserved=capacity)
 
+    def close(self) -> None:
+        pass
+
     def forward(self, work: Sequence[Work]) -> Tensor:
         return torch.cat([torch.from_numpy(self._extend(item)) for item in work])
 

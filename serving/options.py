@@ -25,6 +25,7 @@ class ServeOptions:
     tokens_per_minute: int | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    tensor_parallel: int = 1  # processes that share each model, one GPU each
     kv_bytes: int | None = None  # per model; None shares what memory is free
     max_running: int = 32
     max_waiting: int = 256
