@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup serve test check format tiny bench llama triton clean
+.PHONY: setup serve cluster test check format tiny bench llama triton promtool clean
 
 setup: $(READY)
 
@@ -16,13 +16,17 @@ $(READY): pyproject.toml constraints.txt
 serve: setup  ## the four mpt-tiny models on http://127.0.0.1:8000
 	$(BIN)/mpt serve
 
+cluster: setup  ## the same four on a local Ray, each with replicas of its own
+	$(BIN)/mpt cluster
+
 test: setup  ## everything that needs no GPU and no network
 	$(BIN)/python -m pytest
 
-check: setup  ## format, lint, types
+check: setup promtool  ## format, lint, types, and every manifest of k8s/ against its schema
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/k8s
 
 format: setup
 	$(BIN)/ruff format .
@@ -37,6 +41,7 @@ bench: setup  ## every number of docs/benchmarks.md
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/onnx_speed.py
+	$(BIN)/python benchmarks/cluster.py
 
 llama:  ## llama.cpp, prebuilt for node, for tests of GGUF files
 	mkdir -p .llama && cd .llama && npm install --silent --no-fund --no-audit --ignore-scripts node-llama-cpp@3.22.1
@@ -46,5 +51,12 @@ triton:  ## a Triton server for CPU, for tests of model repositories and `mpt se
 	test -x .triton/bin/python || $(PYTHON) -m venv .triton
 	.triton/bin/python -m pip install --quiet --disable-pip-version-check -r conversion/triton_repository/requirements.txt
 
+promtool: .promtool/promtool  ## Prometheus' own checker, out of Debian's package; tests say so where there is none
+
+.promtool/promtool:
+	mkdir -p .promtool
+	-cd .promtool && apt-get download -qq prometheus && dpkg -x prometheus_*.deb . && mv usr/bin/promtool promtool
+	rm -rf .promtool/usr .promtool/etc .promtool/lib .promtool/var .promtool/prometheus_*.deb
+
 clean:
-	rm -rf $(VENV) .llama .triton .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .llama .triton .promtool .mypy_cache .ruff_cache .pytest_cache
