@@ -247,7 +247,7 @@ def malformed(rng: random.Random, model: Model) -> Malformed:
         Malformed("bad: nesting", rng.choice((nested, raw[:-1] + b',"stop":' + nested + b"}"))),
         Malformed("bad: binary", rng.randbytes(2000), code="invalid_json"),
         Malformed("bad: content type", raw, 415, "unsupported_media_type", headers={"content-type": "text/plain"}),
-        Malformed("bad: method", b"", 405, "method_not_allowed", method=rng.choice(("GET", "PUT", "DELETE", "BREW"))),
+        Malformed("bad: method", b"", 405, "method_not_allowed", method=rng.choice(("GET", "PUT", "DELETE", "PATCH"))),
         Malformed("bad: URL", raw, 404, "unknown_url", path=f"/v1/{rng.randrange(1000)}/completions"),
         Malformed("bad: messages", orjson.dumps({"model": model.name, "messages": "hi"}), path="/v1/chat/completions"),
         Malformed("bad: ids", orjson.dumps({**good, "prompt": [1, -1]}), code="invalid_prompt"),

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from speed import SHAPES, make_folder
 
 PORT, PROMPT_TOKENS, ANSWER_TOKENS, STREAMS = 8731, 64, 128, (1, 32)
 
@@ -79,7 +80,7 @@ async def measure() -> dict[str, float]:
         for seed in range(10):
             await stream(seed, 4)
         for n in STREAMS:
-            alone, rates, n_repeats = [], [], 20 if n == 1 else 5
+            alone, rates, n_repeats = [], [], 12 if n == 1 else 4
             for repeat in range(n_repeats):
                 seeds = [1000 * repeat + 10 * k + n for k in range(n)]
                 started = time.perf_counter()
@@ -94,7 +95,7 @@ async def measure() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mpt-tiny")
+    parser.add_argument("--model", default="mpt-tiny", help="a checkpoint, or a shape of random weights: 125m, 1b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -103,9 +104,13 @@ def main() -> None:
         return
     results: dict[str, list[dict[str, float]]] = {"serve": [], "cluster": []}
     with tempfile.TemporaryDirectory() as folder:
+        model = options.model
+        if model in SHAPES:
+            model = str(Path(folder) / model)
+            make_folder(options.model, Path(model))
         for number in range(options.rounds):
             for kind in ("serve", "cluster") if number % 2 else ("cluster", "serve"):
-                process = start(kind, options.model, Path(folder))
+                process = start(kind, model, Path(folder))
                 try:
                     done = subprocess.run(
                         [sys.executable, __file__, "--client"], capture_output=True, text=True, check=True

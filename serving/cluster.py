@@ -41,7 +41,7 @@ class ModelOptions:
     tensor_parallel: int = 1  # processes, each with num_gpus, that hold a share of the weights
     num_gpus: float = 0  # of each process of a replica
     num_cpus: float = 0.25
-    threads: int | None = None  # of a replica on CPU; None is num_cpus from 1 on, below it all cores
+    threads: int | None = None  # of a replica on CPU; None is num_cpus from 1 on, else the cores over the models
     resources: Mapping[str, float] = field(default_factory=dict)  # Ray's custom resources, to pin a model to a group
     min_replicas: int = 1  # 0 lets go of the model when nobody asks
     max_replicas: int = 1

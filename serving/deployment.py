@@ -110,7 +110,7 @@ class Model:
 
     def __init__(self, name: str, model: ModelOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
-        _choose_threads(model)
+        _choose_threads(model, cluster)
         self._name, self._cluster = name, cluster
         self._endpoint = _open(name, model, cluster)
         self._tickets: dict[str, _Ticket] = {}
@@ -259,12 +259,12 @@ def _listen(host: str) -> tuple[socket.socket, str]:
     return listener, f"http://{address}:{listener.getsockname()[1]}"
 
 
-def _choose_threads(model: ModelOptions) -> None:
-    """Ray sets one thread for a share of a CPU; such a replica may use what is idle, as `mpt serve` does."""
+def _choose_threads(model: ModelOptions, cluster: ClusterOptions) -> None:
+    """Ray sets one thread for a share of a CPU; more threads than cores would wait for each other at every product."""
     import torch
 
-    cores = int(model.num_cpus) if model.num_cpus >= 1 else os.cpu_count() or 1
-    torch.set_num_threads(model.threads or cores)
+    share = max(1, (os.cpu_count() or 1) // len(cluster.models))
+    torch.set_num_threads(model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
 def _replica_id() -> str:

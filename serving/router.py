@@ -37,7 +37,7 @@ from serving.gate import Gate, respond
 from serving.intake import read_body
 from serving.metrics import HttpMetrics
 from serving.options import is_loopback
-from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse, prompts_of
 from serving.sse import KEEP_ALIVE, UNBUFFERED, event, until_disconnected
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ _ATTEMPTS = 3  # replicas tried before a client is told that they are lost; none
 _SILENCE_S = 60.0  # a replica sends a comment every 15 s; one that says nothing for this long is lost
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
 _UNKNOWN_LENGTH = 256  # tokens charged meanwhile for a chat that sets no limit
+_ANY_TOKEN = 1 << 31  # a vocabulary's size: the replica knows the real one
 _BEGINNING = 1024  # characters that decide which replica's cache a prompt may be in
 
 
@@ -438,21 +439,18 @@ def merged(expositions: Mapping[str, str]) -> bytes:
 
 
 def _completion_tokens(asked: CompletionRequest) -> int:
-    prompts = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
+    prompts = prompts_of(asked.prompt, _ANY_TOKEN)
     answers = (asked.best_of or asked.n or 1) * (16 if asked.max_tokens is None else asked.max_tokens)
-    several = bool(prompts) and not isinstance(prompts[0], int)
-    return _prompt_tokens(asked.prompt) + answers * (len(prompts) if several else 1)
+    return sum(_text_tokens(p) if isinstance(p, str) else len(p) for p in prompts) + len(prompts) * answers
 
 
 def _chat_tokens(asked: ChatRequest) -> int:
     wanted = asked.max_completion_tokens or asked.max_tokens or _UNKNOWN_LENGTH
-    return sum(_prompt_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
+    return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
 
 
-def _prompt_tokens(prompt: Any) -> int:
-    if isinstance(prompt, str):
-        return -(-len(prompt.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
-    return sum(_prompt_tokens(part) if not isinstance(part, int) else 1 for part in prompt)
+def _text_tokens(text: str) -> int:
+    return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
 
 
 def _beginning(asked: Any) -> str:
