@@ -66,6 +66,7 @@ async def measure() -> dict[str, float]:
             body = {
                 "model": "m", "prompt": [100 + (seed * 7 + k) % 400 for k in range(PROMPT_TOKENS)], "seed": seed,
                 "max_tokens": n_tokens, "stream": True, "ignore_eos": True, "temperature": 0,
+                "logit_bias": {"100": 100},  # a token with a text, so that each is a chunk
             }  # fmt: skip
             started, first = time.perf_counter(), 0.0
             async with session.post(f"http://127.0.0.1:{PORT}/v1/completions", json=body) as answer:

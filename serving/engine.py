@@ -271,7 +271,17 @@ class Engine:
             leader = sequence.request.sequences[0]
             if sequence is not leader and not leader.started:
                 continue  # samples of one prompt: the first reads it, the others copy its cache
-            if len(self._running) >= self._max_running or not self._give_row(sequence):
+            if len(self._running) >= self._max_running:
+                return
+            try:
+                has_row = self._give_row(sequence)
+            except DeviceLost:
+                raise
+            except Exception:  # the machine has less memory than the budget says; this request pays, others go on
+                self._fail_for_memory(sequence)
+                self._waiting = deque(s for s in self._waiting if s.request is not sequence.request)
+                return
+            if not has_row:
                 return
             self._waiting.remove(sequence)
             self._running.append(sequence)
@@ -406,13 +416,26 @@ class Engine:
         n_needed = len(sequence.tokens)
         while n_needed > sequence.row.capacity:
             if self._make_room(self._backend.capacity_for(n_needed) - sequence.row.capacity):
-                sequence.row = self._backend.reserve(sequence.row, n_needed)
+                try:
+                    sequence.row = self._backend.reserve(sequence.row, n_needed)
+                except DeviceLost:
+                    raise
+                except Exception:
+                    self._fail_for_memory(sequence)
+                    self._running = [s for s in self._running if s.request is not sequence.request]
+                    return False
                 break
             youngest = self._running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
         return True
+
+    def _fail_for_memory(self, sequence: Sequence) -> None:
+        log.exception("no memory for request %s; kept prefixes are given up", sequence.request.id)
+        while self._prefixes.evict_oldest(None):
+            pass
+        self._fail(sequence.request, EngineFailed("the machine has no memory left for this request"))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
