@@ -16,7 +16,7 @@ from mpt.tokenizer import DetokenizeStream, Tokenizer
 from serving.endpoints import Endpoint
 from serving.errors import from_engine
 from serving.metrics import Metrics
-from serving.request import Delta, EngineError, Event, PromptScored, Sampling, Started, TokenLogprob
+from serving.request import Delta, EngineError, Event, Progress, PromptScored, Sampling, Started, TokenLogprob
 from serving.sequence import Answer
 
 _LOWEST = -9999.0  # JSON has no -inf; the value OpenAI's servers use
@@ -37,6 +37,7 @@ class Job:
     texts: list[str] = field(default_factory=list)  # the prompts as text, for echo
     include_usage: bool = False
     continuous_usage: bool = False
+    progress: dict[int, Progress] = field(default_factory=dict)  # of each prompt
     cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: set[str] = field(default_factory=set)
@@ -237,6 +238,8 @@ async def completion_chunks(job: Job, events: Events, *, logprobs: int | None) -
     opened: set[int] = set()
     async with aclosing(events):
         async for prompt, event in events:
+            if isinstance(event, Progress):
+                yield _progress(job, head, prompt, event)
             if isinstance(event, PromptScored):
                 scores[prompt] = event.logprobs
             if not isinstance(event, Delta):
@@ -265,7 +268,9 @@ async def chat_chunks(job: Job, events: Events, *, logprobs: bool) -> AsyncGener
     async with aclosing(events):
         for index in range(job.n):
             yield _piece(job, head, _delta_choice(index, {"role": "assistant", "content": ""}, None, None))
-        async for _, event in events:
+        async for prompt, event in events:
+            if isinstance(event, Progress):
+                yield _progress(job, head, prompt, event)
             if not isinstance(event, Delta):
                 continue
             entries = event.logprobs if logprobs else None
@@ -286,6 +291,22 @@ def _piece(job: Job, head: dict[str, Any], choice: dict[str, Any]) -> dict[str, 
     piece = {**head, "choices": [choice]}
     if job.include_usage:
         piece["usage"] = job.usage() if job.continuous_usage else None
+    return piece
+
+
+def _progress(job: Job, head: dict[str, Any], prompt: int, event: Progress) -> dict[str, Any]:
+    """How far all prompts of a request have been read: an extension in llama.cpp's manner, without choices."""
+    job.progress[prompt] = event
+    total = sum(map(len, job.prompts))
+    piece = {**head, "choices": []}
+    if job.include_usage:
+        piece["usage"] = None
+    piece["prompt_progress"] = {
+        "total": total,
+        "processed": sum(each.processed_tokens for each in job.progress.values()),
+        "cached": job.cached_tokens,
+        "time_ms": round(1000 * (time.perf_counter() - job.arrived)),
+    }
     return piece
 
 

@@ -31,6 +31,7 @@ from serving.request import (
     EngineFailed,
     Event,
     Overloaded,
+    Progress,
     PromptScored,
     PromptTooLong,
     RequestTimeout,
@@ -453,6 +454,8 @@ class Engine:
             at += work.n_logits
             start = sequence.row.length
             sequence.row.length += len(work.tokens)
+            if sequence.sampling.progress and sequence.index == 0 and not sequence.n_generated:
+                self._tell(sequence.request, Progress(sequence.row.length, sequence.n_prompt))
             if self._is_scoring(sequence):
                 self._score(sequence, mine, start)
             if sequence.row.length == len(sequence.tokens):

@@ -1,6 +1,7 @@
 """From an HTTP request to work for an engine: its body under a limit, its prompts as tokens, its fit in the context."""
 
 import asyncio
+from dataclasses import replace
 
 from fastapi import Request
 
@@ -111,7 +112,9 @@ def make_job(
         endpoint=endpoint,
         adapter=adapter,
         prompts=prompts,
-        sampling=sampling_of(asked, wanted, endpoint.vocab_size),
+        sampling=replace(
+            sampling_of(asked, wanted, endpoint.vocab_size), progress=options is not None and options.include_progress
+        ),
         n=asked.n or 1,
         include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and options.continuous_usage_stats,

@@ -45,6 +45,7 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_progress: bool = False  # ours: how far the prompt has been read
     include_obfuscation: bool = False  # padding against traffic analysis; none is added here
 
 

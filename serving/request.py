@@ -35,6 +35,7 @@ class Sampling:
     skip_special_tokens: bool = True
     logprobs: int | None = None  # top alternatives per generated token; 0 gives the token's own only
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
+    progress: bool = False  # tell how far the prompt has been read
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,15 @@ class Started:
     cached_tokens: int
 
 
-Event = Started | PromptScored | Delta
+@dataclass(frozen=True)
+class Progress:
+    """How many of the prompt's tokens are in the cache, after each chunk of it."""
+
+    processed_tokens: int
+    total_tokens: int
+
+
+Event = Started | Progress | PromptScored | Delta
 
 
 class EngineError(MPTError):

@@ -1,4 +1,7 @@
-"""`mpt top`: a table of a running server, made from two looks at its /metrics."""
+"""`mpt top`: a table of a running server, made from two looks at its /metrics.
+
+up: replicas. run, wait: sequences. in/s, out/s: prompt and answer tokens per second. cached: of the prompt tokens.
+"""
 
 import time
 from collections import defaultdict
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -112,9 +116,11 @@ def rows(before: Samples, after: Samples, seconds: float) -> list[Row]:
 
 
 def table(found: list[Row], url: str) -> Table:
-    made = Table(title=f"{url}  {time.strftime('%H:%M:%S')}", title_justify="left", expand=False)
+    made = Table(
+        title=f"{url}  {time.strftime('%H:%M:%S')}", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
     made.add_column("model", no_wrap=True)
-    for name in ("up", "run", "wait", "KV", "prompt tok/s", "answer tok/s", "TTFT", "ITL", "cached", "step"):
+    for name in ("up", "run", "wait", "KV", "in/s", "out/s", "TTFT", "ITL", "cached", "step"):
         made.add_column(name, justify="right", no_wrap=True)
     for row in found:
         made.add_row(

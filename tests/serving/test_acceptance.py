@@ -201,6 +201,27 @@ def test_a_chat_stream_has_openais_order(url):
     assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1])
 
 
+def test_a_long_prompt_tells_how_far_it_is_read(url):
+    body = {"model": "base", "prompt": "z" + "y" * 1700, "max_tokens": 3, "stream": True, **ignoring_eos()}
+    for options in ({"include_usage": True}, {"include_usage": True, "include_progress": True}):
+        lines = post(url, {**body, "stream_options": options}).text.split("\n\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+        if "include_progress" not in options:
+            assert told == []
+            continue
+        # the first request left its prompt in the cache: one chunk, of the one token that must be read again
+        assert [(each["processed"], each["total"], each["cached"]) for each in told] == [(1701, 1701, 1700)]
+    fresh = {**body, "prompt": "x" * 1701, "n": 2, "stream_options": {"include_progress": True}}
+    with ThreadPoolExecutor(2) as pool:  # another one beside it, so that it is read in chunks
+        beside = pool.submit(post, url, {**body, "prompt": "q", "max_tokens": 300})
+        lines = post(url, fresh).text.split("\n\n")
+        beside.result()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    processed = [chunk["prompt_progress"]["processed"] for chunk in chunks if "prompt_progress" in chunk]
+    assert processed == sorted(set(processed)) and processed[-1] == 1701 and processed[0] <= 1701
+
+
 def test_best_of_returns_the_likeliest(client):
     ask = {"model": "base", "prompt": "a", "max_tokens": 8, "seed": 3, "logprobs": 0, "extra_body": ignoring_eos()}
     drawn = client.completions.create(**ask, n=5).choices
