@@ -257,7 +257,7 @@ class Traffic:
         self._ending.set()
         while self._n:
             await asyncio.sleep(0.02)
-        await asyncio.sleep(0.1)  # the last bytes are on their way to the sockets
+        await asyncio.sleep(1)  # the last bytes are on their way, through Ray Serve and HAProxy, which end next
 
 
 class _Session:
