@@ -3,6 +3,7 @@
 Everything a user can have got wrong is told before Ray starts, which takes seconds and hides errors in its logs.
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -84,8 +85,14 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
         stop.wait()
         log.info("shutting down; running requests may take %.0f s more", drain_s)
-        routers = serve.get_deployment_handle(ROUTER, name)
-        routers.broadcast("drain", drain_s).results(timeout_s=drain_s + 30)
+
+        async def drain() -> None:
+            routers = serve.get_deployment_handle(ROUTER, name)
+            await routers.broadcast("drain", drain_s).results_async(timeout_s=drain_s + 30)
+
+        loop = asyncio.new_event_loop()  # a handle wants one that runs until Ray has gone
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(drain(), loop).result()
         serve.shutdown()
     finally:
         ray.shutdown()
