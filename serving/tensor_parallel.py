@@ -100,9 +100,12 @@ class TensorParallelBackend:
         freed = [self._freed.pop() for _ in range(len(self._freed))]
         command = [len(freed), *freed, *numbers]
         first = [what, len(command), *command[:_INLINE]]
-        dist.broadcast(torch.tensor(first + [0] * (_INLINE + 2 - len(first))), 0)
-        if len(command) > _INLINE:
-            dist.broadcast(torch.tensor(command[_INLINE:]), 0)
+        try:
+            dist.broadcast(torch.tensor(first + [0] * (_INLINE + 2 - len(first))), 0)
+            if len(command) > _INLINE:
+                dist.broadcast(torch.tensor(command[_INLINE:]), 0)
+        except RuntimeError as error:
+            raise DeviceLost(f"a process of the model has gone: {error}") from error
 
 
 def follow(backend: TorchBackend) -> None:
