@@ -1,4 +1,4 @@
-"""The `mpt` command: serve, cluster, top, chat, generate, convert, inspect, verify, train.
+"""The `mpt` command: serve, cluster, top, demo, chat, generate, convert, inspect, verify, train.
 
 Nothing heavy is imported before a command is chosen, so `--help` answers at once. The stages are named by string here,
 since `mpt` imports none of them.
@@ -169,7 +169,11 @@ def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "Loc
 
 
 # The commands of the stages, named by string: `mpt` imports none of them.
-_STAGES = {"serving.cli": ("serve", "cluster", "top"), "conversion.cli": ("convert", "inspect", "verify")}
+_STAGES = {
+    "serving.cli": ("serve", "cluster", "top"),
+    "demos.cli": ("demo",),
+    "conversion.cli": ("convert", "inspect", "verify"),
+}
 for _module, _names in _STAGES.items():
     for _name in _names:
         app.command()(getattr(import_module(_module), _name))

@@ -19,7 +19,7 @@ from mpt import attention
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
 
-# On CPU oneDNN keeps code and buffers for every number of bfloat16 rows it has multiplied, and glibc holds on to what it
+# On CPU oneDNN keeps code and buffers for every number of bfloat16 rows it has multiplied, and glibc keeps what it
 # frees: 2,000 steps of as many sizes left 1.2 GB behind. So sizes are rounded up, and freed memory is given back.
 _ROUND_ROWS, _FEW_ROWS = 32, 32  # few rows go another way (mpt.model.Linear)
 _STEPS_BETWEEN_TRIMS = 500  # a trim takes 20 ms

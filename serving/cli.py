@@ -81,6 +81,7 @@ def serve(
     docs: Annotated[
         bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")] = False,
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")] = "text",
     drain_seconds: Annotated[
         float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
@@ -111,6 +112,8 @@ def serve(
         raise UserError("--no-auth and keys contradict each other; give one of them")
     if tensor_parallel > 1 and len(sources) > 1:
         raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
+    if demo and (keys or api_key_file):
+        raise UserError("--demo is for a server without keys: a browser sends none; run `mpt demo --url` beside it")
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
     adapters, folders = _adapters(adapter, sources)
@@ -140,6 +143,7 @@ def serve(
         adapter_folders=folders,
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
+        demo=demo,
         log_format=log_format,
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,

@@ -120,7 +120,7 @@ class Gate:
         route = getattr(scope.get("route"), "path", "unknown")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http.labels(route, method, str(status)).inc()
-        if scope["path"] in _SILENT:
+        if scope["path"] in _SILENT or scope["path"].startswith("/demo/"):
             return
         fields = {
             "request_id": state["request_id"],

@@ -36,6 +36,7 @@ class ServeOptions:
     adapter_folders: Mapping[str, Path] = field(default_factory=dict)
     cors_origins: tuple[str, ...] = ()
     docs: bool = True
+    demo: bool = False  # the Spaces of demos/ under /demo
     log_format: Literal["text", "json"] = "text"
     drain_s: float = 30.0
     request_timeout_s: float = 600.0

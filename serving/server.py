@@ -9,9 +9,12 @@ import asyncio
 import logging
 import socket
 import time
+from importlib import import_module
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.responses import RedirectResponse
 
 from mpt.errors import MachineRefused, UserError
 from serving.app import Serving, make_app
@@ -27,7 +30,10 @@ def serve(options: ServeOptions) -> None:
     set_up_logging()
     serving = Serving(options, loading=set(options.models))
     listener = _listen(options.host, options.port)
-    server = _Server(serving)
+    app = make_app(serving)
+    if options.demo:
+        _mount_demos(app, _url_of(listener))
+    server = _Server(serving, app)
     try:
         server.run(sockets=[listener])
     finally:
@@ -39,9 +45,9 @@ def serve(options: ServeOptions) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, but signals drain before they stop, and a model that cannot be loaded stops it."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, app: FastAPI) -> None:
         config = uvicorn.Config(
-            make_app(serving),
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -58,9 +64,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if sockets:
-            host, port = sockets[0].getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            self._tasks.append(asyncio.create_task(self._load(f"http://{shown}:{port}")))
+            self._tasks.append(asyncio.create_task(self._load(_url_of(sockets[0]))))
 
     async def _load(self, url: str) -> None:
         serving, started = self._serving, time.perf_counter()
@@ -96,6 +100,21 @@ class _Server(uvicorn.Server):
         await asyncio.gather(*(engine.drain(self._serving.options.drain_s) for engine in engines))
         await asyncio.sleep(0.05)  # the last events are on their way to the sockets
         self.should_exit = True
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _mount_demos(app: FastAPI, url: str) -> None:
+    """The Spaces under /demo, asking this server over HTTP as anybody would. Raises UserError without Gradio."""
+    try:
+        demos = import_module("demos.server")  # by name: stages do not import each other
+    except ModuleNotFoundError as error:
+        raise UserError(f"--demo needs `{error.name}`; install it with `pip install 'mpt-home[demos]'`") from error
+    app.add_route("/demo", lambda _: RedirectResponse("/demo/"), include_in_schema=False)
+    demos.mount(app, url)
 
 
 def _listen(host: str, port: int) -> socket.socket:

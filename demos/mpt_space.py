@@ -1,0 +1,438 @@
+"""What every Space here needs from an OpenAI-style server: models, streams that can be stopped, errors as sentences.
+
+No Gradio in it: this file is copied beside each Space's `app.py`, and runs against `mpt serve`, a cluster, or anybody's
+server. What only ours offer (`/tokenize`, `prompt_style`, `licence`, reading progress) is used where it is there.
+"""
+
+import asyncio
+import json
+import os
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when a page is built
+DEFAULT_URL = "http://127.0.0.1:8000"
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+Card = dict[str, Any]  # an entry of /v1/models
+
+
+class SpaceError(Exception):
+    """Why there is no answer, as a sentence for the person in front of the page.
+
+    retry_after_s: when the server says that trying again makes sense. code: the server's, else one of
+    `unreachable`, `no_server`, `broken_stream`. numbers: what else the server's error carries, e.g. `n_prompt_tokens`.
+    """
+
+    def __init__(
+        self,
+        sentence: str,
+        retry_after_s: float | None = None,
+        code: str | None = None,
+        numbers: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__(sentence)
+        self.sentence, self.retry_after_s, self.code, self.numbers = sentence, retry_after_s, code, numbers or {}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One event of a stream: some text, or how far the prompt has been read, or the usage, or nothing for a second.
+
+    logprobs: for completions one (token, logprob, {alternative: logprob}) for each token of the piece.
+    """
+
+    text: str = ""
+    logprobs: list[tuple[str, float | None, dict[str, float]]] | None = None
+    usage: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    progress: dict[str, int] | None = None  # total, processed, cached, time_ms
+
+
+class Server:
+    """The server at a URL, $MPT_URL by default, with a key, $MPT_API_KEY by default."""
+
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
+        url = url or os.environ.get("MPT_URL") or DEFAULT_URL
+        self.url = url.strip().rstrip("/").removesuffix("/v1")
+        self._key = key or os.environ.get("MPT_API_KEY") or None
+
+    async def models(self) -> list[Card]:
+        """The entries of /v1/models; of a server that is not ours they may be `id` only. Raises SpaceError."""
+        answer = await self._json("GET", "/v1/models")
+        cards = answer.get("data")
+        if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
+            raise SpaceError(
+                f"What answers at {self.url} is no OpenAI-style server: it lists no models.", None, "no_server"
+            )
+        if not cards:
+            raise SpaceError(f"The server at {self.url} serves no model.", None, "no_server")
+        return cards
+
+    @staticmethod
+    def find(models: list[Card], style: str) -> Card | None:
+        """The first model with a prompt style: none, instruct or chatml."""
+        return next((card for card in models if card.get("prompt_style") == style), None)
+
+    def chat(self, model: str, messages: list[Message], **parameters: Any) -> AsyncGenerator[Piece, None]:
+        """Stream the answer to a conversation. Closing the generator frees the server at once. Raises SpaceError."""
+        return self._stream("/v1/chat/completions", {"model": model, "messages": messages, **parameters})
+
+    def complete(self, model: str, prompt: str, **parameters: Any) -> AsyncGenerator[Piece, None]:
+        """Stream the continuation of a text. Closing the generator frees the server at once. Raises SpaceError."""
+        return self._stream("/v1/completions", {"model": model, "prompt": prompt, **parameters})
+
+    async def count(self, model: str, text_or_messages: str | list[Message]) -> int:
+        """How many tokens a text, or messages in the model's template, are to it. Raises SpaceError.
+
+        Servers that are neither ours nor vLLM have no /tokenize: code `unknown_url` or `no_tokenizer`.
+        """
+        kind = "prompt" if isinstance(text_or_messages, str) else "messages"
+        answer = await self._json("POST", "/tokenize", {"model": model, kind: text_or_messages})
+        try:
+            return int(answer["count"])
+        except (KeyError, TypeError, ValueError):
+            raise SpaceError(f"The server at {self.url} does not count tokens.", None, "no_tokenizer") from None
+
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        options = {"include_usage": True}
+        if body.pop("progress", False):
+            options["include_progress"] = True
+        body = {name: value for name, value in body.items() if value is not None}
+        body |= {"stream": True, "stream_options": options}
+        done = False
+        async with self._client() as client, self._answer(client, "POST", path, body) as response:
+            if response.status_code != 200:
+                await response.aread()
+                raise _refusal(response)
+            async with aclosing(_with_beats(_events(response))) as events:
+                async for event in events:
+                    if event == "[DONE]":
+                        done = True
+                        break
+                    yield _piece(event) if event else Piece()
+        if not done:
+            raise SpaceError(
+                "The server ended the stream in the middle, so the answer is not complete. It may have been "
+                "restarted; try again.",
+                None,
+                "broken_stream",
+            )
+
+    async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        async with self._client() as client, self._answer(client, method, path, body) as response:
+            await response.aread()
+            if response.status_code != 200:
+                raise _refusal(response)
+            try:
+                answer = response.json()
+            except ValueError:
+                answer = None
+            if not isinstance(answer, dict):
+                raise SpaceError(f"What answers at {self.url} is no OpenAI-style server.", None, "no_server")
+            return answer
+
+    def _client(self) -> httpx.AsyncClient:
+        """A new one each time: closing it closes its connections, which is how the server learns of a Stop."""
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        is_here = re.match(r"https?://(127\.0\.0\.1|localhost|\[::1\])([:/]|$)", self.url) is not None
+        timeout = httpx.Timeout(10.0, read=120.0)  # our servers send a comment every 15 s while they compute
+        # A proxy from the environment cannot reach this machine.
+        return httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=not is_here)
+
+    @asynccontextmanager
+    async def _answer(
+        self, client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
+    ) -> AsyncIterator[httpx.Response]:
+        """The response, with everything the network does wrong as a SpaceError, while it is read too."""
+        began = False
+        try:
+            async with client.stream(method, f"{self.url}{path}", json=body) as response:
+                began = True
+                yield response
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise SpaceError(f"`{self.url}` is no address of a server: {error}.", None, "unreachable") from error
+        except httpx.ReadTimeout as error:
+            raise SpaceError("The server has been silent for two minutes; try again.", None, "unreachable") from error
+        except httpx.HTTPError as error:
+            if began:
+                raise SpaceError(
+                    "The connection to the server broke, so the answer is not complete. It may have been restarted; "
+                    "try again.",
+                    None,
+                    "broken_stream",
+                ) from error
+            raise SpaceError(
+                f"No server answers at {self.url}. It may be starting or down; try again in a moment.",
+                None,
+                "unreachable",
+            ) from error
+
+
+async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """The data of each server-sent event, however the bytes are cut; comments are skipped.
+
+    Lines end at \\n only: httpx's own `aiter_lines` also cuts at U+2028 and others, which may stand inside JSON text.
+    """
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip().decode("utf-8", "replace")
+
+
+async def _with_beats(events: AsyncGenerator[str, None], every_s: float = 1.0) -> AsyncGenerator[str, None]:
+    """The events, and an empty one for each second without one.
+
+    Gradio looks whether the tab is still open only when it is handed something: without beats, a closed tab would keep
+    the server reading a long prompt, or a place in its queue.
+    """
+    async with aclosing(events):
+        waiting = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait({waiting}, timeout=every_s)
+                if not done:
+                    yield ""
+                    continue
+                event = waiting.result()
+                if event is None:
+                    return
+                waiting = asyncio.ensure_future(anext(events, None))
+                yield event
+        finally:
+            waiting.cancel()
+            await asyncio.wait({waiting})
+
+
+def _piece(event: str) -> Piece:
+    try:
+        chunk = json.loads(event)
+        if "error" in chunk:
+            raise _error_event(chunk["error"])
+        usage, progress = chunk.get("usage"), chunk.get("prompt_progress")
+        if not chunk.get("choices"):
+            return Piece(usage=usage, progress=progress)
+        choice = chunk["choices"][0]
+        text = choice["text"] if "text" in choice else choice["delta"].get("content")
+        scores = _scores(choice.get("logprobs"))
+        return Piece(text or "", scores, usage, choice.get("finish_reason"), progress)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SpaceError(f"The server does not speak OpenAI's protocol: {error!r}.", None, "no_server") from error
+
+
+def _scores(logprobs: dict[str, Any] | None) -> list[tuple[str, float | None, dict[str, float]]] | None:
+    """Token, its log-probability and the likeliest tokens there, of both of OpenAI's forms."""
+    if not logprobs:
+        return None
+    if "content" in logprobs:
+        return [
+            (
+                entry["token"],
+                entry["logprob"],
+                {top["token"]: top["logprob"] for top in entry.get("top_logprobs") or ()},
+            )
+            for entry in logprobs["content"] or ()
+        ]
+    tokens, tops = logprobs["tokens"], logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
+    return [
+        (token, value, top or {}) for token, value, top in zip(tokens, logprobs["token_logprobs"], tops, strict=True)
+    ]
+
+
+# -- errors as sentences -------------------------------------------------------------------------------------------
+
+
+def _refusal(response: httpx.Response) -> SpaceError:
+    """A response other than 200, as a sentence."""
+    try:
+        error = response.json()["error"]
+        error = error if isinstance(error, dict) else {"message": str(error)}
+    except (ValueError, KeyError, TypeError):
+        error = {}
+    wait_s = _seconds(response.headers.get("retry-after"))
+    status, code, message = response.status_code, error.get("code"), str(error.get("message") or "")
+    again = f"try again in {wait_s:g} s" if wait_s else "try again in a moment"
+    if code == "context_length_exceeded":
+        sentence = f"This is too long for the model: {message}."
+    elif status == 401:
+        sentence = "The server refuses the key of this page: set MPT_API_KEY to one it knows, and start the page again."
+        code = code or "invalid_api_key"
+    elif status == 403:
+        sentence = f"The server does not let this page in: {message or 'forbidden'}."
+    elif status == 429:
+        sentence = f"Too many requests for this minute; {again}."
+    elif code in ("overloaded", "queue_timeout"):
+        sentence = f"The server has more to do than it can: its queue is full; {again}."
+    elif code == "shutting_down":
+        sentence = f"The server is shutting down, perhaps for a restart; {again}."
+    elif code == "model_loading":
+        sentence = f"The model is still loading; {again}."
+    elif message:
+        sentence = f"The server says: {message}."
+    else:
+        sentence = f"The server answered {status}, with nothing that explains it; {again}."
+    return SpaceError(_tidy(sentence), wait_s, code, _numbers(error))
+
+
+def _error_event(error: Any) -> SpaceError:
+    """An error event inside a stream, as a sentence."""
+    error = error if isinstance(error, dict) else {"message": str(error)}
+    code, message = error.get("code"), str(error.get("message") or "no reason given")
+    if code in ("shutting_down", "replica_lost"):
+        sentence = "The server stopped in the middle of the answer, perhaps for a restart; try again in a moment."
+    else:
+        sentence = f"The server broke off: {message}."
+    return SpaceError(_tidy(sentence), None, code, _numbers(error))
+
+
+def _numbers(error: dict[str, Any]) -> dict[str, int]:
+    return {name: value for name, value in error.items() if isinstance(value, int) and not isinstance(value, bool)}
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return float(header) if header else None
+    except ValueError:  # an HTTP date
+        return None
+
+
+def _tidy(sentence: str) -> str:
+    return re.sub(r"\.{2,}$", ".", sentence)
+
+
+# -- what stands on the page -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Numbers:
+    """Tokens and clock of one answer: feed it each piece, read `line` at any time."""
+
+    context_length: int | None = None
+    n_tokens: int = 0  # written; the usage corrects it, since a piece may hold several
+    n_prompt_tokens: int | None = None
+    n_cached_tokens: int = 0
+    finish_reason: str | None = None
+    first_s: float | None = None
+    last_s: float | None = None
+    _began: float = field(default_factory=time.monotonic)
+
+    def add(self, piece: Piece) -> None:
+        now = time.monotonic() - self._began
+        if piece.text or piece.logprobs:
+            self.first_s = now if self.first_s is None else self.first_s
+            self.last_s = now
+            self.n_tokens += len(piece.logprobs) if piece.logprobs else 1
+        if piece.progress:
+            self.n_prompt_tokens = piece.progress.get("total", self.n_prompt_tokens)
+            self.n_cached_tokens = piece.progress.get("cached", 0)
+        if piece.usage:
+            self.n_tokens = piece.usage.get("completion_tokens", self.n_tokens)
+            self.n_prompt_tokens = piece.usage.get("prompt_tokens", self.n_prompt_tokens)
+            self.n_cached_tokens = (piece.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of writing alone: from the first token to the last."""
+        if self.first_s is None or self.last_s is None or self.n_tokens < 2 or self.last_s <= self.first_s:
+            return None
+        return (self.n_tokens - 1) / (self.last_s - self.first_s)
+
+    def line(self) -> str:
+        """`142 tokens, first after 0.21 s, 38 tokens/s`."""
+        parts = [f"{self.n_tokens:,} token{'' if self.n_tokens == 1 else 's'}"]
+        if self.first_s is not None:
+            parts.append(f"first after {self.first_s:.2f} s")
+        if (rate := self.tokens_per_s) is not None:
+            parts.append(f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s")
+        return ", ".join(parts)
+
+    def context_line(self) -> str:
+        """`310 of 2,048 tokens of context`; empty where the server does not say both."""
+        if self.n_prompt_tokens is None or not self.context_length:
+            return ""
+        return f"{self.n_prompt_tokens + self.n_tokens:,} of {self.context_length:,} tokens of context"
+
+
+class Pace:
+    """Whether it is time to draw again: small models write faster than a page can."""
+
+    def __init__(self, every_s: float = 0.05) -> None:
+        self._every_s, self._drawn_at = every_s, 0.0
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now - self._drawn_at < self._every_s:
+            return False
+        self._drawn_at = now
+        return True
+
+
+def pick(cards: list[Card], model: str | None) -> Card:
+    """The one chosen, else the first: a server may have come back with others."""
+    return next((card for card in cards if card["id"] == model), cards[0])
+
+
+def context_length(card: Card) -> int | None:
+    """The tokens a model can hold, ours or vLLM's name for it."""
+    value = card.get("context_length") or card.get("max_model_len")
+    return value if isinstance(value, int) else None
+
+
+def licence_note(card: Card) -> str:
+    """The model's name and licence, and what the licence forbids."""
+    licence = card.get("licence") or card.get("license")
+    if not licence or licence == "unknown":
+        return f"Model: {card['id']}. The server does not say under which licence; ask whoever runs it."
+    parts = str(licence).upper().split("-")
+    limits = "; non-commercial use only" if "NC" in parts else ""
+    return f"Model: {card['id']}, licence {licence}{limits}."
+
+
+def privacy_note() -> str:
+    return (
+        "Answers come from a language model and can be wrong or offensive. This page logs nothing; conversations stay "
+        "in your browser, and go to the server only to be answered."
+    )
+
+
+# Gradio takes the looks of a page where it is launched or mounted, not where it is built. Its own colour for quiet text
+# has a contrast of 2.6 to the white behind it, where readers need 4.5; so has white on its orange.
+CSS = """
+.quiet { color: var(--body-text-color) !important; opacity: 0.78; font-size: var(--text-sm) !important; }
+.quiet * { color: inherit !important; font-size: inherit !important; }
+.gradio-container main.fillable { width: 100% !important; max-width: 1000px !important; }
+.gradio-container textarea::placeholder { color: var(--body-text-color); opacity: 0.7; }
+@media (max-width: 500px) { .gradio-container main.fillable { padding-left: 12px; padding-right: 12px; } }
+"""
+
+
+def page_options() -> dict[str, Any]:
+    """What a server gives to Gradio's `mount_gradio_app`, and each Space to `launch`."""
+    from gradio.themes import Default  # the one thing here that needs it
+
+    return {
+        "css": CSS,
+        "theme": Default(primary_hue="blue", secondary_hue="blue"),
+        "show_error": False,  # tracebacks are for the log
+        "footer_links": [],
+        "run_history": False,
+        "max_file_size": "8mb",
+    }
+
+
+def launch_options() -> dict[str, Any]:
+    """What each Space gives to `launch`."""
+    return {**page_options(), "share": False}
+
+
+def join(parts: Iterable[str], separator: str = " · ") -> str:
+    """The parts that are not empty, on one line."""
+    return separator.join(part for part in parts if part)

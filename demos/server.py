@@ -1,0 +1,45 @@
+"""All Spaces as the pages of one site, alone or mounted into a server under /demo."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from demos.mpt_space import Server, page_options
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+PAGES = {  # name: its title in the bar
+    "chat": "Chat",
+    "instruct": "Instruct",
+    "storywriter": "StoryWriter",
+    "base": "Base model",
+    "compare": "Compare",
+}
+MAX_QUEUE = 128  # people waiting; more are told that the page is busy
+
+
+def page(name: str, server: Server) -> gr.Blocks:
+    """One Space of PAGES."""
+    blocks: gr.Blocks = import_module(f"demos.{name}.app").build(server)
+    return blocks.queue(max_size=MAX_QUEUE)
+
+
+def site(server: Server) -> gr.Blocks:
+    """All Spaces, the chat first, with a bar to go from one to another."""
+    pages = {name: page(name, server) for name in PAGES}  # not inside `whole`, or each would stand there twice
+    first, *others = pages
+    with gr.Blocks(title="MPT") as whole:
+        gr.Navbar(main_page_name=PAGES[first])
+        pages[first].render()
+    for name in others:
+        with whole.route(PAGES[name], f"/{name}"):
+            gr.Navbar(main_page_name=PAGES[first])
+            pages[name].render()
+    return whole.queue(max_size=MAX_QUEUE)
+
+
+def mount(app: "FastAPI", url: str, key: str | None = None, path: str = "/demo") -> "FastAPI":
+    """The app with the site under a path; it talks to the server at a URL, which may be the app itself."""
+    return gr.mount_gradio_app(app, site(Server(url, key)), path, **page_options())

@@ -1,0 +1,267 @@
+"""Chat, compare and base pages in a real browser, against real small models and a scripted server."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demos.base import app as base
+from demos.chat import app as chat
+from demos.compare import app as compare
+from demos.mpt_space import Server
+
+pytestmark = pytest.mark.browser
+
+
+def say(page: Any, text: str) -> None:
+    box = page.get_by_role("textbox", name="Message")
+    box.fill(text)
+    box.press("Enter")
+
+
+def expect(locator: Any, count: int | None = None) -> Any:
+    from playwright.sync_api import expect as playwright_expect
+
+    return playwright_expect(locator) if count is None else playwright_expect(locator).to_have_count(count)
+
+
+def bots(page: Any) -> Any:
+    return page.locator("#conversation .bot.message")
+
+
+def idle(page: Any) -> None:
+    page.get_by_role("button", name="Send").wait_for()
+
+
+def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
+    page = open_page(show(chat.build(Server(real_server.url))))
+    page.get_by_text("Model: mpt-tiny-chat, licence Apache-2.0.").wait_for()
+    say(page, "Hi, my name is Greta")
+    expect(bots(page)).to_contain_text("Greta")
+    page.get_by_text("of 2,048 tokens of context").wait_for()
+    idle(page)
+    say(page, "What is my name?")
+    expect(bots(page).last).to_contain_text("Greta")
+    expect(page.get_by_text("tokens/s"), 2)
+    screenshot(page, "chat")
+
+    page.reload()  # saved in the browser
+    page.get_by_role("radio", name="Hi, my name is Greta").check()
+    expect(bots(page), 2)
+
+    page.get_by_role("button", name="New conversation").click()
+    expect(bots(page), 0)
+    page.get_by_role("button", name="What is an alpaca").click()
+    expect(bots(page), 1)
+    idle(page)
+    expect(page.get_by_role("radio"), 2)
+    page.get_by_role("button", name="Delete this conversation").click()
+    expect(page.get_by_role("radio"), 1)
+
+
+def test_export_holds_what_was_said(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show(chat.build(Server(scripted.url))))
+    say(page, "one **two** three")
+    expect(bots(page).locator("strong")).to_have_text("two")
+    idle(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export JSON").click()
+    exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert exported["messages"] == [
+        {"role": "user", "content": "one **two** three"},
+        {"role": "assistant", "content": "one **two** three"},
+    ]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export Markdown").click()
+    assert download.value.suggested_filename == "conversation.md"
+    assert "**You**\n\none **two** three\n" in Path(download.value.path()).read_text(encoding="utf-8")
+
+
+def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show(chat.build(Server(scripted.url))))
+    say(page, "slow please")
+    expect(bots(page)).to_contain_text("word9 ")
+    page.get_by_role("button", name="Stop").click()
+    idle(page)
+    expect(bots(page)).to_contain_text("Stopped.")
+    until(page, lambda: scripted.closed == 1)
+
+    page.get_by_role("button", name="Retry").click()
+    expect(bots(page)).to_contain_text("word9 ")
+    page.get_by_role("button", name="Stop").click()
+    idle(page)
+    until(page, lambda: scripted.closed == 2)
+
+    page.get_by_role("button", name="Edit").click()
+    page.locator("#conversation textarea").fill("quick now")
+    page.get_by_role("button", name="Submit").click()
+    expect(bots(page)).to_contain_text("quick now")
+    idle(page)
+    assert scripted.bodies[-1]["messages"] == [{"role": "user", "content": "quick now"}]
+
+    say(page, "another one")
+    expect(bots(page), 2)
+    idle(page)
+    assert [each["content"] for each in scripted.bodies[-1]["messages"]] == ["quick now", "quick now", "another one"]
+    page.get_by_role("button", name="Undo").click()
+    expect(bots(page), 1)
+    expect(page.get_by_role("textbox", name="Message")).to_have_value("another one")
+
+    page.get_by_role("button", name="Clear").first.click()
+    expect(bots(page), 0)
+    expect(page.get_by_role("radio"), 0)
+
+
+def test_a_closed_tab_frees_the_server(scripted: Any, show: Any, open_page: Any) -> None:
+    url = show(chat.build(Server(scripted.url)))
+    for n, text in enumerate(["slow please", "silent please"]):  # while it writes, and before its first word
+        page = open_page(url)
+        say(page, text)
+        until(page, lambda n=n: scripted.started == n + 1)
+        page.context.close()
+        other = open_page(url)
+        until(other, lambda n=n: scripted.closed == n + 1)
+
+
+def test_oldest_messages_leave_a_full_context_and_the_page_says_so(scripted: Any, show: Any, open_page: Any) -> None:
+    scripted.context = 40  # words; a quarter is kept for the answer
+    page = open_page(show(chat.build(Server(scripted.url))))
+    for n in range(3):
+        say(page, f"message {n} " + "and so on " * 2)
+        expect(bots(page), n + 1)
+        idle(page)
+    page.get_by_text("The oldest 2 messages no longer fit into the model's context and were left out.").wait_for()
+    assert scripted.bodies[-1]["messages"][0]["content"].startswith("message 1")
+    say(page, "far too long " * 20)
+    page.get_by_text("This message is 60 tokens", exact=False).first.wait_for()
+    idle(page)
+    say(page, "short again")
+    expect(bots(page).last).to_contain_text("short again")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("busy", "The server has more to do than it can: its queue is full; try again in 7 s."),
+        ("break", "The server ended the stream in the middle"),
+        ("error", "The server stopped in the middle of the answer"),
+    ],
+)
+def test_errors_are_sentences_and_the_page_recovers(
+    scripted: Any, show: Any, open_page: Any, text: str, sentence: str
+) -> None:
+    page = open_page(show(chat.build(Server(scripted.url))))
+    say(page, text)
+    expect(bots(page)).to_contain_text(sentence)
+    expect(page.get_by_test_id("toast-body")).to_contain_text(sentence)
+    idle(page)
+    say(page, "all well")
+    expect(bots(page).last).to_contain_text("all well")
+
+
+def test_a_server_killed_in_mid_answer_is_told_and_found_again(real_server: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show(base.build(Server(real_server.url))))
+    page.get_by_text("Model: mpt-tiny, licence Apache-2.0.").wait_for()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("spinbutton", name="Tokens to write").fill("1024")
+    page.get_by_role("button", name="Continue").click()
+    page.locator("#tokens .tokens span").nth(3).wait_for()
+    real_server.end(signal.SIGKILL)
+    expect(page.locator("#numbers")).to_contain_text("The connection to the server broke")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#numbers")).to_contain_text("No server answers at")
+    real_server.start()
+    page.get_by_role("spinbutton", name="Tokens to write").fill("8")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#numbers")).to_contain_text("8 tokens")
+
+
+def test_what_a_model_writes_cannot_become_script_or_markup(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show(chat.build(Server(scripted.url))))
+    say(page, '<img src=x onerror="document.title=1"><script>document.title=2</script><form>seen</form> <made-up>')
+    expect(bots(page)).to_contain_text("tokens")
+    idle(page)
+    assert page.title() == "MPT chat"
+    assert page.locator("#conversation script, #conversation [onerror]").count() == 0
+
+
+def test_base_writes_in_place_and_shows_probabilities(
+    real_server: Any, show: Any, open_page: Any, screenshot: Any
+) -> None:
+    page = open_page(show(base.build(Server(real_server.url))))
+    page.get_by_text("Model: mpt-tiny, licence Apache-2.0.").wait_for()
+    box = page.get_by_role("textbox", name="Text")
+    before = box.input_value()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#numbers")).to_contain_text("of 2,048 tokens of context")
+    after = box.input_value()
+    assert after.startswith(before) and len(after) > len(before)
+    token = page.locator("#tokens .tokens span").first
+    assert "%" in token.get_attribute("title")
+    assert "".join(page.locator("#tokens .tokens span").all_text_contents()) == after.removeprefix(before)
+    token.hover()
+    screenshot(page, "base")
+    page.get_by_role("button", name="Undo").click()
+    expect(box).to_have_value(before)
+
+
+def test_compare_streams_two_at_once(
+    real_server: Any, scripted: Any, show: Any, open_page: Any, screenshot: Any
+) -> None:
+    page = open_page(show(compare.build(Server(real_server.url))))
+    page.get_by_text("Model: mpt-tiny-instruct, licence Apache-2.0.").wait_for()
+    page.get_by_role("button", name="Compare").click()
+    for column in "ab":
+        expect(page.locator(f"#numbers-{column}")).to_contain_text("the prompt")
+        assert page.locator(f"#answer-{column} textarea").input_value()
+    screenshot(page, "compare")
+
+    scripted.context = 1000
+    page = open_page(show(compare.build(Server(scripted.url))))
+    page.get_by_text("non-commercial use only").first.wait_for()
+    page.get_by_role("textbox", name="Prompt").fill("slow please")
+    page.get_by_role("button", name="Compare").click()
+    for column in "ab":  # neither ends, so both are at it
+        expect(page.locator(f"#numbers-{column}")).to_contain_text("tokens/s")
+    page.get_by_role("button", name="Stop").click()
+    until(page, lambda: scripted.closed == 2)
+
+
+@pytest.mark.parametrize("build", [chat.build, base.build, compare.build], ids=["chat", "base", "compare"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_phone_width_and_names_for_screen_readers(
+    scripted: Any, show: Any, open_page: Any, screenshot: Any, build: Any, dark: bool
+) -> None:
+    page = open_page(show(build(Server(scripted.url))), width=390, height=844, dark=dark)
+    page.get_by_text("non-commercial use only").first.wait_for()
+    if build is chat.build:
+        say(page, "a_very_long_word_without_any_place_to_break_it_" * 4)
+        expect(bots(page)).to_contain_text("tokens")
+        screenshot(page, f"chat-phone{'-dark' if dark else ''}")
+    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wide <= 0, f"{wide} pixels wider than the screen"
+    nameless = page.evaluate(
+        """[...document.querySelectorAll("button, input, textarea, select")].filter(each =>
+            each.checkVisibility() && !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby")
+            || each.title || each.innerText?.trim() || each.labels?.length)).map(each => each.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_the_page_without_a_server_says_so(show: Any, open_page: Any) -> None:
+    page = open_page(show(chat.build(Server("http://127.0.0.1:9"))))
+    page.get_by_text("No server answers at http://127.0.0.1:9.").first.wait_for()
+    say(page, "Hello")
+    expect(bots(page)).to_contain_text("No server answers at")
+    idle(page)
+
+
+def until(page: Any, claim: Any, timeout_ms: int = 8000) -> None:
+    """Wait for something outside the page; the page goes on meanwhile."""
+    for _ in range(timeout_ms // 50):
+        if claim():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("it did not happen")
