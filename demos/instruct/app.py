@@ -13,7 +13,17 @@ import gradio as gr
 
 try:
     from demos.instruct.json_check import Check, check, looks_like_json
-    from demos.mpt_space import Card, Numbers, Server, SpaceError, context_length, join, licence_note, privacy_note
+    from demos.mpt_space import (
+        Card,
+        Numbers,
+        Server,
+        SpaceError,
+        context_length,
+        join,
+        launch_options,
+        licence_note,
+        privacy_note,
+    )
 except ModuleNotFoundError:  # this folder, copied alone as a Space
     from json_check import Check, check, looks_like_json  # type: ignore[no-redef]
     from mpt_space import (  # type: ignore[no-redef]
@@ -23,6 +33,7 @@ except ModuleNotFoundError:  # this folder, copied alone as a Space
         SpaceError,
         context_length,
         join,
+        launch_options,
         licence_note,
         privacy_note,
     )
@@ -33,7 +44,7 @@ _MAX_CHARACTERS = 40_000
 
 EXAMPLES = {
     "YAML to JSON": "Convert the following YAML to JSON:\n\nname: Ada Lovelace\nage: 36\nlanguages: [English, French]",
-    "Travel diary": "Write a diary of three days in Lisbon: one paragraph for each day, with what we saw and what we ate.",
+    "Travel diary": "Write a diary of three days in Lisbon, one paragraph a day: what we saw and what we ate.",
     "A robot's day off": "Tell a short story in which a robot has the best day of its life.",
     "Congratulations": "Write an email that congratulates a colleague on her new post, warmly and in under 80 words.",
     "For a six-year-old": "Explain to a six-year-old why a candle goes out under a glass.",
@@ -42,20 +53,26 @@ EXAMPLES = {
     "Poem": "Write a poem of eight lines about the first steps on the moon.",
 }
 
+# The last rule: Gradio's colours of code are too pale to read on white.
 CSS = """
-.quiet, .note {font-size: 0.875rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; line-height: 1.5}
-.note p {margin: 0 0 0.25rem}
-.verdict, .trouble {margin: 0; padding: 0.5rem 0.75rem; border-left: 4px solid; border-radius: 4px; line-height: 1.45;
-  background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere}
-.verdict.valid {border-color: #15803d} .verdict.differs {border-color: #b45309}
-.verdict.invalid, .trouble {border-color: #dc2626}
+.bare, .bare .html-container {padding: 0 !important}
+.mpt-quiet {font-size: 0.875rem; color: color-mix(in srgb, var(--body-text-color) 72%, transparent);
+  overflow-wrap: anywhere; line-height: 1.5; margin: 0 0 0.25rem}
+.mpt-verdict, .mpt-trouble {margin: 0; padding: 0.5rem 0.75rem; border-left: 4px solid; border-radius: 4px;
+  line-height: 1.45; background: var(--background-fill-secondary); color: var(--body-text-color);
+  overflow-wrap: anywhere}
+.mpt-verdict + .mpt-quiet {padding-top: 0.4rem}
+.mpt-verdict.valid {border-color: #15803d} .mpt-verdict.differs {border-color: #b45309}
+.mpt-verdict.invalid, .mpt-trouble {border-color: #dc2626}
+body:not(.dark) .cm-line span {filter: brightness(0.62) saturate(1.5)}
 """
 
 
 def build(server: Server) -> gr.Blocks:
     """The page, for the models of a server."""
+    bare: dict[str, Any] = {"padding": False, "apply_default_css": False, "elem_classes": "bare"}
     with gr.Blocks(title="MPT instruct", analytics_enabled=False) as page:
-        gr.HTML(f"<style>{CSS}</style>", padding=False)
+        gr.HTML(f"<style>{CSS}</style>", **bare)
         gr.Markdown("# MPT instruct\nOne instruction, one answer, and the exact text the model read.")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
@@ -69,9 +86,9 @@ def build(server: Server) -> gr.Blocks:
                     autofocus=True,
                 )
                 with gr.Row():
-                    send = gr.Button("Answer", variant="primary", min_width=100)
-                    stop = gr.Button("Stop", variant="stop", min_width=100, interactive=False)
-                    clear = gr.Button("Clear", min_width=100)
+                    send = gr.Button("Answer", variant="primary", min_width=80, size="md")
+                    stop = gr.Button("Stop", variant="stop", min_width=80, size="md", interactive=False)
+                    clear = gr.Button("Clear", min_width=80, size="md")
                 gr.Examples(
                     [[text] for text in EXAMPLES.values()],
                     inputs=[instruction],
@@ -105,7 +122,7 @@ def build(server: Server) -> gr.Blocks:
                     lines=7,
                     max_lines=30,
                 )
-                status = gr.HTML("", padding=False)
+                status = gr.HTML("", **bare)
                 with gr.Accordion("The exact prompt", open=False):
                     prompt = gr.Code(
                         "",
@@ -113,10 +130,11 @@ def build(server: Server) -> gr.Blocks:
                         language=None,
                         interactive=False,
                         wrap_lines=True,
+                        show_line_numbers=False,
                         lines=4,
                         max_lines=24,
                     )
-        note = gr.HTML(_note(None), padding=False)
+        note = gr.HTML(_note(None), **bare)
 
         outputs = [prose, code, status, prompt, note, model, send, stop]
 
@@ -246,7 +264,7 @@ def build(server: Server) -> gr.Blocks:
 
 
 async def _models(server: Server) -> list[Card]:
-    """The models that follow instructions, those with the instruct template first; all, where the server does not say."""
+    """The models that follow instructions, the instruct template first; all, where the server does not say."""
     cards = await server.models()
     able = [card for card in cards if card.get("prompt_style") != "none"]
     if not able:
@@ -274,15 +292,15 @@ async def _exact_prompt(server: Server, model: str, messages: list[dict[str, Any
 
 def _verdict(checked: Check, was_cut: bool) -> str:
     hint = " Raise max new tokens: the answer was cut." if was_cut and checked.verdict == "invalid" else ""
-    return f'<p class="verdict {checked.verdict}" role="status">{html.escape(checked.sentence + hint)}</p>'
+    return f'<p class="mpt-verdict {checked.verdict}" role="status">{html.escape(checked.sentence + hint)}</p>'
 
 
 def _quiet(line: str) -> str:
-    return f'<p class="quiet" role="status">{html.escape(line)}</p>'
+    return f'<p class="mpt-quiet" role="status">{html.escape(line)}</p>'
 
 
 def _trouble(sentence: str) -> str:
-    return f'<p class="trouble" role="alert">{html.escape(sentence)}</p>'
+    return f'<p class="mpt-trouble" role="alert">{html.escape(sentence)}</p>'
 
 
 def _note(card: Card | None) -> str:
@@ -292,8 +310,8 @@ def _note(card: Card | None) -> str:
             "This tiny model has learned one thing, turning YAML into JSON; of the other examples it makes nonsense."
         )
     lines.append(privacy_note())
-    return f'<div class="note">{"".join(f"<p>{html.escape(line)}</p>" for line in lines)}</div>'
+    return "".join(f'<p class="mpt-quiet">{html.escape(line)}</p>' for line in lines)
 
 
 if __name__ == "__main__":
-    build(Server()).launch(show_error=False)
+    build(Server()).launch(**launch_options())

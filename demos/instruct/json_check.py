@@ -1,7 +1,7 @@
 """Whether an answer is JSON, where it breaks if not, and whether it holds what the YAML of the instruction holds.
 
-Not a schema validator. Both texts are untrusted: nesting is bounded by Python's recursion, size by the callers, and YAML
-with aliases, which can grow without bound, is not compared.
+Not a schema validator. Both texts are untrusted: nesting is bounded by Python's recursion, size by the callers, and
+YAML with aliases, which can grow without bound, is not compared.
 """
 
 import json
@@ -30,7 +30,7 @@ def looks_like_json(answer: str) -> bool:
 
 
 def check(answer: str, instruction: str) -> Check:
-    """The answer read as JSON, laid out anew if it is, and compared with the YAML of the instruction if there is one."""
+    """The answer read as JSON, laid out anew if it is, and compared with the YAML of the instruction, if any."""
     text = _unfenced(answer)
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -53,7 +53,7 @@ def check(answer: str, instruction: str) -> Check:
 def yaml_of(instruction: str) -> tuple[bool, Any]:
     """Whether the instruction holds a YAML mapping or list, fenced or behind a blank line or a colon; and its value."""
     fenced = re.search(r"```[\w-]*\n(.*?)```", instruction, re.DOTALL)
-    head, _, rest = instruction.partition("\n")
+    _, _, rest = instruction.partition("\n")
     candidates = [fenced[1]] if fenced else [instruction.partition("\n\n")[2], rest, instruction]
     for text in candidates:
         if not text.strip() or len(text) > _MAX_YAML_CHARACTERS:

@@ -18,7 +18,17 @@ from typing import Any
 import gradio as gr
 
 try:
-    from demos.mpt_space import Card, Numbers, Piece, Server, SpaceError, context_length, join, licence_note
+    from demos.mpt_space import (
+        Card,
+        Numbers,
+        Piece,
+        Server,
+        SpaceError,
+        context_length,
+        join,
+        launch_options,
+        licence_note,
+    )
     from demos.storywriter.books import FORMATS, MAX_TEXT_CHARACTERS, BookError, read_book, tidy
 except ModuleNotFoundError:  # this folder, copied alone as a Space
     from books import FORMATS, MAX_TEXT_CHARACTERS, BookError, read_book, tidy  # type: ignore[no-redef]
@@ -30,6 +40,7 @@ except ModuleNotFoundError:  # this folder, copied alone as a Space
         SpaceError,
         context_length,
         join,
+        launch_options,
         licence_note,
     )
 
@@ -43,24 +54,24 @@ PRIVACY = (
 )
 
 CSS = """
-.quiet, .note {font-size: 0.875rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; line-height: 1.5;
-  margin: 0}
-.note p {margin: 0 0 0.25rem}
-.trouble {margin: 0; padding: 0.5rem 0.75rem; border-left: 4px solid #dc2626; border-radius: 4px; line-height: 1.45;
+.bare, .bare .html-container {padding: 0 !important}
+.mpt-quiet {font-size: 0.875rem; color: color-mix(in srgb, var(--body-text-color) 72%, transparent);
+  overflow-wrap: anywhere; line-height: 1.5; margin: 0 0 0.25rem}
+.mpt-trouble {margin: 0; padding: 0.5rem 0.75rem; border-left: 4px solid #dc2626; border-radius: 4px; line-height: 1.45;
   background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere}
-.book {line-height: 1.5; color: var(--body-text-color); overflow-wrap: anywhere}
-.book p {margin: 0 0 0.4rem}
-.bar {display: flex; height: 10px; border-radius: 5px; overflow: hidden; background: var(--border-color-primary)}
-.bar .fits {background: var(--color-accent)}
-.bar .over {background: repeating-linear-gradient(45deg, #dc2626 0 5px, #fca5a5 5px 8px)}
-.reading progress {width: 100%; height: 12px; accent-color: var(--color-accent)}
-.reading p {margin: 0 0 0.3rem; color: var(--body-text-color)}
+.mpt-measure {margin: 0 0 0.4rem; line-height: 1.5; color: var(--body-text-color); overflow-wrap: anywhere}
+.mpt-bar {display: flex; height: 10px; border-radius: 5px; overflow: hidden; background: var(--border-color-primary)}
+.mpt-bar .fits {background: var(--color-accent); transition: width 0.2s}
+.mpt-bar .over {background: repeating-linear-gradient(45deg, #dc2626 0 5px, #fca5a5 5px 8px)}
+.mpt-bar .waits {width: 25%; background: var(--color-accent); animation: mpt-waits 1.6s ease-in-out infinite alternate}
+@keyframes mpt-waits {to {margin-left: 75%}}
+@media (prefers-reduced-motion: reduce) {.mpt-bar .waits {animation: none}}
 .paper {background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); border-radius: 8px;
-  padding: 1.25rem 1.5rem; min-height: 16rem; max-height: 34rem; overflow-y: auto; white-space: pre-wrap;
+  padding: 1.25rem 1.5rem; min-height: 16rem; max-height: 32rem; overflow-y: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; font: 1.05rem/1.65 Georgia, "Iowan Old Style", "DejaVu Serif", serif; color: var(--body-text-color)}
-.paper .before {color: var(--body-text-color-subdued)}
-.paper .hint {color: var(--body-text-color-subdued); font-style: italic}
-@media (max-width: 480px) {.paper {padding: 0.9rem 1rem; font-size: 1rem}}
+.paper .before {opacity: 0.7}
+.paper .hint {opacity: 0.7; font-style: italic}
+@media (max-width: 480px) {.paper {padding: 0.9rem 1rem; font-size: 1rem; max-height: 26rem}}
 """
 
 # The text is in the page already: nothing is written on the server to export it.
@@ -104,13 +115,16 @@ class Story:
         return heading + "".join(self.continuations)
 
     def prompt(self, book: Book) -> str:
-        return f"{book.text[self.start :]}\n\n\n{self.written}" if self.ending else book.text[self.start :] + self.written
+        return (
+            f"{book.text[self.start :]}\n\n\n{self.written}" if self.ending else book.text[self.start :] + self.written
+        )
 
 
 def build(server: Server) -> gr.Blocks:
     """The page, for the models of a server."""
+    bare: dict[str, Any] = {"padding": False, "apply_default_css": False, "elem_classes": "bare"}
     with gr.Blocks(title="MPT StoryWriter", analytics_enabled=False) as page:
-        gr.HTML(f"<style>{CSS}</style>", padding=False)
+        gr.HTML(f"<style>{CSS}</style>", **bare)
         gr.Markdown("# MPT StoryWriter\nGive it a whole book. It reads to the last page, and writes on.")
         book, story = gr.State(None), gr.State(Story())
         with gr.Row():
@@ -126,7 +140,10 @@ def build(server: Server) -> gr.Blocks:
                     max_length=MAX_TEXT_CHARACTERS,
                 )
                 ending = gr.Textbox(
-                    "EPILOGUE", label="Then comes", info="put after the book; empty to go on where it stops", max_length=500
+                    "EPILOGUE",
+                    label="Then comes",
+                    info="put after the book; empty to go on where it stops",
+                    max_length=500,
                 )
                 with gr.Accordion("Model and settings", open=False):
                     model = gr.Dropdown(label="Model", choices=[], interactive=True)
@@ -134,18 +151,18 @@ def build(server: Server) -> gr.Blocks:
                     top_p = gr.Slider(0.01, 1, value=1, step=0.01, label="Top-p", info="1 is off")
                     max_tokens = gr.Slider(16, 2048, value=256, step=16, label="New tokens for each continuation")
             with gr.Column(scale=3, min_width=320):
-                measure = gr.HTML("", padding=False)
+                measure = gr.HTML("", **bare)
                 keep_end = gr.Checkbox(
                     label="Cut the beginning and keep the end", value=False, visible=False, interactive=True
                 )
-                paper = gr.HTML(_paper(None, Story()), elem_id="story", padding=False, js_on_load=_FOLLOW)
-                status = gr.HTML("", padding=False)
-                with gr.Row():
-                    write = gr.Button("Write on", variant="primary", min_width=110)
-                    stop = gr.Button("Stop", variant="stop", min_width=80, interactive=False)
-                    undo = gr.Button("Undo", min_width=80, interactive=False)
-                    export = gr.Button("Export as text", min_width=120, interactive=False)
-        note = gr.HTML(_note(None), padding=False)
+                with gr.Row():  # above the text, which grows
+                    write = gr.Button("Write on", variant="primary", min_width=100, size="md")
+                    stop = gr.Button("Stop", variant="stop", min_width=80, size="md", interactive=False)
+                    undo = gr.Button("Undo", min_width=80, size="md", interactive=False)
+                    export = gr.Button("Export as text", min_width=120, size="md", interactive=False)
+                status = gr.HTML("", **bare)
+                paper = gr.HTML(_paper(None, Story()), elem_id="story", js_on_load=_FOLLOW, **bare)
+        note = gr.HTML(_note(None), **bare)
         buttons = [write, stop, undo, export]
 
         def at_rest(now: Story) -> dict[Any, Any]:
@@ -229,7 +246,7 @@ def build(server: Server) -> gr.Blocks:
                 now = Story(then.strip(), (), now.start)
             yield {
                 paper: _paper(taken, now),
-                status: _reading(None),
+                status: _reading([]),
                 write: gr.update(interactive=False),
                 stop: gr.update(interactive=True),
                 undo: gr.update(interactive=False),
@@ -252,13 +269,15 @@ def build(server: Server) -> gr.Blocks:
                     stream = _stream(server, card["id"], now.prompt(taken), parameters)
                     first = await anext(stream, None)
                 written, drawn_at = "", 0.0
+                points: list[dict[str, int]] = []
                 async with aclosing(stream):
                     piece = first
                     while piece is not None:
                         numbers.add(piece)
                         written += piece.text
                         if piece.progress and not written:
-                            yield {status: _reading(piece.progress)}
+                            points.append(piece.progress)
+                            yield {status: _reading(points)}
                         if piece.text and time.monotonic() - drawn_at > _DRAW_EVERY_S:
                             drawn_at = time.monotonic()
                             now = replace(before, continuations=(*before.continuations, written))
@@ -287,7 +306,12 @@ def build(server: Server) -> gr.Blocks:
 
         def take_back(taken: Book | None, now: Story) -> dict[Any, Any]:
             now = replace(now, continuations=now.continuations[:-1])
-            return {story: now, paper: _paper(taken, now), status: _quiet("Took the last continuation back."), **at_rest(now)}
+            return {
+                story: now,
+                paper: _paper(taken, now),
+                status: _quiet("Took the last continuation back."),
+                **at_rest(now),
+            }
 
         def rest(now: Story) -> dict[Any, Any]:
             n_words = len(now.continuations[-1].split()) if now.continuations else 0
@@ -362,7 +386,9 @@ async def _stream(server: Server, model: str, prompt: str, parameters: dict[str,
                     yield piece
             return
         except SpaceError as error:
-            is_unknown = error.code in ("unknown_parameter", "unsupported_parameter") or "include_progress" in str(error)
+            is_unknown = error.code in ("unknown_parameter", "unsupported_parameter") or "include_progress" in str(
+                error
+            )
             if not progress or n_pieces or not is_unknown:
                 raise
 
@@ -424,30 +450,49 @@ def _measure(name: str, n_tokens: int, limit: int | None, model: str) -> str:
     fits = 100 * min(n_tokens, limit) / max(n_tokens, limit)
     rest = f'<span class="over" style="width:{100 - fits:.2f}%"></span>' if over > 0 else ""
     return (
-        f'<div class="book"><p role="status"><strong>{html.escape(name)}</strong>: {html.escape(sentence)}</p>'
-        f'<div class="bar" aria-hidden="true"><span class="fits" style="width:{fits:.2f}%"></span>{rest}</div></div>'
+        f'<p class="mpt-measure" role="status"><strong>{html.escape(name)}</strong>: {html.escape(sentence)}</p>'
+        f'<div class="mpt-bar" aria-hidden="true"><span class="fits" style="width:{fits:.2f}%"></span>{rest}</div>'
     )
 
 
-def _reading(progress: dict[str, int] | None) -> str:
-    """How far the model has read: tokens, rate and time left; without numbers, that it reads."""
-    if not progress or not progress.get("total"):
+def _reading(points: list[dict[str, int]]) -> str:
+    """How far the model has read: tokens, rate and time left; without numbers, that it reads.
+
+    points: the progress so far, the newest last.
+    """
+    if not points or not points[-1].get("total"):
         return (
-            '<div class="reading"><p role="status">The model reads the book ...</p>'
-            '<progress aria-label="Reading"></progress></div>'
+            '<p class="mpt-measure" role="status">The model reads the book ...</p>'
+            '<div class="mpt-bar" role="progressbar" aria-label="Reading"><span class="waits"></span></div>'
         )
-    total, done, cached = progress["total"], progress.get("processed", 0), progress.get("cached", 0)
-    seconds = progress.get("time_ms", 0) / 1000
-    rate = (done - cached) / seconds if seconds > 0 else 0
+    total, done, cached = (points[-1].get(name, 0) for name in ("total", "processed", "cached"))
+    seconds = points[-1].get("time_ms", 0) / 1000
     parts = [f"Reading: {done:,} of {total:,} tokens"]
-    if rate >= 1:
-        parts += [f"{rate:,.0f} tokens/s", f"{_duration((total - done) / rate)} left"]
+    if seconds > 0 and done > cached:
+        parts.append(f"{(done - cached) / seconds:,.0f} tokens/s")
+        if done < total:
+            parts.append(f"{_duration(_seconds_left(points))} left")
     if cached:
         parts.append(f"{cached:,} from the cache")
     return (
-        f'<div class="reading"><p>{", ".join(parts)}</p>'
-        f'<progress aria-label="Reading" max="{total}" value="{done}"></progress></div>'
+        f'<p class="mpt-measure">{", ".join(parts)}</p>'
+        f'<div class="mpt-bar" role="progressbar" aria-label="Reading" aria-valuemin="0" aria-valuemax="{total}" '
+        f'aria-valuenow="{done}"><span class="fits" style="width:{100 * done / total:.2f}%"></span></div>'
     )
+
+
+def _seconds_left(points: list[dict[str, int]]) -> float:
+    """When the rest will be read. Attention makes each token dearer than the last: time = a n + b n^2.
+
+    a and b come from the newest point and the one nearest to half of its tokens; b is never under 0.
+    """
+    start = points[-1].get("cached", 0)
+    total, done, seconds = points[-1]["total"], points[-1]["processed"], points[-1]["time_ms"] / 1000
+    half = min(points, key=lambda point: abs(point["processed"] - (start + done) / 2))
+    n, n_half, seconds_half = done - start, half["processed"] - start, half["time_ms"] / 1000
+    b = max(0.0, (seconds / n - seconds_half / n_half) / (n - n_half)) if 0 < n_half < n else 0.0
+    a = seconds / n - b * n
+    return max(0.0, a * (total - start) + b * (total - start) ** 2 - seconds)
 
 
 def _duration(seconds: float) -> str:
@@ -501,11 +546,11 @@ def _paper(book: Book | None, story: Story) -> str:
 
 
 def _quiet(line: str) -> str:
-    return f'<p class="quiet" role="status">{html.escape(line)}</p>'
+    return f'<p class="mpt-quiet" role="status">{html.escape(line)}</p>'
 
 
 def _trouble(sentence: str) -> str:
-    return f'<p class="trouble" role="alert">{html.escape(sentence)}</p>'
+    return f'<p class="mpt-trouble" role="alert">{html.escape(sentence)}</p>'
 
 
 def _note(card: Card | None) -> str:
@@ -513,8 +558,8 @@ def _note(card: Card | None) -> str:
     if card and str(card["id"]).startswith("mpt-tiny"):
         lines.append("This tiny model reads 65,536 tokens in earnest, and writes like a parrot that has heard novels.")
     lines.append(PRIVACY)
-    return f'<div class="note">{"".join(f"<p>{html.escape(line)}</p>" for line in lines)}</div>'
+    return "".join(f'<p class="mpt-quiet">{html.escape(line)}</p>' for line in lines)
 
 
 if __name__ == "__main__":
-    build(Server()).launch(max_file_size="8mb", show_error=False)
+    build(Server()).launch(**launch_options())

@@ -80,6 +80,7 @@ def _read_epub(path: Path) -> str:
     from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning  # here, so that a page opens before it is needed
 
     warnings.filterwarnings("ignore", category=XMLParsedAsHTMLWarning)  # on purpose: see above
+
     def parsed(name: str) -> BeautifulSoup:
         return BeautifulSoup(archive.read(name), "html.parser")
 

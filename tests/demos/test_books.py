@@ -4,10 +4,8 @@ import io
 import zipfile
 from pathlib import Path
 
+import pypdf
 import pytest
-
-pytest.importorskip("bs4", reason="the demos' readers are not installed: pip install -e .[demos]")
-pypdf = pytest.importorskip("pypdf", reason="the demos' readers are not installed: pip install -e .[demos]")
 
 from demos.storywriter import books
 from demos.storywriter.books import BookError, read_book
