@@ -43,7 +43,7 @@ from serving.sse import KEEP_ALIVE, UNBUFFERED, event, until_disconnected
 log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3  # replicas tried before a client is told that they are lost; none after the first byte
-_SILENCE_S = 60.0  # a replica sends a comment every 15 s; one that says nothing for this long is lost
+_SILENCE_S = 60.0  # a replica fills its streams with comments; one that says nothing for this long is lost
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
 _UNKNOWN_LENGTH = 256  # tokens charged meanwhile for a chat that sets no limit
 _ANY_TOKEN = 1 << 31  # a vocabulary's size: the replica knows the real one
@@ -270,7 +270,6 @@ class _Session:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=_SILENCE_S),
                 auto_decompress=False,
                 read_bufsize=1 << 16,
             )
@@ -314,7 +313,10 @@ class Relay(Response):
         self._traffic = traffic
         self._sent = {"content-type": "application/json", "x-request-id": request.state.request_id}
         self._sent["x-mpt-salt"] = lease.salt
-        self._started = self._ended = False  # a response head, and the last byte, have been sent
+        self._started = self._written = self._ended = False  # sent: a head, a byte of a replica's, the last byte
+        # A whole answer is silent until it is there; whether its replica lives is what the lease knows.
+        silence_s = max(_SILENCE_S, 4 * options.keep_alive_s) if streamed else None
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=silence_s)
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -333,9 +335,7 @@ class Relay(Response):
         if relay.cancelled():
             raise ClientDisconnect
         if (error := relay.exception()) is not None:
-            if not isinstance(error, ApiError):
-                raise error
-            if not self._started:
+            if not isinstance(error, ApiError) or not self._started:
                 raise error
             await self._write(event(error.body()), more=False)
 
@@ -349,11 +349,9 @@ class Relay(Response):
                 log.warning(
                     "replica %s of %s lost in attempt %d: %r", self._work.replica, self._lease.model, attempt, error
                 )
-                if self._started and self._written:
+                if self._written:
                     break
         raise Unavailable("the replica that was answering has gone; ask again", code="replica_lost")
-
-    _written = False  # a byte of a replica's answer has been sent
 
     async def _attempt(self) -> None:
         try:
@@ -382,7 +380,8 @@ class Relay(Response):
 
     async def _pass_on(self, lease: Lease) -> None:
         headers = {**self._sent, **lease.headers}
-        async with self._session.post(lease.url + self._path, data=self._body, headers=headers) as answer:
+        url = lease.url + self._path
+        async with self._session.post(url, data=self._body, headers=headers, timeout=self._timeout) as answer:
             if answer.content_type == "text/event-stream":
                 await self._begin(200, {"content-type": "text/event-stream; charset=utf-8", **UNBUFFERED})
                 async for piece in answer.content.iter_any():

@@ -258,6 +258,23 @@ async def test_a_replica_that_ray_gives_up_ends_its_streams_though_its_socket_is
     await replica.stop()
 
 
+@pytest.mark.parametrize("kind", [False, True])
+async def test_silence_is_the_end_of_a_stream_but_not_of_a_whole_answer(monkeypatch, kind):
+    """A whole answer says nothing until it is there, however long that takes; a stream has comments."""
+    monkeypatch.setattr("serving.router._SILENCE_S", 0.1)
+
+    async def slow(request):
+        await asyncio.sleep(0.6)
+        return await (stream if kind else whole)(request)
+
+    replica = Replica(slow)
+    options = ClusterOptions(models=TINY, keep_alive_s=0.1)
+    answer = await ask(FakeFleet([await replica.start()]), kind, options)
+    assert replica.n_asked == (3 if kind else 1)
+    assert ("replica_lost" in answer.text) == kind
+    await replica.stop()
+
+
 async def test_a_stream_that_waits_for_a_replica_is_kept_alive():
     replica = Replica(stream)
     options = ClusterOptions(models=TINY, keep_alive_s=0.1)
