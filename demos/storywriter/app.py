@@ -1,9 +1,9 @@
 """The StoryWriter page: a whole book goes in, the model reads it to the end and writes on.
 
-A Gradio Space and a client of an OpenAI-style server (`MPT_URL`, `MPT_API_KEY`). The worked example is MosaicML's: all of
-The Great Gatsby, then "EPILOGUE". What takes long is reading, so the page shows it; the server keeps what it has read, so
-the second continuation begins at once. The book lives in this process only while the page is open, and an uploaded file
-is deleted as soon as it is read.
+A Gradio Space and a client of an OpenAI-style server (`MPT_URL`, `MPT_API_KEY`). The worked example is MosaicML's: all
+of The Great Gatsby, then "EPILOGUE". What takes long is reading, so the page shows it; the server keeps what it has
+read, so the second continuation begins at once. The book lives in this process only while the page is open, and an
+uploaded file is deleted as soon as it is read.
 """
 
 import asyncio
@@ -49,8 +49,8 @@ _TAIL_CHARACTERS = 700  # of the book, shown before the continuation
 _ALIBI_REACHES = 83_968  # the longest prompt MosaicML wrote on from, with a model trained to 65,536
 
 PRIVACY = (
-    "This page logs nothing. An uploaded file is deleted as soon as it is read; its text stays in this page's memory until "
-    "you close it, and goes to the server only to be continued. What a language model writes can be wrong or offensive."
+    "This page logs nothing. An uploaded file is deleted as soon as it is read; its text stays in this page's memory "
+    "until you close it, and goes to the server only to be continued. What a language model writes can be wrong or offensive."
 )
 
 CSS = """
@@ -68,7 +68,8 @@ CSS = """
 @media (prefers-reduced-motion: reduce) {.mpt-bar .waits {animation: none}}
 .paper {background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); border-radius: 8px;
   padding: 1.25rem 1.5rem; min-height: 16rem; max-height: 32rem; overflow-y: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: 1.05rem/1.65 Georgia, "Iowan Old Style", "DejaVu Serif", serif; color: var(--body-text-color)}
+  overflow-wrap: anywhere; font: 1.05rem/1.65 Georgia, "Iowan Old Style", "DejaVu Serif", serif;
+  color: var(--body-text-color)}
 .paper .before {opacity: 0.7}
 .paper .hint {opacity: 0.7; font-style: italic}
 @media (max-width: 480px) {.paper {padding: 0.9rem 1rem; font-size: 1rem; max-height: 26rem}}
@@ -85,7 +86,10 @@ _EXPORT = """() => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
 _FOLLOW = """
-const follow = () => { const paper = element.querySelector(".paper"); if (paper) paper.scrollTop = paper.scrollHeight; };
+const follow = () => {
+  const paper = element.querySelector(".paper");
+  if (paper) paper.scrollTop = paper.scrollHeight;
+};
 follow(); watch("value", follow);
 """
 
@@ -386,9 +390,8 @@ async def _stream(server: Server, model: str, prompt: str, parameters: dict[str,
                     yield piece
             return
         except SpaceError as error:
-            is_unknown = error.code in ("unknown_parameter", "unsupported_parameter") or "include_progress" in str(
-                error
-            )
+            refusals = ("unknown_parameter", "unsupported_parameter")
+            is_unknown = error.code in refusals or "include_progress" in str(error)
             if not progress or n_pieces or not is_unknown:
                 raise
 
@@ -406,16 +409,19 @@ async def _start_that_fits(server: Server, card: Card, book: Book, story: Story,
     n_cut = 0  # characters of `text`
     while True:
         try:
-            ids = (await server._json("POST", "/tokenize", {"model": card["id"], "prompt": text[n_cut:]}))["tokens"]
+            counted = await server._json("POST", "/tokenize", {"model": card["id"], "prompt": text[n_cut:]})
             break
         except SpaceError as error:  # too long even to be counted
             if error.code != "context_length_exceeded" or len(text) - n_cut < limit:
                 raise
             n_cut += (len(text) - n_cut) // 2
+    ids = counted.get("tokens")
+    if not isinstance(ids, list):
+        raise SpaceError("This server does not say which tokens the book has, so the book cannot be cut to its model.")
     if n_keep < 1 or len(ids) <= n_keep:
         return story.start + n_cut
     kept = await server._json("POST", "/detokenize", {"model": card["id"], "tokens": ids[-n_keep:]})
-    n_cut = max(n_cut, len(text) - len(kept["prompt"]))
+    n_cut = max(n_cut, len(text) - len(str(kept.get("prompt") or "")))
     paragraph = text.find("\n\n", n_cut, n_cut + 4000)
     n_cut = paragraph + 2 if paragraph >= 0 else n_cut
     if story.start + n_cut >= len(book.text):
@@ -431,7 +437,7 @@ def _pasted(text: str, now: Book | None) -> Book | None:
     return Book("The pasted text", text, is_pasted=True)
 
 
-# -- what stands on the page --------------------------------------------------------------------------------------------
+# -- what stands on the page -----------------------------------------------------------------------------------------
 
 _CUTTING = "The beginning can be cut: tick the box below."
 
@@ -533,7 +539,8 @@ _CUTTING_ABOVE = "Tick “Cut the beginning and keep the end” above, or ask fo
 def _paper(book: Book | None, story: Story) -> str:
     """The end of the book and what was written after it."""
     if book is None:
-        return '<div class="paper"><span class="hint">The end of your book, and what comes after it, appear here.</span></div>'
+        hint = "The end of your book, and what comes after it, appear here."
+        return f'<div class="paper"><span class="hint">{hint}</span></div>'
     tail = book.text[-_TAIL_CHARACTERS:]
     tail = f"… {tail.partition(' ')[2]}" if len(book.text) > _TAIL_CHARACTERS else tail
     gap = "\n\n\n" if story.ending else ""

@@ -1,9 +1,9 @@
 """The text of a book from a file: plain text, Markdown, EPUB or PDF.
 
-Not a converter: pictures, tables, notes and scanned pages are lost. A file is untrusted: its size is bounded before it is
-read and while it unpacks, nothing outside it is opened, and whatever is wrong with it becomes a BookError, a sentence
-for the reader. EPUB is a zip of XHTML, so the zip module and Beautiful Soup read it (EbookLib is AGPL); both of its XML
-files go through Beautiful Soup's `html.parser`, which expands no entities.
+Not a converter: pictures, tables, notes and scanned pages are lost. A file is untrusted: its size is bounded before it
+is read and while it unpacks, nothing outside it is opened, and whatever is wrong with it becomes a BookError, a
+sentence for the reader. EPUB is a zip of XHTML, so the zip module and Beautiful Soup read it (EbookLib is AGPL); its
+XML files, too, go through Beautiful Soup's `html.parser`, which expands no entities.
 """
 
 import re

@@ -1,0 +1,117 @@
+"""The instruct page in a real browser, and its check of answers in JSON."""
+
+import socket
+from typing import Any
+
+import pytest
+
+gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
+
+from demos.instruct import app as instruct  # noqa: E402
+from demos.instruct.json_check import check, yaml_of  # noqa: E402
+from demos.mpt_space import Server  # noqa: E402
+
+
+def ask(page: Any, instruction: str) -> None:
+    page.get_by_label("Instruction").fill(instruction)
+    page.get_by_role("button", name="Answer", exact=True).click()
+
+
+@pytest.mark.browser
+def test_yaml_becomes_json_that_is_checked(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
+    page = open_page(show(instruct.build(Server(real_server.url))))
+    page.get_by_text("Model: mpt-tiny-instruct, licence Apache-2.0.").wait_for()
+    page.get_by_role("button", name="YAML to JSON").click()
+    page.get_by_role("button", name="Answer", exact=True).click()
+    page.get_by_text("Valid JSON, and it holds what the YAML holds.").wait_for()
+    assert '"English"' in page.locator(".cm-content").first.inner_text()
+    page.get_by_text("of 2,048 tokens of context").wait_for()
+
+    page.get_by_role("button", name="The exact prompt").click()
+    prompt = page.locator(".cm-content").last
+    prompt.get_by_text("### Instruction:").wait_for()
+    assert prompt.inner_text().rstrip().endswith("### Response:")
+    page.wait_for_timeout(400)  # until the drawer is open
+    screenshot(page, "instruct")
+
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_text("The answer appears here.").wait_for()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_needs_no_scrolling_sideways(real_server: Any, show: Any, open_page: Any, dark: bool) -> None:
+    page = open_page(show(instruct.build(Server(real_server.url))), width=390, height=844, dark=dark)
+    ask(page, "Convert the following YAML to JSON:\n\n" + "\n".join(f"key_{n}: {'long' * 12}" for n in range(3)))
+    page.locator(".mpt-quiet", has_text="of context").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert all(
+        button.inner_text().strip() or button.get_attribute("aria-label") or button.get_attribute("title")
+        for button in page.get_by_role("button").all()
+        if button.is_visible()
+    )
+
+
+@pytest.mark.browser
+def test_troubles_are_sentences_and_the_page_goes_on(scripted: Any, show: Any, open_page: Any) -> None:
+    scripted.context = 1000
+    page = open_page(show(instruct.build(Server(scripted.url))))
+    ask(page, "busy")
+    page.get_by_role("alert").get_by_text("its queue is full; try again in 7 s").wait_for()
+    ask(page, "break now")
+    page.get_by_role("alert").get_by_text("the answer is not complete").wait_for()
+    ask(page, "slow")
+    page.get_by_text("word3").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped.").wait_for()
+    ask(page, "an answer <b>as it is</b>")
+    page.get_by_text("5 tokens").wait_for()
+    page.get_by_role("button", name="The exact prompt").click()
+    page.get_by_text("This server does not show the prompts it makes").wait_for()
+    assert scripted.closed == 1
+
+
+@pytest.mark.browser
+def test_without_a_server_the_page_opens_and_says_so(show: Any, open_page: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = open_page(show(instruct.build(Server(f"http://127.0.0.1:{port}"))))
+    page.get_by_role("alert").get_by_text("No server answers").wait_for()
+    page.get_by_role("button", name="Answer", exact=True).click()
+    page.get_by_text("Write an instruction first").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "says"),
+    [
+        ('{"a": 1, "b": ["x"]}', "valid", "holds what the YAML holds"),
+        ('```json\n{"a": 1, "b": ["x"]}\n```', "valid", "holds what the YAML holds"),
+        ('{"a": "1", "b": ["x"]}', "differs", '`a` is "1", not 1'),
+        ('{"a": true, "b": ["x"]}', "differs", "`a` is true, not 1"),
+        ('{"b": ["x", "y"], "c": 2}', "differs", "`a` is missing; `c` is not in the YAML; `b` has 2 entries, not 1"),
+        ('{"a": 1, "b": ["x"]', "invalid", "ends too soon, at line 1, column 20"),
+        ('{"a": 1 "b": 2}', "invalid", 'line 1, column 9, near `{"a": 1 "b": 2}`'),
+        ('{"a": 1} and more', "invalid", "after a whole value it goes on at line 1, column 10"),
+        ('{"a": NaN}', "invalid", "NaN is no value of JSON"),
+        ("[" * 100_000, "invalid", "Not valid JSON"),
+    ],
+)
+def test_an_answer_is_checked_against_json_and_the_yaml(answer: str, verdict: str, says: str) -> None:
+    checked = check(answer, "Convert the following YAML to JSON:\n\na: 1\nb:\n- x")
+    assert checked.verdict == verdict
+    assert says in checked.sentence
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "Write a poem: birds",
+        "What is an alpaca?\n\nSay it in French.",
+        "Convert:\n\na: &x [1]\nb: *x",  # aliases can grow without bound
+        "Convert:\n\na: 2026-02-31",  # no date
+    ],
+)
+def test_an_instruction_without_comparable_yaml_compares_nothing(instruction: str) -> None:
+    assert yaml_of(instruction) == (False, None)
+    assert check('{"a": 1}', instruction).sentence == "Valid JSON."
