@@ -133,7 +133,7 @@ def test_on_a_phone_a_pasted_text_is_written_on_and_stopped(scripted: Any, show:
     page.get_by_role("button", name="Write on").click()
     page.locator("#story", has_text="word3").wait_for()
     page.get_by_role("button", name="Stop").click()
-    page.get_by_text(re.compile(r"Stopped after \d+ words\.")).wait_for()
+    page.get_by_text(re.compile(r"Stopped( after \d+ words)?\.")).wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("button", name="Continue").wait_for()
     assert scripted.closed == 1
