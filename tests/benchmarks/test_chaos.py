@@ -2,39 +2,26 @@
 
 import contextlib
 import json
-import os
-import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from benchmarks import chaos
+from tests.serving.servers import running
 
 CHAOS = Path(chaos.__file__)
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    """`mpt serve` with one tiny model, as a process."""
-    command = [sys.executable, "-m", "mpt", "serve", "--port", "0", "--model", "mpt-tiny"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        try:
-            found = (re.search(r"ready after .* on (http://\S+),", line) for line in process.stderr)
-            yield next(match[1] for match in found if match)
-        finally:
-            process.kill()
-
-
-def test_a_server_loses_nothing_in_a_storm(url, tmp_path):
+def test_a_server_loses_nothing_in_a_storm(tmp_path):
     path = tmp_path / "chaos.json"
-    command = [sys.executable, str(CHAOS), "--url", url, "--seconds", "5", "--streams", "12", "--burst", "40"]
-    done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, timeout=100)
+    with running("serve", "--port", "0", "--model", "mpt-tiny") as server:
+        command = [sys.executable, str(CHAOS), "--url", server.url, "--seconds", "5", "--streams", "12"]
+        command += ["--burst", "40", "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert (result["lost"], result["wrong"]) == (0, 0)

@@ -5,11 +5,7 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,14 +17,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from tests.serving import servers
+from tests.serving.servers import free_port
+
 ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("MPT_CHROMIUM", "/usr/bin/chromium")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # -- a real server ---------------------------------------------------------------------------------------------------
@@ -40,46 +33,18 @@ class RealServer:
 
     port: int
     options: tuple[str, ...] = ()
-    process: subprocess.Popen[str] | None = None
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    server: servers.Server | None = None
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "mpt",
-            "serve",
-            "--port",
-            str(self.port),
-            "--drain-seconds",
-            "0",
-            *self.options,
-        ]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if re.search(r"ready after .* on http", line):
-                break
-        else:
-            raise AssertionError(f"left with {self.process.wait()} before it was ready: {''.join(self.lines)}")
-        threading.Thread(target=lambda pipe=self.process.stderr: self.lines.extend(pipe), daemon=True).start()
+        self.server = servers.start("serve", "--port", str(self.port), "--drain-seconds", "0", *self.options)
 
     def end(self, with_signal: int = signal.SIGTERM) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(with_signal)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        if self.server is not None:
+            self.server.stop(with_signal)
 
 
 @pytest.fixture(scope="module")

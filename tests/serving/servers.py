@@ -24,39 +24,43 @@ class Server:
     process: subprocess.Popen[str]
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=2000))  # of its stderr
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+    def stop(self, with_signal: int = signal.SIGTERM) -> int:
+        """Its exit status; it is killed, with what it started, if it does not leave within a minute."""
+        if self.process.poll() is None:
+            self.process.send_signal(with_signal)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait()
 
 
-@contextmanager
-def running(kind: str, *options: str) -> Iterator[Server]:
-    """`mpt KIND OPTIONS`, ready; killed at the end if it still runs."""
+def start(kind: str, *options: str) -> Server:
+    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "mpt", kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env=environment, start_new_session=True,
     )  # fmt: skip
-    lines: deque[str] = deque(maxlen=2000)
+    server = Server(kind, "", process)
+    assert process.stderr is not None
+    for line in process.stderr:
+        server.lines.append(line)
+        if url := re.search(r"ready after .* on (http://[^\s,]+)", line):
+            server.url = url[1]
+            threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True).start()
+            return server
+    raise AssertionError(f"left with {process.wait()} before it was ready: {''.join(server.lines)}")
+
+
+@contextmanager
+def running(kind: str, *options: str) -> Iterator[Server]:
+    """`mpt KIND OPTIONS`, ready; stopped at the end if it still runs."""
+    server = start(kind, *options)
     try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if url := re.search(r"ready after .* on (http://[^\s,]+)", line):
-                break
-        else:
-            raise AssertionError(f"left with {process.wait()} before it was ready: {''.join(lines)}")
-        server = Server(kind, url[1], process, lines)
-        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()  # a full pipe would block it
         yield server
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        server.stop()
 
 
 def serve_config(folder: Path, models: dict[str, dict[str, Any]], **args: Any) -> Path:

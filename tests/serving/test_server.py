@@ -1,11 +1,8 @@
 """`mpt serve` as a process: ready, asked, told to stop, and what it says when it cannot start."""
 
-import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import httpx
 import pytest
 
 import mpt
+from tests.serving import servers
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
 
@@ -22,34 +20,18 @@ def folder(model, tokenizer, tmp_path_factory) -> Path:
     return mpt.save(model, tmp_path_factory.mktemp("checkpoints") / "base", tokenizer=tokenizer)
 
 
-def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "mpt", "serve", "--port", "0", *options]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.fixture
 def start(folder) -> Iterator[Start]:
-    started: list[subprocess.Popen[str]] = []
+    started: list[servers.Server] = []
 
     def run(*options: str) -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen(
-            command("--model", f"base={folder}", *options), stderr=subprocess.PIPE, text=True, env=environment()
-        )
-        started.append(process)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if url := re.search(r"ready after .* on (http://\S+),", line):
-                threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would block it
-                return process, url[1]
-        raise AssertionError(f"left with {process.wait()} before it was ready")
+        server = servers.start("serve", "--port", "0", "--model", f"base={folder}", *options)
+        started.append(server)
+        return server.process, server.url
 
     yield run
-    for process in started:
-        process.kill()
-        process.wait()
+    for server in started:
+        server.stop(signal.SIGKILL)
 
 
 def asking(n_tokens: int) -> dict[str, object]:
@@ -86,7 +68,8 @@ def test_sigterm_ends_what_does_not_finish_with_an_error_event(start):
 
 
 def refusal(*options: str) -> tuple[int, str]:
-    done = subprocess.run(command(*options), capture_output=True, text=True, env=environment(), timeout=60)
+    command = [sys.executable, "-m", "mpt", "serve", "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
 
