@@ -10,6 +10,14 @@ import typer
 Style = Literal["none", "instruct", "chatml"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8"]
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` is CUDA where there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; `auto` keeps the checkpoint's.")]
+QuantizeOption = Annotated[
+    Quantization | None,
+    typer.Option(
+        help="Compute with int8 weights: half the memory, up to twice the speed on CPU; the rest stays bfloat16.",
+        show_default="no",
+    ),
+]

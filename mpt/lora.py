@@ -104,10 +104,10 @@ def adaptable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
 def load_adapter(name: str, folder: Path, model: torch.nn.Module) -> Adapter:
     """An adapter for this model, in its dtype and on its device. Raises like `open_lora` and `LoraFolder.pairs`."""
     lora = open_lora(folder)
-    linears = {f"{name}.weight": module.weight for name, module in adaptable(model)}
+    shapes = {f"{name}.weight": tuple(module.weight.shape) for name, module in adaptable(model)}
+    like = next(weight for weight in model.parameters() if weight.is_floating_point())  # projections may be int8
     pairs = {}
-    for matrix, (a, b) in lora.pairs({n: tuple(weight.shape) for n, weight in linears.items()}).items():
-        like = linears[matrix]
+    for matrix, (a, b) in lora.pairs(shapes).items():
         scaled = b.float() * lora.scale
         pairs[matrix.removesuffix(".weight")] = (a.to(like), scaled.to(like))
     return Adapter(name, pairs)

@@ -6,6 +6,8 @@ The interface is small on purpose: onnxruntime stands behind it too (`onnx_backe
 
 import contextlib
 import ctypes
+import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +20,15 @@ from torch.nn import Module
 from mpt import attention
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
+from mpt.native import NativeStep, RowMemory, Unavailable
+
+log = logging.getLogger(__name__)
 
 # On CPU oneDNN keeps code and buffers for every number of bfloat16 rows it has multiplied, and glibc keeps what it
 # frees: 2,000 steps of as many sizes left 1.2 GB behind. So sizes are rounded up, and freed memory is given back.
 _ROUND_ROWS, _FEW_ROWS = 32, 32  # few rows go another way (mpt.model.Linear)
 _STEPS_BETWEEN_TRIMS = 500  # a trim takes 20 ms
+_FEW_TOKENS = 16  # rows with at most so many tokens in a step go through the C step, where there is one
 _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs about 1 % of what decode reads meanwhile
 
 
@@ -32,6 +38,7 @@ class Row:
 
     kv: list[Any]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads
     length: int = 0
+    native: RowMemory | None = None  # what the C step knows of it, where there is one
 
     @property
     def capacity(self) -> int:
@@ -80,7 +87,11 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """An MPTForCausalLM: all tokens of a step in one packed pass, attention row by row over exact slices."""
+    """An MPTForCausalLM. Rows that read a few tokens, decoding above all, go through the C step where there is one;
+    the others in one packed pass of torch, attention row by row over exact slices.
+
+    Which of the two computes a row's tokens depends on their number alone, never on who shares the step.
+    """
 
     def __init__(self, model: MPTForCausalLM) -> None:
         config = model.config
@@ -96,17 +107,26 @@ class TorchBackend:
         self._rounds = self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu"
         self._n_steps = 0
         self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
+        self.native: NativeStep | None = None
+        try:
+            self.native = NativeStep(model)
+        except Unavailable as reason:
+            log.info("decoding runs through torch, not through the faster C step: %s", reason)
 
     def capacity_for(self, n_tokens: int) -> int:
         return -(-n_tokens // _BLOCK) * _BLOCK
 
     def reserve(self, row: Row | None, n_tokens: int) -> Row:
         if row is None:
-            return Row([self._empty(n_tokens) for _ in range(self._n_layers)])
-        if n_tokens > row.capacity:
+            row = Row([self._empty(n_tokens) for _ in range(self._n_layers)])
+        elif n_tokens > row.capacity:
             for layer, old in enumerate(row.kv):  # one layer at a time: the old one is free before the next grows
                 row.kv[layer] = self._empty(n_tokens)
                 row.kv[layer][:, :, : row.length] = old[:, :, : row.length]
+        else:
+            return row
+        if self.native is not None:
+            row.native = RowMemory.of(row.kv, row.native)
         return row
 
     def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
@@ -114,17 +134,52 @@ class TorchBackend:
         for new, old in zip(row.kv, source.kv, strict=True):
             new[:, :, :n_tokens] = old[:, :, :n_tokens]
         row.length = n_tokens
+        if self.native is not None:
+            row.native = RowMemory.of(row.kv, source.native)
         return row
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
+        self._n_steps += 1
+        if self._n_steps % _STEPS_BETWEEN_TRIMS == 0 and self._weight.device.type == "cpu":
+            _give_back_memory()
+        few = [] if self.native is None else [item for item in work if _is_short(item)]
+        if not few or self.native is None:
+            return self._pack(work)
+        answers: dict[int, Tensor] = {}
+        while few:
+            group = _at_most(few, self.native.max_tokens)
+            few = few[len(group) :]
+            logits = self._run_native(self.native, group)
+            if len(group) == len(work):
+                return logits
+            answers |= zip(map(id, group), logits.split([item.n_logits for item in group]), strict=True)
+        rest = [item for item in work if id(item) not in answers]
+        if rest:
+            answers |= zip(map(id, rest), self._pack(rest).split([item.n_logits for item in rest]), strict=True)
+        return torch.cat([answers[id(item)] for item in work])
+
+    def _run_native(self, native: NativeStep, work: Sequence[Work]) -> Tensor:
+        """The C step for a few tokens: logits as `forward` gives them."""
+        transformer, n_tokens = self.model.transformer, [len(item.tokens) for item in work]
+        embeddings = transformer.wte(torch.tensor([token for item in work for token in item.tokens])).float()
+        rows = [item.row for item in work]
+        if transformer.wpe is not None:
+            places = [torch.arange(row.length, row.length + n) for row, n in zip(rows, n_tokens, strict=True)]
+            embeddings += transformer.wpe(torch.cat(places))
+        ends = itertools.accumulate(n_tokens)
+        wanted = [at for item, end in zip(work, ends, strict=True) for at in range(end - item.n_logits, end)]
+        memories = [row.native for row in rows if row.native is not None]
+        logits = native.run(embeddings, n_tokens, [row.length for row in rows], memories, wanted)
+        factor = self.model.config.logit_factor
+        return logits if factor is None else logits.mul_(factor)
+
+    def _pack(self, work: Sequence[Work]) -> Tensor:
+        """Everything in one pass of torch."""
         transformer, device = self.model.transformer, self._weight.device
         tokens = [token for item in work for token in item.tokens]
         n_extra = -len(tokens) % _ROUND_ROWS if self._rounds and len(tokens) > _FEW_ROWS else 0
         ids = torch.tensor(tokens + [0] * n_extra, device=device)[None]  # (1, N)
-        self._n_steps += 1
-        if self._n_steps % _STEPS_BETWEEN_TRIMS == 0 and device.type == "cpu":
-            _give_back_memory()
         spans = []  # (row, start in the step, end, positions stored after the step)
         start = 0
         for item in work:
@@ -141,10 +196,13 @@ class TorchBackend:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             fresh = torch.cat([k, v])  # (2, KV heads, N, D), as rows store them
+            norms = k[0].float().norm(dim=-1) if self.native is not None else None  # (KV heads, N)
             answers = []
             for row, start, end, stored in spans:
                 kv = row.kv[layer]
                 kv[:, :, row.length : stored] = fresh[:, :, start:end]
+                if norms is not None and row.native is not None:
+                    row.native.note_keys(layer, norms[:, start:end])
                 keys, values = kv[:, :, :stored].split(1)
                 answers.append(attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias))
             if n_extra:
@@ -183,6 +241,16 @@ class TorchBackend:
         two, heads, d_head = self._shape
         shape = (two, heads, self.capacity_for(n_tokens), d_head)
         return torch.empty(shape, dtype=self._weight.dtype, device=self._weight.device)
+
+
+def _is_short(item: Work) -> bool:
+    return len(item.tokens) <= _FEW_TOKENS and item.adapter is None
+
+
+def _at_most(work: Sequence[Work], n_tokens: int) -> list[Work]:
+    """The first items that have no more than n_tokens together; one at least."""
+    totals = itertools.accumulate(len(item.tokens) for item in work)
+    return [item for item, total in zip(work, totals, strict=True) if total <= n_tokens]
 
 
 def _give_back_memory() -> None:

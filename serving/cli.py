@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from mpt.command_line import DeviceOption, DtypeOption, Style
+from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style
 from mpt.errors import UserError
 from serving.options import MODEL_NAME, ServeOptions, is_loopback
 
@@ -48,6 +48,7 @@ def serve(
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Share the model over so many processes, one GPU each.")
     ] = 1,
@@ -132,6 +133,7 @@ def serve(
         tokens_per_minute=tokens_per_minute,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         tensor_parallel=tensor_parallel,
         kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
         max_running=max_running,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mpt.command_line import Device, Dtype, Style
+from mpt.command_line import Device, Dtype, Quantization, Style
 from mpt.errors import UserError
 from serving.options import MODEL_NAME
 
@@ -29,6 +29,7 @@ class ModelOptions:
 
     root: str  # catalog name, folder or hub repository
     dtype: Dtype = "auto"
+    quantize: Quantization | None = None  # of the weights
     device: Device = "auto"
     context_length: int | None = None  # None is the trained one
     prompt_style: Style | None = None

@@ -15,6 +15,7 @@ from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
 from mpt.local import choose_device
 from mpt.prompts import PromptStyle
+from mpt.quantization import quantize_model
 from mpt.tokenizer import Tokenizer
 from serving.adapters import Adapters
 from serving.backend import Backend, TorchBackend
@@ -75,17 +76,24 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     adapters = None
     if (folder / "model.onnx").is_file():
         _refuse_adapters(name, options, "an ONNX folder")
+        _refuse_quantize(options, f"`{name}` is an ONNX folder: choose its precision with `mpt convert --dtype int8`")
         if options.tensor_parallel > 1:
             raise UserError(f"`{name}` is an ONNX folder, which runs in one process; leave tensor_parallel out")
         backend, config, dtype = _onnx(folder, options)
     elif options.tensor_parallel > 1:
         _refuse_adapters(name, options, "shared by several processes")
+        _refuse_quantize(options, f"`{name}` is shared by {options.tensor_parallel} processes")
         dtype_or_its_own = None if options.dtype == "auto" else getattr(torch, options.dtype)
         backend = open_backend(root, options.tensor_parallel, dtype=dtype_or_its_own, device=device)
         config, dtype = backend.config, f"{backend.dtype} in {options.tensor_parallel} processes"
     else:
-        model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
-        backend, config, dtype = TorchBackend(model), model.config, str(model.dtype).removeprefix("torch.")
+        wanted = "bfloat16" if options.quantize and options.dtype == "auto" else options.dtype
+        model = load(folder, dtype=None if wanted == "auto" else getattr(torch, wanted), device=device)
+        config, dtype = model.config, str(model.dtype).removeprefix("torch.")
+        if options.quantize:
+            quantize_model(model)
+            dtype = f"{options.quantize} weights, {dtype}"
+        backend = TorchBackend(model)
         adapters = Adapters(options.adapters.get(name, {}), options.adapter_folders.get(name), model)
     tokenizer = Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
@@ -135,6 +143,7 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
         if value != "auto":
             raise UserError(f"`{option} {value}` cannot be chosen for `{root}`; the Triton server decides it")
     _refuse_adapters(name, options, "a Triton model")
+    _refuse_quantize(options, f"`{name}` runs in a Triton server, which decides its precision")
     folder = resolve(address.checkpoint)
     entry, config, tokenizer = describe(address.checkpoint), read_config(folder), Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
@@ -159,6 +168,11 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
 def _refuse_adapters(name: str, options: ServeOptions, what: str) -> None:
     if name in options.adapters or name in options.adapter_folders:
         raise UserError(f"`{name}` is {what}, which takes no adapters; serve a Hugging Face style folder of it")
+
+
+def _refuse_quantize(options: ServeOptions, why: str) -> None:
+    if options.quantize:
+        raise UserError(f"--quantize {options.quantize} is for models that run in this process; {why}")
 
 
 def _onnx(folder: Path, options: ServeOptions) -> tuple[OnnxBackend, MPTConfig, str]:

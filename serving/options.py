@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-from mpt.command_line import Device, Dtype, Style
+from mpt.command_line import Device, Dtype, Quantization, Style
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of models and of adapters; the colon stands between
 
@@ -25,6 +25,7 @@ class ServeOptions:
     tokens_per_minute: int | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    quantize: Quantization | None = None  # of the weights
     tensor_parallel: int = 1  # processes that share each model, one GPU each
     kv_bytes: int | None = None  # per model; None shares what memory is free
     max_running: int = 32

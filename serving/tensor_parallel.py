@@ -92,7 +92,7 @@ class TensorParallelBackend:
 
     def _number(self, row: Row) -> _Numbered:
         self._n_rows += 1
-        made = _Numbered(row.kv, row.length, self._n_rows)
+        made = _Numbered(row.kv, row.length, number=self._n_rows)
         weakref.finalize(made, self._freed.append, made.number)
         return made
 

@@ -1,0 +1,690 @@
+/* One step of an MPT model for a few tokens on CPU: everything from the embeddings to the logits in one parallel region.
+ *
+ * Decoding reads each weight once and computes little with it, so its speed is the memory's. Called layer by layer from
+ * Python the same step spends a third of its time elsewhere: a thread barrier per operation, kernels that read a
+ * matrix at half the memory's speed for a few rows, one attention call for each row.
+ *
+ * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases and norms bfloat16. The
+ * residual stream and all sums are float32. What meets a bfloat16 weight is rounded to bfloat16; what meets an int8
+ * weight becomes two int8 numbers, 15 bits of each token's largest value, so that outliers (Dettmers et al. 2022) stay.
+ * A token's result does not depend, not in one bit, on which other tokens share the step: every sum runs in its own
+ * fixed order.
+ *
+ * Letters as in mpt/model.py: T tokens of the step, H heads, D head size, C d_model, S stored positions.
+ * Callers: mpt/native/__init__.py, which checks shapes; nothing is checked here.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <omp.h>
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
+#define AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define AMX 0
+#endif
+
+enum { PANEL = 16, MAX_TOKENS = 64, KEYS = 64, MAX_HEAD = 256 };
+
+typedef uint16_t bf16;
+
+typedef struct {
+    const void *weight; /* (n_out, n_in) row-major, bfloat16 or int8 */
+    const bf16 *scale;  /* (n_out) of an int8 weight, else NULL */
+    const bf16 *bias;   /* (n_out) or NULL */
+    int32_t n_out, n_in;
+} Linear;
+
+typedef struct {
+    const bf16 *weight, *bias; /* (C) each; bias may be NULL, and a norm that is not there has no weight */
+} Norm;
+
+typedef struct {
+    Norm norm_1, norm_2, q_ln, k_ln;
+    Linear wqkv, out_proj, up_proj, down_proj;
+} Layer;
+
+typedef struct {
+    int32_t n_layers, d_model, n_heads, n_kv_heads, d_head, d_ffn;
+    float eps, softmax_scale, clip_qkv; /* clip_qkv 0: none */
+    const float *slopes;                /* (H) ALiBi, or NULL */
+    const Layer *layers;
+    Norm norm_f;
+    Linear head;
+} Model;
+
+typedef struct {
+    int32_t n_tokens, n_rows, n_logits, n_threads;
+    const float *x;             /* (T, C) embeddings */
+    const int32_t *row_tokens;  /* (rows) tokens of each row, in the order of x */
+    const int32_t *row_length;  /* (rows) positions stored before this step */
+    const int32_t *row_capacity;
+    bf16 *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) */
+    float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
+    const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
+    float *logits;              /* (n_logits, V) */
+    float *scratch;             /* mpt_scratch_floats() */
+    int64_t *keys_read;         /* total of keys attended over, all heads; NULL: not counted */
+    float drop;                 /* attention may leave out keys that weigh less than this share together; 0: none */
+} Step;
+
+/* -- numbers ------------------------------------------------------------------------------------------------------ */
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors. */
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* GELU in its erf form; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26). */
+static inline float gelu(float x) {
+    float z = __builtin_fabsf(x) * 0.70710678f;
+    float t = 1.0f / (1.0f + 0.3275911f * z);
+    float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float tail = 0.5f * poly * exp_(-z * z); /* Phi(-|x|) */
+    return x * (x > 0 ? 1.0f - tail : tail);
+}
+
+/* -- what is multiplied with a weight ----------------------------------------------------------------------------- */
+
+/* Tokens stand side by side in columns, PANEL of them to a cache line: the residual stream is (C, columns) float32, and
+ * what works on all tokens of a step works on whole vectors, however few tokens there are. */
+static inline int columns_of(int T) { return (T + PANEL - 1) / PANEL * PANEL; }
+
+/* The inputs of a product, (K, T), as its weights take them.
+ *
+ * bfloat16 in `packed`: for AMX panels of 16 tokens, in each blocks of 32 k as (16, 16 tokens, 2); else (T, K).
+ * For AMX and int8 weights: first float32 in `staged` (K, columns) with each thread's largest |x| of a token in `peaks`
+ * (threads, columns); then, by `finish`, two int8 numbers in `packed`, x = step * (128 high + low), in panels of 16
+ * columns, in each blocks of 64 k as (16, 16 columns, 4). Up to 8 tokens: high and low are columns of one panel. */
+typedef struct {
+    int K, columns, is_int8;
+    void *packed;
+    float *staged, *peaks, *steps;
+} Inputs;
+
+/* Put down the 16 tokens of a panel at two neighbouring k. */
+static inline void put(const Inputs *inputs, int panel, int k, const float *even, const float *odd) {
+    if (inputs->is_int8) {
+        float *staged = inputs->staged + (size_t)k * inputs->columns + panel * PANEL;
+        float *peaks = inputs->peaks + (size_t)omp_get_thread_num() * MAX_TOKENS + panel * PANEL;
+        for (int c = 0; c < PANEL; c++) {
+            const float a = __builtin_fabsf(even[c]), b = __builtin_fabsf(odd[c]), top = a > b ? a : b;
+            staged[c] = even[c], staged[inputs->columns + c] = odd[c];
+            peaks[c] = top > peaks[c] ? top : peaks[c];
+        }
+        return;
+    }
+#if AMX
+    bf16 *at = (bf16 *)inputs->packed + (size_t)panel * inputs->K * PANEL + (size_t)(k / 32) * 512 + k % 32 / 2 * 32;
+    uint32_t both[PANEL];
+    for (int c = 0; c < PANEL; c++) both[c] = (uint32_t)narrow(even[c]) | (uint32_t)narrow(odd[c]) << 16;
+    memcpy(at, both, sizeof both);
+#else
+    for (int c = 0; c < PANEL; c++) {
+        bf16 *at = (bf16 *)inputs->packed + (size_t)(panel * PANEL + c) * inputs->K + k;
+        at[0] = narrow(even[c]), at[1] = narrow(odd[c]);
+    }
+#endif
+}
+
+static void start(Inputs *inputs, int K, const Linear *linear) {
+    inputs->K = K, inputs->is_int8 = AMX && linear->scale;
+    if (inputs->is_int8)
+        for (int c = 0; c < MAX_TOKENS; c++) inputs->peaks[(size_t)omp_get_thread_num() * MAX_TOKENS + c] = 0;
+}
+
+/* All of it is put down: nothing more to do for bfloat16. Called by every thread, after a barrier; ends with one. */
+static void finish(Inputs *inputs, int T) {
+    if (!inputs->is_int8) return;
+    const int K = inputs->K, columns = inputs->columns, shares_panel = T <= 8;
+#pragma omp single
+    for (int c = 0; c < columns; c++) {
+        float top = 1e-30f;
+        for (int thread = 0; thread < omp_get_num_threads(); thread++) {
+            const float peak = inputs->peaks[(size_t)thread * MAX_TOKENS + c];
+            top = peak > top ? peak : top;
+        }
+        inputs->steps[c] = top / (127 * 128);
+    }
+#pragma omp for schedule(static)
+    for (int k = 0; k < K; k += 4) {
+        for (int first = 0; first < columns; first += PANEL) {
+            int8_t high[PANEL * 4], low[PANEL * 4];
+            for (int i = 0; i < 4; i++)
+                for (int c = 0; c < PANEL; c++) {
+                    const float x = inputs->staged[(size_t)(k + i) * columns + first + c] / inputs->steps[first + c];
+                    const int32_t q = (int32_t)__builtin_rintf(x), h = (q + 64) >> 7;
+                    high[c * 4 + i] = h, low[c * 4 + i] = q - (h << 7);
+                }
+            int8_t *panel = (int8_t *)inputs->packed + (size_t)first * 2 * K + (size_t)(k / 64) * 1024 + k % 64 / 4 * 64;
+            if (shares_panel) {
+                memcpy(panel, high, 32), memcpy(panel + 32, low, 32);
+            } else {
+                memcpy(panel, high, 64), memcpy(panel + (size_t)PANEL * K, low, 64);
+            }
+        }
+    }
+}
+
+/* LayerNorm of one panel of the residual stream (C, columns), into the inputs of a product. */
+static void normalize(const float *x, int columns, int panel, Norm norm, float eps, const Inputs *inputs) {
+    const int C = inputs->K;
+    float mean[PANEL] = {0}, factor[PANEL] = {0}, pair[2][PANEL];
+    x += panel * PANEL;
+    for (int k = 0; k < C; k++)
+        for (int c = 0; c < PANEL; c++) mean[c] += x[(size_t)k * columns + c];
+    for (int c = 0; c < PANEL; c++) mean[c] /= C;
+    for (int k = 0; k < C; k++)
+        for (int c = 0; c < PANEL; c++) {
+            const float off = x[(size_t)k * columns + c] - mean[c];
+            factor[c] += off * off;
+        }
+    for (int c = 0; c < PANEL; c++) factor[c] = 1.0f / sqrtf(factor[c] / C + eps);
+    for (int k = 0; k < C; k += 2) {
+        for (int i = 0; i < 2; i++) {
+            const float weight = wide(norm.weight[k + i]), bias = norm.bias ? wide(norm.bias[k + i]) : 0.0f;
+            for (int c = 0; c < PANEL; c++)
+                pair[i][c] = (x[(size_t)(k + i) * columns + c] - mean[c]) * factor[c] * weight + bias;
+        }
+        put(inputs, panel, k, pair[0], pair[1]);
+    }
+}
+
+/* LayerNorm of one vector in place: the queries or keys of one token, where a model normalises them. */
+static void normalize_one(float *x, Norm norm, float eps, int n) {
+    float sum = 0, squares = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    const float mean = sum / n;
+    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / sqrtf(squares / n + eps);
+    for (int i = 0; i < n; i++)
+        x[i] = (x[i] - mean) * factor * wide(norm.weight[i]) + (norm.bias ? wide(norm.bias[i]) : 0.0f);
+}
+
+/* -- products ------------------------------------------------------------------------------------------------------ */
+
+#if AMX
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+static void configure_tiles(void) {
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) config.bytes[tile] = 64, config.rows[tile] = 16;
+    _tile_loadconfig(&config);
+}
+
+/* Sums (32 outputs, 32 tokens) of outputs n0 and on, n_blocks of 16, and tokens `first` and on, n_here of them. */
+static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
+                     float *sums) {
+    const size_t stride = (size_t)linear->n_in * 2;
+    const char *rows = (const char *)linear->weight + n0 * stride, *more = rows + (n_blocks > 1 ? 16 * stride : 0);
+    const char *panel = (const char *)inputs->packed + first * stride, *next = panel + PANEL * stride;
+    const int n_panels = n_here > PANEL ? 2 : 1;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t k = 0; k < stride; k += 64) { /* 32 of them, in bytes */
+        _tile_loadd(4, rows + k, stride);
+        _tile_loadd(5, more + k, stride);
+        _tile_loadd(6, panel + k * PANEL, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(2, 5, 6);
+        if (n_panels > 1) {
+            _tile_loadd(7, next + k * PANEL, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+}
+
+/* The same with int8 weights, for up to 16 tokens; all sums are exact. */
+static void multiply_int8(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
+                          float *sums) {
+    const size_t stride = linear->n_in;
+    const char *rows = (const char *)linear->weight + n0 * stride, *more = rows + (n_blocks > 1 ? 16 * stride : 0);
+    const char *panel = (const char *)inputs->packed + first * 2 * stride, *next = panel + PANEL * stride;
+    const int n_panels = inputs->columns > PANEL || n_here > 8 ? 2 : 1;
+    int32_t exact[1024];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t k = 0; k < stride; k += 64) {
+        _tile_loadd(4, rows + k, stride);
+        _tile_loadd(5, more + k, stride);
+        _tile_loadd(6, panel + k * PANEL, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(2, 5, 6);
+        if (n_panels > 1) {
+            _tile_loadd(7, next + k * PANEL, 64);
+            _tile_dpbssd(1, 4, 7);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+    _tile_stored(0, exact, 128);
+    _tile_stored(1, exact + 16, 128);
+    _tile_stored(2, exact + 512, 128);
+    _tile_stored(3, exact + 528, 128);
+    const int to_low = n_panels > 1 ? PANEL : 8;
+    for (int r = 0; r < 16 * n_blocks; r++)
+        for (int c = 0; c < to_low; c++) {
+            const int32_t high = exact[r * 32 + c], low = exact[r * 32 + to_low + c];
+            sums[r * 32 + c] = ((float)high * 128 + (float)low) * inputs->steps[first + c];
+        }
+}
+#else
+static void configure_tiles(void) {}
+
+static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
+                     float *sums) {
+    const int K = linear->n_in;
+    for (int r = 0; r < 16 * n_blocks; r++) {
+        const size_t at = (size_t)(n0 + r) * K;
+        for (int token = 0; token < n_here; token += 4) {
+            const bf16 *x = (const bf16 *)inputs->packed + (size_t)(first + token) * K;
+            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            if (linear->scale) {
+                const int8_t *w = (const int8_t *)linear->weight + at;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                for (int k = 0; k < K; k++) {
+                    float value = w[k];
+                    s0 += value * wide(x[k]), s1 += value * wide(x[K + k]);
+                    s2 += value * wide(x[2 * K + k]), s3 += value * wide(x[3 * K + k]);
+                }
+            } else {
+                const bf16 *w = (const bf16 *)linear->weight + at;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                for (int k = 0; k < K; k++) {
+                    float value = wide(w[k]);
+                    s0 += value * wide(x[k]), s1 += value * wide(x[K + k]);
+                    s2 += value * wide(x[2 * K + k]), s3 += value * wide(x[3 * K + k]);
+                }
+            }
+            float *out = sums + r * 32 + token;
+            out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+        }
+    }
+}
+
+static void multiply_int8(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
+                          float *sums) {
+    multiply(linear, n0, n_blocks, inputs, first, n_here, sums);
+}
+#endif
+
+typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
+
+/* Outputs for T tokens, shared out over the threads: added to the residual stream `out` (N, columns), or through GELU
+ * the inputs `next` of another product, or rows: token t's at out + row_of[t] * N (t if NULL), none where row_of is
+ * negative. */
+static void product(const Linear *linear, const Inputs *inputs, int T, Target target, float *out, Inputs *next,
+                    const int32_t *row_of) {
+    const int N = linear->n_out, n_pairs = (N + 31) / 32, columns = inputs->columns;
+    const int at_once = !inputs->is_int8 ? 32 : T > 8 ? 16 : 8;
+#pragma omp for schedule(dynamic, 2) nowait
+    for (int pair = 0; pair < n_pairs; pair++) {
+        const int n0 = pair * 32, n_outputs = N - n0 >= 32 ? 32 : 16;
+        _Alignas(64) float sums[1024]; /* (32 outputs, 32 tokens) */
+        for (int first = 0; first < T; first += at_once) {
+            const int n_here = T - first < at_once ? T - first : at_once, n_columns = columns_of(n_here);
+            if (linear->scale)
+                multiply_int8(linear, n0, n_outputs / 16, inputs, first, n_here, sums);
+            else
+                multiply(linear, n0, n_outputs / 16, inputs, first, n_here, sums);
+            for (int r = 0; r < n_outputs; r++) {
+                const float scale = linear->scale ? wide(linear->scale[n0 + r]) : 1.0f;
+                const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
+                float *values = sums + r * 32;
+                for (int c = 0; c < n_columns; c++) values[c] = values[c] * scale + bias;
+                if (target == TO_GELU)
+                    for (int c = 0; c < n_columns; c++) values[c] = gelu(values[c]);
+                if (target == TO_RESIDUAL) {
+                    float *x = out + (size_t)(n0 + r) * columns + first;
+                    for (int c = 0; c < n_columns; c++) x[c] += values[c];
+                }
+            }
+            if (target == TO_GELU)
+                for (int c = 0; c < n_columns; c += PANEL)
+                    for (int r = 0; r < n_outputs; r += 2)
+                        put(next, (first + c) / PANEL, n0 + r, sums + r * 32 + c, sums + (r + 1) * 32 + c);
+            if (target == TO_ROWS)
+                for (int token = first; token < first + n_here; token++) {
+                    const int row = row_of ? row_of[token] : token;
+                    if (row < 0) continue;
+                    float *to = out + (size_t)row * N + n0;
+                    for (int r = 0; r < n_outputs; r++) to[r] = sums[r * 32 + token - first];
+                }
+        }
+    }
+#pragma omp barrier
+}
+
+/* -- attention ------------------------------------------------------------------------------------------------------ */
+
+/* q.k of one query and n <= KEYS keys (n, D). */
+static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float *out) {
+#if defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
+    for (int j = 0; j < n; j += 4) { /* four sums at a time hide the latency of each */
+        const bf16 *k0 = keys + (size_t)j * D, *k1 = j + 1 < n ? k0 + D : k0, *k2 = j + 2 < n ? k1 + D : k0,
+                   *k3 = j + 3 < n ? k2 + D : k0;
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+        for (int d = 0; d < D; d += 32) {
+            const __mmask32 mask = D - d >= 32 ? 0xffffffff : ((__mmask32)1 << (D - d)) - 1;
+            const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(mask, query + d);
+            s0 = _mm512_dpbf16_ps(s0, (__m512bh)_mm512_maskz_loadu_epi16(mask, k0 + d), q);
+            s1 = _mm512_dpbf16_ps(s1, (__m512bh)_mm512_maskz_loadu_epi16(mask, k1 + d), q);
+            s2 = _mm512_dpbf16_ps(s2, (__m512bh)_mm512_maskz_loadu_epi16(mask, k2 + d), q);
+            s3 = _mm512_dpbf16_ps(s3, (__m512bh)_mm512_maskz_loadu_epi16(mask, k3 + d), q);
+        }
+        /* the four sums, each over 16 lanes, into four lanes */
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+        const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
+        const __m512 ab = _mm512_add_ps(low, high);
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
+        _mm_storeu_ps(out + j, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+#else
+    for (int j = 0; j < n; j++) {
+        float dot = 0;
+        for (int d = 0; d < D; d++) dot += wide(query[d]) * wide(keys[(size_t)j * D + d]);
+        out[j] = dot;
+    }
+#endif
+}
+
+/* Begin to fetch what is read next: a row's cache lies in pieces too short for the processor to guess them. */
+static inline void ahead(const bf16 *from, int n) {
+    for (int i = 0; i < n; i += 32) __builtin_prefetch(from + i);
+}
+
+/* One head of one row: T queries (T, D), the last T of `stored` positions, over the keys up to their own.
+ *
+ * Blocks of keys are read from the newest to the oldest; they begin at multiples of KEYS, so that what a query sums does
+ * not depend on how many others come with it. ALiBi makes old keys count less: with |q.k| <= |q| max|k| no key at
+ * distance d or more can score above |q| max|k| scale - slope d, and together they weigh less than
+ * e^(that - best) / (1 - e^-slope) of what is summed up already. Once that is under `drop` the rest is left out. */
+static int64_t attend(const bf16 *queries, int T, const bf16 *keys, const bf16 *values, int stored, int D, float scale,
+                      float slope, float key_norm, float drop, float *out, int out_stride) {
+    float best[MAX_TOKENS], total[MAX_TOKENS], bound[MAX_TOKENS];
+    _Alignas(64) float acc[MAX_TOKENS][MAX_HEAD], weights[KEYS];
+    int64_t n_read = 0;
+    int n_open = T;
+    for (int t = 0; t < T; t++) {
+        float square = 0;
+        for (int d = 0; d < D; d++) square += wide(queries[t * D + d]) * wide(queries[t * D + d]), acc[t][d] = 0;
+        best[t] = -1e30f, total[t] = 0;
+        bound[t] = sqrtf(square) * 1.0001f * key_norm * scale;
+    }
+    const float tail = slope > 0 ? 1.0f / (1.0f - exp_(-slope)) : 0;
+    for (int start = (stored - 1) / KEYS * KEYS; start >= 0 && n_open; start -= KEYS) {
+        ahead(values + (size_t)start * D, (stored - start < KEYS ? stored - start : KEYS) * D);
+        if (start) ahead(keys + (size_t)(start - KEYS) * D, KEYS * D);
+        for (int t = 0; t < T; t++) {
+            const int own = stored - T + t; /* its own position, the last it may see */
+            const int n = (own + 1 < start + KEYS ? own + 1 : start + KEYS) - start;
+            if (n <= 0 || total[t] < 0) continue;
+            float top = best[t], sum = 0;
+            dots(queries + t * D, keys + (size_t)start * D, n, D, weights);
+            for (int j = 0; j < n; j++) weights[j] = weights[j] * scale - slope * (own - start - j);
+            for (int j = 0; j < n; j++) top = weights[j] > top ? weights[j] : top;
+            if (top > best[t]) {
+                const float shrink = exp_(best[t] - top);
+                best[t] = top, total[t] *= shrink;
+                for (int d = 0; d < D; d++) acc[t][d] *= shrink;
+            }
+            for (int j = 0; j < n; j++) weights[j] = exp_(weights[j] - top), sum += weights[j];
+            total[t] += sum;
+            for (int j = n; j < (n + 3) / 4 * 4; j++) weights[j] = 0;
+            for (int j = 0; j < n; j += 4) { /* four keys for each pass over the sums */
+                const bf16 *v0 = values + (size_t)(start + j) * D, *v1 = j + 1 < n ? v0 + D : v0,
+                           *v2 = j + 2 < n ? v1 + D : v0, *v3 = j + 3 < n ? v2 + D : v0;
+                const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
+                for (int d = 0; d < D; d++)
+                    acc[t][d] += w0 * wide(v0[d]) + w1 * wide(v1[d]) + w2 * wide(v2[d]) + w3 * wide(v3[d]);
+            }
+            n_read += n;
+            const float rest = bound[t] - slope * (own - start + 1) - top;
+            if (slope > 0 && rest < 0 && exp_(rest) * tail < drop * total[t]) {
+                total[t] = -total[t]; /* this query is done */
+                n_open--;
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        const float factor = 1.0f / __builtin_fabsf(total[t]);
+        for (int d = 0; d < D; d++) out[(size_t)t * out_stride + d] = acc[t][d] * factor;
+    }
+    return n_read;
+}
+
+/* -- the step -------------------------------------------------------------------------------------------------------- */
+
+typedef struct { /* of one layer, for the functions below */
+    const Model *model;
+    const Step *step;
+    int layer, width; /* of qkv: C queries, then keys, then values */
+    const int32_t *first; /* (rows) their first token in the step */
+    float *qkv, *mixed;
+} Place;
+
+/* Clip and normalise the queries, keys and values of one token. */
+static void prepare_token(const Place *at, int token) {
+    const Model *model = at->model;
+    const Layer *layer = model->layers + at->layer;
+    float *own = at->qkv + (size_t)token * at->width;
+    const float limit = model->clip_qkv;
+    if (limit > 0)
+        for (int i = 0; i < at->width; i++) own[i] = own[i] > limit ? limit : own[i] < -limit ? -limit : own[i];
+    if (layer->q_ln.weight) {
+        normalize_one(own, layer->q_ln, model->eps, model->d_model);
+        normalize_one(own + model->d_model, layer->k_ln, model->eps, model->n_kv_heads * model->d_head);
+    }
+}
+
+static bf16 *keys_of(const Place *at, int row, int g) {
+    const Step *step = at->step;
+    return step->kv[row * at->model->n_layers + at->layer] + (size_t)g * step->row_capacity[row] * at->model->d_head;
+}
+
+/* Keys and values of one head of one row behind those that are there. */
+static void store(const Place *at, int row, int g) {
+    const Model *model = at->model;
+    const Step *step = at->step;
+    const int D = model->d_head, G = model->n_kv_heads;
+    const size_t to_values = (size_t)G * step->row_capacity[row] * D;
+    float *largest = step->key_norm[row] + at->layer * G + g;
+    for (int t = 0; t < step->row_tokens[row]; t++) {
+        const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
+        const float *value = key + G * D;
+        bf16 *k = keys_of(at, row, g) + (size_t)(step->row_length[row] + t) * D, *v = k + to_values;
+        float square = 0;
+        for (int d = 0; d < D; d++) k[d] = narrow(key[d]), v[d] = narrow(value[d]);
+        for (int d = 0; d < D; d++) square += wide(k[d]) * wide(k[d]);
+        const float norm = sqrtf(square) * 1.0001f; /* rounding must not make the bound too small */
+        if (norm > *largest) *largest = norm;
+    }
+}
+
+/* One query head of one row. */
+static int64_t attend_head(const Place *at, int row, int head) {
+    const Model *model = at->model;
+    const Step *step = at->step;
+    const int D = model->d_head, G = model->n_kv_heads, T = step->row_tokens[row], g = head * G / model->n_heads;
+    const float *q = at->qkv + (size_t)at->first[row] * at->width + head * D;
+    const bf16 *keys = keys_of(at, row, g);
+    _Alignas(64) bf16 queries[T * D];
+    for (int t = 0; t < T; t++)
+        for (int d = 0; d < D; d++) queries[t * D + d] = narrow(q[(size_t)t * at->width + d]);
+    return attend(queries, T, keys, keys + (size_t)G * step->row_capacity[row] * D, step->row_length[row] + T, D,
+                  model->softmax_scale, model->slopes ? model->slopes[head] : 0,
+                  step->key_norm[row][at->layer * G + g], step->drop,
+                  at->mixed + (size_t)at->first[row] * model->d_model + head * D, model->d_model);
+}
+
+/* The step's memory, cut from one block of floats. */
+typedef struct {
+    float *x, *qkv, *mixed, *staged, *peaks, *steps; /* x: (C, columns); qkv, mixed: (T, ...) */
+    void *packed, *inner;                            /* inputs: of C, and of the MLP's inner width */
+} Scratch;
+
+static size_t carve(const Model *model, int T, int n_threads, float *block, Scratch *out) {
+    const size_t columns = columns_of(T), C = model->d_model, F = model->d_ffn, most = C > F ? C : F;
+    const size_t width = C + 2 * (size_t)model->n_kv_heads * model->d_head;
+    const size_t padded = columns + PANEL; /* products read whole panels, two at a time */
+    size_t used = 0;
+    float *at = block ? (float *)(((uintptr_t)block + 63) & ~(uintptr_t)63) : NULL;
+#define TAKE(name, floats) out->name = at ? (void *)(at + used) : NULL, used += ((floats) + 15) / 16 * 16
+    TAKE(x, C * columns);
+    TAKE(qkv, columns * width);
+    TAKE(mixed, columns * C);
+    TAKE(staged, most * columns);
+    TAKE(peaks, (size_t)n_threads * MAX_TOKENS);
+    TAKE(steps, columns);
+    TAKE(packed, padded * C / 2);
+    TAKE(inner, padded * F / 2);
+#undef TAKE
+    return used + 16;
+}
+
+size_t mpt_scratch_floats(const Model *model, int32_t n_tokens, int32_t n_threads) {
+    Scratch scratch;
+    return carve(model, n_tokens, n_threads, NULL, &scratch);
+}
+
+int32_t mpt_max_tokens(void) { return MAX_TOKENS; }
+
+/* 1 where the tiles of AMX are used, 0 where they are not, -1 where the system refuses them. */
+int32_t mpt_prepare(void) {
+#if AMX
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0 ? 1 : -1;
+#else
+    return 0;
+#endif
+}
+
+void mpt_step(const Model *model, const Step *step) {
+    const int T = step->n_tokens, C = model->d_model, H = model->n_heads, G = model->n_kv_heads;
+    const int width = C + 2 * G * model->d_head, columns = columns_of(T), n_panels = columns / PANEL;
+    const int stores_alone = G != H; /* heads that share keys: they must all be there first */
+    int32_t first[step->n_rows], logits_of[T];
+    int64_t n_read = 0;
+    Scratch scratch;
+    carve(model, T, step->n_threads, step->scratch, &scratch);
+    float *x = scratch.x;
+    for (int row = 0, token = 0; row < step->n_rows; token += step->row_tokens[row++]) first[row] = token;
+    for (int token = 0; token < T; token++) logits_of[token] = -1;
+    for (int at = 0; at < step->n_logits; at++) logits_of[step->logit_tokens[at]] = at;
+
+#pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
+    {
+        /* each thread's own, all alike: they describe shared memory */
+        Inputs inputs = {.columns = columns, .packed = scratch.packed, .staged = scratch.staged,
+                         .peaks = scratch.peaks, .steps = scratch.steps};
+        Inputs inner = inputs;
+        inner.packed = scratch.inner;
+        configure_tiles();
+#pragma omp for schedule(static)
+        for (int k = 0; k < C; k++)
+            for (int token = 0; token < columns; token++)
+                x[(size_t)k * columns + token] = token < T ? step->x[(size_t)token * C + k] : 0;
+        for (int layer = 0; layer < model->n_layers; layer++) {
+            const Layer *now = model->layers + layer;
+            const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
+            start(&inputs, C, &now->wqkv);
+#pragma omp for schedule(static)
+            for (int panel = 0; panel < n_panels; panel++)
+                normalize(x, columns, panel, now->norm_1, model->eps, &inputs);
+            finish(&inputs, T);
+            product(&now->wqkv, &inputs, T, TO_ROWS, scratch.qkv, NULL, NULL);
+            if (model->clip_qkv > 0 || now->q_ln.weight) {
+#pragma omp for schedule(static)
+                for (int token = 0; token < T; token++) prepare_token(&at, token);
+            }
+            if (stores_alone) {
+#pragma omp for schedule(static)
+                for (int task = 0; task < step->n_rows * G; task++) store(&at, task / G, task % G);
+            }
+            start(&inputs, C, &now->out_proj);
+#pragma omp for schedule(dynamic, 1)
+            for (int task = 0; task < step->n_rows * H; task++) {
+                if (!stores_alone) store(&at, task / H, task % H);
+                n_read += attend_head(&at, task / H, task % H);
+            }
+#pragma omp for schedule(static)
+            for (int k = 0; k < C; k += 2)
+                for (int panel = 0; panel < n_panels; panel++) {
+                    float pair[2][PANEL];
+                    for (int c = 0; c < PANEL; c++) {
+                        const float *from = scratch.mixed + (size_t)(panel * PANEL + c) * C + k;
+                        const int is_there = panel * PANEL + c < T;
+                        pair[0][c] = is_there ? from[0] : 0, pair[1][c] = is_there ? from[1] : 0;
+                    }
+                    put(&inputs, panel, k, pair[0], pair[1]);
+                }
+            finish(&inputs, T);
+            product(&now->out_proj, &inputs, T, TO_RESIDUAL, x, NULL, NULL);
+            start(&inputs, C, &now->up_proj);
+#pragma omp for schedule(static)
+            for (int panel = 0; panel < n_panels; panel++)
+                normalize(x, columns, panel, now->norm_2, model->eps, &inputs);
+            finish(&inputs, T);
+            start(&inner, model->d_ffn, &now->down_proj);
+            product(&now->up_proj, &inputs, T, TO_GELU, NULL, &inner, NULL);
+            finish(&inner, T);
+            product(&now->down_proj, &inner, T, TO_RESIDUAL, x, NULL, NULL);
+        }
+        if (step->n_logits) {
+            start(&inputs, C, &model->head);
+#pragma omp for schedule(static)
+            for (int panel = 0; panel < n_panels; panel++)
+                normalize(x, columns, panel, model->norm_f, model->eps, &inputs);
+            finish(&inputs, T);
+            product(&model->head, &inputs, T, TO_ROWS, step->logits, NULL, logits_of);
+        }
+#if AMX
+        _tile_release();
+#endif
+    }
+    if (step->keys_read) *step->keys_read += n_read;
+}

@@ -1,0 +1,199 @@
+"""The C step against the model in float32, and against itself: other company, other threads, other machines."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpt
+from mpt import native
+from mpt.native import NativeStep, RowMemory
+from mpt.quantization import quantize_model
+
+pytestmark = pytest.mark.skipif(not native.has_compiler(), reason="needs a C compiler, on Linux")
+
+CAPACITY = 768
+SHAPES = {
+    "mpt": {},
+    "storywriter": {"attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}},
+    "replit": {"attn_config": {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2}},
+    "one_key_head": {"attn_config": {"alibi": True, "attn_type": "multiquery_attention"}},
+    "normed": {"attn_config": {"alibi": True, "qk_ln": True}},
+    "biases_and_scaled_logits": {"no_bias": False, "logit_scale": "inv_sqrt_d_model"},
+    "positions": {"attn_config": {"alibi": False}, "learned_pos_emb": True},
+    "head_of_112": {"d_model": 448, "n_heads": 4},
+}
+
+
+def make(shape: str) -> mpt.MPTForCausalLM:
+    """A small model whose weights are bfloat16 numbers, in bfloat16."""
+    torch.manual_seed(0)
+    settings = {"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "max_seq_len": 1024, **SHAPES[shape]}
+    settings["attn_config"] = {"alibi": True, **settings.get("attn_config", {})}
+    model = mpt.MPTForCausalLM(mpt.MPTConfig(**settings)).eval()
+    for name, weight in model.named_parameters():
+        if "ln" in name or "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+    return model.to(torch.bfloat16)
+
+
+class Runner:
+    """Rows that are fed to the step a few tokens at a time."""
+
+    def __init__(self, model: mpt.MPTForCausalLM, **options: object) -> None:
+        self.model, self.step = model, NativeStep(model, **options)
+        attn = model.transformer.blocks[0].attn
+        self.shape = (2, attn.n_kv_heads, CAPACITY, attn.d_head)
+
+    def row(self) -> tuple[list[Tensor], RowMemory]:
+        kv = [torch.full(self.shape, torch.nan, dtype=torch.bfloat16) for _ in self.model.transformer.blocks]
+        return kv, RowMemory.of(kv, None)
+
+    @torch.inference_mode()
+    def feed(self, rows: list[tuple], lengths: list[int], tokens: list[list[int]]) -> Tensor:
+        """Logits of every token; rows hold `lengths` already."""
+        flat = torch.tensor([token for row in tokens for token in row])
+        x = self.model.transformer.wte(flat).float()
+        if self.model.transformer.wpe is not None:
+            places = [place for n, row in zip(lengths, tokens, strict=True) for place in range(n, n + len(row))]
+            x += self.model.transformer.wpe(torch.tensor(places)).float()
+        counts = [len(row) for row in tokens]
+        logits = self.step.run(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))))
+        factor = self.model.config.logit_factor
+        return logits if factor is None else logits * factor
+
+    def read(self, ids: list[int], at_once: int) -> Tensor:
+        """Logits (T, V) of a text, read so many tokens at a time."""
+        row, out = self.row(), []
+        for start in range(0, len(ids), at_once):
+            out.append(self.feed([row], [start], [ids[start : start + at_once]]))
+        return torch.cat(out)
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 512, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def truth(model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
+    """The same weights in float64, through the model's own forward."""
+    wide = mpt.MPTForCausalLM(model.config).double().eval()
+    state = {name: weight.double() for name, weight in model.state_dict().items()}
+    wide.load_state_dict(state)
+    return wide(torch.tensor([text])).logits[0].float()
+
+
+@pytest.mark.parametrize("flags", [(), ("-DMPT_NO_AMX",)], ids=["as_this_machine_can", "without_amx"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_computes_the_model(shape, flags):
+    model, text = make(shape), ids(200)
+    expected = truth(model, text)
+    found = Runner(model, extra_flags=flags).read(text, at_once=7)
+    with torch.inference_mode():
+        torchs = model(torch.tensor([text])).logits[0].float()
+    # Inputs of products are rounded to bfloat16 and nothing else: better than torch, which rounds everything.
+    assert (found - expected).abs().max() <= (torchs - expected).abs().max()
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", ["mpt", "replit"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+def test_no_bit_depends_on_the_company(shape, is_int8):
+    model = make(shape)
+    if is_int8:
+        quantize_model(model)
+    runner = Runner(model)
+    texts = [ids(90 + 31 * k, seed=k) for k in range(20)]
+    rows = [runner.row() for _ in texts]
+    for row, text in zip(rows, texts, strict=True):
+        for start in range(0, len(text), 64):
+            runner.feed([row], [start], [text[start : start + 64]])
+    n = [len(text) for text in texts]
+    alone = [runner.feed([row], [at], [[5]])[0] for row, at in zip(rows, n, strict=True)]
+    together = runner.feed(rows, n, [[5]] * 20)
+    assert torch.equal(together, torch.stack(alone))
+    four = runner.feed(rows[:3], n[:3], [[5, 6, 7, 8]] * 3)  # of 12 tokens, and in 4 steps of one
+    one_by_one = [runner.feed(rows[:1], [n[0] + k], [[5 + k]])[0] for k in range(4)]
+    assert torch.equal(four[:4], torch.stack(one_by_one))
+
+
+def widened(model: mpt.MPTForCausalLM) -> mpt.MPTForCausalLM:
+    """The float32 model whose weights are a quantized model's int8 times their scales."""
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    for name in [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.int8]:
+        state[name] *= state.pop(name.replace("weight", "scale"))[:, None]
+    exact = mpt.MPTForCausalLM(model.config).eval()
+    exact.lm_head.weight = torch.nn.Parameter(state.pop("lm_head.weight"))
+    exact.load_state_dict(state, strict=False)
+    return exact
+
+
+def with_outlier() -> mpt.MPTForCausalLM:
+    """One input of the MLP 300 times the others: with one int8 number for each, the others would be zero."""
+    model = make("mpt")
+    with torch.no_grad():
+        for block in model.transformer.blocks:
+            block.norm_2.weight[3] = 300.0
+            block.ffn.up_proj.weight[:, 3] *= 1e-3
+    return model
+
+
+@pytest.mark.parametrize("build", [lambda: make("mpt"), with_outlier], ids=["plain", "outlier"])
+@torch.inference_mode()
+def test_int8_is_the_int8_weights_own_function(build):
+    model, text = build(), ids(150)
+    quantize_model(model)
+    expected = widened(model)(torch.tensor([text])).logits[0]
+    found = Runner(model).read(text, at_once=5)
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    torchs = model(torch.tensor([text])).logits[0].float()
+    assert (torchs - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_old_keys_are_left_out_only_where_they_weigh_nothing():
+    """Steep heads forget, and no logit changes."""
+    model, text = make("mpt"), ids(600)
+    every, few = Runner(model, drop=0.0), Runner(model)
+    expected, found = every.read(text, at_once=1), few.read(text, at_once=1)
+    assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
+    n_all = 2 * 4 * sum(range(1, 601))  # layers, heads, each token with all before it
+    assert every.step.keys_read == n_all
+    assert few.step.keys_read < 0.9 * n_all
+
+
+def test_an_old_key_that_counts_is_found_at_any_distance():
+    """Keys are minus the queries, and the first token is minus the last: it alone is what the last one looks for."""
+    model, position = make("mpt"), 500
+    with torch.no_grad():
+        model.transformer.wte.weight[9] = -model.transformer.wte.weight[7]
+        for block in model.transformer.blocks:
+            block.attn.Wqkv.weight[256:512] = -block.attn.Wqkv.weight[:256]
+            block.attn.Wqkv.weight[:512] *= 6.0
+    text = [9, *ids(position - 1, seed=3), 7]
+    expected, found = Runner(model, drop=0.0).read(text, at_once=1), Runner(model).read(text, at_once=1)
+    assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
+
+
+def test_what_it_is_not_made_for_is_said():
+    for model, reason in [
+        (make("mpt").float(), "bfloat16 on CPU"),
+        (mpt.MPTForCausalLM(mpt.MPTConfig(d_model=48, n_heads=2, n_layers=1, vocab_size=64)).bfloat16(), "48"),
+    ]:
+        with pytest.raises(native.Unavailable, match=reason):
+            NativeStep(model)
+
+
+def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    native._load.cache_clear()
+    with pytest.raises(native.Unavailable, match="install gcc"):
+        NativeStep(make("mpt"))
+    native._load.cache_clear()
+
+
+def test_a_home_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
+    locked = tmp_path / "file"
+    locked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
+    native._load.cache_clear()
+    assert Runner(make("mpt")).read(ids(3), at_once=1).isfinite().all()
+    native._load.cache_clear()
