@@ -116,6 +116,12 @@ class Tokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Each token and its id, without the control tokens that were added."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=False)
+        return vocabulary
+
     def special_id(self, token: str) -> int | None:
         """The id of a control token, or None if this tokenizer has no such control token."""
         token_id: int | None = self._tokenizer.token_to_id(token)

@@ -49,6 +49,20 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate/--no-speculate",
+            help="Guess at tokens that stand in the prompt or answer already and check several at once; on CPU. "
+            "Answers stay the same.",
+        ),
+    ] = True,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MODEL", help="A smaller model with the same tokenizer that guesses instead; repeatable."
+        ),
+    ] = None,
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Share the model over so many processes, one GPU each.")
     ] = 1,
@@ -117,10 +131,13 @@ def serve(
         raise UserError("--demo is for a server without keys: a browser sends none; run `mpt demo --url` beside it")
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
+    drafts = dict(_by_model("--draft", draft, sources))
+    if drafts and not speculate:
+        raise UserError("--draft and --no-speculate contradict each other; give one of them")
     adapters, folders = _adapters(adapter, sources)
     from mpt.catalog import resolve
 
-    for source in sources.values():
+    for source in (*sources.values(), *drafts.values()):
         if not source.startswith("triton://"):
             resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
     options = ServeOptions(
@@ -134,6 +151,8 @@ def serve(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        speculate=speculate,
+        drafts=drafts,
         tensor_parallel=tensor_parallel,
         kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
         max_running=max_running,

@@ -30,6 +30,8 @@ class ModelOptions:
     root: str  # catalog name, folder or hub repository
     dtype: Dtype = "auto"
     quantize: Quantization | None = None  # of the weights
+    speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
+    draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
     device: Device = "auto"
     context_length: int | None = None  # None is the trained one
     prompt_style: Style | None = None

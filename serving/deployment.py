@@ -233,6 +233,8 @@ def _open(name: str, model: ModelOptions, cluster: ClusterOptions) -> Any:
         device=model.device if model.device != "auto" or model.num_gpus else "cpu",
         dtype=model.dtype,
         quantize=model.quantize,
+        speculate=model.speculate,
+        drafts={} if model.draft is None else {name: model.draft},
         tensor_parallel=model.tensor_parallel,
         kv_bytes=None if model.kv_gb is None else int(model.kv_gb * 1e9),
         max_running=model.max_running,

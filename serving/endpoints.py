@@ -23,6 +23,7 @@ from serving.cards import card, with_adapters
 from serving.engine import Engine
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
+from serving.speculation import DraftModel, PromptLookup, Speculation
 from serving.tensor_parallel import open_backend
 from serving.triton_engine import SCHEME, Address, TritonEngine
 
@@ -98,6 +99,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     tokenizer = Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
     kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, device, n_sharing)
+    speculation = _speculation(name, backend, tokenizer, options)
     engine = Engine(
         backend,
         tokenizer,
@@ -106,6 +108,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
         max_running=options.max_running,
         max_waiting=options.max_waiting,
         prefill_chunk=options.prefill_chunk,
+        speculation=speculation,
     )
     engine.start()
     endpoint = Endpoint(
@@ -136,6 +139,21 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     return endpoint
 
 
+def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: ServeOptions) -> Speculation | None:
+    """Who guesses for a model, only where a step rounds several tokens as it rounds one: so that no answer changes."""
+    is_exact = isinstance(backend, TorchBackend) and backend.native is not None
+    draft = options.drafts.get(name)
+    if draft is None:
+        return Speculation(PromptLookup()) if options.speculate and is_exact else None
+    if not is_exact:
+        raise UserError(f"a draft guesses for a bfloat16 model on CPU with a C compiler at hand, which `{name}` is not")
+    folder = resolve(draft)
+    if Tokenizer.from_folder(folder).vocabulary != tokenizer.vocabulary:
+        raise UserError(f"`{draft}` has another tokenizer than `{name}`; a draft must read the same tokens")
+    model = load(folder, dtype=torch.bfloat16, device="cpu")
+    return Speculation(DraftModel(TorchBackend(model), min(backend.vocab_size, model.config.vocab_size)))
+
+
 def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
     """A model of a Triton server. Raises UserError for options that are the server's to decide."""
     address = Address.parse(root)
@@ -144,6 +162,8 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
             raise UserError(f"`{option} {value}` cannot be chosen for `{root}`; the Triton server decides it")
     _refuse_adapters(name, options, "a Triton model")
     _refuse_quantize(options, f"`{name}` runs in a Triton server, which decides its precision")
+    if name in options.drafts:
+        raise UserError(f"`{name}` runs in a Triton server, which takes no draft; leave --draft out")
     folder = resolve(address.checkpoint)
     entry, config, tokenizer = describe(address.checkpoint), read_config(folder), Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ from serving.request import (
     TokenLogprob,
 )
 from serving.sequence import Answer, Request, Sequence
+from serving.speculation import Speculation
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +64,16 @@ class EngineStats:
     n_preemptions: int
     n_steps: int
     step_seconds: float  # spent inside the backend
+    n_guessed: int  # tokens guessed at, and those of them that were right
+    n_guessed_right: int
 
 
 class Engine:
     """Answers requests over one backend. `start` it, `generate` from any event loop, `drain` or `close` it.
 
     kv_bytes: budget of the KV cache. prefill_chunk: most prompt tokens read in a step that others wait for; alone, a
-    prompt is read in chunks four times as large. max_waiting: sequences in the queue before `Overloaded`.
+    prompt is read in chunks four times as large. max_waiting: sequences in the queue before `Overloaded`. speculation:
+    who guesses at tokens that the model then checks several at once; answers are the same without.
     """
 
     def __init__(
@@ -81,10 +86,12 @@ class Engine:
         max_running: int = 32,
         max_waiting: int = 256,
         prefill_chunk: int = 512,
+        speculation: Speculation | None = None,
     ) -> None:
         if kv_bytes < backend.bytes_per_token * backend.capacity_for(1):
             raise PromptTooLong(f"a KV budget of {kv_bytes} bytes does not hold one block; raise it")
         self.context_length = min(context_length, backend.max_length or context_length)
+        self.speculation = speculation
         self.failed: str | None = None
         self.ready = False
         self._backend, self._tokenizer = backend, tokenizer
@@ -165,6 +172,8 @@ class Engine:
             n_preemptions=self._n_preemptions,
             n_steps=self._n_steps,
             step_seconds=self._step_seconds,
+            n_guessed=self.speculation.n_guessed if self.speculation else 0,
+            n_guessed_right=self.speculation.n_right if self.speculation else 0,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -388,7 +397,8 @@ class Engine:
             if sequence in self._running and not self._grow(sequence):
                 decoding.remove(sequence)
         decoding = [s for s in decoding if s in self._running]  # growing may have sent the youngest back
-        planned = [(s, self._work(s, 1)) for s in decoding]
+        guesses = self.speculation.guess(decoding) if self.speculation and decoding else {}
+        planned = [(s, self._work(s, 1, guesses.get(s, []))) for s in decoding]
         prefilling = [s for s in self._running if s.is_prefill]
         budget = self._chunk if len(self._running) > 1 or self._waiting else 4 * self._chunk
         # The oldest gets at least half, then the shortest first: a book must not keep a greeting waiting.
@@ -401,12 +411,15 @@ class Engine:
                 budget -= n
         return planned
 
-    def _work(self, sequence: Sequence, n: int) -> Work:
+    def _work(self, sequence: Sequence, n: int, guess: list[int] | None = None) -> Work:
+        """The next n unread tokens of a sequence, and behind the last one what may follow."""
         assert sequence.row is not None
         scoring = self._is_scoring(sequence)
         n = min(n, _SCORE_CHUNK) if scoring else n
         done = sequence.row.length + n == len(sequence.tokens)
-        return Work(sequence.row, sequence.unread[:n], n if scoring else int(done), sequence.request.adapter)
+        tokens = [*sequence.unread[:n], *(guess or ())]
+        n_logits = n if scoring else done + len(guess or ())
+        return Work(sequence.row, tokens, n_logits, sequence.request.adapter)
 
     def _is_scoring(self, sequence: Sequence) -> bool:
         return sequence.sampling.prompt_logprobs is not None and sequence.index == 0 and not sequence.started
@@ -447,13 +460,14 @@ class Engine:
     def _advance(self, planned: list[tuple[Sequence, Work]], logits: Tensor) -> None:
         """Take the step's logits: score prompts, draw tokens, end what ended."""
         at = 0
-        ready: list[tuple[Sequence, int]] = []  # and the row of logits that predicts its next token
+        ready: list[tuple[Sequence, int, Tokens[int]]] = []  # the row of logits for its next token, what was guessed
         for sequence, work in planned:
             assert sequence.row is not None
             mine = logits[at : at + work.n_logits]
             at += work.n_logits
-            start = sequence.row.length
-            sequence.row.length += len(work.tokens)
+            start, n_own = sequence.row.length, min(len(work.tokens), len(sequence.unread))
+            guess = work.tokens[n_own:]
+            sequence.row.length += n_own
             if sequence.sampling.progress and sequence.index == 0 and not sequence.n_generated:
                 self._tell(sequence.request, Progress(sequence.row.length, sequence.n_prompt))
             if self._is_scoring(sequence):
@@ -464,11 +478,24 @@ class Engine:
                     if sequence.scored:
                         self._tell(sequence.request, PromptScored(tuple(sequence.scored)))
                         sequence.scored = []
-                ready.append((sequence, at - 1))
-        ready = [pair for pair in ready if not self._finish_if_only_scoring(pair[0])]
-        if ready:
-            rows = [row for _, row in ready]
-            self._draw([s for s, _ in ready], logits if rows == list(range(len(logits))) else logits[rows])
+                ready.append((sequence, at - 1 - len(guess), guess))
+        ready = [share for share in ready if not self._finish_if_only_scoring(share[0])]
+        n_right = {sequence: 0 for sequence, _, guess in ready if guess}
+        while ready:
+            rows = [row for _, row, _ in ready]
+            drawn = self._draw([s for s, *_ in ready], logits if rows == list(range(len(logits))) else logits[rows])
+            going_on = []
+            for sequence, row, guess in ready:
+                if guess and drawn.get(sequence) == guess[0]:
+                    n_right[sequence] += 1
+                    if sequence.row is not None:  # it goes on, and the guess is in its cache already
+                        sequence.row.length += 1
+                        going_on.append((sequence, row + 1, guess[1:]))
+            ready = going_on
+        if self.speculation is not None:
+            for sequence, work in planned:
+                if sequence in n_right:
+                    self.speculation.note(sequence, work.n_logits - 1, n_right[sequence])
 
     def _finish_if_only_scoring(self, sequence: Sequence) -> bool:
         if sequence.sampling.max_tokens > 0:
@@ -485,8 +512,8 @@ class Engine:
         k = sequence.sampling.prompt_logprobs or 0
         sequence.scored += token_logprobs(logits[: len(targets)], targets, [k] * len(targets))
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Draw the next token of each sequence from its row of logits, (B, V)."""
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> dict[Sequence, int]:
+        """Draw the next token of each sequence from its row of logits, (B, V); the tokens of those that got one."""
         finite = logits.sum(-1).isfinite().tolist()
         if not all(finite):
             for sequence, good in zip(sequences, finite, strict=True):
@@ -497,7 +524,7 @@ class Engine:
             sequences = [sequence for sequence, good in zip(sequences, finite, strict=True) if good]
             logits = logits[torch.tensor(finite)]
             if not sequences:
-                return
+                return {}
         raw = logits
         if any(s.adjusts_logits for s in sequences):
             logits = logits.clone()
@@ -521,6 +548,7 @@ class Engine:
             self._tell(sequence.request, delta)
             if sequence.finished:
                 self._release(sequence)
+        return dict(zip(sequences, tokens, strict=True))
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of the batch and keep its row as a prefix for the next one."""

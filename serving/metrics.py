@@ -113,6 +113,8 @@ class _EngineCollector(Collector):
         preemptions = CounterMetricFamily("mpt_preemptions", "Sequences sent back to the queue.", labels=labels)
         steps = CounterMetricFamily("mpt_model_steps", "Steps of the model.", labels=labels)
         step_seconds = CounterMetricFamily("mpt_model_step_seconds", "Time spent in the model.", labels=labels)
+        guessed = CounterMetricFamily("mpt_speculation_guessed_tokens", "Tokens guessed ahead.", labels=labels)
+        right = CounterMetricFamily("mpt_speculation_accepted_tokens", "Those that were right.", labels=labels)
         for endpoint in self._endpoints():
             stats, name = endpoint.engine.stats(), [endpoint.name]
             running.add_metric(name, stats.n_running)
@@ -123,7 +125,9 @@ class _EngineCollector(Collector):
             hits.add_metric(name, stats.prefix_hits_tokens)
             preemptions.add_metric(name, stats.n_preemptions)
             steps.add_metric(name, stats.n_steps)
+            guessed.add_metric(name, stats.n_guessed)
+            right.add_metric(name, stats.n_guessed_right)
             step_seconds.add_metric(name, stats.step_seconds)
         info = GaugeMetricFamily("mpt_build_info", "The version that runs.", labels=["version"])
         info.add_metric([mpt.__version__], 1)
-        yield from (running, waiting, usage, up, queries, hits, preemptions, steps, step_seconds, info)
+        yield from (running, waiting, usage, up, queries, hits, preemptions, steps, step_seconds, guessed, right, info)

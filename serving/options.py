@@ -26,6 +26,8 @@ class ServeOptions:
     device: Device = "auto"
     dtype: Dtype = "auto"
     quantize: Quantization | None = None  # of the weights
+    speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
+    drafts: Mapping[str, str] = field(default_factory=dict)  # of a served name, the smaller model that guesses for it
     tensor_parallel: int = 1  # processes that share each model, one GPU each
     kv_bytes: int | None = None  # per model; None shares what memory is free
     max_running: int = 32

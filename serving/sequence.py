@@ -94,6 +94,11 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     @property
+    def n_left(self) -> int:
+        """Tokens it may still generate."""
+        return self.sampling.max_tokens - self.n_generated
+
+    @property
     def unread(self) -> Tokens[int]:
         """Tokens that are not in the cache yet; the whole prompt at first, one while decoding."""
         return self.tokens[self.row.length if self.row else 0 :]

@@ -146,7 +146,7 @@ class TritonEngine:
 
     def stats(self) -> EngineStats:
         """What is known here: requests on their way; the cache is Triton's."""
-        return EngineStats(len(self._tasks), 0, 0, 0, 0, 0, 0, 0, self._n_steps, 0.0)
+        return EngineStats(len(self._tasks), 0, 0, 0, 0, 0, 0, 0, self._n_steps, 0.0, 0, 0)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False if some had to be ended at the timeout."""

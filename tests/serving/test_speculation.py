@@ -1,0 +1,221 @@
+"""Guesses change how many steps an answer takes, never the answer: against the same engine without them."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Raw
+from tokenizers import decoders, models, pre_tokenizers
+
+import mpt
+from mpt import native
+from mpt.errors import UserError
+from mpt.tokenizer import Tokenizer
+from serving.backend import TorchBackend
+from serving.endpoints import open_endpoint
+from serving.engine import Engine
+from serving.options import ServeOptions
+from serving.request import Delta, Sampling
+from serving.speculation import MAX_GUESS, DraftModel, Pace, PromptLookup, Speculation
+
+CONTEXT = 1024
+needs_native = pytest.mark.skipif(not native.has_compiler(), reason="needs a C compiler, on Linux")
+
+
+@pytest.fixture(scope="module")
+def small() -> mpt.MPTForCausalLM:
+    """In bfloat16, so that it runs through the C step, with few likely tokens, so that texts repeat themselves."""
+    torch.manual_seed(0)
+    config = mpt.MPTConfig(d_model=128, n_heads=4, n_layers=2, vocab_size=512, max_seq_len=CONTEXT)
+    model = mpt.MPTForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[:480] *= 0.2
+    return model.to(torch.bfloat16)
+
+
+@contextlib.contextmanager
+def running(model, tokenizer, guesser=None, kv_tokens=1 << 14, **options) -> Iterator[Engine]:
+    backend = TorchBackend(model)
+    engine = Engine(
+        backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_tokens * backend.bytes_per_token,
+        speculation=None if guesser is None else Speculation(guesser), **options,
+    )  # fmt: skip
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def texts(n: int) -> list[list[int]]:
+    """Prompts that repeat themselves: lookups find something, right or wrong."""
+    numbers = random.Random(5)
+    made = []
+    for k in range(n):
+        phrase = numbers.choices(range(3, 480), k=12)
+        made.append(phrase * 3 + numbers.choices(range(3, 480), k=k) + phrase[:4])
+    return made
+
+
+async def answers(engine: Engine, samplings: list[Sampling]) -> list[list[Delta]]:
+    async def one(prompt: list[int], sampling: Sampling) -> list[Delta]:
+        events = engine.generate(prompt, sampling, request_id="test")
+        deltas = [event async for event in events if isinstance(event, Delta)]
+        return sorted(deltas, key=lambda delta: delta.index)  # samples of one prompt come as they are ready
+
+    prompts = texts(len(samplings))
+    return await asyncio.gather(*(one(p, s) for p, s in zip(prompts, samplings, strict=True)))
+
+
+SAMPLINGS = [
+    Sampling(max_tokens=60, temperature=0),
+    Sampling(max_tokens=60, temperature=0, ignore_eos=True, logprobs=2),
+    Sampling(max_tokens=50, temperature=0.7, seed=1, ignore_eos=True),
+    Sampling(max_tokens=50, temperature=1.3, top_p=0.9, top_k=20, seed=2),
+    Sampling(max_tokens=40, temperature=0, frequency_penalty=0.5, presence_penalty=0.3, repetition_penalty=1.2),
+    Sampling(max_tokens=40, temperature=0, stop=("a", "e", "i")),
+    Sampling(max_tokens=40, temperature=0.5, seed=3, min_tokens=10, logit_bias={7: 2.0}),
+    Sampling(max_tokens=1, temperature=0),
+    Sampling(max_tokens=30, temperature=0.8, seed=4, n=3, ignore_eos=True),
+]
+
+
+class Seer:
+    """Knows some answers beforehand, and guesses that every tenth token is another."""
+
+    def __init__(self, known: dict[tuple[int, ...], list[int]]) -> None:
+        self._known = known
+
+    def guess(self, rooms):
+        found = {}
+        for one, n in rooms.items():
+            answer, at = self._known[tuple(one.request.prompt)], one.n_generated
+            guess = [1 if place % 10 == 9 else token for place, token in enumerate(answer)][at : at + n]
+            if guess:
+                found[one] = guess
+        return found
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["lookup", "itself", "another"])
+@pytest.mark.parametrize("kv_tokens", [1 << 14, 1024], ids=["roomy", "four_at_once"])
+async def test_answers_are_those_without_guesses(small, tokenizer, kind, kv_tokens):
+    if kind == "lookup":
+        guesser = PromptLookup()
+    elif kind == "itself":
+        guesser = DraftModel(TorchBackend(small), 512)
+    else:
+        torch.manual_seed(9)
+        config = mpt.MPTConfig(d_model=64, n_heads=2, n_layers=1, vocab_size=576, max_seq_len=CONTEXT)
+        guesser = DraftModel(TorchBackend(mpt.MPTForCausalLM(config).eval()), 512)
+    with running(small, tokenizer) as engine:
+        expected = await answers(engine, SAMPLINGS)
+    with running(small, tokenizer, guesser, kv_tokens) as engine:
+        found = await answers(engine, SAMPLINGS)
+        stats = engine.stats()
+    assert found == expected  # tokens, texts, log-probabilities to the last bit, reasons
+    assert stats.n_guessed > 0
+    if kind == "itself":
+        assert stats.n_guessed_right > 0.4 * stats.n_guessed  # samples at high temperature disagree with its best
+
+
+@needs_native
+async def test_right_guesses_make_an_answer_take_few_steps(small, tokenizer):
+    sampling = Sampling(max_tokens=100, temperature=0, ignore_eos=True)
+    with running(small, tokenizer) as engine:
+        [expected] = await answers(engine, [sampling])
+    answer = [token for delta in expected for token in delta.token_ids]
+    with running(small, tokenizer, Seer({tuple(texts(1)[0]): answer})) as engine:
+        assert await answers(engine, [sampling]) == [expected]
+        stats = engine.stats()
+    # One step reads the prompt; of each ten tokens the guesses of nine are right.
+    assert stats.n_steps <= 1 + 100 / 5
+    assert stats.n_guessed_right > 60
+
+
+async def test_a_model_in_float32_gives_the_naive_loops_tokens(model, tokenizer):
+    prompt = texts(1)[0]
+    prompt = [token % model.config.vocab_size for token in prompt]
+    expected = mpt.generate(model, prompt, 40)
+    with running(model, tokenizer, PromptLookup()) as engine:
+        sampling = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
+        events = [event async for event in engine.generate(prompt, sampling, request_id="test")]
+    assert [t for event in events if isinstance(event, Delta) for t in event.token_ids] == expected
+
+
+def test_lookup_copies_what_followed_the_last_time():
+    def guess(tokens: list[int], n: int = 3) -> list[int]:
+        class One:
+            pass
+
+        one = One()
+        one.tokens = tokens
+        return PromptLookup().guess({one: n}).get(one, [])
+
+    assert guess([1, 2, 3, 4, 5, 1, 2, 3]) == [4, 5, 1]
+    assert guess([1, 2, 3, 4, 9, 2, 3, 7, 8, 1, 2, 3]) == [4, 9, 2]  # three tokens alike before two
+    assert guess([9, 2, 3, 7, 8, 1, 2, 3]) == [7, 8, 1]
+    assert guess([2, 3, 5, 2, 3, 7, 2, 3]) == [7, 2, 3]  # the last time
+    assert guess([1, 2, 3, 4]) == []
+    assert guess([1]) == []
+
+
+def test_lookup_reads_only_what_is_new():
+    class One:
+        tokens: list[int]
+
+    lookup, one = PromptLookup(), One()
+    one.tokens = [4, 5, 6, 7]
+    assert lookup.guess({one: 5}) == {}
+    one.tokens += [4, 5]
+    assert lookup.guess({one: 2}) == {one: [6, 7]}
+    one.tokens += [8, 9, 4, 5]
+    assert lookup.guess({one: 2}) == {one: [8, 9]}
+
+
+def test_wrong_guesses_grow_rare_and_right_ones_long():
+    pace, tried = Pace(), 0
+    for _ in range(1000):
+        if n := pace.allowed():
+            tried += 1
+            pace.note(n, 0)
+    assert tried <= 5 + 1000 / 64  # pauses of 4, 8, 16, 32, then 64 steps
+    pace = Pace()
+    for _ in range(4):
+        n = pace.allowed()
+        pace.note(n, n)
+    assert pace.allowed() == MAX_GUESS
+
+
+# -- as `mpt serve` sets it up ---------------------------------------------------------------------------------------
+
+
+def opened(name: str, **options: object) -> Speculation | None:
+    endpoint = open_endpoint(name, name, ServeOptions(models={name: name}, kv_bytes=1 << 24, **options), 1)
+    endpoint.engine.close()
+    return endpoint.engine.speculation
+
+
+@needs_native
+def test_a_server_guesses_where_that_changes_no_answer():
+    assert isinstance(opened("mpt-tiny", dtype="bfloat16").guesser, PromptLookup)
+    assert opened("mpt-tiny", dtype="float32") is None
+    assert opened("mpt-tiny", dtype="bfloat16", speculate=False) is None
+    drafted = opened("mpt-tiny-chat", dtype="bfloat16", drafts={"mpt-tiny-chat": "mpt-tiny"})
+    assert isinstance(drafted.guesser, DraftModel)
+
+
+@needs_native
+def test_drafts_that_cannot_be_used_are_refused(small, tmp_path):
+    with pytest.raises(UserError, match="bfloat16 model on CPU"):
+        opened("mpt-tiny", dtype="float32", drafts={"mpt-tiny": "mpt-tiny"})
+    raw = Raw(models.BPE(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_special_tokens(["<|endoftext|>"])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    other = mpt.save(small, tmp_path / "other", tokenizer=Tokenizer.from_file(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="another tokenizer"):
+        opened("mpt-tiny", dtype="bfloat16", drafts={"mpt-tiny": str(other)})
