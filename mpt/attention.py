@@ -7,6 +7,8 @@ bfloat16 bias is wrong by 0.15 in the output, float32 anchored at key 0 by 4.5e-
 Letters as in `mpt/model.py`. Sources: Press et al. 2021 (ALiBi); llm-foundry `attention.py` for MPT's use of it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,9 @@ from torch.nn import functional as F
 # What the CPU's flash kernel is called with directly: it also returns the log-sum-exp, which `F.scaled_dot_product_
 # attention` keeps to itself and two-part attention needs. Private in torch; test_attention compares it with float64.
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+_BLOCK = 1024  # queries that share an anchor of the bias
+_GROUPS = 4  # runs of heads that may reach back differently far
 
 
 def alibi_slopes(n_heads: int, bias_max: float = 8.0) -> Tensor:
@@ -37,6 +42,17 @@ def alibi_bias(slopes: Tensor, n_keys: int) -> Tensor:
     return (slopes[:, None] * distance)[None, :, None, :]
 
 
+def alibi_reach(slopes: Tensor, bound: Tensor, drop: float = 2.0**-24) -> Tensor:
+    """How many keys, its own included, each head must look at for its output to miss less than `drop` of its weights.
+
+    (H,) int64. bound: (H,), no |q.k| * scale is larger. A query's own key scores at least -bound, one at distance d at
+    most bound - slope d: those from distance W on have at most e^(2 bound - slope W) / (1 - e^-slope) of the weights.
+    """
+    slopes = slopes.double()
+    reach = (2 * bound.double() - math.log(drop) - torch.log1p(-torch.exp(-slopes))) / slopes
+    return reach.ceil().clamp(min=1).long()
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -45,13 +61,15 @@ def attend(
     scale: float,
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last T of S positions, (B, H, T, D), in q's dtype.
 
     q: (B, H, T, D); k, v: (B, H or fewer, S, D) with S >= T, the queries' own keys last. bias: (1, H, 1, >= S)
     float32 as `alibi_bias` gives it. key_mask: (B, S) bool, False for keys nobody may see (padding); the output of a
-    query that sees no key is finite and means nothing. Memory beyond the inputs is O(H * S) on CPU and CUDA, except
-    for gradients through a past on CPU, O(H * T * S).
+    query that sees no key is finite and means nothing. reach: (H,) int64, keys that each head must look back on; on CPU
+    others are not read (`alibi_reach`). Memory beyond the inputs is O(H * S) on CPU and CUDA, except for gradients
+    through a past on CPU, O(H * T * S).
     """
     H, T = q.shape[1:3]
     S = k.shape[2]
@@ -61,7 +79,7 @@ def attend(
         return _flex(q, k, v, scale, bias, key_mask)
     if bias is not None:
         bias = bias[..., -S:]
-    if 1 < T < S and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if 1 < T < S and _needs_grad(q, k, v):
         # Training through a past (prefix tuning): the kernel's log-sum-exp, needed to merge, carries no gradient.
         allowed = causal_mask(T, S, q.device)
         allowed = allowed if key_mask is None else allowed & key_mask[:, None, None, :]
@@ -69,10 +87,59 @@ def attend(
     if key_mask is not None:
         hidden = torch.zeros(key_mask.shape, device=q.device).masked_fill_(~key_mask, -torch.inf)[:, None, None, :]
         bias = hidden if bias is None else bias + hidden  # (B, 1 or H, 1, S)
+    is_long = T > _BLOCK or (reach is not None and 1 < T < S)
+    if is_long and key_mask is None and q.device.type == "cpu" and not _needs_grad(q, k, v):
+        return _attend_in_blocks(q, k, v, scale, bias, reach)
     if q.is_cuda:  # one token: a matrix-vector product per head, the scores are only (B, H, 1, S)
         return eager(q, k, v, scale=scale, bias=bias)
     if T == S or T == 1:
         return _sdpa(q, k, v, scale, bias, causal=T > 1)
+    return _attend_past(q, k, v, scale, bias, key_mask)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, reach: Tensor | None
+) -> Tensor:
+    """Queries a block at a time, the bias anchored at each block's end, over the keys that its heads reach.
+
+    One anchor for 65,536 queries would leave the first ones float32's digits of a bias of 46,000: 1.2e-3 off.
+    """
+    H, T = q.shape[1:3]
+    past = k.shape[2] - T
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for start in range(0, T, _BLOCK):
+        end = min(start + _BLOCK, T)
+        stored = past + end
+        for heads, first in _head_groups(H, past + start, reach):
+            own_bias = None if bias is None else bias[:, heads, :, first - stored :]
+            keys, values = k[:, heads, first:stored], v[:, heads, first:stored]
+            if first == past + start:
+                out[:, heads, start:end] = _sdpa(q[:, heads, start:end], keys, values, scale, own_bias, causal=True)
+            else:
+                out[:, heads, start:end] = _attend_past(q[:, heads, start:end], keys, values, scale, own_bias, None)
+    return out
+
+
+def _head_groups(H: int, n_before: int, reach: Tensor | None) -> list[tuple[slice, int]]:
+    """Heads in runs, each with the first key it must read for queries that n_before keys lie before."""
+    size = H if reach is None else -(-H // _GROUPS)
+    groups: list[tuple[slice, int]] = []
+    for at in range(0, H, size):
+        heads = slice(at, min(at + size, H))
+        first = 0 if reach is None else max(0, n_before + 1 - int(reach[heads].max()))
+        if groups and groups[-1][1] == first:
+            heads = slice(groups.pop()[0].start, heads.stop)
+        groups.append((heads, first))
+    return groups
+
+
+def _attend_past(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    """The last T of S positions on CPU, 1 < T < S: over the past and over their own keys, then merged."""
+    T, S = q.shape[2], k.shape[2]
     past = S - T
     left, left_lse = _flash_cpu(
         q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=_part(bias, 0, past, q), scale=scale

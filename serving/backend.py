@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # frees: 2,000 steps of as many sizes left 1.2 GB behind. So sizes are rounded up, and freed memory is given back.
 _ROUND_ROWS, _FEW_ROWS = 32, 32  # few rows go another way (mpt.model.Linear)
 _STEPS_BETWEEN_TRIMS = 500  # a trim takes 20 ms
+_LONG = 2048  # stored positions from which it pays to ask how far each head reaches
 _FEW_TOKENS = 16  # rows with at most so many tokens in a step go through the C step, where there is one
 _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs about 1 % of what decode reads meanwhile
 
@@ -38,7 +39,7 @@ class Row:
 
     kv: list[Any]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads
     length: int = 0
-    native: RowMemory | None = None  # what the C step knows of it, where there is one
+    memory: RowMemory | None = None  # where it lies and how large its keys are; the torch backend's
 
     @property
     def capacity(self) -> int:
@@ -107,6 +108,11 @@ class TorchBackend:
         self._rounds = self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu"
         self._n_steps = 0
         self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
+        self._slopes: Tensor | None = None  # where keys out of reach are left out
+        if config.attention["alibi"] and self._weight.device.type == "cpu":
+            self._slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])[
+                model.transformer.heads
+            ]
         self.native: NativeStep | None = None
         try:
             self.native = NativeStep(model)
@@ -125,8 +131,7 @@ class TorchBackend:
                 row.kv[layer][:, :, : row.length] = old[:, :, : row.length]
         else:
             return row
-        if self.native is not None:
-            row.native = RowMemory.of(row.kv, row.native)
+        row.memory = RowMemory.of(row.kv, row.memory)
         return row
 
     def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
@@ -134,8 +139,7 @@ class TorchBackend:
         for new, old in zip(row.kv, source.kv, strict=True):
             new[:, :, :n_tokens] = old[:, :, :n_tokens]
         row.length = n_tokens
-        if self.native is not None:
-            row.native = RowMemory.of(row.kv, source.native)
+        row.memory = RowMemory.of(row.kv, source.memory)
         return row
 
     @torch.inference_mode()
@@ -169,7 +173,7 @@ class TorchBackend:
             embeddings += transformer.wpe(torch.cat(places))
         ends = itertools.accumulate(n_tokens)
         wanted = [at for item, end in zip(work, ends, strict=True) for at in range(end - item.n_logits, end)]
-        memories = [row.native for row in rows if row.native is not None]
+        memories = [row.memory for row in rows if row.memory is not None]
         logits = native.run(embeddings, n_tokens, [row.length for row in rows], memories, wanted)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits.mul_(factor)
@@ -196,15 +200,20 @@ class TorchBackend:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             fresh = torch.cat([k, v])  # (2, KV heads, N, D), as rows store them
-            norms = k[0].float().norm(dim=-1) if self.native is not None else None  # (KV heads, N)
+            norms = k[0].float().norm(dim=-1)  # (KV heads, N)
             answers = []
             for row, start, end, stored in spans:
                 kv = row.kv[layer]
                 kv[:, :, row.length : stored] = fresh[:, :, start:end]
-                if norms is not None and row.native is not None:
-                    row.native.note_keys(layer, norms[:, start:end])
+                reach = None
+                if row.memory is not None:
+                    row.memory.note_keys(layer, norms[:, start:end])
+                    if self._slopes is not None and end - start > 1 and stored >= _LONG:
+                        largest = row.memory.key_norms[layer].repeat_interleave(q.shape[1] // k.shape[1])
+                        bound = q[0, :, start:end].float().norm(dim=-1).amax(-1) * largest * scale
+                        reach = attention.alibi_reach(self._slopes, bound)
                 keys, values = kv[:, :, :stored].split(1)
-                answers.append(attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias))
+                answers.append(attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias, reach=reach))
             if n_extra:
                 answers.append(torch.zeros_like(q[:, :, -n_extra:]))
             return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0]  # (1, H, N, D)

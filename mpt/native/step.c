@@ -89,9 +89,10 @@ static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN 
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors. */
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x;
+/* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.
+ * Below -80 it is 0: products with less would be subnormal numbers, which cost this processor ten times as much. */
+static inline float exp_(float given) {
+    float x = given < -80.0f ? -80.0f : given;
     float n = __builtin_rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -104,7 +105,7 @@ static inline float exp_(float x) {
     int32_t bits = ((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
-    return p * power;
+    return given < -80.0f ? 0.0f : p * power;
 }
 
 /* GELU in its erf form; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26). */

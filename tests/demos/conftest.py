@@ -62,9 +62,10 @@ def real_server() -> Iterator[RealServer]:
 
 @dataclass
 class ScriptedServer:
-    """Answers by the first word of the last message: `slow`, `busy`, `break`, `error`, `silent`; else it repeats it.
+    """Answers by the first word of the last message, some of which it knows; others it repeats.
 
-    A token is a word to it. `closed` counts streams that the client left before they ended.
+    `slow`, `silent`, `break` and `error` are how a stream goes. `busy` is refused, `crowded` the first time only,
+    `throttled` each time. A token is a word to it. `closed` counts streams that the client left before they ended.
     """
 
     url: str = ""
@@ -73,6 +74,8 @@ class ScriptedServer:
     started: int = 0
     closed: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    style: str = "chatml"
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -89,7 +92,7 @@ class ScriptedServer:
             return {
                 "data": [
                     {
-                        "id": "scripted-chat", "context_length": self.context, "prompt_style": "chatml",
+                        "id": "scripted-chat", "context_length": self.context, "prompt_style": self.style,
                         "licence": "CC-BY-NC-SA-4.0", "parent": None,
                     }
                 ]
@@ -104,13 +107,19 @@ class ScriptedServer:
         @app.post("/v1/completions")
         async def answer(request: Request) -> Any:
             body = await request.json()
-            self.bodies.append(body)
             last = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
             word = last.split()[0]
             if word == "busy":
                 return error(503, "overloaded", "32 requests run and 256 wait", {"Retry-After": "7"})
+            if word == "crowded" and last not in self.refused:
+                self.refused.append(last)
+                return error(503, "overloaded", "32 requests run and 256 wait", {"Retry-After": "2"})
+            if word == "throttled":
+                self.refused.append(last)
+                return error(429, "rate_limit_exceeded", "60 requests a minute", {"Retry-After": "1"})
             if words(body) + (body.get("max_tokens") or 1) > self.context:
                 return error(400, "context_length_exceeded", f"{words(body)} tokens, over the {self.context} of it")
+            self.bodies.append(body)
             return StreamingResponse(stream(body, last), media_type="text/event-stream")
 
         async def stream(body: dict[str, Any], last: str) -> Any:

@@ -31,8 +31,12 @@ def bots(page: Any) -> Any:
     return page.locator("#conversation .bot.message")
 
 
+def numbers(page: Any) -> Any:
+    return page.locator("#numbers")
+
+
 def idle(page: Any) -> None:
-    page.get_by_role("button", name="Send").wait_for()
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
 
 def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
@@ -40,16 +44,20 @@ def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_
     page.get_by_text("Model: mpt-tiny-chat, licence Apache-2.0.").wait_for()
     say(page, "Hi, my name is Greta")
     expect(bots(page)).to_contain_text("Greta")
-    page.get_by_text("of 2,048 tokens of context").wait_for()
+    expect(numbers(page)).to_contain_text("of 2,048 tokens of context")
     idle(page)
     say(page, "What is my name?")
+    expect(bots(page), 2)
+    idle(page)
     expect(bots(page).last).to_contain_text("Greta")
-    expect(page.get_by_text("tokens/s"), 2)
+    expect(numbers(page)).to_contain_text("of 2,048 tokens of context")
     screenshot(page, "chat")
+    under = str(numbers(page).text_content())
 
     page.reload()  # saved in the browser
     page.get_by_role("radio", name="Hi, my name is Greta").check()
     expect(bots(page), 2)
+    expect(numbers(page)).to_have_text(under.strip())
 
     page.get_by_role("button", name="New conversation").click()
     expect(bots(page), 0)
@@ -59,6 +67,41 @@ def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_
     expect(page.get_by_role("radio"), 2)
     page.get_by_role("button", name="Delete this conversation").click()
     expect(page.get_by_role("radio"), 1)
+
+
+def test_copying_an_answer_copies_what_was_said_alone(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show(chat.build(Server(scripted.url))))
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    say(page, "one **two**")
+    expect(numbers(page)).to_contain_text("2 tokens, first after")
+    idle(page)
+    page.get_by_role("button", name="Copy message").last.click()
+    until(page, lambda: page.evaluate("navigator.clipboard.readText()") == "one **two**")
+    page.get_by_role("button", name="Copy conversation").click()
+    both = "user: one **two**\n\nassistant: one **two**"
+    until(page, lambda: page.evaluate("navigator.clipboard.readText()") == both)
+
+
+def test_two_tabs_keep_each_others_conversations(scripted: Any, show: Any, open_page: Any) -> None:
+    first = open_page(show(chat.build(Server(scripted.url))))
+    second = first.context.new_page()  # of the same browser, opened before the first saves anything
+    second.goto(first.url)
+    second.get_by_role("heading", level=1).wait_for()
+    for page, text in ((first, "from the first"), (second, "from the second")):
+        say(page, text)
+        page.get_by_role("radio", name=text).wait_for()
+    expect(second.get_by_role("radio"), 2)
+    second.get_by_role("radio", name="from the first").check()
+    expect(bots(second)).to_contain_text("from the first")
+    say(second, "and on")
+    expect(bots(second), 2)
+    idle(second)
+    first.get_by_role("button", name="New conversation").click()
+    expect(bots(first), 0)
+    say(first, "a third")
+    expect(first.get_by_role("radio"), 3)
+    first.get_by_role("radio", name="from the first").check()  # with what the other tab has added
+    expect(bots(first), 2)
 
 
 def test_export_holds_what_was_said(scripted: Any, show: Any, open_page: Any) -> None:
@@ -83,9 +126,13 @@ def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, sho
     page = open_page(show(chat.build(Server(scripted.url))))
     say(page, "slow please")
     expect(bots(page)).to_contain_text("word9 ")
+    say(page, "too early")  # stays in its box
+    expect(page.get_by_role("textbox", name="Message")).to_have_value("too early")
     page.get_by_role("button", name="Stop").click()
     idle(page)
-    expect(bots(page)).to_contain_text("Stopped.")
+    expect(numbers(page)).to_contain_text("Stopped.")
+    expect(page.locator("#conversation .user.message"), 1)
+    page.get_by_role("textbox", name="Message").fill("")
     until(page, lambda: scripted.closed == 1)
 
     page.get_by_role("button", name="Retry").click()
@@ -132,13 +179,25 @@ def test_oldest_messages_leave_a_full_context_and_the_page_says_so(scripted: Any
         say(page, f"message {n} " + "and so on " * 2)
         expect(bots(page), n + 1)
         idle(page)
-    page.get_by_text("The oldest 2 messages no longer fit into the model's context and were left out.").wait_for()
+    expect(numbers(page)).to_contain_text("The oldest 2 messages no longer fit into the model's context")
     assert scripted.bodies[-1]["messages"][0]["content"].startswith("message 1")
     say(page, "far too long " * 20)
-    page.get_by_text("This message is 60 tokens", exact=False).first.wait_for()
+    expect(bots(page).last).to_contain_text("The prompt is 60 tokens")
     idle(page)
     say(page, "short again")
     expect(bots(page).last).to_contain_text("short again")
+
+
+def test_a_busy_server_is_asked_once_more(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show(chat.build(Server(scripted.url))))
+    say(page, "crowded here")
+    expect(numbers(page)).to_contain_text("The server is busy; trying again in 2 s.")
+    expect(bots(page)).to_contain_text("crowded here")
+    expect(page.get_by_test_id("toast-body"), 0)
+    idle(page)
+    say(page, "throttled")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("Too many requests for this minute; try again in 1 s.")
+    assert scripted.refused == ["crowded here", "throttled", "throttled"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +213,7 @@ def test_errors_are_sentences_and_the_page_recovers(
 ) -> None:
     page = open_page(show(chat.build(Server(scripted.url))))
     say(page, text)
-    expect(bots(page)).to_contain_text(sentence)
+    expect(bots(page) if text == "busy" else numbers(page)).to_contain_text(sentence)
     expect(page.get_by_test_id("toast-body")).to_contain_text(sentence)
     idle(page)
     say(page, "all well")
@@ -181,7 +240,7 @@ def test_a_server_killed_in_mid_answer_is_told_and_found_again(real_server: Any,
 def test_what_a_model_writes_cannot_become_script_or_markup(scripted: Any, show: Any, open_page: Any) -> None:
     page = open_page(show(chat.build(Server(scripted.url))))
     say(page, '<img src=x onerror="document.title=1"><script>document.title=2</script><form>seen</form> <made-up>')
-    expect(bots(page)).to_contain_text("tokens")
+    expect(numbers(page)).to_contain_text("tokens")
     idle(page)
     assert page.title() == "MPT chat"
     assert page.locator("#conversation script, #conversation [onerror]").count() == 0
@@ -229,17 +288,36 @@ def test_compare_streams_two_at_once(
     until(page, lambda: scripted.closed == 2)
 
 
+@pytest.mark.parametrize("style", ["none", "chatml"])
+@pytest.mark.parametrize("build", [base.build, compare.build], ids=["base", "compare"])
+def test_a_long_prompt_gets_the_answer_that_fits(
+    scripted: Any, show: Any, open_page: Any, build: Any, style: str
+) -> None:
+    scripted.style = style
+    page = open_page(show(build(Server(scripted.url))))
+    page.get_by_text("non-commercial use only").first.wait_for()
+    box = page.get_by_role("textbox", name="Text" if build is base.build else "Prompt")
+    under = page.locator("#numbers" if build is base.build else "#numbers-a")
+    go = page.get_by_role("button", name="Continue" if build is base.build else "Compare")
+    box.fill("word " * 90)  # of 100 that fit; the page asks for 64, or 128
+    go.click()
+    expect(under).to_contain_text("90 tokens")
+    assert {body["max_tokens"] for body in scripted.bodies} == {10}
+    box.fill("word " * 100)
+    go.click()
+    expect(under).to_contain_text("The prompt is 100 tokens with all that must go before it, and scripted-chat holds")
+
+
 @pytest.mark.parametrize("build", [chat.build, base.build, compare.build], ids=["chat", "base", "compare"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_phone_width_and_names_for_screen_readers(
-    scripted: Any, show: Any, open_page: Any, screenshot: Any, build: Any, dark: bool
+    scripted: Any, show: Any, open_page: Any, build: Any, dark: bool
 ) -> None:
     page = open_page(show(build(Server(scripted.url))), width=390, height=844, dark=dark)
     page.get_by_text("non-commercial use only").first.wait_for()
     if build is chat.build:
         say(page, "a_very_long_word_without_any_place_to_break_it_" * 4)
-        expect(bots(page)).to_contain_text("tokens")
-        screenshot(page, f"chat-phone{'-dark' if dark else ''}")
+        expect(numbers(page)).to_contain_text("tokens")
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0, f"{wide} pixels wider than the screen"
     nameless = page.evaluate(
@@ -248,6 +326,17 @@ def test_phone_width_and_names_for_screen_readers(
             || each.title || each.innerText?.trim() || each.labels?.length)).map(each => each.outerHTML)"""
     )
     assert nameless == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_conversation_on_a_phone(real_server: Any, show: Any, open_page: Any, screenshot: Any, dark: bool) -> None:
+    page = open_page(show(chat.build(Server(real_server.url))), width=390, height=844, dark=dark)
+    for n, text in enumerate(("Hi, my name is Greta", "What is my name?")):
+        say(page, text)
+        expect(bots(page), n + 1)
+        idle(page)
+        expect(bots(page).last).to_contain_text("Greta")
+    screenshot(page, f"chat-phone{'-dark' if dark else ''}")
 
 
 def test_the_page_without_a_server_says_so(show: Any, open_page: Any) -> None:

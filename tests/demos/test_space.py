@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -77,6 +78,34 @@ async def test_errors_are_sentences(scripted: Any, word: str, sentence: str, cod
     assert (caught.value.code, caught.value.retry_after_s) == (code, wait_s)
 
 
+async def test_a_busy_server_is_asked_once_more_after_the_wait_it_names(scripted: Any) -> None:
+    server = Server(scripted.url)
+    began = time.monotonic()
+    pieces = await collected(server.complete("m", "crowded here"))
+    assert time.monotonic() - began > 1.9
+    notices = [piece.notice for piece in pieces if piece.notice]
+    assert notices == [f"The server is busy; trying again in {n} s." for n in (2, 1)]
+    assert "".join(piece.text for piece in pieces) == "crowded here"
+    with pytest.raises(SpaceError, match="Too many requests for this minute; try again in 1 s"):
+        await collected(server.complete("m", "throttled"))
+    with pytest.raises(SpaceError, match="try again in 7 s"):
+        await asyncio.wait_for(collected(server.complete("m", "busy")), 1)
+    assert scripted.refused == ["crowded here", "throttled", "throttled"]
+
+
+async def test_tokens_of_messages_there_and_back(real_server: Any) -> None:
+    server = Server(real_server.url)
+    tokens = await server.tokenize("mpt-tiny-chat", ASK)
+    assert len(tokens) == await server.count("mpt-tiny-chat", ASK)
+    assert "<|im_start|>user\none two three<|im_end|>" in await server.detokenize("mpt-tiny-chat", tokens)
+
+
+async def test_a_server_that_counts_no_tokens_says_so(scripted: Any) -> None:
+    with pytest.raises(SpaceError, match="does not say which tokens") as caught:
+        await Server(scripted.url).tokenize("m", "one two three")
+    assert caught.value.code == "no_tokenizer"
+
+
 async def test_wrong_key_no_server_and_no_address(scripted: Any) -> None:
     scripted.key = "sk-right"
     with pytest.raises(SpaceError, match="refuses the key"):
@@ -99,6 +128,10 @@ def test_numbers_and_licences_as_a_person_reads_them() -> None:
     numbers.add(Piece(usage={"prompt_tokens": 1000, "completion_tokens": 142}))
     numbers.first_s, numbers.last_s = 0.21, 0.21 + 141 / 38
     assert numbers.line() == "142 tokens, first after 0.21 s, 38 tokens/s"
+    numbers.n_tokens = 15  # one burst, whatever the clock says
+    assert numbers.line() == "15 tokens, first after 0.21 s"
+    numbers.n_tokens, numbers.last_s = 142, 0.21 + 0.2
+    assert numbers.line() == "142 tokens, first after 0.21 s"
     assert numbers.context_line() == "1,142 of 2,048 tokens of context"
     assert "non-commercial" in licence_note({"id": "mpt-7b-chat", "licence": "CC-BY-NC-SA-4.0"})
     assert "non-commercial" not in licence_note({"id": "mpt-7b", "licence": "Apache-2.0"})

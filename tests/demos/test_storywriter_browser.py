@@ -1,7 +1,9 @@
 """The StoryWriter page in a real browser: a book goes in, its continuation comes out, the second from the cache."""
 
+import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from demos.mpt_space import Server  # noqa: E402
 from demos.storywriter import app as storywriter  # noqa: E402
 
 pytestmark = pytest.mark.browser
+DATA = Path(os.environ.get("MPT_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 CHAPTER = (
     "The harbour was grey that morning, and the boats lay still. Old Marten counted the gulls on the wall, as he had "
@@ -103,6 +106,50 @@ def test_a_book_is_read_and_written_on(
     page.get_by_role("button", name="Undo").click()
     page.get_by_text("Took the last continuation back.").wait_for()
     assert written.text_content() == first
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_great_gatsby_is_read_and_its_epilogue_written(
+    real_server: Any, show: Any, open_page: Any, screenshot: Any
+) -> None:
+    """MosaicML's example. To our small tokenizer the novel is 92,593 tokens, so the page cuts its beginning."""
+    novel = DATA / "novels" / "the-great-gatsby.txt"
+    if not novel.exists():
+        pytest.skip(f"{novel} is not there; set MPT_TEST_DATA")
+    page = open_page(show(storywriter.build(Server(real_server.url))))
+    page.get_by_text("Model: mpt-tiny-storywriter, licence Apache-2.0.").wait_for()
+    give(page, novel)
+    page.get_by_text("the-great-gatsby.txt: 92,593 of 65,536 tokens: 27,057 too many.").wait_for()
+    page.get_by_role("checkbox", name="Cut the beginning and keep the end").check()
+    assert page.get_by_label("Then comes").input_value() == "EPILOGUE"
+
+    began = time.monotonic()
+    page.get_by_role("button", name="Write on").click()
+    page.get_by_text(re.compile(r"Reading: [\d,]+ of [\d,]+ tokens, [\d,]+ tokens/s, \d+ s left")).wait_for()
+    page.wait_for_timeout(5000)
+    screenshot(page, "storywriter-reading")
+    line = page.locator(".mpt-quiet", has_text="tokens of context")
+    line.wait_for(timeout=240_000)
+    print(f"{time.monotonic() - began:.1f} s in all: {line.inner_text()}")
+    n_read = int(re.findall(r"([\d,]+) tokens read", str(line.inner_text()))[0].replace(",", ""))
+    assert n_read > 60_000
+    first = str(page.locator("#story .written").text_content())
+    assert first.startswith("EPILOGUE\n\n")
+
+    page.get_by_role("button", name="Continue").click()
+    page.locator(".mpt-quiet", has_text="tokens from the cache").wait_for(timeout=60_000)
+    again = done(page)
+    print(again)
+    assert int(re.findall(r"([\d,]+) tokens from the cache", again)[0].replace(",", "")) > 60_000
+    assert float(re.findall(r"first word after ([\d.]+) s", again)[0]) < 2
+    screenshot(page, "storywriter")
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as text").click()
+    exported = Path(download.value.path()).read_text(encoding="utf-8")
+    assert exported.startswith(first.rstrip())
+    assert len(exported) > len(first)
 
 
 def test_a_book_too_long_is_told_in_numbers_and_can_be_cut(

@@ -213,6 +213,44 @@ def test_the_branch_for_cuda_computes_the_same_on_cpu(case: str) -> None:
     assert case != "documents" or not got[~at].any()
 
 
+def test_every_query_of_a_long_text_is_exact_not_only_the_last() -> None:
+    q, k, v = random_qkv(1, 2, 4096, 4096)
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(2))
+    found = attention.attend(q, k, v, scale=0.25, bias=bias_for(2, 4096))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-5)  # with one anchor: 1.6e-4
+
+
+@pytest.mark.parametrize(("T", "S"), [(1500, 1500), (1100, 3000)])
+def test_keys_out_of_reach_weigh_nothing(T: int, S: int) -> None:
+    """Queries and keys such that the bound is met exactly: all alike but for their sign."""
+    g = torch.Generator().manual_seed(1)
+    direction = torch.randn(16, generator=g)
+    k = direction * torch.where(torch.rand(1, 8, S, 1, generator=g) < 0.5, -1, 1)
+    q, v = -k[:, :, -T:], torch.randn(1, 8, S, 16, generator=g)  # a query's own key is the worst it sees
+    slopes, scale = attention.alibi_slopes(8), 0.25
+    bound = (direction @ direction * scale).expand(8)
+    reach = attention.alibi_reach(slopes, bound)
+    near = attention.attend(q, k, v, scale=scale, bias=bias_for(8, S), reach=reach)
+    expected = formula(q, k, v, scale=scale, slopes=press_slopes(8))
+    torch.testing.assert_close(near.double(), expected, rtol=0, atol=4e-5)
+    # The law itself, in float64: what lies beyond the reach has less than 2^-24 of the weights.
+    distance = torch.arange(S - 1, -1, -1, dtype=torch.float64)
+    scores = (q[0, :, -1:].double() @ k[0].double().transpose(-1, -2))[:, 0] * scale - slopes.double()[
+        :, None
+    ] * distance
+    dropped = (scores.softmax(-1) * (distance >= reach[:, None])).sum(-1)
+    assert float(dropped.max()) < 2**-24
+    assert int(reach[0]) < 100 < S < int(reach[-1])
+
+
+def test_keys_out_of_reach_are_not_read() -> None:
+    q, k, v = random_qkv(1, 8, 1100, 4000)
+    reach = torch.tensor([50, 40, 60, 50, 5000, 50, 5000, 5000])
+    k[:, :4, : 4000 - 1100 - 60] = v[:, :4, : 4000 - 1100 - 60] = torch.nan
+    out = attention.attend(q, k, v, scale=0.25, bias=bias_for(8, 4000), reach=reach)
+    assert bool(out.isfinite().all())
+
+
 def test_float64_inputs_are_computed_in_float64() -> None:
     for T in (1, 9, 21):  # 4 heads: slopes are powers of two, so the float32 bias is exact
         q, k, v = (x.double() for x in random_qkv(2, 4, T, 21))

@@ -1,0 +1,109 @@
+"""The command `mpt demo` as a process: its password, its port, its end, and copies that stand alone."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serving import servers
+from tests.serving.servers import free_port
+
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
+
+
+@contextmanager
+def running(*command: str, until: str = "ready on") -> Iterator[None]:
+    """A process that has said what it says when it is ready; killed at the end."""
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if until in line:
+                break
+        else:
+            raise AssertionError(f"left with {process.wait()}: {''.join(said)}")
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_password_lets_in_who_knows_it() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with (
+        running("-m", "mpt", "demo", "chat", "--url", "http://127.0.0.1:9", "--port", str(port), "--auth", "ann:right"),
+        httpx.Client(base_url=url, trust_env=False) as client,
+    ):
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "ann", "password": "wrong"}).status_code == 400
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "ann", "password": "right"}).status_code == 200
+        assert client.get("/config").json()["title"] == "MPT chat"
+
+
+def test_a_taken_port_is_one_line_and_status_2(scripted: Any) -> None:
+    port = scripted.url.rpartition(":")[2]
+    ran = subprocess.run(
+        [sys.executable, "-m", "mpt", "demo", "chat", "--url", "http://127.0.0.1:9", "--port", port],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    line = rf"mpt demo: port {port} cannot be used \(.*\); choose another with --port\n"
+    assert re.fullmatch(line, ran.stderr), ran.stderr
+    assert ran.stdout == ""
+
+
+def test_sigterm_ends_the_page_and_the_server_it_started() -> None:
+    port = free_port()
+    demo = servers.start("demo", "chat", "--port", str(port))  # says what its server says
+    try:
+        server_url = demo.url
+        assert not server_url.endswith(f":{port}")
+        wait_for(f"http://127.0.0.1:{port}/config")
+        assert httpx.get(f"{server_url}/v1/models", trust_env=False).status_code == 200
+        began = time.monotonic()
+        assert demo.stop() == 0
+        assert time.monotonic() - began < 8
+        for url in (server_url, f"http://127.0.0.1:{port}"):
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url, trust_env=False)
+    finally:
+        demo.stop()
+
+
+def test_a_copy_starts_alone_against_a_server(scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my-space"
+    copy = [sys.executable, "-m", "mpt", "demo", "copy", "chat", str(folder)]
+    assert subprocess.run(copy, check=False, capture_output=True).returncode == 0
+    assert {path.name for path in folder.iterdir()} == {"app.py", "README.md", "requirements.txt", "mpt_space.py"}
+    again = subprocess.run(copy, check=False, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "nothing was copied" in again.stderr
+
+    port = free_port()
+    monkeypatch.setenv("MPT_URL", scripted.url)
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
+    monkeypatch.chdir(folder)
+    with running("-u", "app.py", until="Running on"):
+        assert wait_for(f"http://127.0.0.1:{port}/config").json()["title"] == "MPT chat"
+
+
+def wait_for(url: str) -> httpx.Response:
+    """What answers there, once something does."""
+    for _ in range(200):
+        try:
+            return httpx.get(url, trust_env=False)
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    raise AssertionError(f"nothing answers at {url}")
