@@ -146,7 +146,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             pairs = zip(texts_or_ids, prompts, strict=True)
             texts = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
         check_scores(asked, prompts)
-        job = make_job(request, asked, endpoint, adapter, prompts, wanted)
+        job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
         job.echo, job.texts = bool(asked.echo), texts
         return await run(
             request,
@@ -165,7 +165,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
         room = endpoint.context_length - len(prompt)
         wanted = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
         check_room(endpoint, len(prompt), wanted, "messages")
-        job = make_job(request, asked, endpoint, adapter, [prompt], wanted)
+        job = await make_job(request, asked, endpoint, adapter, [prompt], wanted)
         logprobs = bool(asked.logprobs)
         return await run(
             request,

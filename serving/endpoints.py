@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from serving.adapters import Adapters
 from serving.backend import Backend, TorchBackend
 from serving.cards import card, with_adapters
 from serving.engine import Engine
+from serving.grammar import Grammars
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
 from serving.tensor_parallel import open_backend
@@ -50,6 +52,11 @@ class Endpoint:
     def max_prompt_bytes(self) -> int:
         """No prompt of more bytes can fit the context, however it is tokenized."""
         return self.context_length * self.tokenizer.longest_token_bytes
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles the structure that answers are asked for."""
+        return Grammars(self.tokenizer)
 
     def cards(self) -> list[dict[str, Any]]:
         """The entries in /v1/models: the model's, then its adapters'."""

@@ -39,6 +39,7 @@ from serving.request import (
     ShuttingDown,
     Started,
     TokenLogprob,
+    Unsupported,
 )
 from serving.sequence import Answer, Request, Sequence
 
@@ -513,6 +514,10 @@ class Engine:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             try:
                 delta = sequence.accept(token, logprobs.get(row))
+            except Unsupported as error:
+                self._fail(sequence.request, error)
+                self._release(sequence)
+                continue
             except Exception:
                 log.exception("request %s failed on token %d", sequence.request.id, token)
                 self._fail(sequence.request, EngineFailed("this request's text could not be made"))

@@ -11,7 +11,8 @@ from mpt.prompts import Message, encode_chat
 from serving import answers
 from serving.endpoints import Endpoint
 from serving.errors import InvalidRequest, TooLarge, UnsupportedMediaType
-from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of
+from serving.grammar import BadGrammar
+from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of, structure_of
 
 _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
@@ -95,7 +96,7 @@ def check_scores(asked: CompletionRequest, prompts: list[list[int]]) -> None:
         )
 
 
-def make_job(
+async def make_job(
     request: Request,
     asked: CompletionRequest | ChatRequest,
     endpoint: Endpoint,
@@ -106,6 +107,12 @@ def make_job(
     if asked.stream_options is not None and not asked.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     options = asked.stream_options
+    structure, grammar = structure_of(asked, wanted), None
+    if structure is not None:
+        try:
+            grammar = await endpoint.grammars.get(structure.kind, structure.value, request.state.salt)
+        except BadGrammar as error:
+            raise InvalidRequest(f"`{structure.param}`: {error}", param=structure.param) from None
     return answers.Job(
         id=request.state.request_id,
         model=asked.model,
@@ -113,7 +120,8 @@ def make_job(
         adapter=adapter,
         prompts=prompts,
         sampling=replace(
-            sampling_of(asked, wanted, endpoint.vocab_size), progress=options is not None and options.include_progress
+            sampling_of(asked, wanted, endpoint.vocab_size, grammar),
+            progress=options is not None and options.include_progress,
         ),
         n=asked.n or 1,
         include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),

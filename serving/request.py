@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mpt.errors import MPTError
+from serving.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -35,6 +36,8 @@ class Sampling:
     skip_special_tokens: bool = True
     logprobs: int | None = None  # top alternatives per generated token; 0 gives the token's own only
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
+    grammar: Grammar | None = None  # what the answer must be; it ends where that is complete
+    priority: int = 0  # lower leaves the queue first
     progress: bool = False  # tell how far the prompt has been read
 
 
