@@ -11,6 +11,7 @@ import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -22,15 +23,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 import mpt
-from mpt.errors import MPTError
+from mpt.errors import CheckpointNotFound, MPTError
 from mpt.lora import Adapter
 from serving import answers
-from serving.adapters import split_name
+from serving.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from serving.auth import Door, keys_of
 from serving.docs import add_docs, takes
 from serving.endpoints import Endpoint
 from serving.errors import (
     ApiError,
+    Forbidden,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -40,12 +42,14 @@ from serving.errors import (
 from serving.gate import Gate, respond
 from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
 from serving.metrics import HttpMetrics, Metrics
-from serving.options import ServeOptions
+from serving.options import MODEL_NAME, ServeOptions
 from serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
     parse,
     prompts_of,
 )
@@ -114,10 +118,12 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     app.state.serving, app.state.metrics = serving, metrics
     _add_generation(app, serving, metrics)
     _add_models_and_tokens(app, serving)
+    _add_adapter_loading(app, serving)
     _add_operations(app, serving, metrics)
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+        bodies = [CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest]
+        add_docs(app, *bodies, LoadAdapterRequest, UnloadAdapterRequest)
     log_format = options.log_format if door is None else None
     app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
@@ -225,6 +231,65 @@ def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
         endpoint, _ = await serving.chosen(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
+
+
+def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
+    limit, folder = serving.options.max_body_bytes, serving.options.adapter_loading
+
+    def named(lora_name: str) -> tuple[Adapters, str, str]:
+        """The adapters of the model that is meant, and the whole and the own name of this one."""
+        base, name = split_name(lora_name)
+        if name is None:
+            taking = [each.name for each in serving.endpoints.values() if each.adapters is not None]
+            if len(taking) != 1:
+                shown = ", ".join(f"`{each}:{base[:64]}`" for each in taking)
+                message = f"`lora_name` must say of which model it is: {shown or 'none here takes adapters'}"
+                raise InvalidRequest(message, param="lora_name")
+            base, name = taking[0], base
+        if not MODEL_NAME.fullmatch(name):
+            message = f"`{name[:64]}` is no name for an adapter: letters, digits, `.`, `_`, `-`, at most 64"
+            raise InvalidRequest(message, param="lora_name")
+        adapters = serving.endpoint(base).adapters
+        if adapters is None:
+            raise InvalidRequest(f"`{base}` takes no adapters: it runs in another engine", param="lora_name")
+        return adapters, f"{base}:{name}", name
+
+    def allowed() -> Path:
+        if folder is None:
+            raise Forbidden("this server loads no adapters; start it with --allow-adapter-loading FOLDER")
+        return folder
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=takes(LoadAdapterRequest))
+    async def load_lora_adapter(request: Request) -> Response:
+        """Serve one more LoRA adapter, where the server was started to allow it."""
+        within = allowed()
+        asked = parse(LoadAdapterRequest, await read_body(request, limit))
+        adapters, whole, name = named(asked.lora_name)
+        path = Path()
+        try:
+            path = await asyncio.to_thread(find_inside, within, asked.lora_path)
+            is_new = await adapters.add(name, path)
+        except CheckpointNotFound as error:
+            raise NotFound(str(error), code="adapter_not_found", param="lora_path") from None
+        except AdapterExists as error:
+            raise InvalidRequest(str(error), code="adapter_exists", param="lora_name") from None
+        except MPTError as error:
+            raise InvalidRequest(without_path(error, path, asked.lora_path), param="lora_path") from None
+        log.info("adapter %s %s", whole, "loaded" if is_new else "was loaded already")
+        return as_json({"id": whole, "object": "model", "loaded": True})
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=takes(UnloadAdapterRequest))
+    async def unload_lora_adapter(request: Request) -> Response:
+        """Serve a loaded adapter no longer; its running requests finish with it."""
+        allowed()
+        asked = parse(UnloadAdapterRequest, await read_body(request, limit))
+        adapters, whole, name = named(asked.lora_name)
+        if not await adapters.remove(name):
+            known = name in adapters.names()
+            why = "was given when the server started, and stays" if known else "is not loaded here"
+            raise NotFound(f"`{whole}` {why}", code="adapter_not_found", param="lora_name")
+        log.info("adapter %s unloaded", whole)
+        return as_json({"id": whole, "object": "model", "loaded": False})
 
 
 def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:

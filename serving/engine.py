@@ -1,8 +1,8 @@
 """Runs many requests at once on one model: continuous batching over a KV cache with a fixed budget.
 
 One thread owns the model. Each turn of its loop takes in what arrived, gives up what was cancelled, admits from a queue
-in order of arrival, runs one step (a token for every decoding sequence, one bounded chunk of prefill beside them) and
-hands each asker its events. It knows nothing of HTTP, and a request's answer does not depend on who shares the step.
+(`turns.py` says whom), runs one step (a token for every decoding sequence, one bounded chunk of prefill beside them)
+and hands each asker its events. It knows nothing of HTTP; an answer does not depend on who shares the step.
 
 Memory: a row takes what its tokens need, rounded up to a block. When the budget is used up, kept prefixes go first,
 then the youngest sequence goes back to the queue and is recomputed later; so a request that fits alone always ends.
@@ -42,6 +42,7 @@ from serving.request import (
     Unsupported,
 )
 from serving.sequence import Answer, Request, Sequence
+from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
+        self._turns = Turns()
         self._prefixes = Prefixes()
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
@@ -127,14 +129,16 @@ class Engine:
     ) -> Answer:
         """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
-        salt: prompts share cached beginnings only within one. Raises Overloaded, PromptTooLong, ShuttingDown.
+        salt: whose request it is; cached beginnings are shared within one, and they leave the queue in turns. Raises
+        Overloaded, PromptTooLong, ShuttingDown.
         """
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        client = salt
         if adapter is not None:
             salt = f"{salt}:{adapter.serial}"  # cached keys and values are of one adapter
-        request = Request(request_id, list(prompt), sampling, salt, adapter, deadline, loop, inbox.put_nowait)
+        request = Request(request_id, list(prompt), sampling, salt, adapter, deadline, loop, inbox.put_nowait, client)
         self._submit(request)
         return Answer(request, inbox, self._cancel)
 
@@ -268,8 +272,10 @@ class Engine:
             self._waiting = deque(s for s in self._waiting if not s.request.cancelled)
 
     def _admit(self) -> None:
-        """Start waiting sequences in order of arrival while rows and memory last."""
-        for sequence in list(self._waiting):
+        """Start waiting sequences, each in its turn, while rows and memory last."""
+        if not self._waiting or len(self._running) >= self._max_running:
+            return
+        for sequence in self._turns.order(self._waiting):
             leader = sequence.request.sequences[0]
             if sequence is not leader and not leader.started:
                 continue  # samples of one prompt: the first reads it, the others copy its cache
@@ -287,6 +293,7 @@ class Engine:
                 return
             self._waiting.remove(sequence)
             self._running.append(sequence)
+            self._turns.take(sequence)
 
     def _give_row(self, sequence: Sequence) -> bool:
         """Find memory for a sequence's tokens, with as much of them already computed as possible."""

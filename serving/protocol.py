@@ -149,6 +149,17 @@ class DetokenizeRequest(_Strict):
     tokens: list[int]
 
 
+class LoadAdapterRequest(_Strict):
+    """vLLM's. The name is `base:name`, or a name where one model is served; the path is from the server's folder."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(_Strict):
+    lora_name: str
+
+
 Body = TypeVar("Body", bound=BaseModel)
 
 

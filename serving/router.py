@@ -160,6 +160,12 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         """The text of token ids, control tokens included."""
         return await relay(request, DetokenizeRequest, lambda _: 0)
 
+    @app.post("/v1/load_lora_adapter")
+    @app.post("/v1/unload_lora_adapter")
+    async def adapter_loading() -> Response:
+        """Not in a cluster: its adapters come from folders."""
+        raise NotFound("a cluster loads no adapters by request; put them into the folder `adapters` of their model")
+
     @app.get("/v1/models")
     async def models() -> Response:
         """The models served here."""

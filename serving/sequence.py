@@ -63,6 +63,7 @@ class Request:
     deadline: float | None  # time.monotonic
     loop: asyncio.AbstractEventLoop  # where `deliver` must be called
     deliver: Callable[[Event | EngineError], None]
+    client: str = ""  # who takes turns with others in the queue
     sequences: list["Sequence"] = field(default_factory=list)
     cancelled: bool = False  # set by the asker, read by the engine's thread
     arrived: float = field(default_factory=time.monotonic)
@@ -78,6 +79,7 @@ class Sequence:
         self.n_prompt = len(request.prompt)
         self.row: Row | None = None
         self.finished = False
+        self.admitted = False  # has left the queue once, though it may have been sent back
         self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
         self.started = False
         self.random = random.Random(None if sampling.seed is None else sampling.seed + index)
