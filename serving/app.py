@@ -122,8 +122,8 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     _add_operations(app, serving, metrics)
     add_errors(app, metrics)
     if options.docs:
-        bodies = [CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest]
-        add_docs(app, *bodies, LoadAdapterRequest, UnloadAdapterRequest)
+        generation, tokens = (CompletionRequest, ChatRequest), (TokenizeRequest, DetokenizeRequest)
+        add_docs(app, *generation, *tokens, LoadAdapterRequest, UnloadAdapterRequest)
     log_format = options.log_format if door is None else None
     app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
@@ -270,7 +270,8 @@ def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
             path = await asyncio.to_thread(find_inside, within, asked.lora_path)
             is_new = await adapters.add(name, path)
         except CheckpointNotFound as error:
-            raise NotFound(str(error), code="adapter_not_found", param="lora_path") from None
+            message = without_path(error, path, asked.lora_path)
+            raise NotFound(message, code="adapter_not_found", param="lora_path") from None
         except AdapterExists as error:
             raise InvalidRequest(str(error), code="adapter_exists", param="lora_name") from None
         except MPTError as error:

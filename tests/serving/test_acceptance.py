@@ -60,6 +60,7 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             *("--prompt-style", "base=none"),
             *("--adapter", f"base={adapters}", "--max-running", "8", "--max-waiting", "24", "--kv-gb", "0.064"),
             *("--api-key-file", str(keys), "--port", "0", "--docs"),
+            *("--allow-adapter-loading", str(adapters)),
         ]
     else:
         each = {
@@ -393,6 +394,34 @@ def test_an_adapter_is_asked_for_by_its_name(client, url, model, tokenizer, adap
     assert client.completions.create(model="base", **ask).choices[0].text == plain
     card = client.models.retrieve("base:loud").model_dump()
     assert (card["parent"], card["max_model_len"]) == ("base", 2048)
+
+
+def test_adapters_are_loaded_by_request_where_that_is_allowed_and_never_in_a_cluster(server, url):
+    """`loud` is in the folder that `mpt serve` was told of, too."""
+    for what in ("load", "unload"):
+        answer = post(url, {"lora_name": "chat:late", "lora_path": "loud"}, f"/v1/{what}_lora_adapter", key="nobody")
+        assert answer.status_code == 401
+    loaded = post(url, {"lora_name": "chat:late", "lora_path": "loud"}, "/v1/load_lora_adapter")
+    asked = post(url, {"model": "chat:late", "prompt": "a", "max_tokens": 1})
+    unloaded = post(url, {"lora_name": "chat:late"}, "/v1/unload_lora_adapter")
+    if server.kind == "serve":
+        assert (loaded.status_code, asked.status_code, unloaded.status_code) == (200, 200, 200)
+    else:
+        assert (loaded.status_code, asked.status_code, unloaded.status_code) == (404, 404, 404)
+        assert "folder" in loaded.json()["error"]["message"]
+    assert post(url, {"model": "chat:late", "prompt": "a", "max_tokens": 1}).status_code == 404
+
+
+def test_an_answer_follows_its_schema(client, url):
+    schema = {"type": "object", "properties": {"dry": {"type": "boolean"}}, "required": ["dry"]}
+    form = {"type": "json_schema", "json_schema": {"name": "w", "schema": {**schema, "additionalProperties": False}}}
+    said = [{"role": "user", "content": "Is it dry?"}]
+    answer = client.chat.completions.create(model="chat", messages=said, response_format=form, seed=1)
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(answer.choices[0].message.content) in ({"dry": True}, {"dry": False})
+    hostile = {"type": "integer", "multipleOf": 9_999_991}  # minutes to compile
+    refused = post(url, {"model": "base", "prompt": "a", "structured_outputs": {"json": hostile}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs.json")
 
 
 def test_a_clients_limits_are_told_and_kept(url):
