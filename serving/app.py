@@ -47,12 +47,14 @@ from serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     LoadAdapterRequest,
     TokenizeRequest,
     UnloadAdapterRequest,
     parse,
     prompts_of,
 )
+from serving.request import Sampling
 from serving.sse import EventStream, until_disconnected
 
 log = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     _add_operations(app, serving, metrics)
     add_errors(app, metrics)
     if options.docs:
-        generation, tokens = (CompletionRequest, ChatRequest), (TokenizeRequest, DetokenizeRequest)
+        generation, tokens = (CompletionRequest, ChatRequest, EmbeddingRequest), (TokenizeRequest, DetokenizeRequest)
         add_docs(app, *generation, *tokens, LoadAdapterRequest, UnloadAdapterRequest)
     log_format = options.log_format if door is None else None
     app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
@@ -181,12 +183,28 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             lambda events: answers.chat(job, events, logprobs=logprobs),
         )
 
+    @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """The mean of the last hidden states of each text, scaled to length 1."""
+        asked = parse(EmbeddingRequest, await read_body(request, limit))
+        endpoint, adapter = await serving.chosen(asked.model)
+        if not endpoint.embeds:
+            message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
+            raise InvalidRequest(message, code="unsupported_value", param="model")
+        texts_or_ids = prompts_of(asked.input, endpoint.vocab_size, "input")
+        prompts = [await prompt_tokens(endpoint, each, "input") for each in texts_or_ids]
+        check_room(endpoint, max(map(len, prompts)), 0, "input")
+        sampling = Sampling(max_tokens=0, embed=True)
+        job = answers.Job(request.state.request_id, asked.model, endpoint, adapter, prompts, sampling, n=1)
+        encoding = asked.encoding_format or "float"
+        return await run(request, job, asked, None, lambda events: answers.embeddings(job, events, encoding=encoding))
+
     async def run(request: Request, job: answers.Job, asked: Any, chunks: Any, whole: Any) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
         request.state.admission.reserve(job.n_tokens_at_most)
         request.state.work = job  # for the access log and the client's account, when the last byte has been sent
         events = answers.start(job, metrics, deadline_s=serving.options.request_timeout_s, salt=request.state.salt)
-        if asked.stream:
+        if getattr(asked, "stream", False):
             return EventStream(chunks(events), request_id=job.id, keep_alive_s=serving.options.keep_alive_s)
         return as_json(await _unless_disconnected(request, whole(events)))
 

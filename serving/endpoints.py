@@ -46,6 +46,7 @@ class Endpoint:
     vocab_size: int
     context_length: int
     adapters: Adapters | None = None  # None where the engine takes none
+    embeds: bool = False  # whether the engine gives embeddings
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -79,7 +80,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     entry = describe(root)
     device = choose_device(options.device)
     backend: Backend
-    adapters = None
+    adapters, embeds = None, False
     if (folder / "model.onnx").is_file():
         _refuse_adapters(name, options, "an ONNX folder")
         if options.tensor_parallel > 1:
@@ -93,6 +94,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     else:
         model = load(folder, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype), device=device)
         backend, config, dtype = TorchBackend(model), model.config, str(model.dtype).removeprefix("torch.")
+        embeds = True
         adapters = Adapters(options.adapters.get(name, {}), options.adapter_folders.get(name), model)
     tokenizer = Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
@@ -118,6 +120,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
         vocab_size=backend.vocab_size,
         context_length=engine.longest_request,
         adapters=adapters,
+        embeds=embeds,
     )
     log.info(
         "%s: %s on %s, context %d tokens, KV cache %.2f GB, prompts %s, licence %s%s",

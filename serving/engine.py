@@ -27,6 +27,7 @@ from serving.backend import Backend, DeviceLost, Work
 from serving.drawing import columns, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.request import (
+    Embedded,
     EngineError,
     EngineFailed,
     Event,
@@ -299,7 +300,8 @@ class Engine:
         """Find memory for a sequence's tokens, with as much of them already computed as possible."""
         n_needed = len(sequence.tokens)
         capacity = self._backend.capacity_for(n_needed)
-        scoring = self._is_scoring(sequence)  # needs the logits of every position, so it reads all
+        scoring = self._is_scoring(sequence) or sequence.sampling.embed  # needs every position, so it reads all
+        sequence.hidden.clear()
         tokens = np.asarray(sequence.tokens, dtype=np.int64)
         kept, n_shared = (None, 0) if scoring else self._prefixes.find(tokens, sequence.request.salt)
         n_shared = min(n_shared, len(tokens) - 1)  # the last token must be read for its logits
@@ -414,7 +416,8 @@ class Engine:
         scoring = self._is_scoring(sequence)
         n = min(n, _SCORE_CHUNK) if scoring else n
         done = sequence.row.length + n == len(sequence.tokens)
-        return Work(sequence.row, sequence.unread[:n], n if scoring else int(done), sequence.request.adapter)
+        hidden = sequence.hidden if sequence.sampling.embed else None
+        return Work(sequence.row, sequence.unread[:n], n if scoring else int(done), sequence.request.adapter, hidden)
 
     def _is_scoring(self, sequence: Sequence) -> bool:
         return sequence.sampling.prompt_logprobs is not None and sequence.index == 0 and not sequence.started
@@ -481,6 +484,12 @@ class Engine:
     def _finish_if_only_scoring(self, sequence: Sequence) -> bool:
         if sequence.sampling.max_tokens > 0:
             return False
+        if sequence.sampling.embed:
+            vector = torch.stack(sequence.hidden).sum(0)  # its direction is the mean's
+            if not bool((vector := vector / vector.norm()).isfinite().all()):
+                self._fail(sequence.request, EngineFailed("the model gave no finite states for this request"))
+                sequence.row = None
+            self._tell(sequence.request, Embedded(tuple(vector.tolist())))
         self._tell(sequence.request, sequence.end_without_tokens())
         self._release(sequence)
         return True

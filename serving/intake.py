@@ -35,11 +35,11 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(raw)
 
 
-async def prompt_tokens(endpoint: Endpoint, prompt: str | list[int]) -> list[int]:
+async def prompt_tokens(endpoint: Endpoint, prompt: str | list[int], param: str = "prompt") -> list[int]:
     """A prompt's token ids, control tokens never made from text; an empty text begins a new one."""
     if not isinstance(prompt, str):
         return prompt
-    check_size(endpoint, [prompt], "prompt")
+    check_size(endpoint, [prompt], param)
     if len(prompt) > _LONG_TEXT:
         ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt)
     else:

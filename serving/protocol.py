@@ -35,7 +35,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,), "prompt_logprobs": (None,), "truncate_prompt_tokens": (None,),
     "spaces_between_special_tokens": (True,), "return_token_ids": (None, False), "allowed_token_ids": (None,),
     "bad_words": (None, []),
-    "typical_p": (None, 1.0), "echo_prompt": (False,), "add_generation_prompt": (True,),
+    "typical_p": (None, 1.0), "dimensions": (None,), "echo_prompt": (False,), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "chat_template": (None,), "chat_template_kwargs": (None, {}),
 }  # fmt: skip
 # vLLM's names before 0.12, and what they are called in `structured_outputs` since.
@@ -138,6 +138,14 @@ class ChatRequest(_Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
+class EmbeddingRequest(_Strict):
+    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
+
+    model: str
+    input: Any  # as a completion's prompt: see `prompts_of`
+    encoding_format: Literal["float", "base64"] | None = "float"
+
+
 class TokenizeRequest(_Strict):
     model: str
     prompt: str | None = None
@@ -234,29 +242,29 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def prompts_of(value: Any, vocab_size: int) -> list[str | list[int]]:
-    """The prompts of a completion request: a string, strings, token ids, or lists of those."""
+def prompts_of(value: Any, vocab_size: int, param: str = "prompt") -> list[str | list[int]]:
+    """The prompts in a field of a request: a string, strings, token ids, or lists of those."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise InvalidRequest(
-            "`prompt` must be a string, a list of strings, a list of token ids or a list of those, and not empty",
+            f"`{param}` must be a string, a list of strings, a list of token ids or a list of those, and not empty",
             code="invalid_type" if not isinstance(value, list) else "invalid_value",
-            param="prompt",
+            param=param,
         )
     if all(_is_id(item) for item in value):
-        return [_check_ids(value, vocab_size)]
+        return [_check_ids(value, vocab_size, param)]
     if len(value) > MAX_PROMPTS:
-        raise InvalidRequest(f"`prompt` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param="prompt")
+        raise InvalidRequest(f"`{param}` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param=param)
     prompts: list[str | list[int]] = []
     for n, item in enumerate(value):
         if isinstance(item, str):
             prompts.append(item)
         elif isinstance(item, list) and item and all(_is_id(token) for token in item):
-            prompts.append(_check_ids(item, vocab_size))
+            prompts.append(_check_ids(item, vocab_size, param))
         else:
-            message = f"`prompt[{n}]` must be a string or a list of token ids; got {_short(item)}"
-            raise InvalidRequest(message, code="invalid_type", param=f"prompt[{n}]")
+            message = f"`{param}[{n}]` must be a string or a list of token ids; got {_short(item)}"
+            raise InvalidRequest(message, code="invalid_type", param=f"{param}[{n}]")
     return prompts
 
 
@@ -264,11 +272,11 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_ids(ids: list[int], vocab_size: int) -> list[int]:
+def _check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
     bad = next((token for token in ids if not 0 <= token < vocab_size), None)
     if bad is not None:
         raise InvalidRequest(
-            f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}", code="invalid_prompt", param="prompt"
+            f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}", code="invalid_prompt", param=param
         )
     return ids
 

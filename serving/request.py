@@ -38,6 +38,7 @@ class Sampling:
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
     grammar: Grammar | None = None  # what the answer must be; it ends where that is complete
     priority: int = 0  # lower leaves the queue first
+    embed: bool = False  # give the mean of the prompt's last hidden states; with max_tokens 0
     progress: bool = False  # tell how far the prompt has been read
 
 
@@ -88,7 +89,14 @@ class Progress:
     total_tokens: int
 
 
-Event = Started | Progress | PromptScored | Delta
+@dataclass(frozen=True)
+class Embedded:
+    """The mean of the prompt's last hidden states, d_model numbers, scaled to length 1."""
+
+    vector: tuple[float, ...]
+
+
+Event = Started | Progress | PromptScored | Embedded | Delta
 
 
 class EngineError(MPTError):

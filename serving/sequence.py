@@ -79,6 +79,7 @@ class Sequence:
         self.n_prompt = len(request.prompt)
         self.row: Row | None = None
         self.finished = False
+        self.hidden: list[Tensor] = []  # sums over parts of the prompt, (C,) each, where an embedding is asked for
         self.admitted = False  # has left the queue once, though it may have been sent back
         self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
         self.started = False

@@ -43,7 +43,7 @@ _TYPES = {"uint32": "UINT32", "uint64": "UINT64", "float32": "FP32"}
 _OFF: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,), "min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
     "logprobs": (None,), "prompt_logprobs": (None,), "ignore_eos": (False,),
-    "progress": (False,), "grammar": (None,), "priority": (0,),
+    "progress": (False,), "grammar": (None,), "priority": (0,), "embed": (False,),
 }  # fmt: skip
 
 

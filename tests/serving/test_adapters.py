@@ -219,6 +219,7 @@ async def test_an_adapter_unloaded_in_the_middle_finishes_its_requests(loading, 
     while endpoint.engine.stats().n_steps < 3:
         await asyncio.sleep(0.001)
     assert (await unload(loading, "mine")).status_code == 200 and not running.done()
+    assert not endpoint.adapters._loaded  # memory is free when its last request has ended
     assert (await running)[0] == generate(merged(model, folders["a1"]), [5, 6, 7], 200)
 
 

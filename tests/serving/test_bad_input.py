@@ -172,7 +172,7 @@ async def test_every_reference_of_the_schema_resolves(serving):
     assert references == {
         "CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest", "ChatMessage", "TextPart",
         "StreamOptions", "ResponseFormat", "JsonSchema", "StructuredOutputs",
-        "LoadAdapterRequest", "UnloadAdapterRequest",
+        "LoadAdapterRequest", "UnloadAdapterRequest", "EmbeddingRequest",
     }  # fmt: skip
     assert references <= set(document["components"]["schemas"])
     assert "<code>max_completion_tokens</code>" in page

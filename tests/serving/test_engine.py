@@ -26,6 +26,8 @@ from serving.request import (
     ShuttingDown,
     Started,
 )
+from serving.sequence import Request, Sequence
+from serving.turns import Turns
 
 CONTEXT = 2048
 
@@ -151,6 +153,20 @@ async def test_the_queue_is_left_in_order_of_arrival_within_a_client_and_by_turn
 async def test_lower_priorities_go_first_and_turns_are_within_one(model, tokenizer):
     asked = [("a", "p", 0), ("b", "p", 5), ("c", "p", -1), ("d", "q", 5), ("e", "p", 0), ("f", "q", 0), ("g", "p", -1)]
     assert await order_of_admission(model, tokenizer, asked) == "cgfaedb"
+
+
+async def test_what_was_sent_back_precedes_even_the_urgent(model, tokenizer):
+    """Else an urgent stream would make the engine read the same prompts again and again."""
+    loop = asyncio.get_running_loop()
+
+    def waiting(name: str, priority: int) -> Sequence:
+        request = Request(name, [5], greedy(1, priority=priority), "", None, None, loop, lambda _: None)
+        return Sequence(request, 0, tokenizer, 260)
+
+    turns, begun = Turns(), waiting("begun", 9)
+    turns.take(begun)
+    order = turns.order([begun, waiting("later", 0), waiting("urgent", -9)])
+    assert [sequence.request.id for sequence in order] == ["begun", "urgent", "later"]
 
 
 async def test_a_client_that_always_has_one_waiting_takes_turns_too(model, tokenizer):
