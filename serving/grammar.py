@@ -37,10 +37,11 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 # In the same words as `_compile`, so that what passes here passes there; bytes stand for a tokenizer.
 _TRIAL = """
-import resource, sys
+import contextlib, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({cpu_s}, {cpu_s} + 1))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_AS, ({n_bytes}, {n_bytes}))
+with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+    resource.setrlimit(resource.RLIMIT_AS, ({n_bytes}, {n_bytes}))
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 limits = LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
 matcher = LLMatcher(LLTokenizer("byte"), sys.stdin.read(), log_level=0, limits=limits)
@@ -127,12 +128,13 @@ class Grammars:
     async def get(self, kind: Kind, value: Any, salt: str = "") -> Grammar:
         """The grammar of a schema (an object or its text), expression, list of choices or Lark text.
 
-        salt: kept within one, so that nobody learns from its time what others asked. Raises BadGrammar.
+        salt: kept within one, so that nobody learns from its time what others asked. Raises BadGrammar,
+        and TimeoutError when there was no time to look at it.
         """
         text = _source(kind, value)
         key = (salt, kind, text)
         task = self._kept.get(key)
-        if task is None or task.cancelled():
+        if task is None or (task.done() and (task.cancelled() or task.exception())):  # ours to blame, or a busy minute
             task = self._kept[key] = asyncio.create_task(self._compile(kind, text))
         self._kept.move_to_end(key)
         while len(self._kept) > _MAX_KEPT:
@@ -204,16 +206,21 @@ def _grammar_text(kind: Kind, text: str) -> str:
 
 
 def _try_out(grammar: str) -> None:
-    """Compile a grammar in a process of its own, which ends when it takes too much. Raises BadGrammar."""
+    """Compile a grammar in a process of its own, which ends when it takes too much.
+
+    Raises BadGrammar, and TimeoutError where other work leaves it no time.
+    """
     code = _TRIAL.format(cpu_s=_TRIAL_CPU_S, n_bytes=_TRIAL_BYTES)
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], input=grammar.encode(), capture_output=True, timeout=_TRIAL_WALL_S
         )
     except subprocess.TimeoutExpired:
-        raise BadGrammar("the server has no time to compile it now; try again later") from None
+        raise TimeoutError("the server has no time to compile a grammar now; try again later") from None
     said = done.stdout.decode("utf-8", "replace")
-    if done.returncode != 0:
+    if done.returncode > 0:
+        raise RuntimeError(f"the trial of a grammar failed: {done.stderr.decode('utf-8', 'replace')[-500:]}")
+    if done.returncode < 0:  # by SIGXCPU, or for want of memory
         raise BadGrammar(f"it takes over {_TRIAL_CPU_S} s or {_TRIAL_BYTES >> 30} GiB to compile; simplify it")
     if said != "ok":
         raise BadGrammar(_sentence(said))

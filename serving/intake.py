@@ -10,7 +10,7 @@ from mpt.lora import Adapter
 from mpt.prompts import Message, encode_chat
 from serving import answers
 from serving.endpoints import Endpoint
-from serving.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.grammar import BadGrammar
 from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of, structure_of
 
@@ -113,6 +113,8 @@ async def make_job(
             grammar = await endpoint.grammars.get(structure.kind, structure.value, request.state.salt)
         except BadGrammar as error:
             raise InvalidRequest(f"`{structure.param}`: {error}", param=structure.param) from None
+        except TimeoutError as error:
+            raise Unavailable(str(error)) from None
     return answers.Job(
         id=request.state.request_id,
         model=asked.model,

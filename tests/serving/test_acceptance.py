@@ -412,6 +412,15 @@ def test_adapters_are_loaded_by_request_where_that_is_allowed_and_never_in_a_clu
     assert post(url, {"model": "chat:late", "prompt": "a", "max_tokens": 1}).status_code == 404
 
 
+def test_embeddings_are_the_mean_of_the_last_states(client, model, tokenizer):
+    ids = tokenizer.encode("The old man and the")
+    with torch.no_grad():
+        mean = model.transformer(torch.tensor([ids])).last_hidden_state[0].double().mean(0)
+    answer = client.embeddings.create(model="base", input=["The old man and the", "sea"])
+    assert answer.data[0].embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
+    assert [entry.index for entry in answer.data] == [0, 1] and answer.usage.prompt_tokens == len(ids) + 3
+
+
 def test_an_answer_follows_its_schema(client, url):
     schema = {"type": "object", "properties": {"dry": {"type": "boolean"}}, "required": ["dry"]}
     form = {"type": "json_schema", "json_schema": {"name": "w", "schema": {**schema, "additionalProperties": False}}}

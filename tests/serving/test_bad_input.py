@@ -12,6 +12,7 @@ from serving.backend import TorchBackend
 from serving.endpoints import Endpoint
 from serving.engine import Engine
 from serving.options import ServeOptions
+from serving.protocol import CompletionRequest, parse, sampling_of
 
 LIMIT = 1 << 16
 MISSING = "missing_required_parameter"
@@ -182,6 +183,12 @@ async def test_fields_that_ask_for_nothing_are_accepted(serving):
     extra = '"user":"u","metadata":{"a":"b"},"store":false,"tools":[],"suffix":null,"stop":null,"logprobs":null'
     extra += ',"n":null,"repetition_penalty":1.0,"response_format":{"type":"text"},"top_k":-1'
     assert (await send(serving, f"{{{GOOD},{extra}}}", "/v1/completions")).status_code == 200
+
+
+@pytest.mark.parametrize(("given", "priority"), [("-3", -3), ("null", 0)])
+def test_a_priority_reaches_the_engine(given, priority):
+    asked = parse(CompletionRequest, f'{{{GOOD},"priority":{given}}}'.encode())
+    assert sampling_of(asked, 1, 260).priority == priority
 
 
 async def test_unknown_fields_inside_a_message_are_accepted(serving):

@@ -333,6 +333,15 @@ async def test_grammars_are_kept_and_the_least_used_let_go(tokenizer, monkeypatc
     assert len(tried) == 5  # refusals too
 
 
+async def test_a_minute_without_time_is_503_and_is_not_remembered(serving, monkeypatch):
+    asked = {"prompt": "x", "structured_outputs": {"choice": ["only here"]}}
+    with monkeypatch.context() as busy:
+        busy.setattr(grammars, "_TRIAL_WALL_S", 0.001)
+        answer = await post(serving, **asked)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+    assert (await post(serving, **asked)).json()["choices"][0]["text"] == "only here"
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Serving]:
     if find_local("mpt-tiny-instruct") is None:
