@@ -169,24 +169,26 @@ class Grammars:
 
 
 def _source(kind: Kind, value: Any) -> str:
-    """What is asked for as text, within the limits. Raises BadGrammar."""
-    if kind == "json" and isinstance(value, str):
-        try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError as error:
-            raise BadGrammar(f"the schema is not valid JSON: {error}") from None
-    if kind == "json":
-        if (depth := _nesting(value)) > MAX_NESTING:
-            raise BadGrammar(f"the schema is nested {depth} levels deep, over the limit of {MAX_NESTING}; use $defs")
-        if not isinstance(value, dict):
-            raise BadGrammar("a schema is a JSON object")
-        if "x-guidance" in value:
-            raise BadGrammar("`x-guidance` is not supported in a schema; leave it out")
-    text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    if not text or (kind == "choice" and not all(value)) or value == []:
+    """What is asked for as text, within the limits, the cheapest first. Raises BadGrammar."""
+    try:
+        text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        raise BadGrammar(f"the schema is nested over the limit of {MAX_NESTING} levels; use $defs") from None
+    if not text or (kind == "choice" and not (value and all(value))):
         raise BadGrammar("it is empty")
     if (n_bytes := len(text.encode())) > MAX_BYTES:
         raise BadGrammar(f"it has {n_bytes} bytes, over the limit of {MAX_BYTES}; shorten it")
+    if kind == "json":
+        try:
+            schema = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise BadGrammar(f"the schema is not valid JSON: {error}") from None
+        if not isinstance(schema, dict):
+            raise BadGrammar("a schema is a JSON object")
+        if (depth := _nesting(schema)) > MAX_NESTING:
+            raise BadGrammar(f"the schema is nested {depth} levels deep, over the limit of {MAX_NESTING}; use $defs")
+        if "x-guidance" in schema:
+            raise BadGrammar("`x-guidance` is not supported in a schema; leave it out")
     return text
 
 

@@ -254,6 +254,9 @@ def nested(n: int) -> dict[str, Any]:
 HOSTILE = {
     "deep": ({"json": nested(200)}, "nested"),
     "very deep": ({"json": nested(400)}, "nested"),
+    "deep text": ({"json": json.dumps(nested(200))}, "nested"),
+    "no object": ({"json": "[1]"}, "object"),
+    "no JSON": ({"json": "{"}, "not valid JSON"),
     "megabyte": ({"json": {"const": "x" * (1 << 20)}}, "bytes"),
     "huge enum": ({"json": {"enum": [f"item {n}" for n in range(20_000)]}}, "bytes"),
     "huge choice": ({"choice": [f"item {n}" for n in range(20_000)]}, "bytes"),
