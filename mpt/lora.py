@@ -50,10 +50,12 @@ class LoraFolder:
                 raise DamagedFile(f"`{name}` in `{self.weights}` belongs to no matrix of the base")
             halves.setdefault(f"{module}.weight", {})[which] = tensor
         for name, pair in halves.items():
-            shape = tuple(shapes[name])
-            if pair.keys() != {"lora_A", "lora_B"} or (pair["lora_B"].shape[0], pair["lora_A"].shape[1]) != shape:
+            shape = n_out, n_in = tuple(shapes[name])
+            wanted = {"lora_A": (self.rank, n_in), "lora_B": (n_out, self.rank)}
+            if {which: tuple(tensor.shape) for which, tensor in pair.items()} != wanted:
                 raise DamagedFile(
-                    f"`{name}` of the base is {list(shape)}; the adapter's pair in `{self.weights}` does not fit it"
+                    f"`{name}` of the base is {list(shape)}; the adapter's pair in `{self.weights}`, to be of rank "
+                    f"{self.rank}, does not fit it"
                 )
         return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
 

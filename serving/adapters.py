@@ -4,17 +4,22 @@ Asked for as `model="base:adapter"`. A request holds the adapter it began with, 
 """
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from mpt.errors import UserError
+from mpt.errors import CheckpointNotFound, MPTError, UserError
 from mpt.lora import Adapter, load_adapter, open_lora
 from serving.options import MODEL_NAME
 
 MAX_LOADED = 8  # adapters of rank 16 on all projections of a 7B take about 80 MB each in bfloat16
+
+
+class AdapterExists(UserError):
+    """Another adapter has this name."""
 
 
 class Adapters:
@@ -26,12 +31,40 @@ class Adapters:
         if folder is not None and not folder.is_dir():
             raise UserError(f"`{folder}` is no folder of adapters; each adapter is a folder inside it")
         self._given, self._folder, self._model = dict(given), folder, model
+        self._added: set[str] = set()  # those of `given` that came at run time
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
         self._lock = asyncio.Lock()
 
     def names(self) -> list[str]:
         """Every adapter there is, loaded or not."""
         return list(available(self._given, self._folder))
+
+    async def add(self, name: str, path: Path) -> bool:
+        """Read an adapter and serve it from now on; False if the same one is served already.
+
+        Raises AdapterExists where another has the name, and MPTError for one that is none or does not fit: then nothing
+        has changed.
+        """
+        async with self._lock:
+            known = available(self._given, self._folder).get(name)
+            if known is not None and known.resolve() == path:
+                return False
+            if known is not None:
+                raise AdapterExists(f"`{name}` is another adapter here; unload it first, or choose another name")
+            adapter = await asyncio.to_thread(load_adapter, name, path, self._model)
+            self._given[name], self._loaded[name] = path, adapter
+            self._added.add(name)
+            return True
+
+    async def remove(self, name: str) -> bool:
+        """Serve an adapter no longer, whose requests run on; False where `add` has not brought it."""
+        async with self._lock:
+            if name not in self._added:
+                return False
+            self._added.discard(name)
+            self._given.pop(name)
+            self._loaded.pop(name, None)
+            return True
 
     async def get(self, name: str) -> Adapter | None:
         """An adapter, read if need be; None if there is none of this name. Raises MPTError for one that is damaged."""
@@ -54,6 +87,31 @@ def available(given: Mapping[str, Path], folder: Path | None) -> dict[str, Path]
     if folder is not None:
         found = {p.parent.name: p.parent for p in sorted(folder.glob("*/adapter_config.json"))}
     return {name: path for name, path in {**found, **given}.items() if MODEL_NAME.fullmatch(name)}
+
+
+def find_inside(folder: Path, asked: str) -> Path:
+    """The folder of an adapter that a client names, by a path from `folder` or an absolute one.
+
+    Raises CheckpointNotFound for what is not there or not inside, links followed, without saying which; no message
+    holds a path but the client's own.
+    """
+    absent = CheckpointNotFound(f"`{asked[:200]}` is no adapter inside the folder that adapters are loaded from")
+    if "\0" in asked:
+        raise absent
+    root = folder.resolve()
+    try:
+        path = (root / asked).resolve(strict=True)
+        files = [(path / name).resolve(strict=True) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    except (OSError, RuntimeError):  # absent, not to be read, or a loop of links
+        raise absent from None
+    if path == root or not all(each.is_relative_to(root) for each in (path, *files)):
+        raise absent
+    return path
+
+
+def without_path(error: MPTError, path: Path, asked: str) -> str:
+    """What an error says, the client's own words in place of this machine's path."""
+    return str(error).replace(f"{path}{os.sep}", "").replace(str(path), asked[:200])
 
 
 def split_name(model: str) -> tuple[str, str | None]:

@@ -5,18 +5,21 @@ choice's index is prompt * n + sample. What differs is how a choice looks, whole
 """
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mpt.lora import Adapter
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 from serving.endpoints import Endpoint
 from serving.errors import from_engine
 from serving.metrics import Metrics
-from serving.request import Delta, EngineError, Event, Progress, PromptScored, Sampling, Started, TokenLogprob
+from serving.request import Delta, Embedded, EngineError, Event, Progress, PromptScored, Sampling, Started, TokenLogprob
 from serving.sequence import Answer
 
 _LOWEST = -9999.0  # JSON has no -inf; the value OpenAI's servers use
@@ -224,6 +227,22 @@ async def chat(job: Job, events: Events, *, logprobs: bool) -> dict[str, Any]:
         for index, choice in enumerate(samples)
     ]
     return {**_head(job, "chatcmpl", "chat.completion"), "choices": choices, "usage": job.usage()}
+
+
+async def embeddings(job: Job, events: Events, *, encoding: str) -> dict[str, Any]:
+    """A whole list of embeddings, one a prompt: numbers, or base64 of little-endian float32."""
+    vectors: dict[int, Any] = {}
+    async with aclosing(events):
+        async for prompt, event in events:
+            if isinstance(event, Embedded):
+                packed = np.array(event.vector, dtype="<f4")
+                vectors[prompt] = (
+                    base64.b64encode(packed.tobytes()).decode() if encoding == "base64" else packed.tolist()
+                )
+    data = [{"object": "embedding", "index": at, "embedding": vectors[at]} for at in range(len(job.prompts))]
+    n_tokens = job.usage()["prompt_tokens"]
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "data": data, "model": job.model, "usage": usage}
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------

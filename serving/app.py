@@ -11,6 +11,7 @@ import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -22,15 +23,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 import mpt
-from mpt.errors import MPTError
+from mpt.errors import CheckpointNotFound, MPTError
 from mpt.lora import Adapter
 from serving import answers
-from serving.adapters import split_name
+from serving.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from serving.auth import Door, keys_of
 from serving.docs import add_docs, takes
 from serving.endpoints import Endpoint
 from serving.errors import (
     ApiError,
+    Forbidden,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -40,15 +42,19 @@ from serving.errors import (
 from serving.gate import Gate, respond
 from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
 from serving.metrics import HttpMetrics, Metrics
-from serving.options import ServeOptions
+from serving.options import MODEL_NAME, ServeOptions
 from serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    LoadAdapterRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
     parse,
     prompts_of,
 )
+from serving.request import Sampling
 from serving.sse import EventStream, until_disconnected
 
 log = logging.getLogger(__name__)
@@ -114,10 +120,12 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     app.state.serving, app.state.metrics = serving, metrics
     _add_generation(app, serving, metrics)
     _add_models_and_tokens(app, serving)
+    _add_adapter_loading(app, serving)
     _add_operations(app, serving, metrics)
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+        generation, tokens = (CompletionRequest, ChatRequest, EmbeddingRequest), (TokenizeRequest, DetokenizeRequest)
+        add_docs(app, *generation, *tokens, LoadAdapterRequest, UnloadAdapterRequest)
     log_format = options.log_format if door is None else None
     app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
@@ -146,7 +154,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             pairs = zip(texts_or_ids, prompts, strict=True)
             texts = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
         check_scores(asked, prompts)
-        job = make_job(request, asked, endpoint, adapter, prompts, wanted)
+        job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
         job.echo, job.texts = bool(asked.echo), texts
         return await run(
             request,
@@ -165,7 +173,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
         room = endpoint.context_length - len(prompt)
         wanted = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
         check_room(endpoint, len(prompt), wanted, "messages")
-        job = make_job(request, asked, endpoint, adapter, [prompt], wanted)
+        job = await make_job(request, asked, endpoint, adapter, [prompt], wanted)
         logprobs = bool(asked.logprobs)
         return await run(
             request,
@@ -175,12 +183,28 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             lambda events: answers.chat(job, events, logprobs=logprobs),
         )
 
+    @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """The mean of the last hidden states of each text, scaled to length 1."""
+        asked = parse(EmbeddingRequest, await read_body(request, limit))
+        endpoint, adapter = await serving.chosen(asked.model)
+        if not endpoint.embeds:
+            message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
+            raise InvalidRequest(message, code="unsupported_value", param="model")
+        texts_or_ids = prompts_of(asked.input, endpoint.vocab_size, "input")
+        prompts = [await prompt_tokens(endpoint, each, "input") for each in texts_or_ids]
+        check_room(endpoint, max(map(len, prompts)), 0, "input")
+        sampling = Sampling(max_tokens=0, embed=True)
+        job = answers.Job(request.state.request_id, asked.model, endpoint, adapter, prompts, sampling, n=1)
+        encoding = asked.encoding_format or "float"
+        return await run(request, job, asked, None, lambda events: answers.embeddings(job, events, encoding=encoding))
+
     async def run(request: Request, job: answers.Job, asked: Any, chunks: Any, whole: Any) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
         request.state.admission.reserve(job.n_tokens_at_most)
         request.state.work = job  # for the access log and the client's account, when the last byte has been sent
         events = answers.start(job, metrics, deadline_s=serving.options.request_timeout_s, salt=request.state.salt)
-        if asked.stream:
+        if getattr(asked, "stream", False):
             return EventStream(chunks(events), request_id=job.id, keep_alive_s=serving.options.keep_alive_s)
         return as_json(await _unless_disconnected(request, whole(events)))
 
@@ -225,6 +249,66 @@ def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
         endpoint, _ = await serving.chosen(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
+
+
+def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
+    limit, folder = serving.options.max_body_bytes, serving.options.adapter_loading
+
+    def named(lora_name: str) -> tuple[Adapters, str, str]:
+        """The adapters of the model that is meant, and the whole and the own name of this one."""
+        base, name = split_name(lora_name)
+        if name is None:
+            taking = [each.name for each in serving.endpoints.values() if each.adapters is not None]
+            if len(taking) != 1:
+                shown = ", ".join(f"`{each}:{base[:64]}`" for each in taking)
+                message = f"`lora_name` must say of which model it is: {shown or 'none here takes adapters'}"
+                raise InvalidRequest(message, param="lora_name")
+            base, name = taking[0], base
+        if not MODEL_NAME.fullmatch(name):
+            message = f"`{name[:64]}` is no name for an adapter: letters, digits, `.`, `_`, `-`, at most 64"
+            raise InvalidRequest(message, param="lora_name")
+        adapters = serving.endpoint(base).adapters
+        if adapters is None:
+            raise InvalidRequest(f"`{base}` takes no adapters: it runs in another engine", param="lora_name")
+        return adapters, f"{base}:{name}", name
+
+    def allowed() -> Path:
+        if folder is None:
+            raise Forbidden("this server loads no adapters; start it with --allow-adapter-loading FOLDER")
+        return folder
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=takes(LoadAdapterRequest))
+    async def load_lora_adapter(request: Request) -> Response:
+        """Serve one more LoRA adapter, where the server was started to allow it."""
+        within = allowed()
+        asked = parse(LoadAdapterRequest, await read_body(request, limit))
+        adapters, whole, name = named(asked.lora_name)
+        path = Path()
+        try:
+            path = await asyncio.to_thread(find_inside, within, asked.lora_path)
+            is_new = await adapters.add(name, path)
+        except CheckpointNotFound as error:
+            message = without_path(error, path, asked.lora_path)
+            raise NotFound(message, code="adapter_not_found", param="lora_path") from None
+        except AdapterExists as error:
+            raise InvalidRequest(str(error), code="adapter_exists", param="lora_name") from None
+        except MPTError as error:
+            raise InvalidRequest(without_path(error, path, asked.lora_path), param="lora_path") from None
+        log.info("adapter %s %s", whole, "loaded" if is_new else "was loaded already")
+        return as_json({"id": whole, "object": "model", "loaded": True})
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=takes(UnloadAdapterRequest))
+    async def unload_lora_adapter(request: Request) -> Response:
+        """Serve a loaded adapter no longer; its running requests finish with it."""
+        allowed()
+        asked = parse(UnloadAdapterRequest, await read_body(request, limit))
+        adapters, whole, name = named(asked.lora_name)
+        if not await adapters.remove(name):
+            known = name in adapters.names()
+            why = "was given when the server started, and stays" if known else "is not loaded here"
+            raise NotFound(f"`{whole}` {why}", code="adapter_not_found", param="lora_name")
+        log.info("adapter %s unloaded", whole)
+        return as_json({"id": whole, "object": "model", "loaded": False})
 
 
 def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:

@@ -55,6 +55,7 @@ class Work:
     tokens: Sequence[int]
     n_logits: int  # logits wanted of the last so many positions: 0, 1, or all when scoring a prompt
     adapter: Adapter | None = None
+    hidden: list[Tensor] | None = None  # gets the sum of its tokens' last hidden states, (C,) float32; torch only
 
 
 class DeviceLost(Exception):
@@ -225,7 +226,11 @@ class TorchBackend:
         hidden = transformer.run(transformer.wte(ids), attend, positions)[0]  # (N, C)
         wanted = [hidden[end - item.n_logits : end] for item, (_, _, end, _) in zip(work, spans, strict=True)]
         # Rows in one piece: they may come transposed (mpt.model.Linear), and sampling reads each row many times.
-        return self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
+        logits = self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
+        for item, (_, start, end, _) in zip(work, spans, strict=True):
+            if item.hidden is not None:
+                item.hidden.append(hidden[start:end].sum(0, dtype=torch.float32))
+        return logits
 
     def close(self) -> None:
         pass
@@ -253,7 +258,7 @@ class TorchBackend:
 
 
 def _is_short(item: Work) -> bool:
-    return len(item.tokens) <= _FEW_TOKENS and item.adapter is None
+    return len(item.tokens) <= _FEW_TOKENS and item.adapter is None and item.hidden is None
 
 
 def _at_most(work: Sequence[Work], n_tokens: int) -> list[Work]:

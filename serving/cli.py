@@ -90,6 +90,14 @@ def serve(
             help="LoRA adapters, asked for as MODEL:NAME: one folder by its name, or a folder of folders; repeatable.",
         ),
     ] = None,
+    allow_adapter_loading: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Let clients load and unload LoRA adapters that lie inside FOLDER, at /v1/load_lora_adapter.",
+            show_default="off",
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
     ] = None,
@@ -129,6 +137,8 @@ def serve(
         raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
     if demo and (keys or api_key_file):
         raise UserError("--demo is for a server without keys: a browser sends none; run `mpt demo --url` beside it")
+    if allow_adapter_loading is not None and not allow_adapter_loading.is_dir():
+        raise UserError(f"`--allow-adapter-loading {allow_adapter_loading}` is no folder")
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
     drafts = dict(_by_model("--draft", draft, sources))
@@ -162,6 +172,7 @@ def serve(
         prompt_styles=styles,
         adapters=adapters,
         adapter_folders=folders,
+        adapter_loading=allow_adapter_loading,
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
         demo=demo,

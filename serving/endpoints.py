@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from serving.adapters import Adapters
 from serving.backend import Backend, TorchBackend
 from serving.cards import card, with_adapters
 from serving.engine import Engine
+from serving.grammar import Grammars
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
 from serving.speculation import DraftModel, PromptLookup, Speculation
@@ -46,12 +48,18 @@ class Endpoint:
     vocab_size: int
     context_length: int
     adapters: Adapters | None = None  # None where the engine takes none
+    embeds: bool = False  # whether the engine gives embeddings
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def max_prompt_bytes(self) -> int:
         """No prompt of more bytes can fit the context, however it is tokenized."""
         return self.context_length * self.tokenizer.longest_token_bytes
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles the structure that answers are asked for."""
+        return Grammars(self.tokenizer)
 
     def cards(self) -> list[dict[str, Any]]:
         """The entries in /v1/models: the model's, then its adapters'."""
@@ -74,7 +82,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
     entry = describe(root)
     device = choose_device(options.device)
     backend: Backend
-    adapters = None
+    adapters, embeds = None, False
     if (folder / "model.onnx").is_file():
         _refuse_adapters(name, options, "an ONNX folder")
         _refuse_quantize(options, f"`{name}` is an ONNX folder: choose its precision with `mpt convert --dtype int8`")
@@ -95,6 +103,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
             quantize_model(model)
             dtype = f"{options.quantize} weights, {dtype}"
         backend = TorchBackend(model)
+        embeds = True
         adapters = Adapters(options.adapters.get(name, {}), options.adapter_folders.get(name), model)
     tokenizer = Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
@@ -122,6 +131,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
         vocab_size=backend.vocab_size,
         context_length=engine.longest_request,
         adapters=adapters,
+        embeds=embeds,
     )
     log.info(
         "%s: %s on %s, context %d tokens, KV cache %.2f GB, prompts %s, licence %s%s",

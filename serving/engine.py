@@ -1,8 +1,8 @@
 """Runs many requests at once on one model: continuous batching over a KV cache with a fixed budget.
 
 One thread owns the model. Each turn of its loop takes in what arrived, gives up what was cancelled, admits from a queue
-in order of arrival, runs one step (a token for every decoding sequence, one bounded chunk of prefill beside them) and
-hands each asker its events. It knows nothing of HTTP, and a request's answer does not depend on who shares the step.
+(`turns.py` says whom), runs one step (a token for every decoding sequence, one bounded chunk of prefill beside them)
+and hands each asker its events. It knows nothing of HTTP; an answer does not depend on who shares the step.
 
 Memory: a row takes what its tokens need, rounded up to a block. When the budget is used up, kept prefixes go first,
 then the youngest sequence goes back to the queue and is recomputed later; so a request that fits alone always ends.
@@ -28,6 +28,7 @@ from serving.backend import Backend, DeviceLost, Work
 from serving.drawing import columns, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.request import (
+    Embedded,
     EngineError,
     EngineFailed,
     Event,
@@ -40,9 +41,11 @@ from serving.request import (
     ShuttingDown,
     Started,
     TokenLogprob,
+    Unsupported,
 )
 from serving.sequence import Answer, Request, Sequence
 from serving.speculation import Speculation
+from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,7 @@ class Engine:
         self._wake = threading.Condition()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission
+        self._turns = Turns()
         self._prefixes = Prefixes()
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
@@ -133,14 +137,16 @@ class Engine:
     ) -> Answer:
         """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
-        salt: prompts share cached beginnings only within one. Raises Overloaded, PromptTooLong, ShuttingDown.
+        salt: whose request it is; cached beginnings are shared within one, and they leave the queue in turns. Raises
+        Overloaded, PromptTooLong, ShuttingDown.
         """
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        client = salt
         if adapter is not None:
             salt = f"{salt}:{adapter.serial}"  # cached keys and values are of one adapter
-        request = Request(request_id, list(prompt), sampling, salt, adapter, deadline, loop, inbox.put_nowait)
+        request = Request(request_id, list(prompt), sampling, salt, adapter, deadline, loop, inbox.put_nowait, client)
         self._submit(request)
         return Answer(request, inbox, self._cancel)
 
@@ -276,8 +282,10 @@ class Engine:
             self._waiting = deque(s for s in self._waiting if not s.request.cancelled)
 
     def _admit(self) -> None:
-        """Start waiting sequences in order of arrival while rows and memory last."""
-        for sequence in list(self._waiting):
+        """Start waiting sequences, each in its turn, while rows and memory last."""
+        if not self._waiting or len(self._running) >= self._max_running:
+            return
+        for sequence in self._turns.order(self._waiting):
             leader = sequence.request.sequences[0]
             if sequence is not leader and not leader.started:
                 continue  # samples of one prompt: the first reads it, the others copy its cache
@@ -295,12 +303,14 @@ class Engine:
                 return
             self._waiting.remove(sequence)
             self._running.append(sequence)
+            self._turns.take(sequence)
 
     def _give_row(self, sequence: Sequence) -> bool:
         """Find memory for a sequence's tokens, with as much of them already computed as possible."""
         n_needed = len(sequence.tokens)
         capacity = self._backend.capacity_for(n_needed)
-        scoring = self._is_scoring(sequence)  # needs the logits of every position, so it reads all
+        scoring = self._is_scoring(sequence) or sequence.sampling.embed  # needs every position, so it reads all
+        sequence.hidden.clear()
         tokens = np.asarray(sequence.tokens, dtype=np.int64)
         kept, n_shared = (None, 0) if scoring else self._prefixes.find(tokens, sequence.request.salt)
         n_shared = min(n_shared, len(tokens) - 1)  # the last token must be read for its logits
@@ -419,7 +429,8 @@ class Engine:
         done = sequence.row.length + n == len(sequence.tokens)
         tokens = [*sequence.unread[:n], *(guess or ())]
         n_logits = n if scoring else done + len(guess or ())
-        return Work(sequence.row, tokens, n_logits, sequence.request.adapter)
+        hidden = sequence.hidden if sequence.sampling.embed else None
+        return Work(sequence.row, tokens, n_logits, sequence.request.adapter, hidden)
 
     def _is_scoring(self, sequence: Sequence) -> bool:
         return sequence.sampling.prompt_logprobs is not None and sequence.index == 0 and not sequence.started
@@ -500,6 +511,12 @@ class Engine:
     def _finish_if_only_scoring(self, sequence: Sequence) -> bool:
         if sequence.sampling.max_tokens > 0:
             return False
+        if sequence.sampling.embed:
+            vector = torch.stack(sequence.hidden).sum(0)  # its direction is the mean's
+            if not bool((vector := vector / vector.norm()).isfinite().all()):
+                self._fail(sequence.request, EngineFailed("the model gave no finite states for this request"))
+                sequence.row = None
+            self._tell(sequence.request, Embedded(tuple(vector.tolist())))
         self._tell(sequence.request, sequence.end_without_tokens())
         self._release(sequence)
         return True
@@ -540,6 +557,10 @@ class Engine:
         for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             try:
                 delta = sequence.accept(token, logprobs.get(row))
+            except Unsupported as error:
+                self._fail(sequence.request, error)
+                self._release(sequence)
+                continue
             except Exception:
                 log.exception("request %s failed on token %d", sequence.request.id, token)
                 self._fail(sequence.request, EngineFailed("this request's text could not be made"))

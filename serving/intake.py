@@ -10,8 +10,9 @@ from mpt.lora import Adapter
 from mpt.prompts import Message, encode_chat
 from serving import answers
 from serving.endpoints import Endpoint
-from serving.errors import InvalidRequest, TooLarge, UnsupportedMediaType
-from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of
+from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
+from serving.grammar import BadGrammar
+from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of, structure_of
 
 _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
@@ -34,11 +35,11 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(raw)
 
 
-async def prompt_tokens(endpoint: Endpoint, prompt: str | list[int]) -> list[int]:
+async def prompt_tokens(endpoint: Endpoint, prompt: str | list[int], param: str = "prompt") -> list[int]:
     """A prompt's token ids, control tokens never made from text; an empty text begins a new one."""
     if not isinstance(prompt, str):
         return prompt
-    check_size(endpoint, [prompt], "prompt")
+    check_size(endpoint, [prompt], param)
     if len(prompt) > _LONG_TEXT:
         ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt)
     else:
@@ -95,7 +96,7 @@ def check_scores(asked: CompletionRequest, prompts: list[list[int]]) -> None:
         )
 
 
-def make_job(
+async def make_job(
     request: Request,
     asked: CompletionRequest | ChatRequest,
     endpoint: Endpoint,
@@ -106,6 +107,14 @@ def make_job(
     if asked.stream_options is not None and not asked.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     options = asked.stream_options
+    structure, grammar = structure_of(asked, wanted), None
+    if structure is not None:
+        try:
+            grammar = await endpoint.grammars.get(structure.kind, structure.value, request.state.salt)
+        except BadGrammar as error:
+            raise InvalidRequest(f"`{structure.param}`: {error}", param=structure.param) from None
+        except TimeoutError as error:
+            raise Unavailable(str(error)) from None
     return answers.Job(
         id=request.state.request_id,
         model=asked.model,
@@ -113,7 +122,8 @@ def make_job(
         adapter=adapter,
         prompts=prompts,
         sampling=replace(
-            sampling_of(asked, wanted, endpoint.vocab_size), progress=options is not None and options.include_progress
+            sampling_of(asked, wanted, endpoint.vocab_size, grammar),
+            progress=options is not None and options.include_progress,
         ),
         n=asked.n or 1,
         include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),

@@ -37,6 +37,7 @@ class ServeOptions:
     prompt_styles: Mapping[str, Style] = field(default_factory=dict)
     adapters: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)  # of a served name, by their own
     adapter_folders: Mapping[str, Path] = field(default_factory=dict)
+    adapter_loading: Path | None = None  # clients may load adapters inside this folder
     cors_origins: tuple[str, ...] = ()
     docs: bool = True
     demo: bool = False  # the Spaces of demos/ under /demo

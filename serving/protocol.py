@@ -5,12 +5,14 @@ Sources: OpenAI's API reference; vLLM's names for the extensions clients send in
 """
 
 import difflib
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import InvalidRequest
+from serving.grammar import ANY_OBJECT, Grammar, Kind
 from serving.request import Sampling
 
 MAX_SAMPLES = 8  # n and best_of: each is a sequence in the batch
@@ -22,20 +24,23 @@ MAX_TOP_LOGPROBS = 20
 # Accepted whatever they say: they change nothing a caller could observe.
 _NO_OPS = {
     "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "add_special_tokens", "priority",
+    "parallel_tool_calls", "add_special_tokens",
 }  # fmt: skip
 # Accepted only at values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""), "store": (None, False), "tools": (None, []), "tool_choice": (None, "none", "auto"),
-    "functions": (None, []), "function_call": (None, "none", "auto"), "response_format": (None, {"type": "text"}),
+    "functions": (None, []), "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,), "reasoning_effort": (None,),
     "verbosity": (None,), "web_search_options": (None,), "use_beam_search": (False,), "length_penalty": (1.0,),
     "early_stopping": (False,), "prompt_logprobs": (None,), "truncate_prompt_tokens": (None,),
     "spaces_between_special_tokens": (True,), "return_token_ids": (None, False), "allowed_token_ids": (None,),
-    "bad_words": (None, []), "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,),
-    "typical_p": (None, 1.0), "echo_prompt": (False,), "add_generation_prompt": (True,),
+    "bad_words": (None, []),
+    "typical_p": (None, 1.0), "dimensions": (None,), "echo_prompt": (False,), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "chat_template": (None,), "chat_template_kwargs": (None, {}),
 }  # fmt: skip
+# vLLM's names before 0.12, and what they are called in `structured_outputs` since.
+_RENAMED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+MAX_PRIORITY = 100  # and as many below 0
 
 
 class _Strict(BaseModel):
@@ -47,6 +52,32 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool = False
     include_progress: bool = False  # ours: how far the prompt has been read
     include_obfuscation: bool = False  # padding against traffic analysis; none is added here
+
+
+class JsonSchema(_Strict):
+    """OpenAI's: a schema under a name. It is always kept to; `strict` asks for nothing more."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's: the answer is JSON, of a schema if there is one."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's: the answer is what one of these describes. Expressions are Rust's, grammars Lark's."""
+
+    json_schema: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class _Generation(_Strict):
@@ -69,6 +100,9 @@ class _Generation(_Strict):
     min_tokens: Annotated[int, Field(ge=0)] | None = 0
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = 0  # lower leaves the queue first
 
 
 class CompletionRequest(_Generation):
@@ -104,6 +138,14 @@ class ChatRequest(_Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
+class EmbeddingRequest(_Strict):
+    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
+
+    model: str
+    input: Any  # as a completion's prompt: see `prompts_of`
+    encoding_format: Literal["float", "base64"] | None = "float"
+
+
 class TokenizeRequest(_Strict):
     model: str
     prompt: str | None = None
@@ -113,6 +155,17 @@ class TokenizeRequest(_Strict):
 class DetokenizeRequest(_Strict):
     model: str
     tokens: list[int]
+
+
+class LoadAdapterRequest(_Strict):
+    """vLLM's. The name is `base:name`, or a name where one model is served; the path is from the server's folder."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(_Strict):
+    lora_name: str
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -139,6 +192,11 @@ def _asks_nothing(kind: type[BaseModel], name: str, value: object) -> bool:
         return False
     if name in _NO_OPS:
         return True
+    if name in _RENAMED:
+        if value is None:
+            return True
+        now = f'`structured_outputs: {{"{_RENAMED[name]}": ...}}`'
+        raise InvalidRequest(f"`{name}` is called {now} now; send that", code="unsupported_parameter", param=name)
     if name in _NEUTRAL:
         if any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]):
             return True
@@ -184,29 +242,29 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def prompts_of(value: Any, vocab_size: int) -> list[str | list[int]]:
-    """The prompts of a completion request: a string, strings, token ids, or lists of those."""
+def prompts_of(value: Any, vocab_size: int, param: str = "prompt") -> list[str | list[int]]:
+    """The prompts in a field of a request: a string, strings, token ids, or lists of those."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise InvalidRequest(
-            "`prompt` must be a string, a list of strings, a list of token ids or a list of those, and not empty",
+            f"`{param}` must be a string, a list of strings, a list of token ids or a list of those, and not empty",
             code="invalid_type" if not isinstance(value, list) else "invalid_value",
-            param="prompt",
+            param=param,
         )
     if all(_is_id(item) for item in value):
-        return [_check_ids(value, vocab_size)]
+        return [_check_ids(value, vocab_size, param)]
     if len(value) > MAX_PROMPTS:
-        raise InvalidRequest(f"`prompt` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param="prompt")
+        raise InvalidRequest(f"`{param}` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param=param)
     prompts: list[str | list[int]] = []
     for n, item in enumerate(value):
         if isinstance(item, str):
             prompts.append(item)
         elif isinstance(item, list) and item and all(_is_id(token) for token in item):
-            prompts.append(_check_ids(item, vocab_size))
+            prompts.append(_check_ids(item, vocab_size, param))
         else:
-            message = f"`prompt[{n}]` must be a string or a list of token ids; got {_short(item)}"
-            raise InvalidRequest(message, code="invalid_type", param=f"prompt[{n}]")
+            message = f"`{param}[{n}]` must be a string or a list of token ids; got {_short(item)}"
+            raise InvalidRequest(message, code="invalid_type", param=f"{param}[{n}]")
     return prompts
 
 
@@ -214,16 +272,18 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_ids(ids: list[int], vocab_size: int) -> list[int]:
+def _check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
     bad = next((token for token in ids if not 0 <= token < vocab_size), None)
     if bad is not None:
         raise InvalidRequest(
-            f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}", code="invalid_prompt", param="prompt"
+            f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}", code="invalid_prompt", param=param
         )
     return ids
 
 
-def sampling_of(body: CompletionRequest | ChatRequest, max_tokens: int, vocab_size: int) -> Sampling:
+def sampling_of(
+    body: CompletionRequest | ChatRequest, max_tokens: int, vocab_size: int, grammar: Grammar | None = None
+) -> Sampling:
     """What the engine is asked for; fields that are null take their defaults."""
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > MAX_STOPS or not all(stops):
@@ -274,7 +334,67 @@ def sampling_of(body: CompletionRequest | ChatRequest, max_tokens: int, vocab_si
         skip_special_tokens=body.skip_special_tokens is not False,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
+        priority=body.priority or 0,
     )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer must look like, and the field that asked for it."""
+
+    kind: Kind
+    value: Any
+    param: str
+
+
+def structure_of(body: CompletionRequest | ChatRequest, max_tokens: int) -> Structure | None:
+    """The structure a request asks of its answer. Raises InvalidRequest for what contradicts it."""
+    found: list[Structure] = []
+    form, outputs = body.response_format, body.structured_outputs
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            where = "response_format.json_schema"
+            raise InvalidRequest(f"`{where}` is missing", code="missing_required_parameter", param=where)
+        found.append(Structure("json", form.json_schema.json_schema, "response_format.json_schema.schema"))
+    elif form is not None and form.json_schema is not None:
+        raise InvalidRequest(
+            f'`response_format.json_schema` needs the type "json_schema", not "{form.type}"',
+            param="response_format.json_schema",
+        )
+    elif form is not None and form.type == "json_object":
+        found.append(Structure("json", ANY_OBJECT, "response_format"))
+    if outputs is not None:
+        asked: list[tuple[str, Kind, Any]] = [
+            ("json", "json", outputs.json_schema),
+            ("regex", "regex", outputs.regex),
+            ("choice", "choice", outputs.choice),
+            ("grammar", "grammar", outputs.grammar),
+            ("json_object", "json", ANY_OBJECT if outputs.json_object else None),
+        ]
+        given = [
+            Structure(kind, value, f"structured_outputs.{name}") for name, kind, value in asked if value is not None
+        ]
+        if len(given) != 1:
+            raise InvalidRequest(
+                "`structured_outputs` takes one of `json`, `regex`, `choice`, `grammar` and `json_object`; "
+                f"got {len(given)} of them",
+                param="structured_outputs",
+            )
+        found += given
+    if not found:
+        return None
+    if len(found) > 1:
+        message = "`response_format` and `structured_outputs` both say what the answer is; send one of them"
+        raise InvalidRequest(message, param="structured_outputs")
+    for name, contradicts in (
+        ("min_tokens", bool(body.min_tokens)),  # the answer may be complete before
+        ("ignore_eos", bool(body.ignore_eos)),  # nothing may follow a complete answer
+        ("max_tokens", not max_tokens),
+    ):
+        if contradicts:
+            raise InvalidRequest(f"`{name}` contradicts `{found[0].param}`; leave it out", param=name)
+    return found[0]
 
 
 def _bias(raw: dict[str, float], vocab_size: int) -> dict[int, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mpt.errors import MPTError
+from serving.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -35,6 +36,9 @@ class Sampling:
     skip_special_tokens: bool = True
     logprobs: int | None = None  # top alternatives per generated token; 0 gives the token's own only
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
+    grammar: Grammar | None = None  # what the answer must be; it ends where that is complete
+    priority: int = 0  # lower leaves the queue first
+    embed: bool = False  # give the mean of the prompt's last hidden states; with max_tokens 0
     progress: bool = False  # tell how far the prompt has been read
 
 
@@ -85,7 +89,14 @@ class Progress:
     total_tokens: int
 
 
-Event = Started | Progress | PromptScored | Delta
+@dataclass(frozen=True)
+class Embedded:
+    """The mean of the prompt's last hidden states, d_model numbers, scaled to length 1."""
+
+    vector: tuple[float, ...]
+
+
+Event = Started | Progress | PromptScored | Embedded | Delta
 
 
 class EngineError(MPTError):

@@ -37,7 +37,15 @@ from serving.gate import Gate, respond
 from serving.intake import read_body
 from serving.metrics import HttpMetrics
 from serving.options import is_loopback
-from serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse, prompts_of
+from serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+    parse,
+    prompts_of,
+)
 from serving.sse import KEEP_ALIVE, UNBUFFERED, event, until_disconnected
 
 log = logging.getLogger(__name__)
@@ -150,6 +158,11 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         """Answer a conversation, in the model's own prompt style."""
         return await relay(request, ChatRequest, _chat_tokens)
 
+    @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """The mean of the last hidden states of each text, scaled to length 1."""
+        return await relay(request, EmbeddingRequest, _embedding_tokens)
+
     @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of messages in the model's prompt style."""
@@ -159,6 +172,12 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     async def detokenize(request: Request) -> Response:
         """The text of token ids, control tokens included."""
         return await relay(request, DetokenizeRequest, lambda _: 0)
+
+    @app.post("/v1/load_lora_adapter")
+    @app.post("/v1/unload_lora_adapter")
+    async def adapter_loading() -> Response:
+        """Not in a cluster: its adapters come from folders."""
+        raise NotFound("a cluster loads no adapters by request; put them into the folder `adapters` of their model")
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -200,7 +219,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     if options.replica_host == "loopback":
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+        add_docs(app, CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
     )
@@ -446,6 +465,11 @@ def _completion_tokens(asked: CompletionRequest) -> int:
 def _chat_tokens(asked: ChatRequest) -> int:
     wanted = asked.max_completion_tokens or asked.max_tokens or _UNKNOWN_LENGTH
     return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
+
+
+def _embedding_tokens(asked: EmbeddingRequest) -> int:
+    prompts = prompts_of(asked.input, _ANY_TOKEN, "input")
+    return sum(_text_tokens(p) if isinstance(p, str) else len(p) for p in prompts)
 
 
 def _text_tokens(text: str) -> int:

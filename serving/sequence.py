@@ -14,7 +14,8 @@ from mpt.lora import Adapter
 from mpt.sampling import TokenCounts, penalize
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 from serving.backend import Row
-from serving.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob
+from serving.grammar import BadGrammar
+from serving.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
 
 
 class StopText:
@@ -62,6 +63,7 @@ class Request:
     deadline: float | None  # time.monotonic
     loop: asyncio.AbstractEventLoop  # where `deliver` must be called
     deliver: Callable[[Event | EngineError], None]
+    client: str = ""  # who takes turns with others in the queue
     sequences: list["Sequence"] = field(default_factory=list)
     cancelled: bool = False  # set by the asker, read by the engine's thread
     arrived: float = field(default_factory=time.monotonic)
@@ -77,6 +79,8 @@ class Sequence:
         self.n_prompt = len(request.prompt)
         self.row: Row | None = None
         self.finished = False
+        self.hidden: list[Tensor] = []  # sums over parts of the prompt, (C,) each, where an embedding is asked for
+        self.admitted = False  # has left the queue once, though it may have been sent back
         self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
         self.started = False
         self.random = random.Random(None if sampling.seed is None else sampling.seed + index)
@@ -88,6 +92,8 @@ class Sequence:
         self._counts = TokenCounts.of(self.tokens, [], vocab_size) if penalized else None
         bias = {token: value for token, value in sampling.logit_bias.items() if token < vocab_size}
         self._bias = (torch.tensor(list(bias)), torch.tensor(list(bias.values()))) if bias else None
+        self._grammar = sampling.grammar.begin() if sampling.grammar is not None else None
+        self._grammar_failed: BadGrammar | None = None
 
     @property
     def n_generated(self) -> int:
@@ -111,10 +117,11 @@ class Sequence:
     @property
     def adjusts_logits(self) -> bool:
         too_early = self.n_generated < self.sampling.min_tokens
-        return self._counts is not None or self._bias is not None or too_early
+        steered = self._counts is not None or self._bias is not None or self._grammar is not None
+        return steered or too_early
 
     def adjust(self, logits: Tensor) -> None:
-        """Apply this sample's bias, penalties and bans to its row of logits, (V,), in place."""
+        """Apply this sample's bias, penalties, bans and grammar to its row of logits, (V,), in place."""
         if self._bias is not None:
             logits[self._bias[0].to(logits.device)] += self._bias[1].to(logits.device)
         if self._counts is not None:
@@ -128,6 +135,11 @@ class Sequence:
             )
         if self.n_generated < self.sampling.min_tokens:
             logits[self._banned_early] = -torch.inf
+        if self._grammar is not None:  # last: no bias lets through what it forbids
+            try:
+                self._grammar.mask(logits)
+            except BadGrammar as error:  # told by `accept`, which ends this request and nobody else's
+                self._grammar_failed = error
 
     def end_without_tokens(self) -> Delta:
         """The end of a sample that was to score its prompt only."""
@@ -135,7 +147,17 @@ class Sequence:
         return Delta(self.index, "", (), None, "length")
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Delta:
-        """Take the token drawn; what it adds to the answer, and whether it ends it."""
+        """Take the token drawn; what it adds to the answer, and whether it ends it.
+
+        Raises Unsupported where the grammar has led nowhere.
+        """
+        if self._grammar is not None:
+            try:
+                if self._grammar_failed is not None:
+                    raise self._grammar_failed
+                self._grammar.take(token)
+            except BadGrammar as error:
+                raise Unsupported(str(error)) from error
         self.tokens.append(token)
         if self._counts is not None:
             self._counts.add(token)

@@ -43,7 +43,7 @@ _TYPES = {"uint32": "UINT32", "uint64": "UINT64", "float32": "FP32"}
 _OFF: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,), "min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
     "logprobs": (None,), "prompt_logprobs": (None,), "ignore_eos": (False,),
-    "progress": (False,),
+    "progress": (False,), "grammar": (None,), "priority": (0,), "embed": (False,),
 }  # fmt: skip
 
 
@@ -124,7 +124,8 @@ class TritonEngine:
             raise Unsupported(f"adapter `{adapter.name}` cannot be used: the Triton server holds the model")
         for field, off in _OFF.items():
             if getattr(sampling, field) not in off:
-                raise Unsupported(f"`{field}` cannot be passed to a Triton model; leave it out")
+                name = "response_format` or `structured_outputs" if field == "grammar" else field
+                raise Unsupported(f"`{name}` cannot be passed to a Triton model; leave it out")
         if len(prompt) + sampling.max_tokens > self.context_length:
             raise PromptTooLong(
                 f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) is over the limit of "

@@ -1,6 +1,7 @@
 """What both servers must do, asked over HTTP alone: `mpt serve`, and `mpt cluster` on a local Ray."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             *("--prompt-style", "base=none"),
             *("--adapter", f"base={adapters}", "--max-running", "8", "--max-waiting", "24", "--kv-gb", "0.064"),
             *("--api-key-file", str(keys), "--port", "0", "--docs"),
+            *("--allow-adapter-loading", str(adapters)),
         ]
     else:
         each = {
@@ -395,6 +397,43 @@ def test_an_adapter_is_asked_for_by_its_name(client, url, model, tokenizer, adap
     assert (card["parent"], card["max_model_len"]) == ("base", 2048)
 
 
+def test_adapters_are_loaded_by_request_where_that_is_allowed_and_never_in_a_cluster(server, url):
+    """`loud` is in the folder that `mpt serve` was told of, too."""
+    for what in ("load", "unload"):
+        answer = post(url, {"lora_name": "chat:late", "lora_path": "loud"}, f"/v1/{what}_lora_adapter", key="nobody")
+        assert answer.status_code == 401
+    loaded = post(url, {"lora_name": "chat:late", "lora_path": "loud"}, "/v1/load_lora_adapter")
+    asked = post(url, {"model": "chat:late", "prompt": "a", "max_tokens": 1})
+    unloaded = post(url, {"lora_name": "chat:late"}, "/v1/unload_lora_adapter")
+    if server.kind == "serve":
+        assert (loaded.status_code, asked.status_code, unloaded.status_code) == (200, 200, 200)
+    else:
+        assert (loaded.status_code, asked.status_code, unloaded.status_code) == (404, 404, 404)
+        assert "folder" in loaded.json()["error"]["message"]
+    assert post(url, {"model": "chat:late", "prompt": "a", "max_tokens": 1}).status_code == 404
+
+
+def test_embeddings_are_the_mean_of_the_last_states(client, model, tokenizer):
+    ids = tokenizer.encode("The old man and the")
+    with torch.no_grad():
+        mean = model.transformer(torch.tensor([ids])).last_hidden_state[0].double().mean(0)
+    answer = client.embeddings.create(model="base", input=["The old man and the", "sea"])
+    assert answer.data[0].embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
+    assert [entry.index for entry in answer.data] == [0, 1] and answer.usage.prompt_tokens == len(ids) + 3
+
+
+def test_an_answer_follows_its_schema(client, url):
+    schema = {"type": "object", "properties": {"dry": {"type": "boolean"}}, "required": ["dry"]}
+    form = {"type": "json_schema", "json_schema": {"name": "w", "schema": {**schema, "additionalProperties": False}}}
+    said = [{"role": "user", "content": "Is it dry?"}]
+    answer = client.chat.completions.create(model="chat", messages=said, response_format=form, seed=1)
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(answer.choices[0].message.content) in ({"dry": True}, {"dry": False})
+    hostile = {"type": "integer", "multipleOf": 9_999_991}  # minutes to compile
+    refused = post(url, {"model": "base", "prompt": "a", "structured_outputs": {"json": hostile}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "structured_outputs.json")
+
+
 def test_a_clients_limits_are_told_and_kept(url):
     ask = {"model": "base", "prompt": "1234567890", "max_tokens": 10, **ignoring_eos()}
     first = post(url, ask, key=SLOW_KEY)
@@ -425,7 +464,8 @@ def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url)
     named, hashed = found
     for part in ("client=tester", "model=base", "prompt_tokens=12", "completion_tokens=3", "finish_reason=length"):
         assert part in named
-    assert "ttft_s=0." in named and "itl_s=0." in named and "status=200" in named
+    assert "ttft_s=0." in named and "status=200" in named
+    assert re.search(r"itl_s=(0\.|\de-05 )", named)  # 1e-05 where all its tokens were read at once
     assert "client=" in hashed and "client=tester" not in hashed
     everything = "".join(server.lines)
     assert "confidential" not in everything and not any(key in everything for key in (KEY, OTHER_KEY, SLOW_KEY))

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,8 +16,11 @@ from mpt.errors import CheckpointNotFound, DamagedFile, MPTError, UnsupportedCon
 from mpt.generation import generate
 from mpt.lora import load_adapter, open_lora
 from serving.adapters import Adapters
+from serving.app import Serving, make_app
 from serving.backend import TorchBackend
+from serving.endpoints import Endpoint
 from serving.engine import Engine
+from serving.options import ServeOptions
 from serving.request import Delta, Sampling, Started
 
 
@@ -126,9 +132,131 @@ def test_what_is_no_adapter_is_refused_by_name(model, folders, tmp_path):
             open_lora(folder(f"{changes}", **changes))
     with pytest.raises(DamagedFile, match="cannot be read"):
         load_adapter("x", folder("cut", weights=b"\x10\0\0\0\0\0\0\0{}"), model)
+    with pytest.raises(DamagedFile, match=r"rank\s8"):
+        load_adapter("x", folder("rank", r=8), model)
     other = mpt.MPTForCausalLM(mpt.MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=260))
     with pytest.raises(DamagedFile, match="does not fit"):
         load_adapter("x", folders["a0"], other)
     shallow = mpt.MPTForCausalLM(mpt.MPTConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=260))
     with pytest.raises(MPTError, match="belongs to no matrix"):
         load_adapter("x", folders["a0"], shallow)
+
+
+@pytest.fixture
+def loading(model, tokenizer, folders, tmp_path) -> Iterator[Serving]:
+    """`base` with the adapter `given`, and a folder that clients may load from with what should and should not be."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for name in ("a1", "a2"):
+        shutil.copytree(folders[name], inside / name)
+    (inside / "empty").mkdir()
+    shutil.copytree(folders["a1"], tmp_path / "inside-not")
+    (inside / "out").symlink_to(folders["a0"])
+    (inside / "loop").symlink_to(inside / "loop")
+    shutil.copytree(folders["a1"], inside / "half")
+    (inside / "half" / "adapter_model.safetensors").unlink()
+    (inside / "half" / "adapter_model.safetensors").symlink_to(folders["a0"] / "adapter_model.safetensors")
+    shutil.copytree(folders["a1"], inside / "wrong")
+    config = json.loads((folders["a1"] / "adapter_config.json").read_text())
+    (inside / "wrong" / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
+    copy = mpt.MPTForCausalLM(model.config)  # a backend's hooks stay on its model
+    copy.load_state_dict(model.state_dict())
+    model = copy.eval()
+    engine = Engine(TorchBackend(model), tokenizer, context_length=2048, kv_bytes=1 << 26)
+    engine.start()
+    adapters = Adapters({"given": folders["a0"]}, None, model)
+    endpoint = Endpoint("base", "base", engine, tokenizer, "none", None, "Apache-2.0", 260, 2048, adapters)
+    other = Endpoint("other", "other", engine, tokenizer, "none", None, "Apache-2.0", 260, 2048)
+    options = ServeOptions(models={}, adapter_loading=inside)
+    yield Serving(options, endpoints={"base": endpoint, "other": other})
+    engine.close()
+
+
+async def ask(serving: Serving, path: str, body: dict[str, object] | None = None) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(serving)), base_url="http://test") as client:
+        return await (client.get(path) if body is None else client.post(path, json=body))
+
+
+async def load(serving: Serving, name: str, path: str) -> httpx.Response:
+    return await ask(serving, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+
+async def unload(serving: Serving, name: str) -> httpx.Response:
+    return await ask(serving, "/v1/unload_lora_adapter", {"lora_name": name})
+
+
+async def served(serving: Serving) -> list[str]:
+    return [card["id"] for card in (await ask(serving, "/v1/models")).json()["data"]]
+
+
+async def text(serving: Serving, name: str) -> httpx.Response:
+    body = {"model": name, "prompt": [5, 6, 7], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    return await ask(serving, "/v1/completions", {**body, "skip_special_tokens": False})
+
+
+async def test_an_adapter_loaded_at_run_time_answers_until_it_is_unloaded(loading, model, tokenizer, folders, tmp_path):
+    assert (await text(loading, "base:mine")).status_code == 404
+    assert (await load(loading, "base:mine", "a1")).json() == {"id": "base:mine", "object": "model", "loaded": True}
+    assert (await load(loading, "other2", str(tmp_path / "inside" / "a2"))).status_code == 200  # one model takes any
+    assert await served(loading) == ["base", "base:given", "base:mine", "base:other2", "other"]
+    for name, folder in (("mine", "a1"), ("other2", "a2")):
+        expected = tokenizer.decode(generate(merged(model, folders[folder]), [5, 6, 7], 12), False)
+        assert (await text(loading, f"base:{name}")).json()["choices"][0]["text"] == expected
+    assert (await load(loading, "mine", "a1")).status_code == 200  # the same again
+    taken = await load(loading, "mine", "a2")
+    assert (taken.status_code, taken.json()["error"]["code"]) == (400, "adapter_exists")
+    assert (await unload(loading, "mine")).json() == {"id": "base:mine", "object": "model", "loaded": False}
+    assert await served(loading) == ["base", "base:given", "base:other2", "other"]
+    assert (await text(loading, "base:mine")).status_code == 404
+    assert (await load(loading, "mine", "a2")).status_code == 200
+
+
+async def test_an_adapter_unloaded_in_the_middle_finishes_its_requests(loading, model, folders):
+    await load(loading, "mine", "a1")
+    endpoint = loading.endpoints["base"]
+    adapter = await endpoint.adapters.get("mine")
+    running = asyncio.create_task(answer(endpoint.engine, [5, 6, 7], adapter, 200))
+    while endpoint.engine.stats().n_steps < 3:
+        await asyncio.sleep(0.001)
+    assert (await unload(loading, "mine")).status_code == 200 and not running.done()
+    assert not endpoint.adapters._loaded  # memory is free when its last request has ended
+    assert (await running)[0] == generate(merged(model, folders["a1"]), [5, 6, 7], 200)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("../inside-not", 404), ("..", 404), (".", 404), ("", 404), ("a1/../../inside-not", 404), ("/etc", 404),
+        ("out", 404), ("half", 404), ("loop", 404), ("empty", 404), ("nowhere", 404), ("a\x001", 404),
+        ("a" * 5000, 404), ("wrong", 400),
+    ],
+)  # fmt: skip
+async def test_what_is_not_inside_or_does_not_fit_is_refused_and_changes_nothing(loading, tmp_path, path, status):
+    paths = [path, str(tmp_path / "inside-not")] if path == "../inside-not" else [path]
+    for each in paths:
+        refused = await load(loading, "base:mine", each)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (status, "lora_path")
+        assert "inside/" not in error["message"] and str(tmp_path) not in error["message"].replace(each, "")
+    assert await served(loading) == ["base", "base:given", "other"]
+    assert (await text(loading, "base:mine")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("other:mine", 400), ("nobody:mine", 404), ("base:a/b", 400), ("base:", 400), ("a:b:c", 400)]
+)
+async def test_names_that_cannot_be_are_refused(loading, name, status):
+    assert (await load(loading, name, "a1")).status_code == status
+    assert (await unload(loading, name)).status_code == status
+    assert await served(loading) == ["base", "base:given", "other"]
+
+
+async def test_what_was_given_at_the_start_stays_and_without_the_option_nothing_is_loaded(loading):
+    for name in ("base:given", "base:unknown"):
+        refused = await unload(loading, name)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "adapter_not_found")
+    closed = Serving(ServeOptions(models={}), endpoints=loading.endpoints)
+    for refused in (await load(closed, "base:mine", "a1"), await unload(closed, "base:given")):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        assert "--allow-adapter-loading" in refused.json()["error"]["message"]
+    assert await served(closed) == ["base", "base:given", "other"]

@@ -12,8 +12,10 @@ from serving.backend import TorchBackend
 from serving.endpoints import Endpoint
 from serving.engine import Engine
 from serving.options import ServeOptions
+from serving.protocol import CompletionRequest, parse, sampling_of
 
 LIMIT = 1 << 16
+MISSING = "missing_required_parameter"
 GOOD = '"model":"base","prompt":"a","max_tokens":1'
 
 
@@ -73,7 +75,39 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         (f'{{{GOOD},"messages":[]}}', "unknown_parameter", "messages"),
         (f'{{{GOOD},"tools":[{{}}]}}', "unsupported_parameter", "tools"),
         (f'{{{GOOD},"suffix":"x"}}', "unsupported_parameter", "suffix"),
-        (f'{{{GOOD},"response_format":{{"type":"json_object"}}}}', "unsupported_parameter", "response_format"),
+        (f'{{{GOOD},"response_format":{{"type":"yaml"}}}}', "invalid_value", "response_format.type"),
+        (f'{{{GOOD},"response_format":{{"type":"json_schema"}}}}', MISSING, "response_format.json_schema"),
+        (
+            f'{{{GOOD},"response_format":{{"type":"json_schema","json_schema":{{"name":"x"}}}}}}',
+            MISSING,
+            "response_format.json_schema.schema",
+        ),
+        (
+            f'{{{GOOD},"response_format":{{"type":"json_object","json_schema":{{"name":"x","schema":{{}}}}}}}}',
+            "invalid_value",
+            "response_format.json_schema",
+        ),
+        (f'{{{GOOD},"structured_outputs":{{}}}}', "invalid_value", "structured_outputs"),
+        (f'{{{GOOD},"structured_outputs":{{"regex":"a","choice":["a"]}}}}', "invalid_value", "structured_outputs"),
+        (f'{{{GOOD},"structured_outputs":{{"regex":"["}}}}', "invalid_value", "structured_outputs.regex"),
+        (f'{{{GOOD},"structured_outputs":{{"choice":[]}}}}', "invalid_value", "structured_outputs.choice"),
+        (f'{{{GOOD},"structured_outputs":{{"choice":["a",""]}}}}', "invalid_value", "structured_outputs.choice"),
+        (f'{{{GOOD},"structured_outputs":{{"choice":[1]}}}}', "invalid_type", "structured_outputs.choice[0]"),
+        (
+            f'{{{GOOD},"structured_outputs":{{"structural_tag":"a"}}}}',
+            "invalid_value",
+            "structured_outputs.structural_tag",
+        ),
+        (
+            f'{{{GOOD},"structured_outputs":{{"regex":"a"}},"response_format":{{"type":"json_object"}}}}',
+            "invalid_value",
+            "structured_outputs",
+        ),
+        (f'{{{GOOD},"min_tokens":1,"response_format":{{"type":"json_object"}}}}', "invalid_value", "min_tokens"),
+        (f'{{{GOOD},"ignore_eos":true,"response_format":{{"type":"json_object"}}}}', "invalid_value", "ignore_eos"),
+        (f'{{{GOOD},"guided_json":{{}}}}', "unsupported_parameter", "guided_json"),
+        (f'{{{GOOD},"priority":101}}', "invalid_value", "priority"),
+        (f'{{{GOOD},"priority":"high"}}', "invalid_type", "priority"),
         ('{"prompt":"a"}', "missing_required_parameter", "model"),
         ('{"model":"base"}', "missing_required_parameter", "prompt"),
         ('{"model":"base","prompt":[]}', "invalid_value", "prompt"),
@@ -138,7 +172,8 @@ async def test_every_reference_of_the_schema_resolves(serving):
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references == {
         "CompletionRequest", "ChatRequest", "TokenizeRequest", "DetokenizeRequest", "ChatMessage", "TextPart",
-        "StreamOptions",
+        "StreamOptions", "ResponseFormat", "JsonSchema", "StructuredOutputs",
+        "LoadAdapterRequest", "UnloadAdapterRequest", "EmbeddingRequest",
     }  # fmt: skip
     assert references <= set(document["components"]["schemas"])
     assert "<code>max_completion_tokens</code>" in page
@@ -148,6 +183,12 @@ async def test_fields_that_ask_for_nothing_are_accepted(serving):
     extra = '"user":"u","metadata":{"a":"b"},"store":false,"tools":[],"suffix":null,"stop":null,"logprobs":null'
     extra += ',"n":null,"repetition_penalty":1.0,"response_format":{"type":"text"},"top_k":-1'
     assert (await send(serving, f"{{{GOOD},{extra}}}", "/v1/completions")).status_code == 200
+
+
+@pytest.mark.parametrize(("given", "priority"), [("-3", -3), ("null", 0)])
+def test_a_priority_reaches_the_engine(given, priority):
+    asked = parse(CompletionRequest, f'{{{GOOD},"priority":{given}}}'.encode())
+    assert sampling_of(asked, 1, 260).priority == priority
 
 
 async def test_unknown_fields_inside_a_message_are_accepted(serving):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,8 @@ from serving.request import (
     ShuttingDown,
     Started,
 )
+from serving.sequence import Request, Sequence
+from serving.turns import Turns
 
 CONTEXT = 2048
 
@@ -104,6 +107,90 @@ async def test_who_was_sent_back_goes_on_before_who_came_later(model, tokenizer)
         assert engine.stats().n_preemptions > 0
     last_of_c = len(order) - 1 - order[::-1].index("c")
     assert order.index("d") > last_of_c
+
+
+async def order_of_admission(model, tokenizer, asked: list[tuple[str, str, int]]) -> str:
+    """Names of requests (name, client, priority) in the order they leave the queue, all there before the first does."""
+    held = threading.Event()
+
+    class Held(TorchBackend):
+        def forward(self, work: list[Work]) -> torch.Tensor:  # type: ignore[override]
+            if any(item.tokens == [9] for item in work):
+                held.wait()
+            return super().forward(work)
+
+    backend = Held(model)
+    engine = Engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=1 << 24, max_running=1)
+    engine.start()
+    order: list[str] = []
+
+    async def follow(name: str, prompt: list[int], client: str, priority: int) -> None:
+        async for event in engine.generate(prompt, greedy(2, priority=priority), request_id=name, salt=client):
+            if isinstance(event, Started):
+                order.append(name)
+
+    try:
+        tasks = [asyncio.create_task(follow("", [9], "", 0))]
+        while engine.stats().n_running == 0:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(follow(name, [5], *rest)) for name, *rest in asked]
+        await asyncio.sleep(0)  # each has been submitted
+        held.set()
+        await asyncio.gather(*tasks)
+    finally:
+        held.set()
+        engine.close()
+    return "".join(order)
+
+
+async def test_the_queue_is_left_in_order_of_arrival_within_a_client_and_by_turns_between_them(model, tokenizer):
+    alone = [(name, "", 0) for name in "abcd"]
+    assert await order_of_admission(model, tokenizer, alone) == "abcd"
+    burst = [*((name, "burst", 0) for name in "abcdef"), ("x", "other", 0), ("1", "third", 0), ("2", "third", 0)]
+    assert await order_of_admission(model, tokenizer, burst) == "ax1b2cdef"
+
+
+async def test_lower_priorities_go_first_and_turns_are_within_one(model, tokenizer):
+    asked = [("a", "p", 0), ("b", "p", 5), ("c", "p", -1), ("d", "q", 5), ("e", "p", 0), ("f", "q", 0), ("g", "p", -1)]
+    assert await order_of_admission(model, tokenizer, asked) == "cgfaedb"
+
+
+async def test_what_was_sent_back_precedes_even_the_urgent(model, tokenizer):
+    """Else an urgent stream would make the engine read the same prompts again and again."""
+    loop = asyncio.get_running_loop()
+
+    def waiting(name: str, priority: int) -> Sequence:
+        request = Request(name, [5], greedy(1, priority=priority), "", None, None, loop, lambda _: None)
+        return Sequence(request, 0, tokenizer, 260)
+
+    turns, begun = Turns(), waiting("begun", 9)
+    turns.take(begun)
+    order = turns.order([begun, waiting("later", 0), waiting("urgent", -9)])
+    assert [sequence.request.id for sequence in order] == ["begun", "urgent", "later"]
+
+
+async def test_a_client_that_always_has_one_waiting_takes_turns_too(model, tokenizer):
+    """It sends its next as soon as one has begun, against a burst; every other is the burst's."""
+    order: list[str] = []
+    with running(model, tokenizer, max_running=1) as engine:
+
+        async def follow(name: str, client: str) -> None:
+            async for event in engine.generate([5], greedy(20), request_id=name, salt=client):
+                if isinstance(event, Started):
+                    order.append(client)
+
+        burst = [asyncio.create_task(follow("x", "burst")) for _ in range(12)]
+        while not order:
+            await asyncio.sleep(0.001)
+        steady = []
+        for _ in range(6):
+            n = len(order)
+            steady.append(asyncio.create_task(follow("y", "steady")))
+            while "steady" not in order[n:]:
+                await asyncio.sleep(0.001)
+        await asyncio.gather(*burst, *steady)
+    turns = order[order.index("steady") :]
+    assert all(turns[k : k + 2].count("steady") < 2 for k in range(len(turns)))
 
 
 async def test_prefix_reuse_gives_the_same_tokens_and_counts_them(model, tokenizer):

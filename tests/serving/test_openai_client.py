@@ -4,9 +4,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -130,6 +132,36 @@ def test_a_full_queue_is_503_with_retry_after(url, serving, monkeypatch):
     )
     assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
     assert int(response.headers["retry-after"]) > 0
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["Paris", "Rom"]
+    degrees: Annotated[int, pydantic.Field(ge=-50, le=50)]
+    dry: bool | None
+
+
+SAID = [{"role": "user", "content": "How is the weather?"}]
+
+
+def test_response_formats_of_the_client(client):
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": Weather.model_json_schema()}}
+    answer = client.chat.completions.create(model="chat", messages=SAID, response_format=form, seed=1)
+    assert isinstance(Weather.model_validate_json(answer.choices[0].message.content), Weather)
+    free = client.chat.completions.create(
+        model="chat", messages=SAID, response_format={"type": "json_object"}, max_tokens=5
+    )
+    assert free.choices[0].message.content.lstrip().startswith("{")
+    chosen = client.completions.create(model="base", prompt="a", extra_body={"structured_outputs": {"choice": ["x"]}})
+    assert chosen.choices[0].text == "x"
+
+
+def test_a_pydantic_model_is_parsed_whole_and_streamed(client):
+    for parse in (client.chat.completions.parse, client.beta.chat.completions.parse):
+        answer = parse(model="chat", messages=SAID, response_format=Weather, seed=2)
+        assert isinstance(answer.choices[0].message.parsed, Weather)
+    with client.chat.completions.stream(model="chat", messages=SAID, response_format=Weather, seed=2) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == answer.choices[0].message.parsed
 
 
 async def test_cached_prompts_are_shared_within_a_key_only(serving):

@@ -1,5 +1,6 @@
 """The promises of docs/security.md that no other test holds; each row of its table of others' mistakes is one here."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -81,7 +82,7 @@ async def test_pages_of_other_origins_may_not_call(app):
 @pytest.mark.parametrize(
     "field",
     [
-        "chat_template", "chat_template_kwargs", "guided_json", "guided_regex", "guided_grammar", "structured_outputs",
+        "chat_template", "chat_template_kwargs", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
         "prompt_embeds", "prompt_logprobs", "kv_transfer_params", "mm_processor_kwargs", "use_beam_search",
     ],
 )  # fmt: skip
@@ -112,7 +113,7 @@ async def test_an_adapter_that_cannot_be_read_tells_no_path(app, tmp_path, monke
     serving = app.state.serving
     endpoint = serving.endpoints["base"]
     adapters = Adapters({}, tmp_path / "secret-place", endpoint.engine._backend.model)
-    monkeypatch.setitem(serving.endpoints, "base", Endpoint(**{**endpoint.__dict__, "adapters": adapters}))
+    monkeypatch.setitem(serving.endpoints, "base", dataclasses.replace(endpoint, adapters=adapters))
     headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
     body = '{"model":"base:broken","prompt":"a"}'
     answer = await ask(app, "POST", "/v1/completions", content=body, headers=headers)
