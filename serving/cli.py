@@ -105,6 +105,12 @@ def serve(
         bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")] = False,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write a trace of 200 steps of each model there, for Perfetto, and a table."
+        ),
+    ] = None,
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")] = "text",
     drain_seconds: Annotated[
         float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
@@ -141,6 +147,8 @@ def serve(
         raise UserError(f"`--allow-adapter-loading {allow_adapter_loading}` is no folder")
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
+    if profile is not None:
+        _make_folder(profile, "--profile")
     drafts = dict(_by_model("--draft", draft, sources))
     if drafts and not speculate:
         raise UserError("--draft and --no-speculate contradict each other; give one of them")
@@ -176,6 +184,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
         demo=demo,
+        profile=profile,
         log_format=log_format,
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,
@@ -228,6 +237,14 @@ def top(
       mpt top --url http://gpu-box:8000 --every 2
     """
     import_module("serving.top").run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
+
+
+def _make_folder(folder: Path, option: str) -> None:
+    """Make a folder that something will be written to. Raises UserError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`{option} {folder}` cannot be written to: {error.strerror}; choose another folder") from error
 
 
 def _model_source(text: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from serving.engine import Engine
 from serving.grammar import Grammars
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
+from serving.profile import StepProfile
 from serving.speculation import DraftModel, PromptLookup, Speculation
 from serving.tensor_parallel import open_backend
 from serving.triton_engine import SCHEME, Address, TritonEngine
@@ -118,6 +119,7 @@ def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -
         max_waiting=options.max_waiting,
         prefill_chunk=options.prefill_chunk,
         speculation=speculation,
+        profile=None if options.profile is None else StepProfile(options.profile, name),
     )
     engine.start()
     endpoint = Endpoint(
@@ -172,8 +174,8 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
             raise UserError(f"`{option} {value}` cannot be chosen for `{root}`; the Triton server decides it")
     _refuse_adapters(name, options, "a Triton model")
     _refuse_quantize(options, f"`{name}` runs in a Triton server, which decides its precision")
-    if name in options.drafts:
-        raise UserError(f"`{name}` runs in a Triton server, which takes no draft; leave --draft out")
+    if name in options.drafts or options.profile is not None:
+        raise UserError(f"`{name}` runs in a Triton server: --draft and --profile are for models of this process")
     folder = resolve(address.checkpoint)
     entry, config, tokenizer = describe(address.checkpoint), read_config(folder), Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Tokens
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from mpt.tokenizer import Tokenizer
 from serving.backend import Backend, DeviceLost, Work
 from serving.drawing import columns, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
+from serving.profile import StepProfile
 from serving.request import (
     Embedded,
     EngineError,
@@ -76,7 +78,8 @@ class Engine:
 
     kv_bytes: budget of the KV cache. prefill_chunk: most prompt tokens read in a step that others wait for; alone, a
     prompt is read in chunks four times as large. max_waiting: sequences in the queue before `Overloaded`. speculation:
-    who guesses at tokens that the model then checks several at once; answers are the same without.
+    who guesses at tokens that the model then checks several at once; answers are the same without. profile: records
+    some steps.
     """
 
     def __init__(
@@ -90,11 +93,13 @@ class Engine:
         max_waiting: int = 256,
         prefill_chunk: int = 512,
         speculation: Speculation | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
         if kv_bytes < backend.bytes_per_token * backend.capacity_for(1):
             raise PromptTooLong(f"a KV budget of {kv_bytes} bytes does not hold one block; raise it")
         self.context_length = min(context_length, backend.max_length or context_length)
         self.speculation = speculation
+        self._profile = profile
         self.failed: str | None = None
         self.ready = False
         self._backend, self._tokenizer = backend, tokenizer
@@ -243,6 +248,8 @@ class Engine:
             log.exception("engine stopped")
             self.failed = f"{type(error).__name__}: {error}"
         self.ready = False
+        if self._profile is not None:
+            self._profile.write()
         self._fail_everybody()
         self._backend.close()
 
@@ -370,12 +377,16 @@ class Engine:
         return True
 
     def _step(self) -> None:
-        planned = self._plan()
+        if self._profile is not None:
+            self._profile.step_begins()
+        with self._span("plan"):
+            planned = self._plan()
         if not planned:
             return
         started = time.perf_counter()
         try:
-            logits = self._backend.forward([work for _, work in planned])
+            with self._span("model"):
+                logits = self._backend.forward([work for _, work in planned])
         except DeviceLost:
             raise
         except Exception:
@@ -384,7 +395,14 @@ class Engine:
             return
         self._step_seconds += time.perf_counter() - started
         self._n_steps += 1
-        self._advance(planned, logits)
+        with self._span("draw"):
+            self._advance(planned, logits)
+        if self._profile is not None:
+            self._profile.step_ended()
+            self._profile = None if self._profile.is_done else self._profile
+
+    def _span(self, name: str) -> AbstractContextManager[object]:
+        return nullcontext() if self._profile is None else self._profile.span(name)
 
     def _step_alone(self, planned: list[tuple[Sequence, Work]]) -> None:
         """After a failed step: run each share alone, and fail only the requests that cannot be computed."""

@@ -41,6 +41,7 @@ class ServeOptions:
     cors_origins: tuple[str, ...] = ()
     docs: bool = True
     demo: bool = False  # the Spaces of demos/ under /demo
+    profile: Path | None = None  # folder that gets a trace of each model's first busy steps
     log_format: Literal["text", "json"] = "text"
     drain_s: float = 30.0
     request_timeout_s: float = 600.0

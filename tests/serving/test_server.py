@@ -1,8 +1,10 @@
 """`mpt serve` as a process: ready, asked, told to stop, and what it says when it cannot start."""
 
+import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,3 +95,14 @@ def test_a_port_that_is_taken_is_said_before_anything_loads(start, folder):
     port = url.rpartition(":")[2]
     code, line = refusal("--model", f"base={folder}", "--port", port)
     assert code == 2 and line.startswith("mpt: ") and port in line
+
+
+def test_a_profile_shows_where_steps_spend_their_time(start, tmp_path):
+    process, url = start("--profile", str(tmp_path / "new"))
+    httpx.post(f"{url}/v1/completions", json=asking(60) | {"stream": False}, timeout=60).raise_for_status()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    trace = json.loads((tmp_path / "new" / "base.trace.json").read_text())
+    spans = Counter(event.get("name") for event in trace["traceEvents"])
+    assert spans["model"] == spans["draw"] == spans["plan"] > 20  # 60 tokens without the first 20 steps
+    assert "model" in (tmp_path / "new" / "base.txt").read_text()
