@@ -14,6 +14,8 @@
  * Callers: mpt/native/__init__.py, which checks shapes; nothing is checked here.
  */
 #include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -117,6 +119,54 @@ static inline float gelu(float x) {
     return x * (x > 0 ? 1.0f - tail : tail);
 }
 
+/* -- threads -------------------------------------------------------------------------------------------------------- */
+
+/* Threads come from OpenMP's pool, torch's own, but they meet and share out work here: libgomp puts threads to sleep at
+ * each of its barriers as soon as a process has more of them than cores, idle ones included, and waking one takes longer
+ * than most parts of a step (10 ms instead of 6 where a second thread of the process had used torch). */
+typedef struct {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+} Team;
+
+typedef struct {
+    Team *team;
+    atomic_int *queue; /* where the next loop is counted; one cache line each */
+    int thread, n;
+} Worker;
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Wait for all: awake for some 100 us, then giving way to whoever else wants the core. */
+static void meet(Worker *worker) {
+    Team *team = worker->team;
+    const int round = atomic_load(&team->round);
+    if (atomic_fetch_add(&team->arrived, 1) == worker->n - 1) {
+        atomic_store(&team->arrived, 0);
+        atomic_store(&team->round, round + 1);
+        return;
+    }
+    for (int spins = 0; atomic_load(&team->round) == round; spins++) {
+        if (spins < 4000)
+            relax();
+        else
+            sched_yield();
+    }
+}
+
+/* The next n of a loop's turns, the first of them; `leave` ends the loop. */
+static inline int take(Worker *worker, int n) { return atomic_fetch_add(worker->queue, n); }
+static inline void leave(Worker *worker) { worker->queue += 16; }
+
+/* This thread's part of 0..n, in whole steps. */
+static inline int part(const Worker *worker, int n, int step, int which) {
+    return (int)((int64_t)(n / step) * (worker->thread + which) / worker->n) * step;
+}
+
 /* -- what is multiplied with a weight ----------------------------------------------------------------------------- */
 
 /* Tokens stand side by side in columns, PANEL of them to a cache line: the residual stream is (C, columns) float32, and
@@ -130,7 +180,7 @@ static inline int columns_of(int T) { return (T + PANEL - 1) / PANEL * PANEL; }
  * (threads, columns); then, by `finish`, two int8 numbers in `packed`, x = step * (128 high + low), in panels of 16
  * columns, in each blocks of 64 k as (16, 16 columns, 4). Up to 8 tokens: high and low are columns of one panel. */
 typedef struct {
-    int K, columns, is_int8;
+    int K, columns, is_int8, thread;
     void *packed;
     float *staged, *peaks, *steps;
 } Inputs;
@@ -139,7 +189,7 @@ typedef struct {
 static inline void put(const Inputs *inputs, int panel, int k, const float *even, const float *odd) {
     if (inputs->is_int8) {
         float *staged = inputs->staged + (size_t)k * inputs->columns + panel * PANEL;
-        float *peaks = inputs->peaks + (size_t)omp_get_thread_num() * MAX_TOKENS + panel * PANEL;
+        float *peaks = inputs->peaks + (size_t)inputs->thread * MAX_TOKENS + panel * PANEL;
         for (int c = 0; c < PANEL; c++) {
             const float a = __builtin_fabsf(even[c]), b = __builtin_fabsf(odd[c]), top = a > b ? a : b;
             staged[c] = even[c], staged[inputs->columns + c] = odd[c];
@@ -163,24 +213,24 @@ static inline void put(const Inputs *inputs, int panel, int k, const float *even
 static void start(Inputs *inputs, int K, const Linear *linear) {
     inputs->K = K, inputs->is_int8 = AMX && linear->scale;
     if (inputs->is_int8)
-        for (int c = 0; c < MAX_TOKENS; c++) inputs->peaks[(size_t)omp_get_thread_num() * MAX_TOKENS + c] = 0;
+        for (int c = 0; c < MAX_TOKENS; c++) inputs->peaks[(size_t)inputs->thread * MAX_TOKENS + c] = 0;
 }
 
-/* All of it is put down: nothing more to do for bfloat16. Called by every thread, after a barrier; ends with one. */
-static void finish(Inputs *inputs, int T) {
+/* All of it is put down: nothing more to do for bfloat16. Called by every thread after they have met. */
+static void finish(Inputs *inputs, int T, Worker *worker) {
     if (!inputs->is_int8) return;
     const int K = inputs->K, columns = inputs->columns, shares_panel = T <= 8;
-#pragma omp single
-    for (int c = 0; c < columns; c++) {
-        float top = 1e-30f;
-        for (int thread = 0; thread < omp_get_num_threads(); thread++) {
-            const float peak = inputs->peaks[(size_t)thread * MAX_TOKENS + c];
-            top = peak > top ? peak : top;
+    if (worker->thread == 0)
+        for (int c = 0; c < columns; c++) {
+            float top = 1e-30f;
+            for (int thread = 0; thread < worker->n; thread++) {
+                const float peak = inputs->peaks[(size_t)thread * MAX_TOKENS + c];
+                top = peak > top ? peak : top;
+            }
+            inputs->steps[c] = top / (127 * 128);
         }
-        inputs->steps[c] = top / (127 * 128);
-    }
-#pragma omp for schedule(static)
-    for (int k = 0; k < K; k += 4) {
+    meet(worker);
+    for (int k = part(worker, K, 4, 0); k < part(worker, K, 4, 1); k += 4) {
         for (int first = 0; first < columns; first += PANEL) {
             int8_t high[PANEL * 4], low[PANEL * 4];
             for (int i = 0; i < 4; i++)
@@ -197,6 +247,7 @@ static void finish(Inputs *inputs, int T) {
             }
         }
     }
+    meet(worker);
 }
 
 /* LayerNorm of one panel of the residual stream (C, columns), into the inputs of a product. */
@@ -243,11 +294,14 @@ typedef struct {
     uint8_t rows[16];
 } TileConfig;
 
-static void configure_tiles(void) {
-    TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) config.bytes[tile] = 64, config.rows[tile] = 16;
-    _tile_loadconfig(&config);
-}
+/* Static: gcc 12 believes that only its first bytes are read, and leaves out the stores to others of a local one. */
+static const TileConfig TILES = {
+    .palette = 1,
+    .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+};
+
+static void configure_tiles(void) { _tile_loadconfig(&TILES); }
 
 /* Sums (32 outputs, 32 tokens) of outputs n0 and on, n_blocks of 16, and tokens `first` and on, n_here of them. */
 static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
@@ -359,11 +413,10 @@ typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
  * the inputs `next` of another product, or rows: token t's at out + row_of[t] * N (t if NULL), none where row_of is
  * negative. */
 static void product(const Linear *linear, const Inputs *inputs, int T, Target target, float *out, Inputs *next,
-                    const int32_t *row_of) {
+                    const int32_t *row_of, Worker *worker) {
     const int N = linear->n_out, n_pairs = (N + 31) / 32, columns = inputs->columns;
     const int at_once = !inputs->is_int8 ? 32 : T > 8 ? 16 : 8;
-#pragma omp for schedule(dynamic, 2) nowait
-    for (int pair = 0; pair < n_pairs; pair++) {
+    for (int pair; (pair = take(worker, 1)) < n_pairs;) {
         const int n0 = pair * 32, n_outputs = N - n0 >= 32 ? 32 : 16;
         _Alignas(64) float sums[1024]; /* (32 outputs, 32 tokens) */
         for (int first = 0; first < T; first += at_once) {
@@ -397,7 +450,8 @@ static void product(const Linear *linear, const Inputs *inputs, int T, Target ta
                 }
         }
     }
-#pragma omp barrier
+    leave(worker);
+    meet(worker);
 }
 
 /* -- attention ------------------------------------------------------------------------------------------------------ */
@@ -567,7 +621,10 @@ static int64_t attend_head(const Place *at, int row, int head) {
 typedef struct {
     float *x, *qkv, *mixed, *staged, *peaks, *steps; /* x: (C, columns); qkv, mixed: (T, ...) */
     void *packed, *inner;                            /* inputs: of C, and of the MLP's inner width */
+    atomic_int *queues;                              /* one for each loop that is shared out, a cache line each */
 } Scratch;
+
+enum { LOOPS_PER_LAYER = 5 };
 
 static size_t carve(const Model *model, int T, int n_threads, float *block, Scratch *out) {
     const size_t columns = columns_of(T), C = model->d_model, F = model->d_ffn, most = C > F ? C : F;
@@ -584,6 +641,7 @@ static size_t carve(const Model *model, int T, int n_threads, float *block, Scra
     TAKE(steps, columns);
     TAKE(packed, padded * C / 2);
     TAKE(inner, padded * F / 2);
+    TAKE(queues, 16 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
 #undef TAKE
     return used + 16;
 }
@@ -604,14 +662,66 @@ int32_t mpt_prepare(void) {
 #endif
 }
 
-void mpt_step(const Model *model, const Step *step) {
-    const int T = step->n_tokens, C = model->d_model, H = model->n_heads, G = model->n_kv_heads;
-    const int width = C + 2 * G * model->d_head, columns = columns_of(T), n_panels = columns / PANEL;
+/* LayerNorm of the residual stream into the inputs of a product. */
+static void normalize_all(const float *x, Norm norm, float eps, Inputs *inputs, const Linear *linear, int T,
+                          Worker *worker) {
+    start(inputs, linear->n_in, linear);
+    for (int panel = worker->thread; panel < inputs->columns / PANEL; panel += worker->n)
+        normalize(x, inputs->columns, panel, norm, eps, inputs);
+    meet(worker);
+    finish(inputs, T, worker);
+}
+
+static int64_t attend_all(const Place *at, Worker *worker) {
+    const Model *model = at->model;
+    const Step *step = at->step;
+    const int H = model->n_heads, G = model->n_kv_heads, n_tasks = step->n_rows * H;
     const int stores_alone = G != H; /* heads that share keys: they must all be there first */
+    int64_t n_read = 0;
+    if (model->clip_qkv > 0 || model->layers[at->layer].q_ln.weight) {
+        for (int token = worker->thread; token < step->n_tokens; token += worker->n) prepare_token(at, token);
+        meet(worker);
+    }
+    if (stores_alone) {
+        for (int task = worker->thread; task < step->n_rows * G; task += worker->n) store(at, task / G, task % G);
+        meet(worker);
+    }
+    for (int task; (task = take(worker, 1)) < n_tasks;) {
+        if (!stores_alone) store(at, task / H, task % H);
+        n_read += attend_head(at, task / H, task % H);
+    }
+    leave(worker);
+    meet(worker);
+    return n_read;
+}
+
+/* What attention gave, (T, C), as the inputs of a product. */
+static void pack(const float *mixed, Inputs *inputs, const Linear *linear, int T, Worker *worker) {
+    const int C = linear->n_in;
+    start(inputs, C, linear);
+    for (int k = part(worker, C, 2, 0); k < part(worker, C, 2, 1); k += 2)
+        for (int panel = 0; panel < inputs->columns / PANEL; panel++) {
+            float pair[2][PANEL];
+            for (int c = 0; c < PANEL; c++) {
+                const int token = panel * PANEL + c;
+                const float *from = mixed + (size_t)token * C + k;
+                pair[0][c] = token < T ? from[0] : 0, pair[1][c] = token < T ? from[1] : 0;
+            }
+            put(inputs, panel, k, pair[0], pair[1]);
+        }
+    meet(worker);
+    finish(inputs, T, worker);
+}
+
+void mpt_step(const Model *model, const Step *step) {
+    const int T = step->n_tokens, C = model->d_model, columns = columns_of(T);
+    const int width = C + 2 * model->n_kv_heads * model->d_head;
     int32_t first[step->n_rows], logits_of[T];
     int64_t n_read = 0;
     Scratch scratch;
+    Team team = {0};
     carve(model, T, step->n_threads, step->scratch, &scratch);
+    memset(scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
     float *x = scratch.x;
     for (int row = 0, token = 0; row < step->n_rows; token += step->row_tokens[row++]) first[row] = token;
     for (int token = 0; token < T; token++) logits_of[token] = -1;
@@ -619,69 +729,33 @@ void mpt_step(const Model *model, const Step *step) {
 
 #pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
     {
-        /* each thread's own, all alike: they describe shared memory */
-        Inputs inputs = {.columns = columns, .packed = scratch.packed, .staged = scratch.staged,
-                         .peaks = scratch.peaks, .steps = scratch.steps};
+        Worker worker = {&team, scratch.queues, omp_get_thread_num(), omp_get_num_threads()};
+        Inputs inputs = {.columns = columns, .thread = worker.thread, .packed = scratch.packed,
+                         .staged = scratch.staged, .peaks = scratch.peaks, .steps = scratch.steps};
         Inputs inner = inputs;
         inner.packed = scratch.inner;
         configure_tiles();
-#pragma omp for schedule(static)
-        for (int k = 0; k < C; k++)
+        for (int k = part(&worker, C, 1, 0); k < part(&worker, C, 1, 1); k++)
             for (int token = 0; token < columns; token++)
                 x[(size_t)k * columns + token] = token < T ? step->x[(size_t)token * C + k] : 0;
+        meet(&worker);
         for (int layer = 0; layer < model->n_layers; layer++) {
             const Layer *now = model->layers + layer;
             const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
-            start(&inputs, C, &now->wqkv);
-#pragma omp for schedule(static)
-            for (int panel = 0; panel < n_panels; panel++)
-                normalize(x, columns, panel, now->norm_1, model->eps, &inputs);
-            finish(&inputs, T);
-            product(&now->wqkv, &inputs, T, TO_ROWS, scratch.qkv, NULL, NULL);
-            if (model->clip_qkv > 0 || now->q_ln.weight) {
-#pragma omp for schedule(static)
-                for (int token = 0; token < T; token++) prepare_token(&at, token);
-            }
-            if (stores_alone) {
-#pragma omp for schedule(static)
-                for (int task = 0; task < step->n_rows * G; task++) store(&at, task / G, task % G);
-            }
-            start(&inputs, C, &now->out_proj);
-#pragma omp for schedule(dynamic, 1)
-            for (int task = 0; task < step->n_rows * H; task++) {
-                if (!stores_alone) store(&at, task / H, task % H);
-                n_read += attend_head(&at, task / H, task % H);
-            }
-#pragma omp for schedule(static)
-            for (int k = 0; k < C; k += 2)
-                for (int panel = 0; panel < n_panels; panel++) {
-                    float pair[2][PANEL];
-                    for (int c = 0; c < PANEL; c++) {
-                        const float *from = scratch.mixed + (size_t)(panel * PANEL + c) * C + k;
-                        const int is_there = panel * PANEL + c < T;
-                        pair[0][c] = is_there ? from[0] : 0, pair[1][c] = is_there ? from[1] : 0;
-                    }
-                    put(&inputs, panel, k, pair[0], pair[1]);
-                }
-            finish(&inputs, T);
-            product(&now->out_proj, &inputs, T, TO_RESIDUAL, x, NULL, NULL);
-            start(&inputs, C, &now->up_proj);
-#pragma omp for schedule(static)
-            for (int panel = 0; panel < n_panels; panel++)
-                normalize(x, columns, panel, now->norm_2, model->eps, &inputs);
-            finish(&inputs, T);
+            normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
+            product(&now->wqkv, &inputs, T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
+            n_read += attend_all(&at, &worker);
+            pack(scratch.mixed, &inputs, &now->out_proj, T, &worker);
+            product(&now->out_proj, &inputs, T, TO_RESIDUAL, x, NULL, NULL, &worker);
+            normalize_all(x, now->norm_2, model->eps, &inputs, &now->up_proj, T, &worker);
             start(&inner, model->d_ffn, &now->down_proj);
-            product(&now->up_proj, &inputs, T, TO_GELU, NULL, &inner, NULL);
-            finish(&inner, T);
-            product(&now->down_proj, &inner, T, TO_RESIDUAL, x, NULL, NULL);
+            product(&now->up_proj, &inputs, T, TO_GELU, NULL, &inner, NULL, &worker);
+            finish(&inner, T, &worker);
+            product(&now->down_proj, &inner, T, TO_RESIDUAL, x, NULL, NULL, &worker);
         }
         if (step->n_logits) {
-            start(&inputs, C, &model->head);
-#pragma omp for schedule(static)
-            for (int panel = 0; panel < n_panels; panel++)
-                normalize(x, columns, panel, model->norm_f, model->eps, &inputs);
-            finish(&inputs, T);
-            product(&model->head, &inputs, T, TO_ROWS, step->logits, NULL, logits_of);
+            normalize_all(x, model->norm_f, model->eps, &inputs, &model->head, T, &worker);
+            product(&model->head, &inputs, T, TO_ROWS, step->logits, NULL, logits_of, &worker);
         }
 #if AMX
         _tile_release();
