@@ -79,8 +79,8 @@ class Endpoint:
 def open_endpoint(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoint:
     """Load one model and start its engine; n_sharing models share the memory that is free.
 
-    In a thread that ends: each thread that has used torch leaves threads of OpenMP behind, and once a process has more of
-    them than cores, libgomp puts all of them to sleep at every barrier (prompts of 128 tokens took 50 % longer).
+    In a thread that ends: each thread that has used torch leaves threads of OpenMP behind, and once a process has more
+    of them than cores, libgomp puts all of them to sleep at every barrier (prompts of 128 tokens took 50 % longer).
     """
     with ThreadPoolExecutor(1, "load") as loader:
         return loader.submit(_open, name, root, options, n_sharing).result()

@@ -18,7 +18,7 @@ from serving.backend import Backend, Row, Work
 from serving.sequence import Sequence
 
 MAX_GUESS = 15  # tokens; with the one that is known they fill the 16 columns of a product, which cost what one costs
-_GRAMS = (3, 2)  # lengths of what is looked up, the surer first
+_GRAMS = (3, 2, 1)  # lengths of what is looked up, the surer first
 _READ_AT_ONCE = 512  # prompt tokens the draft reads in a step of the engine
 
 Rooms = Mapping[Sequence, int]  # how many tokens to guess at, at most
@@ -30,14 +30,14 @@ class Guesser(Protocol):
 
 
 class Pace:
-    """How many tokens to guess at: more while the guesses are right, none for a while after wrong ones.
+    """How many tokens to guess at: more while the guesses are right, none for longer and longer while they are wrong.
 
-    A guess costs up to 8 % of a step (measured at 125M, one row), and after a wrong one at least four steps go without:
-    so guessing in vain costs 2 % at first, and less each time.
+    A guess costs up to 8 % of a step (measured at 125M, one row). Guessing in vain soon happens once in 64 steps, and
+    one lucky guess does not bring it all back.
     """
 
     def __init__(self) -> None:
-        self._n, self._rest, self._pause = 4, 0, 4
+        self._n, self._rest, self._pause = 4, 0, 1
 
     def allowed(self) -> int:
         """Tokens to guess at in this step."""
@@ -47,12 +47,11 @@ class Pace:
         return self._n
 
     def note(self, n_guessed: int, n_right: int) -> None:
-        if n_right == n_guessed:
-            self._n, self._pause = min(2 * self._n, MAX_GUESS), 4
-        elif n_right:
-            self._n, self._pause = n_right + 1, 4
+        if n_right:
+            self._pause = max(1, self._pause // 4)
+            self._n = min(2 * self._n, MAX_GUESS) if n_right == n_guessed else max(3, n_right + 1)
         else:
-            self._n, self._rest, self._pause = max(1, self._n // 2), self._pause, min(2 * self._pause, 64)
+            self._n, self._rest, self._pause = max(2, self._n // 2), self._pause - 1, min(2 * self._pause, 64)
 
 
 class Speculation:
@@ -104,7 +103,7 @@ class _Grams:
 
 
 class PromptLookup:
-    """What followed the last three or two tokens when they last stood in this sequence."""
+    """What followed the last three, two or one tokens when they last stood in this sequence."""
 
     def __init__(self) -> None:
         self._grams: WeakKeyDictionary[Sequence, _Grams] = WeakKeyDictionary()

@@ -159,6 +159,7 @@ def test_lookup_copies_what_followed_the_last_time():
     assert guess([1, 2, 3, 4, 9, 2, 3, 7, 8, 1, 2, 3]) == [4, 9, 2]  # three tokens alike before two
     assert guess([9, 2, 3, 7, 8, 1, 2, 3]) == [7, 8, 1]
     assert guess([2, 3, 5, 2, 3, 7, 2, 3]) == [7, 2, 3]  # the last time
+    assert guess([3, 5, 1, 3]) == [5, 1, 3]
     assert guess([1, 2, 3, 4]) == []
     assert guess([1]) == []
 
@@ -182,7 +183,7 @@ def test_wrong_guesses_grow_rare_and_right_ones_long():
         if n := pace.allowed():
             tried += 1
             pace.note(n, 0)
-    assert tried <= 5 + 1000 / 64  # pauses of 4, 8, 16, 32, then 64 steps
+    assert tried <= 7 + 1000 / 64  # pauses of 0, 1, 3, 7, 15, 31, then 63 steps
     pace = Pace()
     for _ in range(4):
         n = pace.allowed()
