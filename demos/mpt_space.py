@@ -6,6 +6,7 @@ server. What only ours offer (`/tokenize`, `prompt_style`, `licence`, reading pr
 
 import asyncio
 import json
+import math
 import os
 import re
 import time
@@ -18,6 +19,7 @@ import httpx
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when a page is built
 DEFAULT_URL = "http://127.0.0.1:8000"
+LONGEST_WAIT_S = 5.0  # for a busy server, before its refusal is shown; who waits longer wants to know why
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 Card = dict[str, Any]  # an entry of /v1/models
 
@@ -39,12 +41,18 @@ class SpaceError(Exception):
         super().__init__(sentence)
         self.sentence, self.retry_after_s, self.code, self.numbers = sentence, retry_after_s, code, numbers or {}
 
+    @property
+    def is_worth_waiting(self) -> bool:
+        """Whether the server asks to come back so soon that the page can do it by itself."""
+        return self.retry_after_s is not None and self.retry_after_s <= LONGEST_WAIT_S
+
 
 @dataclass(frozen=True)
 class Piece:
     """One event of a stream: some text, or how far the prompt has been read, or the usage, or nothing for a second.
 
     logprobs: for completions one (token, logprob, {alternative: logprob}) for each token of the piece.
+    notice: why nothing comes yet, as a sentence.
     """
 
     text: str = ""
@@ -52,6 +60,7 @@ class Piece:
     usage: dict[str, Any] | None = None
     finish_reason: str | None = None
     progress: dict[str, int] | None = None  # total, processed, cached, time_ms
+    notice: str = ""
 
 
 class Server:
@@ -92,12 +101,28 @@ class Server:
 
         Servers that are neither ours nor vLLM have no /tokenize: code `unknown_url` or `no_tokenizer`.
         """
+        count = (await self._tokenized(model, text_or_messages)).get("count")
+        if not isinstance(count, int):
+            raise SpaceError(f"The server at {self.url} does not count tokens.", None, "no_tokenizer")
+        return count
+
+    async def tokenize(self, model: str, text_or_messages: str | list[Message]) -> list[int]:
+        """The tokens of a text, or of messages in the model's template. Raises SpaceError as `count` does."""
+        tokens = (await self._tokenized(model, text_or_messages)).get("tokens")
+        if not isinstance(tokens, list):
+            raise SpaceError(f"The server at {self.url} does not say which tokens a text has.", None, "no_tokenizer")
+        return tokens
+
+    async def detokenize(self, model: str, tokens: list[int]) -> str:
+        """The text of tokens. Raises SpaceError as `count` does."""
+        text = (await self._json("POST", "/detokenize", {"model": model, "tokens": tokens})).get("prompt")
+        if not isinstance(text, str):
+            raise SpaceError(f"The server at {self.url} does not say which text tokens are.", None, "no_tokenizer")
+        return text
+
+    async def _tokenized(self, model: str, text_or_messages: str | list[Message]) -> dict[str, Any]:
         kind = "prompt" if isinstance(text_or_messages, str) else "messages"
-        answer = await self._json("POST", "/tokenize", {"model": model, kind: text_or_messages})
-        try:
-            return int(answer["count"])
-        except (KeyError, TypeError, ValueError):
-            raise SpaceError(f"The server at {self.url} does not count tokens.", None, "no_tokenizer") from None
+        return await self._json("POST", "/tokenize", {"model": model, kind: text_or_messages})
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         options = {"include_usage": True}
@@ -105,6 +130,24 @@ class Server:
             options["include_progress"] = True
         body = {name: value for name, value in body.items() if value is not None}
         body |= {"stream": True, "stream_options": options}
+        try:
+            async with aclosing(self._stream_once(path, body)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        except SpaceError as error:
+            if not error.is_worth_waiting:
+                raise
+            wait_s = error.retry_after_s or 0.0
+        while wait_s > 0:  # a piece each second, as of `_with_beats`
+            yield Piece(notice=f"The server is busy; trying again in {math.ceil(wait_s)} s.")
+            await asyncio.sleep(min(1.0, wait_s))
+            wait_s -= 1
+        async with aclosing(self._stream_once(path, body)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _stream_once(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Piece, None]:
         done = False
         async with self._client() as client, self._answer(client, "POST", path, body) as response:
             if response.status_code != 200:
@@ -321,10 +364,12 @@ class Numbers:
     finish_reason: str | None = None
     first_s: float | None = None
     last_s: float | None = None
+    notice: str = ""  # why nothing comes yet
     _began: float = field(default_factory=time.monotonic)
 
     def add(self, piece: Piece) -> None:
         now = time.monotonic() - self._began
+        self.notice = piece.notice
         if piece.text or piece.logprobs:
             self.first_s = now if self.first_s is None else self.first_s
             self.last_s = now
@@ -340,13 +385,17 @@ class Numbers:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of writing alone: from the first token to the last."""
-        if self.first_s is None or self.last_s is None or self.n_tokens < 2 or self.last_s <= self.first_s:
+        """Of writing alone: from the first token to the last. None for so few that they came as one burst."""
+        if self.first_s is None or self.last_s is None:
+            return None
+        if self.n_tokens < 16 or self.last_s - self.first_s < 0.25:
             return None
         return (self.n_tokens - 1) / (self.last_s - self.first_s)
 
     def line(self) -> str:
-        """`142 tokens, first after 0.21 s, 38 tokens/s`."""
+        """`142 tokens, first after 0.21 s, 38 tokens/s`; before the first, why it does not come."""
+        if self.notice:
+            return self.notice
         parts = [f"{self.n_tokens:,} token{'' if self.n_tokens == 1 else 's'}"]
         if self.first_s is not None:
             parts.append(f"first after {self.first_s:.2f} s")
@@ -384,6 +433,39 @@ def context_length(card: Card) -> int | None:
     """The tokens a model can hold, ours or vLLM's name for it."""
     value = card.get("context_length") or card.get("max_model_len")
     return value if isinstance(value, int) else None
+
+
+async def count_or_guess(server: Server, card: Card, prompt: str | list[Message]) -> int:
+    """The tokens of a prompt; where the server does not count, a guess that is rather too high. Raises SpaceError."""
+    try:
+        return await server.count(card["id"], prompt)
+    except SpaceError as error:
+        if error.code not in ("unknown_url", "no_tokenizer"):
+            raise
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        return sum(map(len, texts)) // 3  # English has 4 characters to a token
+
+
+def room(card: Card, n_prompt_tokens: int, wanted: int) -> int:
+    """How many of the wanted tokens fit after a prompt; SpaceError when none does."""
+    context = context_length(card)
+    if context is None:
+        return wanted
+    if n_prompt_tokens >= context:
+        raise SpaceError(
+            f"The prompt is {n_prompt_tokens:,} tokens with all that must go before it, and {card['id']} holds "
+            f"{context:,} together with its answer; shorten it.",
+            None,
+            "context_length_exceeded",
+        )
+    return min(wanted, context - n_prompt_tokens)
+
+
+async def room_after(server: Server, card: Card, prompt: str | list[Message], wanted: int) -> int:
+    """`room` after a prompt that is not counted yet; one that the server does not say the context of stays uncounted."""
+    if context_length(card) is None:
+        return wanted
+    return room(card, await count_or_guess(server, card, prompt), wanted)
 
 
 def licence_note(card: Card) -> str:

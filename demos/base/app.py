@@ -103,8 +103,9 @@ async def continued(
     try:
         card = space.pick(base_models(await server.models()), model)
         numbers, pace = space.Numbers(space.context_length(card)), space.Pace()
+        n_new = await space.room_after(server, card, text, int(max_tokens))
         pieces = server.complete(
-            card["id"], text, max_tokens=int(max_tokens), temperature=temperature, top_p=top_p,
+            card["id"], text, max_tokens=n_new, temperature=temperature, top_p=top_p,
             seed=None if seed is None else int(seed), logprobs=N_ALTERNATIVES,
         )  # fmt: skip
         async with aclosing(pieces):
@@ -115,6 +116,8 @@ async def continued(
                 if pace.is_due():
                     yield text, numbers.line(), shown(scores)
         ended = "the model ended the text here" if numbers.finish_reason == "stop" else ""
+        if n_new < int(max_tokens) and numbers.finish_reason == "length":
+            ended = "the model's context is full"
         yield text, space.join([numbers.line(), numbers.context_line(), ended]), shown(scores, with_table=True)
     except space.SpaceError as error:
         gr.Warning(error.sentence, title="Not continued")

@@ -1,10 +1,9 @@
 """A conversation with a chat model: streaming, stop, retry, edit, undo, saved conversations, export.
 
-A message of the chatbot is one or two blocks of text: what was said, and under an answer the quiet line of numbers.
-Only the first goes to the server. Conversations are saved in the browser and nowhere else.
+What a finished answer took, or why there is none, is the message's metadata and stands under the conversation, so that
+copying a message copies what was said. Conversations are saved in the browser and nowhere else.
 """
 
-import html
 import json
 import uuid
 from collections.abc import AsyncIterator
@@ -18,7 +17,6 @@ try:
 except ImportError:  # a copied Space has the module beside it
     import mpt_space as space  # type: ignore[no-redef]
 
-MAX_SAVED = 30  # conversations; a browser keeps about 5 MB for a site
 EXAMPLES = [
     "Hi, my name is Greta",
     "What is an alpaca? How is it different from a llama?",
@@ -33,14 +31,51 @@ DOWNLOAD = """([name, text]) => {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }"""
+# In the browser too, as a part of each function below. gr.BrowserState would write what this tab once read: of two tabs
+# the last would delete what the other has saved. `localStorage` is read and written in one step here.
+STORE = """
+    const read = () => {
+        try { return JSON.parse(localStorage.getItem("mpt-chat")) || []; } catch { return []; }
+    };
+    const write = (kept) => {  // a browser keeps about 5 MB for a site: the oldest make room, all where it keeps none
+        for (;;) {
+            try { localStorage.setItem("mpt-chat", JSON.stringify(kept)); return; } catch { if (!kept.pop()) return; }
+        }
+    };"""
+READ = f"() => {{{STORE} return [read()]; }}"
+OPEN = f"(chosen) => {{{STORE} return [chosen, read()]; }}"
+SAVE = f"""(turns, conversation, system) => {{{STORE}
+    const others = read().filter((each) => each.id !== conversation);
+    const kept = conversation && turns.length ? [{{ id: conversation, system, turns }}, ...others] : others;
+    kept.length = Math.min(kept.length, 30);
+    write(kept);
+    return [kept];
+}}"""
+# After an answer, also a cancelled one. In the browser, because a function of this process could come back after "New
+# conversation" has emptied the page, and bring the old one back.
+FINISH = """(turns) => {
+    const last = turns.at(-1);
+    let note = last?.metadata?.log ?? "";
+    if (last?.role === "assistant" && !note) {
+        note = "Stopped.";
+        turns = [...turns.slice(0, -1), { ...last, metadata: { log: note } }];
+    } else if (last?.role === "user") {
+        note = "Stopped before the first word.";
+        turns = [...turns, { role: "assistant", content: [{ type: "text", text: note }], metadata: { log: note } }];
+        note = "";
+    }
+    const send = { __type__: "update", visible: true, interactive: true };
+    return [turns, note, false, send, { __type__: "update", visible: false }];
+}"""
 Turn = dict[str, Any]  # a message of gr.Chatbot
 
 
 def build(server: space.Server) -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="MPT chat", fill_height=True) as page:
-        conversation_id = gr.State(None)
-        saved = gr.BrowserState([], storage_key="mpt-chat-conversations", secret="kept-in-this-browser-only")
+        conversation_id = gr.Textbox("", visible="hidden")  # no State: those are not known to the browser
+        saved = gr.JSON([], visible="hidden")
+        is_busy = gr.Checkbox(False, visible="hidden")
         download = gr.JSON(visible="hidden")
         with gr.Sidebar(label="Conversations", open=False, width=280) as sidebar:
             new = gr.Button("New conversation", variant="primary", size="md")
@@ -67,6 +102,7 @@ def build(server: space.Server) -> gr.Blocks:
             latex_delimiters=[{"left": "$$", "right": "$$", "display": True}],
             elem_id="conversation",
         )
+        numbers = gr.Markdown("", elem_classes="quiet", elem_id="numbers", container=False)
         with gr.Row(equal_height=True):
             message = gr.Textbox(
                 label="Message", value="", show_label=False, container=False, placeholder="Ask something",
@@ -101,65 +137,53 @@ def build(server: space.Server) -> gr.Blocks:
             card = space.pick(cards, model)
             return gr.Dropdown(choices=[card["id"] for card in cards], value=card["id"]), space.licence_note(card)
 
-        def take(text: str, turns: list[Turn], conversation: str | None) -> tuple[Any, ...]:
-            """Put the message into the conversation."""
+        def take(text: str, turns: list[Turn], conversation: str, is_busy: bool) -> Any:
+            """Put the message into the conversation; one that comes during an answer stays in its box."""
+            if is_busy:
+                return gr.skip()
             if text.strip():
                 turns = [*turns, {"role": "user", "content": text.strip()}]
-            return "", turns, conversation or uuid.uuid4().hex, *busy()
+            return "", turns, conversation or uuid.uuid4().hex, True, gr.Button(interactive=False)
 
         async def answer(turns: list[Turn], *settings: Any) -> AsyncIterator[Any]:
-            """Stream the answer to the last message under it."""
+            """Stream the answer to the last message under it.
+
+            Stop appears with the first piece: pressed before the event has begun it would cancel nothing.
+            """
             if not turns or turns[-1]["role"] != "user":
                 yield gr.skip()
                 return
-            async for text, note in answers(server, turns, *settings):
-                yield [*turns, said(text, note)]
+            async for text, note, is_done in answers(server, turns, *settings):
+                said = [answered(text, note)] if is_done else [{"role": "assistant", "content": text}] if text else []
+                yield [*turns, *said], note if text or not is_done else "", True, *busy()
 
-        def stopped(turns: list[Turn]) -> tuple[Any, ...]:
-            """Say under the answer that it was stopped."""
-            if turns and turns[-1]["role"] == "assistant":
-                text = text_of(turns[-1])
-                turns = [*turns[:-1], said(text, "Stopped.")]
-            elif turns:
-                turns = [*turns, said("", "Stopped before the first word.")]
-            return turns, *idle()
+        def again(turns: list[Turn], at: gr.RetryData) -> list[Turn]:
+            return turns[: last_question(turns, at.index) + 1]
 
-        def again(turns: list[Turn], at: gr.RetryData) -> tuple[Any, ...]:
-            return turns[: last_question(turns, at.index) + 1], *busy()
-
-        def edit(turns: list[Turn], at: gr.EditData) -> tuple[Any, ...]:
+        def edit(turns: list[Turn], at: gr.EditData) -> list[Turn]:
             """The conversation up to the edited message, which is then answered anew."""
             place = place_of(at.index)
-            return [*turns[:place], {"role": "user", "content": str(at.value)}], *busy()
+            return [*turns[:place], {"role": "user", "content": str(at.value)}]
 
-        def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str]:
+        def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str, str]:
             """The conversation without the last question, which goes back into the box."""
             place = last_question(turns, at.index)
-            return turns[:place], text_of(turns[place])
+            return turns[:place], text_of(turns[place]), note_of(turns[:place])
 
         def busy() -> tuple[Any, Any]:
             return gr.Button(visible=False), gr.Button(visible=True)
 
         def idle() -> tuple[Any, Any]:
-            return gr.Button(visible=True), gr.Button(visible=False)
-
-        def save(turns: list[Turn], conversation: str | None, system: str, saved: list[dict[str, Any]]) -> Any:
-            """The conversation first among the saved ones; an empty one leaves them."""
-            others = [each for each in saved or [] if each["id"] != conversation]
-            if conversation is None or not turns:
-                return others, listed(others, None)
-            plain = [{"role": turn["role"], "content": blocks_of(turn)} for turn in turns]
-            kept = [{"id": conversation, "system": system, "turns": plain}, *others][:MAX_SAVED]
-            return kept, listed(kept, conversation)
+            return gr.Button(visible=True, interactive=True), gr.Button(visible=False)
 
         def open_saved(conversation: str, saved: list[dict[str, Any]]) -> tuple[Any, ...]:
             found = next((each for each in saved if each["id"] == conversation), None)
             if found is None:
-                return gr.skip(), gr.skip(), gr.skip(), *idle()
-            return found["turns"], found["id"], found["system"], *idle()
+                return gr.skip(), gr.skip(), gr.skip(), gr.skip(), *idle()
+            return found["turns"], found["id"], found["system"], note_of(found["turns"]), *idle()
 
         def start_new() -> tuple[Any, ...]:
-            return [], None, gr.Radio(value=None), *idle()
+            return [], "", gr.Radio(value=None), "", *idle()
 
         page.load(look, [model], [model, licence], show_progress="hidden")
         # On a phone the open list would cover the conversation.
@@ -167,35 +191,45 @@ def build(server: space.Server) -> gr.Blocks:
             lambda is_wide: gr.Sidebar(open=bool(is_wide)), [download], [sidebar], show_progress="hidden", queue=False,
             js="() => [window.innerWidth >= 900]",
         )  # fmt: skip
-        page.load(lambda saved: listed(saved or [], None), [saved], [chosen], show_progress="hidden")
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+        def then_save(event: Any) -> None:
+            """Replace this conversation among the saved ones; an empty one leaves them."""
+            event.then(None, [chatbot, conversation_id, system], [saved], js=SAVE, **quick).then(
+                listed, [saved, conversation_id], [chosen], **quick
+            )
+
+        page.load(None, None, [saved], js=READ, **quick).then(listed, [saved, conversation_id], [chosen], **quick)
         model.input(look, [model], [model, licence], show_progress="hidden")
 
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        taken = gr.on(
-            [message.submit, send.click], take, [message, chatbot, conversation_id],
-            [message, chatbot, conversation_id, send, stop], **quick,
+        to_take: tuple[Any, ...] = (
+            take, [message, chatbot, conversation_id, is_busy], [message, chatbot, conversation_id, is_busy, send]
         )  # fmt: skip
-        exampled = chatbot.example_select(example_text, None, [message], **quick).then(
-            take, [message, chatbot, conversation_id], [message, chatbot, conversation_id, send, stop], **quick
-        )
-        retried = chatbot.retry(again, [chatbot], [chatbot, send, stop], **quick)
-        edited = chatbot.edit(edit, [chatbot], [chatbot, send, stop], **quick)
+        taken = gr.on([message.submit, send.click], *to_take, **quick)
+        exampled = chatbot.example_select(example_text, None, [message], **quick).then(*to_take, **quick)
+        retried = chatbot.retry(again, [chatbot], [chatbot], **quick)
+        edited = chatbot.edit(edit, [chatbot], [chatbot], **quick)
         runs = []
-        to_save: tuple[Any, ...] = (save, [chatbot, conversation_id, system, saved], [saved, chosen])
         for asked in (taken, exampled, retried, edited):
             run = asked.then(
-                answer, [chatbot, *settings], [chatbot], concurrency_limit=32, concurrency_id="answers",
-                show_progress="minimal", api_visibility="private",
+                answer, [chatbot, *settings], [chatbot, numbers, is_busy, send, stop], concurrency_limit=32,
+                concurrency_id="answers", show_progress="minimal", api_visibility="private",
             )  # fmt: skip
-            run.then(idle, None, [send, stop], **quick).then(*to_save, **quick)
+            finished = run.then(None, [chatbot], [chatbot, numbers, is_busy, send, stop], js=FINISH, **quick)
+            finished.then(gr.skip, None, [chatbot], **quick)  # a cancelled event leaves its progress over the chatbot
+            then_save(finished)
             runs.append(run)
-        stop.click(stopped, [chatbot], [chatbot, send, stop], cancels=runs, **quick).then(*to_save, **quick)
-        chatbot.undo(undo, [chatbot], [chatbot, message], **quick).then(*to_save, **quick)
-        gr.on([chatbot.clear, delete.click], list, None, [chatbot], cancels=runs, **quick).then(*to_save, **quick).then(
-            start_new, None, [chatbot, conversation_id, chosen, send, stop], **quick
-        )
-        new.click(start_new, None, [chatbot, conversation_id, chosen, send, stop], cancels=runs, **quick)
-        chosen.input(open_saved, [chosen, saved], [chatbot, conversation_id, system, send, stop], cancels=runs, **quick)
+        stop.click(None, None, None, cancels=runs)
+        then_save(chatbot.undo(undo, [chatbot], [chatbot, message, numbers], **quick))
+        blank = [chatbot, conversation_id, chosen, numbers, send, stop]
+        cleared = gr.on([chatbot.clear, delete.click], list, None, [chatbot], cancels=runs, **quick)
+        then_save(cleared)
+        cleared.then(start_new, None, blank, **quick)
+        new.click(start_new, None, blank, cancels=runs, **quick)
+        chosen.input(
+            open_saved, [chosen, saved], [chatbot, conversation_id, system, numbers, send, stop], js=OPEN, cancels=runs,
+            **quick,
+        )  # fmt: skip
         for button, export in ((as_json, export_json), (as_markdown, export_markdown)):
             button.click(export, [chatbot, system, model], [download], **quick).then(
                 None, [download], None, js=DOWNLOAD
@@ -217,9 +251,10 @@ async def answers(
     max_tokens: int,
     repetition_penalty: float,
     seed: int | None,
-) -> AsyncIterator[tuple[str, str]]:
-    """The answer so far and the note under it; what goes wrong becomes the note, and a warning of the page."""
-    text = note = ""
+) -> AsyncIterator[tuple[str, str, bool]]:
+    """The answer so far, the note under it, and whether that is all; what goes wrong becomes note and warning."""
+    text = ""
+    yield text, "", False
     try:
         card = space.pick(chat_models(await server.models()), model)
         messages, n_dropped, room = await fitted(server, card, system, said_in(turns), int(max_tokens))
@@ -239,13 +274,13 @@ async def answers(
                 numbers.add(piece)
                 text += piece.text
                 if pace.is_due():
-                    yield text, left_out
+                    yield text, space.join([left_out, numbers.notice], " "), False
         cut = "cut at the longest answer allowed" if numbers.finish_reason == "length" else ""
         note = space.join([numbers.line(), numbers.context_line(), cut])
-        yield text, f"{left_out} {note}".strip()
+        yield text, space.join([left_out, note], " "), True
     except space.SpaceError as error:
         gr.Warning(error.sentence, title="No answer" if not text else "The answer broke off")
-        yield text, error.sentence
+        yield text, error.sentence, True
 
 
 async def fitted(
@@ -262,13 +297,7 @@ async def fitted(
     starts = [n for n, message in enumerate(said) if message["role"] == "user"]
 
     async def count(k: int) -> int:
-        messages = [*head, *said[starts[k] :]]
-        try:
-            return await server.count(card["id"], messages)
-        except space.SpaceError as error:
-            if error.code not in ("unknown_url", "no_tokenizer"):
-                raise
-            return sum(len(message["content"]) for message in messages) // 3  # on the safe side of English
+        return await space.count_or_guess(server, card, [*head, *said[starts[k] :]])
 
     limit = context - min(wanted, context // 4)
     low, n_tokens = 0, await count(0)
@@ -279,14 +308,7 @@ async def fitted(
             middle = (low + high) // 2
             low, high = (low, middle) if await count(middle) <= limit else (middle + 1, high)
         n_tokens = await count(low)
-    if n_tokens >= context:
-        raise space.SpaceError(
-            f"This message is {n_tokens:,} tokens with all that must go before it, and {card['id']} holds "
-            f"{context:,} with its answer; shorten it.",
-            None,
-            "context_length_exceeded",
-        )
-    return [*head, *said[starts[low] :]], starts[low], min(wanted, context - n_tokens)
+    return [*head, *said[starts[low] :]], starts[low], space.room(card, n_tokens, wanted)
 
 
 def chat_models(cards: list[space.Card]) -> list[space.Card]:
@@ -302,26 +324,34 @@ def chat_models(cards: list[space.Card]) -> list[space.Card]:
 # -- messages --------------------------------------------------------------------------------------------------------
 
 
-def said(text: str, note: str) -> Turn:
-    """An answer as the chatbot shows it, the note in small letters under it."""
-    small = f'<small class="quiet">{html.escape(note)}</small>'
-    return {"role": "assistant", "content": [text, small] if note else text}
-
-
-def blocks_of(turn: Turn) -> list[str]:
-    content = turn["content"]
-    if isinstance(content, str):
-        return [content]
-    return [block if isinstance(block, str) else block.get("text", "") for block in content]
+def answered(text: str, note: str) -> Turn:
+    """A finished answer; where nothing came, the note alone."""
+    return {"role": "assistant", "content": text or note, "metadata": {"log": note}}
 
 
 def text_of(turn: Turn) -> str:
-    return blocks_of(turn)[0]
+    """What a message says; the chatbot hands back a list of blocks."""
+    content = turn["content"]
+    return content if isinstance(content, str) else "".join(block["text"] for block in content)
+
+
+def note_in(turn: Turn) -> str:
+    return str((turn.get("metadata") or {}).get("log") or "")
+
+
+def note_of(turns: list[Turn]) -> str:
+    """What stands under a conversation."""
+    return note_in(turns[-1]) if turns and is_said(turns[-1]) else ""
+
+
+def is_said(turn: Turn) -> bool:
+    """Whether somebody said it, and it is not the note that stands where an answer never came."""
+    return turn["role"] == "user" or text_of(turn) != note_in(turn)
 
 
 def said_in(turns: list[Turn]) -> list[space.Message]:
-    """What goes to the server: without the notes, and without answers that never came."""
-    return [{"role": turn["role"], "content": text_of(turn)} for turn in turns if text_of(turn)]
+    """What goes to the server, and into exports."""
+    return [{"role": turn["role"], "content": text_of(turn)} for turn in turns if is_said(turn)]
 
 
 def place_of(index: int | tuple[int, int] | list[int]) -> int:
@@ -338,10 +368,10 @@ def example_text(at: gr.SelectData) -> str:
     return str(at.value["text"])
 
 
-def listed(saved: list[dict[str, Any]], current: str | None) -> gr.Radio:
+def listed(saved: list[dict[str, Any]], current: str) -> gr.Radio:
     """The saved conversations by their first words."""
     titles = [(" ".join(text_of(each["turns"][0]).split())[:40] or "Empty", each["id"]) for each in saved]
-    return gr.Radio(choices=titles, value=current)
+    return gr.Radio(choices=titles, value=current if current in [each["id"] for each in saved] else None)
 
 
 def export_json(turns: list[Turn], system: str, model: str | None) -> list[str]:

@@ -129,28 +129,30 @@ async def answers(
         cards = await server.models()
         card = space.pick(cards, model)
         numbers, pace = space.Numbers(space.context_length(card)), space.Pace()
+        is_base = card.get("prompt_style") == "none"
+        messages: list[space.Message] = [{"role": "user", "content": prompt}]
+        n_new = await space.room_after(server, card, prompt if is_base else messages, int(max_tokens))
         parameters = {
-            "max_tokens": int(max_tokens),
+            "max_tokens": n_new,
             "temperature": temperature,
             "top_p": top_p,
             "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
             "seed": None if seed is None else int(seed),
         }
-        if card.get("prompt_style") == "none":
+        if is_base:
             pieces = server.complete(card["id"], prompt, **parameters)
         else:
-            pieces = server.chat(card["id"], [{"role": "user", "content": prompt}], **parameters)
+            pieces = server.chat(card["id"], messages, **parameters)
         async with aclosing(pieces):
             async for piece in pieces:
                 numbers.add(piece)
                 text += piece.text
                 if pace.is_due():
                     yield text, numbers.line()
-        way = "continues the prompt" if card.get("prompt_style") == "none" else "answers the prompt"
-        yield (
-            text,
-            space.join([numbers.line(), way, "cut at the longest answer" if numbers.finish_reason == "length" else ""]),
-        )
+        way = "continues the prompt" if is_base else "answers the prompt"
+        limit = "the longest answer" if n_new == int(max_tokens) else "the end of the context"
+        cut = f"cut at {limit}" if numbers.finish_reason == "length" else ""
+        yield text, space.join([numbers.line(), way, cut])
     except space.SpaceError as error:
         gr.Warning(error.sentence, title=f"{model or 'No model'}")
         yield text, error.sentence

@@ -23,6 +23,7 @@ try:
         launch_options,
         licence_note,
         privacy_note,
+        room,
     )
 except ModuleNotFoundError:  # this folder, copied alone as a Space
     from json_check import Check, check, looks_like_json  # type: ignore[no-redef]
@@ -36,6 +37,7 @@ except ModuleNotFoundError:  # this folder, copied alone as a Space
         launch_options,
         licence_note,
         privacy_note,
+        room,
     )
 
 _GREEDY_BELOW = 0.1  # as in the original Space
@@ -164,8 +166,7 @@ def build(server: Server) -> gr.Blocks:
                     model: gr.update(choices=[each["id"] for each in cards], value=card["id"]),
                 }
                 numbers = Numbers(context_length(card))
-                room = (numbers.context_length or 0) - n_prompt if n_prompt else 0
-                n_new = min(int(max_tokens), room) if room > 0 else int(max_tokens)
+                n_new = int(max_tokens) if n_prompt is None else room(card, n_prompt, int(max_tokens))
                 drawn_at = 0.0
                 async for piece in server.chat(
                     card["id"],
@@ -177,6 +178,8 @@ def build(server: Server) -> gr.Blocks:
                 ):
                     numbers.add(piece)
                     answered += piece.text
+                    if piece.notice:
+                        yield {status: _quiet(piece.notice)}
                     if piece.text and time.monotonic() - drawn_at > _DRAW_EVERY_S:
                         drawn_at = time.monotonic()
                         yield {**_shown(answered), status: _quiet(f"{numbers.line()} ...")}
@@ -277,14 +280,10 @@ async def _models(server: Server) -> list[Card]:
 async def _exact_prompt(server: Server, model: str, messages: list[dict[str, Any]]) -> tuple[str, int | None]:
     """The text the model is given for the messages, and its tokens; the text says so where the server cannot tell."""
     try:
-        tokens = (await server._json("POST", "/tokenize", {"model": model, "messages": messages}))["tokens"]
-        text = (await server._json("POST", "/detokenize", {"model": model, "tokens": tokens}))["prompt"]
-    except (SpaceError, KeyError) as error:
-        if isinstance(error, SpaceError) and error.code in (
-            "context_length_exceeded",
-            "unreachable",
-            "invalid_api_key",
-        ):
+        tokens = await server.tokenize(model, messages)
+        text = await server.detokenize(model, tokens)
+    except SpaceError as error:
+        if error.code in ("context_length_exceeded", "unreachable", "invalid_api_key"):
             raise
         return "This server does not show the prompts it makes.", None
     return text, len(tokens)

@@ -279,6 +279,8 @@ def build(server: Server) -> gr.Blocks:
                     while piece is not None:
                         numbers.add(piece)
                         written += piece.text
+                        if piece.notice:
+                            yield {status: _quiet(piece.notice)}
                         if piece.progress and not written:
                             points.append(piece.progress)
                             yield {status: _reading(points)}
@@ -409,19 +411,16 @@ async def _start_that_fits(server: Server, card: Card, book: Book, story: Story,
     n_cut = 0  # characters of `text`
     while True:
         try:
-            counted = await server._json("POST", "/tokenize", {"model": card["id"], "prompt": text[n_cut:]})
+            ids = await server.tokenize(card["id"], text[n_cut:])
             break
         except SpaceError as error:  # too long even to be counted
             if error.code != "context_length_exceeded" or len(text) - n_cut < limit:
                 raise
             n_cut += (len(text) - n_cut) // 2
-    ids = counted.get("tokens")
-    if not isinstance(ids, list):
-        raise SpaceError("This server does not say which tokens the book has, so the book cannot be cut to its model.")
     if n_keep < 1 or len(ids) <= n_keep:
         return story.start + n_cut
-    kept = await server._json("POST", "/detokenize", {"model": card["id"], "tokens": ids[-n_keep:]})
-    n_cut = max(n_cut, len(text) - len(str(kept.get("prompt") or "")))
+    kept = await server.detokenize(card["id"], ids[-n_keep:])
+    n_cut = max(n_cut, len(text) - len(kept))
     paragraph = text.find("\n\n", n_cut, n_cut + 4000)
     n_cut = paragraph + 2 if paragraph >= 0 else n_cut
     if story.start + n_cut >= len(book.text):
@@ -509,7 +508,7 @@ def _line(written: str, numbers: Numbers) -> str:
     """`142 words, 105 words a minute · 65,007 of 65,010 tokens from the cache, first after 0.11 s`."""
     n_words = len(written.split())
     speed = f"{n_words:,} word{'' if n_words == 1 else 's'}"
-    if numbers.first_s is not None and numbers.last_s is not None and numbers.last_s - numbers.first_s > 0.3:
+    if numbers.first_s is not None and numbers.last_s is not None and numbers.tokens_per_s is not None:
         speed += f", {60 * n_words / (numbers.last_s - numbers.first_s):,.0f} words a minute"
     read = ""
     if numbers.n_cached_tokens:
