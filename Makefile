@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup serve cluster test check format tiny bench llama triton promtool clean
+.PHONY: setup serve cluster test check format tiny bench llama peers triton promtool clean
 
 setup: $(READY)
 
@@ -46,6 +46,12 @@ bench: setup  ## every number of docs/benchmarks.md
 llama:  ## llama.cpp, prebuilt for node, for tests of GGUF files
 	mkdir -p .llama && cd .llama && npm install --silent --no-fund --no-audit --ignore-scripts node-llama-cpp@3.22.1
 
+# A venv of its own: serving needs none of it. Its converter loads a model with transformers.
+peers:  ## CTranslate2, for the ladder of benchmarks/engine.py
+	test -x .peers/bin/python || $(PYTHON) -m venv .peers
+	echo '*' > .peers/.gitignore
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2==4.8.5 torch transformers
+
 # A venv of its own: Triton's python backend needs numpy < 2.
 triton:  ## a Triton server for CPU, for tests of model repositories and `mpt serve --model triton://`
 	test -x .triton/bin/python || $(PYTHON) -m venv .triton
@@ -59,4 +65,4 @@ promtool: .promtool/promtool  ## Prometheus' own checker, out of Debian's packag
 	rm -rf .promtool/usr .promtool/etc .promtool/lib .promtool/var .promtool/prometheus_*.deb
 
 clean:
-	rm -rf $(VENV) .llama .triton .promtool .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .llama .peers .triton .promtool .mypy_cache .ruff_cache .pytest_cache

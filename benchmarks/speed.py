@@ -19,10 +19,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ceilings import bf16_tflop_s, median_of, read_gb_s
 
 SHAPES = {
     "125m": {"d_model": 768, "n_heads": 12, "n_layers": 12},
@@ -33,7 +34,7 @@ PREFILL_TOKENS, DECODE_CONTEXTS, DECODE_TOKENS = 4096, (128, 1024, 4096), 32
 STREAMS, STREAM_PROMPT, STREAM_TOKENS = 16, 128, 64
 
 
-def make_folder(shape: str, folder: Path) -> None:
+def make_folder(shape: dict[str, int], folder: Path, context_length: int = CONTEXT) -> None:
     """A random checkpoint of a shape, with a byte tokenizer so that the server can serve it."""
     import torch
     from tokenizers import Tokenizer as Raw
@@ -43,9 +44,10 @@ def make_folder(shape: str, folder: Path) -> None:
     from mpt.tokenizer import Tokenizer
 
     torch.manual_seed(0)
-    config = mpt.MPTConfig(**SHAPES[shape], vocab_size=VOCAB, max_seq_len=CONTEXT)
+    config = mpt.MPTConfig(**shape, vocab_size=VOCAB, max_seq_len=context_length)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Raw(models.BPE(vocab={t: i for i, t in enumerate(["<|endoftext|>", *letters])}, merges=[]))
+    known = ["<|endoftext|>", *letters, "Ġt"]  # one merge: llama.cpp loads no vocabulary without any
+    raw = Raw(models.BPE(vocab={token: n for n, token in enumerate(known)}, merges=[("Ġ", "t")]))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens(["<|endoftext|>"])
     path = folder.with_suffix(".tokenizer.json")
@@ -64,13 +66,7 @@ def prompt_ids(n: int) -> list[int]:
 
 def ceilings(_: Path) -> dict[str, float]:
     """What this machine can read per second (1 GB, too large for a cache share) and multiply in bfloat16."""
-    import torch
-
-    buffer = torch.ones(1 << 28)
-    a = torch.randn(2048, 2048).bfloat16()
-    read = _median_of(5, lambda: buffer.sum())
-    multiply = _median_of(9, lambda: a @ a)
-    return {"read_gb_s": buffer.nbytes / read / 1e9, "bf16_tflop_s": 2 * 2048**3 / multiply / 1e12}
+    return {"read_gb_s": read_gb_s(1 << 30), "bf16_tflop_s": bf16_tflop_s()}
 
 
 def prefill_ours(folder: Path) -> dict[str, float]:
@@ -79,7 +75,7 @@ def prefill_ours(folder: Path) -> dict[str, float]:
 
     backend = TorchBackend(mpt.load(folder, verify=False))
     row = backend.reserve(None, PREFILL_TOKENS)
-    return {"seconds": _median_of(1, lambda: backend.forward([Work(row, prompt_ids(PREFILL_TOKENS), 1)]))}
+    return {"seconds": median_of(1, lambda: backend.forward([Work(row, prompt_ids(PREFILL_TOKENS), 1)]))}
 
 
 def prefill_stock(folder: Path) -> dict[str, float]:
@@ -87,7 +83,7 @@ def prefill_stock(folder: Path) -> dict[str, float]:
 
     model, ids = _stock(folder), torch.tensor([prompt_ids(PREFILL_TOKENS)])
     with torch.inference_mode():
-        return {"seconds": _median_of(1, lambda: model(ids, use_cache=True, logits_to_keep=1), warm_up=0)}
+        return {"seconds": median_of(1, lambda: model(ids, use_cache=True, logits_to_keep=1), warm_up=0)}
 
 
 def decode_ours(folder: Path) -> dict[str, float]:
@@ -267,16 +263,6 @@ def _streams_tokens_per_second(base_url: str, n_streams: int) -> float:
     return n_streams * STREAM_TOKENS / (time.perf_counter() - started)
 
 
-def _median_of(n: int, run: Callable[[], object], warm_up: int = 1) -> float:
-    times = []
-    for i in range(n + warm_up):
-        started = time.perf_counter()
-        run()
-        if i >= warm_up:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 # -- the report ----------------------------------------------------------------------------------------------------
 
 MEASUREMENTS = {
@@ -302,7 +288,7 @@ def bench(shape: str, rounds: int) -> dict[str, Any]:
     """Every measurement of one shape: medians over alternating rounds."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / shape
-        make_folder(shape, folder)
+        make_folder(SHAPES[shape], folder)
         weight_bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         collected: dict[str, list[dict[str, float]]] = {name: [] for name in MEASUREMENTS}
         for n in range(rounds):
