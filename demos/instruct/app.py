@@ -138,7 +138,8 @@ def build(server: Server) -> gr.Blocks:
                     )
         note = gr.HTML(_note(None), **bare)
 
-        outputs = [prose, code, status, prompt, note, model, send, stop]
+        is_answering = gr.State(False)  # still true after an answer: it was stopped
+        outputs = [prose, code, status, prompt, note, model, send, stop, is_answering]
 
         async def answer(
             model_id: str | None, text: str, temperature: float, top_p: float, top_k: float, max_tokens: float
@@ -152,8 +153,9 @@ def build(server: Server) -> gr.Blocks:
                 status: _quiet("Reading the instruction ..."),
                 send: gr.update(interactive=False),
                 stop: gr.update(interactive=True),
+                is_answering: True,
             }
-            idle = {send: gr.update(interactive=True), stop: gr.update(interactive=False)}
+            idle = {send: gr.update(interactive=True), stop: gr.update(interactive=False), is_answering: False}
             answered = ""
             try:
                 cards = await _models(server)
@@ -236,14 +238,19 @@ def build(server: Server) -> gr.Blocks:
             show_progress="hidden",
             api_name="instruct",
         )
-        stop.click(
-            lambda: (_quiet("Stopped."), gr.update(interactive=True), gr.update(interactive=False)),
-            None,
-            [status, send, stop],
-            cancels=[running],
-            queue=False,
-            api_visibility="private",
+
+        def rest(was_answering: bool) -> dict[Any, Any]:
+            """After an answer: say so if it was stopped."""
+            if not was_answering:
+                return {is_answering: False}
+            idle = {send: gr.update(interactive=True), stop: gr.update(interactive=False), is_answering: False}
+            return {status: _quiet("Stopped."), **idle}
+
+        # Only once the event has ended: what it had sent before it was cancelled would come after the word "stopped".
+        running.then(
+            rest, [is_answering], [status, send, stop, is_answering], show_progress="hidden", api_visibility="private"
         )
+        stop.click(None, None, None, cancels=[running])
         clear.click(
             lambda: (
                 "",
@@ -253,9 +260,10 @@ def build(server: Server) -> gr.Blocks:
                 "",
                 gr.update(interactive=True),
                 gr.update(interactive=False),
+                False,
             ),
             None,
-            [instruction, prose, code, status, prompt, send, stop],
+            [instruction, prose, code, status, prompt, send, stop, is_answering],
             cancels=[running],
             queue=False,
             api_visibility="private",

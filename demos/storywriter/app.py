@@ -168,6 +168,7 @@ def build(server: Server) -> gr.Blocks:
                 paper = gr.HTML(_paper(None, Story()), elem_id="story", js_on_load=_FOLLOW, **bare)
         note = gr.HTML(_note(None), **bare)
         buttons = [write, stop, undo, export]
+        is_writing = gr.State(False)  # still true after a continuation: it was stopped
 
         def at_rest(now: Story) -> dict[Any, Any]:
             has_text = bool(now.continuations)
@@ -176,6 +177,7 @@ def build(server: Server) -> gr.Blocks:
                 stop: gr.update(interactive=False),
                 undo: gr.update(interactive=has_text),
                 export: gr.update(interactive=has_text),
+                is_writing: False,
             }
 
         async def measured(taken: Book, card: Card) -> dict[Any, Any]:
@@ -255,6 +257,7 @@ def build(server: Server) -> gr.Blocks:
                 stop: gr.update(interactive=True),
                 undo: gr.update(interactive=False),
                 export: gr.update(interactive=False),
+                is_writing: True,
             }
             before, n_new = now, int(max_tokens)
             try:
@@ -319,7 +322,10 @@ def build(server: Server) -> gr.Blocks:
                 **at_rest(now),
             }
 
-        def rest(now: Story) -> dict[Any, Any]:
+        def rest(now: Story, was_writing: bool) -> dict[Any, Any]:
+            """After a continuation: say so if it was stopped."""
+            if not was_writing:
+                return {is_writing: False}
             n_words = len(now.continuations[-1].split()) if now.continuations else 0
             return {status: _quiet(f"Stopped after {n_words:,} words." if n_words else "Stopped."), **at_rest(now)}
 
@@ -341,19 +347,21 @@ def build(server: Server) -> gr.Blocks:
             except SpaceError as error:
                 return {status: _trouble(str(error))}
 
-        about_book = [upload, book, story, paper, measure, keep_end, status, *buttons]
+        about_book = [upload, book, story, paper, measure, keep_end, status, is_writing, *buttons]
         quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         upload.upload(take_file, [upload, model], about_book, concurrency_limit=32, **quietly)
         paste.blur(take_paste, [paste, model, book], about_book, concurrency_limit=32, **quietly)
         running = write.click(
             write_on,
             [book, story, paste, ending, keep_end, model, temperature, top_p, max_tokens],
-            [book, story, paper, status, keep_end, *buttons],
+            [book, story, paper, status, keep_end, is_writing, *buttons],
             concurrency_limit=32,
             **quietly,
         )
-        stop.click(rest, [story], [status, *buttons], cancels=[running], **quietly)
-        undo.click(take_back, [book, story], [story, paper, status, *buttons], **quietly)
+        # Only once the event has ended: what it had sent before it was cancelled would come after the word "stopped".
+        running.then(rest, [story, is_writing], [status, is_writing, *buttons], **quietly)
+        stop.click(None, None, None, cancels=[running])
+        undo.click(take_back, [book, story], [story, paper, status, is_writing, *buttons], **quietly)
         export.click(None, None, None, js=_EXPORT)
         model.input(change_model, [model, book], [note, measure, keep_end, status], **quietly)
         page.load(greet, None, [model, note, status], **quietly)
