@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mpt.errors import MachineRefused
 from mpt.model import MPTForCausalLM
+from mpt.native.library import multiply
 
 _FEW_ROWS = 4  # up to here torch's kernel for int8 weights is faster than widening them (measured)
 
@@ -34,7 +35,9 @@ class Int8Linear(nn.Linear):
         if len(rows) <= _FEW_ROWS:
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:  # int8 is exact in bfloat16
-            out = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+            wide = self.weight.to(x.dtype)
+            found = multiply(rows, wide, None)
+            out = (F.linear(rows, wide) if found is None else found) * self.scale
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 

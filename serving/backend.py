@@ -20,7 +20,8 @@ from torch.nn import Module
 from mpt import attention
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
-from mpt.native import NativeStep, RowMemory, Unavailable
+from mpt.native.library import Unavailable
+from mpt.native.step import NativeStep, RowMemory
 
 log = logging.getLogger(__name__)
 

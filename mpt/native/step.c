@@ -763,3 +763,97 @@ void mpt_step(const Model *model, const Step *step) {
     }
     if (step->keys_read) *step->keys_read += n_read;
 }
+
+/* -- many tokens ------------------------------------------------------------------------------------------------------ */
+
+#if AMX
+/* 16 x 16 numbers, rows to columns. */
+static inline void transpose(__m512 *r) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2)
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            const __m512d a = _mm512_castps_pd(t[i + k]), b = _mm512_castps_pd(t[i + k + 2]);
+            r[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            r[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int k = 0; k < 4; k++) {
+            t[i + k] = _mm512_shuffle_f32x4(r[i + k], r[i + k + 4], 0x88);
+            t[i + k + 4] = _mm512_shuffle_f32x4(r[i + k], r[i + k + 4], 0xdd);
+        }
+    for (int k = 0; k < 8; k++) {
+        r[k] = _mm512_shuffle_f32x4(t[k], t[k + 8], 0x88);
+        r[k + 8] = _mm512_shuffle_f32x4(t[k], t[k + 8], 0xdd);
+    }
+}
+
+/* Sums (32 outputs, 32 tokens) as bfloat16 rows of tokens: y (tokens, N) from output n0 on. */
+static void store_rows(const float *sums, const bf16 *bias, int n0, int n_blocks, int n_tokens, int N, bf16 *y) {
+    for (int first = 0; first < n_tokens; first += 16) {
+        __m512 low[16], high[16];
+        for (int r = 0; r < 16; r++) {
+            low[r] = _mm512_load_ps(sums + r * 32 + first);
+            high[r] = _mm512_load_ps(sums + (r + 16) * 32 + first);
+            if (bias) low[r] = _mm512_add_ps(low[r], _mm512_set1_ps(wide(bias[n0 + r])));
+            if (bias && n_blocks > 1) high[r] = _mm512_add_ps(high[r], _mm512_set1_ps(wide(bias[n0 + 16 + r])));
+        }
+        transpose(low);
+        transpose(high);
+        const int here = n_tokens - first < 16 ? n_tokens - first : 16;
+        for (int token = 0; token < here; token++) {
+            bf16 *to = y + (size_t)(first + token) * N + n0;
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high[token], low[token]);
+            if (n_blocks > 1)
+                _mm512_storeu_si512(to, both);
+            else
+                _mm256_storeu_si256((__m256i *)to, _mm512_castsi512_si256(both));
+        }
+    }
+}
+
+/* y = x W^T + b, bfloat16, for T tokens: x (T, K), y (T, N); K a multiple of 32, N of 16. packed: (T rounded up to 32) K.
+ *
+ * Tokens in blocks that stay in the second-level cache while all weights pass by. torch's product rearranges the weights
+ * at each call, and reaches half of this for the widths of a 125M (docs/performance.md). */
+void mpt_multiply(const Linear *linear, const bf16 *x, int32_t T, bf16 *y, bf16 *packed, int32_t n_threads) {
+    const int K = linear->n_in, N = linear->n_out, n_pairs = (N + 31) / 32;
+    const int most = (1 << 19) / K / 32 * 32, block = most < 32 ? 32 : most > 512 ? 512 : most;
+    _Alignas(64) atomic_int next = 0;
+    Team team = {0};
+    const int n_blocks = (T + block - 1) / block;
+#pragma omp parallel num_threads(n_threads)
+    {
+        Worker worker = {&team, NULL, omp_get_thread_num(), omp_get_num_threads()};
+        _Alignas(64) float sums[1024];
+        const Inputs inputs = {.K = K, .packed = packed};
+        configure_tiles();
+        for (int panel = worker.thread; panel < (T + 31) / 32 * 2; panel += worker.n)
+            for (int k = 0; k < K; k += 32) {
+                __m512 rows[16];
+                for (int c = 0; c < 16; c++) {
+                    const int token = panel * 16 + c;
+                    rows[c] = token < T ? _mm512_loadu_ps((const float *)(x + (size_t)token * K + k))
+                                        : _mm512_setzero_ps();
+                }
+                transpose(rows); /* pairs of k, as 32 bits each, become rows of 16 tokens */
+                for (int pair = 0; pair < 16; pair++)
+                    _mm512_store_ps((float *)(packed + (size_t)panel * K * 16 + (size_t)k * 16 + pair * 32), rows[pair]);
+            }
+        meet(&worker);
+        for (int task; (task = atomic_fetch_add(&next, 1)) < n_blocks * n_pairs;) {
+            const int n0 = task % n_pairs * 32, first = task / n_pairs * block;
+            const int outputs = N - n0 >= 32 ? 2 : 1, end = first + block < T ? first + block : T;
+            for (int at = first; at < end; at += 32) {
+                multiply(linear, n0, outputs, &inputs, at, 32, sums);
+                store_rows(sums, linear->bias, n0, outputs, end - at < 32 ? end - at : 32, N, y + (size_t)at * N);
+            }
+        }
+        _tile_release();
+    }
+}
+#endif
+
+/* Whether this was compiled with mpt_multiply. */
+int32_t mpt_can_multiply(void) { return AMX; }

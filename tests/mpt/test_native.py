@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 import mpt
-from mpt import native
-from mpt.native import NativeStep, RowMemory
+from mpt.native import library
+from mpt.native.step import NativeStep, RowMemory
 from mpt.quantization import quantize_model
 
-pytestmark = pytest.mark.skipif(not native.has_compiler(), reason="needs a C compiler, on Linux")
+pytestmark = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
 
 CAPACITY = 768
 SHAPES = {
@@ -173,27 +173,50 @@ def test_an_old_key_that_counts_is_found_at_any_distance():
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("T", [33, 64, 100, 1024])
+@pytest.mark.parametrize(("K", "N"), [(64, 48), (768, 2304), (4096, 80)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_of_many_tokens_are_the_exact_ones_rounded_once(T, K, N, has_bias):
+    if not library.load().mpt_can_multiply():
+        pytest.skip("this processor has no AMX")
+    torch.manual_seed(T)
+    x, weight, bias = torch.randn(T, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
+    found = library.multiply(x[None], weight, bias if has_bias else None)
+    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    assert found.shape == (1, T, N)
+    # half a step of bfloat16, and float32's sum of K terms
+    assert bool(((found[0].double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + K * 2e-7).all())
+
+
+def test_products_it_is_not_made_for_are_left_to_torch():
+    x = torch.randn(40, 64).bfloat16()
+    assert library.multiply(x.float(), torch.randn(32, 64), None) is None
+    assert library.multiply(x, torch.randn(33, 64).bfloat16(), None) is None
+    assert library.multiply(x.T, torch.randn(32, 40).bfloat16(), None) is None
+    assert library.multiply(x[:, :40].contiguous(), torch.randn(32, 40).bfloat16(), None) is None
+
+
 def test_what_it_is_not_made_for_is_said():
     for model, reason in [
         (make("mpt").float(), "bfloat16 on CPU"),
         (mpt.MPTForCausalLM(mpt.MPTConfig(d_model=48, n_heads=2, n_layers=1, vocab_size=64)).bfloat16(), "48"),
     ]:
-        with pytest.raises(native.Unavailable, match=reason):
+        with pytest.raises(library.Unavailable, match=reason):
             NativeStep(model)
 
 
 def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    native._load.cache_clear()
-    with pytest.raises(native.Unavailable, match="install gcc"):
+    library.load.cache_clear()
+    with pytest.raises(library.Unavailable, match="install gcc"):
         NativeStep(make("mpt"))
-    native._load.cache_clear()
+    library.load.cache_clear()
 
 
 def test_a_home_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
     locked = tmp_path / "file"
     locked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
-    native._load.cache_clear()
+    library.load.cache_clear()
     assert Runner(make("mpt")).read(ids(3), at_once=1).isfinite().all()
-    native._load.cache_clear()
+    library.load.cache_clear()

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
 
 import mpt
-from mpt import native
 from mpt.errors import UserError
+from mpt.native import library
 from mpt.tokenizer import Tokenizer
 from serving.backend import TorchBackend
 from serving.endpoints import open_endpoint
@@ -22,7 +22,7 @@ from serving.request import Delta, Sampling
 from serving.speculation import MAX_GUESS, DraftModel, Pace, PromptLookup, Speculation
 
 CONTEXT = 1024
-needs_native = pytest.mark.skipif(not native.has_compiler(), reason="needs a C compiler, on Linux")
+needs_native = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
 
 
 @pytest.fixture(scope="module")

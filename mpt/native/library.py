@@ -1,0 +1,146 @@
+"""The C code of this package: compiled once with the system's compiler, loaded, and its product for many tokens.
+
+Without a compiler, or on another platform than Linux, everything runs through torch, only slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("step.c")
+# Sums may be reordered, once and for all when compiling; infinities and NaN stay what they are.
+_FLAGS = [
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
+]
+Pointer = ctypes.c_void_p
+
+
+_WIDEST = 4096  # inputs of a product; beyond, torch's is as fast
+
+
+class LinearStruct(ctypes.Structure):
+    _fields_ = (
+        ("weight", Pointer),
+        ("scale", Pointer),
+        ("bias", Pointer),
+        ("n_out", ctypes.c_int32),
+        ("n_in", ctypes.c_int32),
+    )
+
+
+class Unavailable(Exception):
+    """Why something cannot run in C here; it runs through torch then."""
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x (..., K) times weight (N, K), with bias (N): (..., N), for many bfloat16 rows on CPU with AMX.
+
+    None for what it is not made for: wider or ragged matrices, other types and devices, machines without AMX.
+    """
+    n_out, n_in = weight.shape
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if n_out % 16 or n_in % 32 or n_in > _WIDEST or not all(map(_is_plain, tensors)):
+        return None
+    library = _with_amx()
+    if library is None:
+        return None
+    T = x.numel() // n_in
+    n_packed = -(-T // 32) * 32 * n_in + 32  # and what is lost to its alignment
+    packed = getattr(_scratch, "packed", None)
+    if packed is None or packed.numel() < n_packed:
+        packed = _scratch.packed = torch.empty(n_packed, dtype=torch.bfloat16)
+    y = torch.empty(*x.shape[:-1], n_out, dtype=torch.bfloat16)
+    linear = LinearStruct(weight.data_ptr(), None, None if bias is None else bias.data_ptr(), n_out, n_in)
+    at = -(-packed.data_ptr() // 64) * 64
+    library.mpt_multiply(
+        ctypes.byref(linear), Pointer(x.data_ptr()), T, Pointer(y.data_ptr()), Pointer(at), torch.get_num_threads()
+    )
+    return y
+
+
+_scratch = threading.local()
+
+
+@functools.cache
+def _with_amx() -> ctypes.CDLL | None:
+    try:
+        library = load()
+    except Unavailable:
+        return None
+    return library if library.mpt_can_multiply() else None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def has_compiler() -> bool:
+    """Whether the step can be compiled here."""
+    return sys.platform == "linux" and _compiler() is not None
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc")
+
+
+@functools.cache
+def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled code. Raises Unavailable where there is no compiler, or the system refuses what it made."""
+    if os.environ.get("MPT_NATIVE") == "0":
+        raise Unavailable("MPT_NATIVE=0")
+    if sys.platform != "linux":
+        raise Unavailable(f"it is for Linux, and this is {platform.system()}")
+    path = _compiled(extra_flags)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"`{path}` cannot be loaded: {error}") from error
+    if library.mpt_prepare() < 0:
+        raise Unavailable("the system does not let this process use AMX")
+    return library
+
+
+def _compiled(extra_flags: tuple[str, ...]) -> Path:
+    """The library for this source, compiler and processor, made if it is not in the cache yet."""
+    compiler = _compiler()
+    if compiler is None:
+        raise Unavailable("there is no C compiler; install gcc (Debian: `apt install gcc libc6-dev`)")
+    flags = [*_FLAGS, *extra_flags]
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, cpu, version]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpt"
+    path = cache / f"step-{key}.so"
+    if path.is_file():
+        return path
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=cache)
+    except OSError:  # a read-only home
+        folder = tempfile.mkdtemp()
+        path = Path(folder) / path.name
+    made = Path(folder) / "made.so"
+    # Not linked with a libgomp of its own: two pools of spinning threads would fight for the cores. torch's is there.
+    command = [compiler, *flags, "-c", str(SOURCE), "-o", f"{made}.o"]
+    link = [compiler, "-shared", f"{made}.o", "-o", str(made), "-lm"]
+    for step in (command, link):
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Unavailable(f"`{compiler}` cannot compile it: {done.stderr.strip().splitlines()[-1:]}")
+    os.replace(made, path)
+    if path.parent != Path(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
