@@ -123,7 +123,7 @@ def _compiled(extra_flags: tuple[str, ...]) -> Path:
     key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, cpu, version]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpt"
     path = cache / f"step-{key}.so"
-    if path.is_file():
+    if path.is_file() and path.stat().st_uid == os.getuid():  # code somebody else has put there is not ours to run
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
