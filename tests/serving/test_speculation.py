@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from mpt.tokenizer import Tokenizer
 from serving.backend import TorchBackend
 from serving.endpoints import open_endpoint
 from serving.engine import Engine
+from serving.grammar import Grammars
 from serving.options import ServeOptions
 from serving.request import Delta, Sampling
 from serving.speculation import MAX_GUESS, DraftModel, Pace, PromptLookup, Speculation
@@ -134,6 +136,19 @@ async def test_right_guesses_make_an_answer_take_few_steps(small, tokenizer):
     # One step reads the prompt; of each ten tokens the guesses of nine are right.
     assert stats.n_steps <= 1 + 100 / 5
     assert stats.n_guessed_right > 60
+
+
+@needs_native
+async def test_a_grammar_is_followed_token_by_token(small, tokenizer):
+    numbers = await Grammars(tokenizer).get("regex", r"([0-9]{3},){12}")
+    samplings = [Sampling(max_tokens=80, temperature=t, seed=k, grammar=numbers) for k, t in enumerate((0, 0.7, 1.5))]
+    with running(small, tokenizer) as engine:
+        expected = await answers(engine, samplings)
+    with running(small, tokenizer, DraftModel(TorchBackend(small), 512)) as engine:
+        assert await answers(engine, samplings) == expected
+        assert engine.stats().n_guessed > 0
+    for deltas in expected:
+        assert re.fullmatch(r"([0-9]{3},){12}", "".join(delta.text for delta in deltas))
 
 
 async def test_a_model_in_float32_gives_the_naive_loops_tokens(model, tokenizer):
