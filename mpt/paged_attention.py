@@ -14,16 +14,20 @@ Letters as in `mpt/model.py`, and P pages of a row. Not here: who owns which pag
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 PAGE = 256  # positions
 DROP = 2.0**-24  # of a query's weights, what pages left out may have together
 _MOST_SPLITS = 64
 _KEYS = 64  # read at once by a program of the kernel: 16 KiB of keys at D 128, in 16 bits
 _LINES = 64  # queries times heads of a group in one program; more take another, which reads the pages again
+_BLOCK = 128  # queries, and keys, of FlexAttention's masks
 _GPU_SPLITS = 4  # programs wanted for each multiprocessor, to have enough reads in flight
 
 
@@ -124,9 +128,69 @@ def paged_decode(
     return out
 
 
-def gather(kv: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of one row in one piece, (1, KV heads, P * PAGE, D) each. kv: one layer; pages: (P,) int64."""
-    k, v = kv[pages].permute(1, 2, 0, 3, 4).flatten(2, 3).split(1)
+class Chunk:
+    """Part of a prompt, T tokens behind what is stored of it: FlexAttention and its mask, made once for all layers.
+
+    The mask is told block by block, so nothing of size T x S is made. What differs between chunks is in tensors, and
+    sizes are multiples of a block: Triton code that was compiled for one chunk serves the others.
+    """
+
+    def __init__(self, T: int, stored: int, slopes: Tensor | None, scale: float, device: torch.device) -> None:
+        """stored: positions the row has with these T."""
+        self._n_extra, self._scale = -T % _BLOCK, scale
+        past = torch.full((), stored - T, device=device)
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return j <= i + past
+
+        def add_alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score if slopes is None else score + slopes[h] * (j - i - past)  # anchored at the query itself
+
+        self._add_alibi = add_alibi
+        n_blocks = -(-stored // PAGE) * (PAGE // _BLOCK)
+        key_blocks = torch.arange(n_blocks, device=device)
+        first = torch.arange(stored - T, stored + self._n_extra, _BLOCK, device=device)  # of each block of queries
+        n_whole = ((first + 1) // _BLOCK).clamp(max=n_blocks)  # blocks of keys that all its queries see
+        n_all = ((first + _BLOCK - 1) // _BLOCK + 1).clamp(max=n_blocks)
+        whole = key_blocks.expand(len(first), -1)
+        partly = (n_whole[:, None] + key_blocks).clamp(max=n_blocks - 1)
+        tables = (n_all - n_whole, partly, n_whole, whole)
+        n_partly, partly, n_whole, whole = (table.to(torch.int32)[None, None] for table in tables)
+        lengths = (T + self._n_extra, n_blocks * _BLOCK)
+        self.mask = BlockMask.from_kv_blocks(
+            n_partly, partly, n_whole, whole, BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=lengths
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(1, H, T, D) of q (1, H, T, D) over k and v as `gather` gives them."""
+        T = q.shape[2]
+        q = F.pad(q, (0, 0, 0, self._n_extra))
+        kernel = _flex(q.is_cuda)
+        is_grouped = q.shape[1] != k.shape[1]
+        out = kernel(q, k, v, score_mod=self._add_alibi, block_mask=self.mask, scale=self._scale, enable_gqa=is_grouped)
+        assert isinstance(out, Tensor)
+        return out[:, :, :T]
+
+
+@functools.cache
+def _flex(is_compiled: bool) -> Callable[..., Tensor]:
+    flex: Callable[..., Tensor] = flex_attention
+    if not is_compiled:
+        return flex
+    # A model takes three compilations (one block or more, of queries and of keys). Torch stops at 8 and goes on without
+    # any, holding S x S scores; and several models share a process.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex, dynamic=True)
+
+
+def gather(kv: Tensor, pages: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one row in one piece, (1, KV heads, P * PAGE, D) each, zero from `stored` on.
+
+    kv: one layer. pages: (P,) int64. What others left behind a row's end may be NaN, which no mask hides in a product.
+    """
+    both = kv[pages].permute(1, 2, 0, 3, 4).flatten(2, 3)
+    both[:, :, stored:] = 0
+    k, v = both.split(1)
     return k, v
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpt import attention
-from mpt.paged_attention import PAGE, Pages, gather, has_triton, paged_decode, store
+from mpt.paged_attention import PAGE, Chunk, Pages, gather, has_triton, paged_decode, store
 
 # Outputs are averages of values of size 1; float32 adds up to 1,000 terms of 1e-7 at random. 16 bits round once more.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -218,8 +218,9 @@ def test_scores_far_from_zero_change_nothing(where) -> None:
 def test_what_is_stored_is_found_where_it_was_put_and_bounds_only_grow(where) -> None:
     filled = Filled(where, [300, 2], 2, 80, torch.bfloat16, by_kernel=where[1])
     for row, n_pages in enumerate((2, 1)):
-        k, v = gather(filled.pages.kv[0], filled.table[row, :n_pages].long())
+        k, v = gather(filled.pages.kv[0], filled.table[row, :n_pages].long(), int(filled.lengths[row]))
         n = int(filled.lengths[row])
+        assert not k[:, :, n:].any() and not v[:, :, n:].any()  # NaN there before
         assert torch.equal(k[:, :, :n].double(), filled.keys[row]) and torch.equal(
             v[:, :, :n].double(), filled.values[row]
         )
@@ -252,3 +253,37 @@ def test_far_positions_keep_their_digits(where) -> None:
     filled = Filled(where, [65_000], 1, 64)
     for slope in (2.0**-0.5, 2.0**-15.5):
         filled.check(filled.queries(1, 1, 64), torch.tensor([slope]), 64**-0.5)
+
+
+# -- prefill ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize(("T", "stored"), [(17, 17), (200, 300), (256, 256), (129, 700), (30, 1000)])
+@pytest.mark.parametrize(("H", "n_kv", "D"), [(4, 4, 80), (4, 2, 64)])
+def test_a_chunk_behind_a_past_equals_the_formula(device, alibi, T, stored, H, n_kv, D) -> None:
+    filled = Filled((device, device == "cuda"), [stored], n_kv, D)
+    slopes = attention.alibi_slopes(H).to(device) if alibi else None
+    q = filled.queries(T, H, D)
+    n_pages = -(-stored // PAGE)
+    k, v = gather(filled.pages.kv[0], filled.table[0, :n_pages].long(), stored)
+    chunk = Chunk(T, stored, slopes, D**-0.5, q.device)
+    found = chunk.attend(q.transpose(1, 2), k, v)[0].transpose(0, 1)
+    expected = filled.expected(q, slopes, D**-0.5, 0)
+    assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("T", "stored"), [(17, 17), (200, 300), (256, 256), (129, 700), (128, 1024), (300, 4000)])
+def test_a_chunks_mask_names_the_blocks_that_hold_a_key_it_sees(T, stored) -> None:
+    """Uncompiled, flex_attention looks at every block; the compiled one at those named, and masks some of them."""
+    mask = Chunk(T, stored, None, 1.0, torch.device("cpu")).mask
+    rows, keys = mask.seq_lengths
+    i, j = torch.arange(stored - T, stored - T + rows)[:, None], torch.arange(keys)
+    blocks = (j <= i).view(rows // 128, 128, keys // 128, 128).transpose(1, 2).flatten(2)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks.any(-1))
+    for row, n in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        whole = mask.full_kv_indices[0, 0, row, :n]
+        assert sorted(whole.tolist()) == blocks[row].all(-1).nonzero().flatten().tolist()
+    assert rows < T + 128 and keys < stored + PAGE
