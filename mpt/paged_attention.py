@@ -25,8 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 PAGE = 256  # positions
 DROP = 2.0**-24  # of a query's weights, what pages left out may have together
 _MOST_SPLITS = 64
-_KEYS = 64  # read at once by a program of the kernel: 16 KiB of keys at D 128, in 16 bits
-_LINES = 64  # queries times heads of a group in one program; more take another, which reads the pages again
+_KEY_BYTES = 128  # keys times bytes of a number that a program reads at once: 16 KiB of keys at D 128
+# Queries times heads of a group in one program; more take another, which reads the pages again. More than these spill.
+_LINES, _LINES_OF_FLOAT32 = 64, 16
 _BLOCK = 128  # queries, and keys, of FlexAttention's masks
 _GPU_SPLITS = 4  # programs wanted for each multiprocessor, to have enough reads in flight
 
@@ -107,7 +108,8 @@ def paged_decode(
     G = H // n_kv
     lines = T * G
     # 16 lines are the least a tensor core takes; a single one is multiplied without.
-    block_m = 1 if lines == 1 else min(_LINES, max(16, _power_of_two(lines)))
+    most_lines = _LINES if q.element_size() == 2 else _LINES_OF_FLOAT32
+    block_m = 1 if lines == 1 else min(most_lines, max(16, _power_of_two(lines)))
     n_blocks = -(-lines // block_m)
     if n_splits is None:
         n_splits = min(_splits(B * n_kv * n_blocks, q.device), block_table.shape[1])
@@ -119,8 +121,8 @@ def paged_decode(
         q, kv, key_norms, block_table, lengths, slopes if slopes is not None else lengths, part, part_lse,
         scale, math.log(drop) if drop else -math.inf, T, n_blocks, H,
         *q.stride()[:3], *kv.stride()[:4], key_norms.stride(0), block_table.stride(0),
-        G=G, D=D, BLOCK_M=block_m, BLOCK_N=_KEYS, BLOCK_D=block_d, PAGE=PAGE, N_SPLITS=n_splits,
-        HAS_ALIBI=slopes is not None, num_warps=4, num_stages=2,
+        G=G, D=D, BLOCK_M=block_m, BLOCK_N=_KEY_BYTES // q.element_size(), BLOCK_D=block_d, PAGE=PAGE,
+        N_SPLITS=n_splits, HAS_ALIBI=slopes is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     paged_kernels.merge[(B * T * H,)](
         part, part_lse, out, D=D, BLOCK_D=block_d, N_SPLITS=n_splits, BLOCK_S=_power_of_two(n_splits), num_warps=4

@@ -77,6 +77,7 @@ class PagedBackend:
         self._packed = PackedModel(model)
         self._triton = triton
         self._flash = _flash_attention(self._device, self._dtype)
+        self._has_flex = self._device.type == "cuda"  # on CPU it would hold all scores
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._free: list[int] = []
@@ -267,9 +268,7 @@ class PagedBackend:
         for line, (row, n, start) in enumerate(shares):
             used = row.pages[: _n_pages(row.length + n)]
             table[line, 0], table[line, 1 : 1 + len(used)] = row.length + n, used
-            places[line] = np.maximum(
-                start, np.arange(start + n - T, start + n)
-            )  # the first again, where there is none
+            places[line] = np.arange(start + n - T, start + n).clip(min=start)  # the first again, where there is none
         real = np.concatenate([line * T + np.arange(T - n, T) for line, (_, n, _) in enumerate(shares)])
         at, real_at = self._tensor(places), self._tensor(real)
         numbers, to = self._tensor(table), self._tensor(places.flatten()[real])
@@ -301,7 +300,7 @@ class PagedBackend:
                 return out.transpose(1, 2)
 
             return attend_flash
-        if self._device.type == "cuda":
+        if self._has_flex:
             chunk = Chunk(n, stored, self._slopes, self._scale, self._device)
             return lambda layer, q: chunk.attend(q, *gather(self._pages.kv[layer], used, stored))
         bias = self.model.transformer.alibi_bias(stored)

@@ -190,6 +190,92 @@ def test_more_rows_than_a_graph_has_and_numbers_between(where) -> None:
         pair.step({row: [row + 4] for row in rows[:n]}, 1)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kernel", ["flex", "flash_attn"])
+@pytest.mark.parametrize("shape", ["storywriter", "grouped", "positions"])
+def test_prompts_read_as_on_cuda_give_the_same_logits(shape, kernel) -> None:
+    pair = Pair(make(shape), ("cpu", False))
+    if kernel == "flex":
+        pair.paged._has_flex = True
+    else:
+        pair.paged._flash = flash_attn_with_kvcache
+    a, b = pair.row(700), pair.row(300)
+    pair.step({a: text(1, 300), b: text(2, 20)})
+    pair.step({a: text(3, 212), b: text(2, 2)})  # to the end of a page
+    pair.step({a: text(4, 17), b: text(5, 200)})
+    pair.step({a: [5], b: [6]}, 1)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """As flash-attn 2.8 documents it. q: (B, T, H, D). caches: (pages, page size, KV heads, D)."""
+    assert causal and block_table.dtype == cache_seqlens.dtype == torch.int32 and k_cache.shape[1] % 256 == 0
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    out = torch.empty_like(q)
+    for row, S in enumerate(cache_seqlens.tolist()):
+        k, v = (cache[block_table[row].long()].flatten(0, 1)[:S].transpose(0, 1) for cache in (k_cache, v_cache))
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[0], 0) for x in (k, v))  # (H, S, D)
+        T = q.shape[1]
+        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+        scores = q[row].transpose(0, 1) @ k.transpose(-1, -2) * softmax_scale
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes[:, None, None] * distance.abs()
+        out[row] = (scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    return out
+
+
+class Recorded:
+    """In a graph's place on a CPU: numbers and answers in memory of fixed size, written over by the next replay."""
+
+    def __init__(self, step, n_rows: int, width: int, device: torch.device) -> None:
+        self.step, self.numbers = step, torch.zeros(n_rows, 2 + width, dtype=torch.int32)
+        self.numbers[:, 1] = 1
+        self.answers = step(self.numbers)
+
+    def replay(self, numbers: Tensor) -> Tensor:
+        assert numbers.shape == self.numbers.shape
+        self.numbers.copy_(numbers)
+        self.answers.copy_(self.step(self.numbers))
+        return self.answers
+
+
+def test_a_graph_is_kept_for_each_number_of_rows_and_width(monkeypatch) -> None:
+    monkeypatch.setattr("serving.paged_backend._Graph", Recorded)
+    pair = Pair(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE)
+    pair.paged._has_graphs = True
+    rows = [pair.row(20) for _ in range(5)]
+    long = pair.row(9 * PAGE)
+    pair.step({long: text(1, 8 * PAGE - 1)}, 1)
+    for n in (1, 5, 3, 4, 1):
+        pair.step({row: [row + 4] for row in rows[:n]}, 1)
+    pair.step({long: [5], rows[0]: [6]}, 1)  # eight pages still
+    pair.step({long: [5], rows[0]: [6]}, 1)
+    pair.step({rows[0]: [5, 6]}, 1)  # several tokens: none
+    assert set(pair.paged._graphs) == {(1, 8), (8, 8), (4, 8), (2, 8), (2, 32)}
+
+
+def test_what_cannot_be_captured_is_computed_without(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("serving.paged_backend._Graph", refuse)
+    pair = Pair(make("alibi"), ("cpu", False))
+    pair.paged._has_graphs = True
+    row = pair.row(20)
+    pair.step({row: [5]}, 1)
+    pair.step({row: [6]}, 1)
+    assert not pair.paged._graphs
+
+
 # -- rows and pages --------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +320,9 @@ def test_a_shared_page_is_copied_before_one_writes_into_it(where, writer) -> Non
     assert pair.rows[cut][1].pages[0] == shared[0] and pair.rows[cut][1].pages[1] != shared[1]
     pair.step({other: [5], cut: [6]}, 1)
     pair.step({other: text(3, 20), cut: text(4, 20)})
+    del first, second, side
+    pair.rows.clear()
+    assert pair.paged.n_free_pages == 64
 
 
 def test_the_bounds_of_keys_go_with_a_copied_page_and_not_with_a_freed_one() -> None:
