@@ -33,7 +33,7 @@ from torch import Tensor
 from mpt import attention
 from mpt.errors import MachineRefused
 from mpt.model import Attend, MPTForCausalLM
-from mpt.paged_attention import PAGE, Chunk, Pages, gather, paged_decode, store
+from mpt.paged_attention import DROP, PAGE, Chunk, Pages, gather, paged_decode, store
 from serving.backend import PackedModel, Row, Work
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,10 @@ class PagedRow(Row):
 class PagedBackend:
     """An MPTForCausalLM over paged rows. `allocate` its pool before the first row."""
 
-    def __init__(self, model: MPTForCausalLM, *, graphs: bool | None = None, triton: bool | None = None) -> None:
-        """graphs: whether steps of one token are captured; None: on CUDA. triton: as `paged_decode` takes it."""
+    def __init__(
+        self, model: MPTForCausalLM, *, graphs: bool | None = None, triton: bool | None = None, drop: float = DROP
+    ) -> None:
+        """graphs: whether steps of one token are captured; None: on CUDA. triton, drop: as for `paged_decode`."""
         config = model.config
         self.model = model
         self.vocab_size: int = config.vocab_size
@@ -75,7 +77,7 @@ class PagedBackend:
             slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])
             self._slopes = slopes[model.transformer.heads].to(self._device)
         self._packed = PackedModel(model)
-        self._triton = triton
+        self._triton, self._drop = triton, drop
         self._flash = _flash_attention(self._device, self._dtype)
         self._has_flex = self._device.type == "cuda"  # on CPU it would hold all scores
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
@@ -228,7 +230,9 @@ class PagedBackend:
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
             store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
             queries = q[0].transpose(0, 1)[:, None]  # (B, 1, H, D)
-            out = paged_decode(queries, kv, norms, table, lengths, self._slopes, self._scale, triton=self._triton)
+            out = paged_decode(
+                queries, kv, norms, table, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
+            )
             return out.permute(1, 2, 0, 3)
 
         positions = None if transformer.wpe is None else position[None]
@@ -277,7 +281,7 @@ class PagedBackend:
         def attend(layer: int, queries: Tensor, out: Tensor) -> None:
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
             answers = paged_decode(
-                queries[at], kv, norms, pages, lengths, self._slopes, self._scale, triton=self._triton
+                queries[at], kv, norms, pages, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
             )  # (B, T, H, D)
             out[to] = answers.flatten(0, 1)[real_at]
 
