@@ -14,7 +14,6 @@ pool always has what the engine believes is free. Kept prefixes are given up som
 Not here: the kernels (`mpt/paged_attention.py`), who runs when (`engine.py`).
 """
 
-import functools
 import gc
 import importlib
 import logging
@@ -82,6 +81,7 @@ class PagedBackend:
         self._has_flex = self._device.type == "cuda"  # on CPU it would hold all scores
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graph_pool: Any = None
         self._free: list[int] = []
         self._users: list[int] = []  # of each page
         self._returned: deque[list[int]] = deque()  # page lists of rows that are gone, from any thread
@@ -214,7 +214,10 @@ class PagedBackend:
     def _capture(self, n_rows: int, width: int) -> None:
         try:
             with _capturing:
-                self._graphs[n_rows, width] = _Graph(self._one_token_each, n_rows, width, self._device)
+                if self._graph_pool is None and self._device.type == "cuda":
+                    self._graph_pool = torch.cuda.graph_pool_handle()
+                args = (n_rows, width, self._device, self._graph_pool)
+                self._graphs[n_rows, width] = _Graph(self._one_token_each, *args)
         except RuntimeError:
             log.exception("a step of %d rows cannot be captured; going on without CUDA graphs", n_rows)
             self._has_graphs = False
@@ -322,7 +325,10 @@ class PagedBackend:
 class _Graph:
     """A step of fixed shape, recorded once, replayed on other numbers."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor], n_rows: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, step: Callable[[Tensor], Tensor], n_rows: int, width: int, device: torch.device, pool: Any
+    ) -> None:
+        """pool: memory for what is computed on the way, shared by the graphs of one backend, which run in turn."""
         self._numbers = torch.zeros(n_rows, 2 + width, dtype=torch.int32, device=device)
         self._numbers[:, 1] = 1  # all write into page 0
         beside = torch.cuda.Stream(device)
@@ -332,19 +338,13 @@ class _Graph:
         torch.cuda.current_stream(device).wait_stream(beside)
         self._graph = torch.cuda.CUDAGraph()
         # Only this thread is watched while capturing: another may be loading an adapter to the GPU.
-        with torch.cuda.graph(self._graph, pool=_graph_pool(device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._logits = step(self._numbers)
 
     def replay(self, numbers: Tensor) -> Tensor:
         self._numbers.copy_(numbers)
         self._graph.replay()
         return self._logits.clone()  # the next replay writes over its own
-
-
-@functools.cache
-def _graph_pool(device: torch.device) -> Any:
-    """Memory for what graphs compute on their way; one for all, since what a replay leaves behind is copied at once."""
-    return torch.cuda.graph_pool_handle()
 
 
 def _flash_attention(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:

@@ -236,7 +236,7 @@ def flash_attn_with_kvcache(
 class Recorded:
     """In a graph's place on a CPU: numbers and answers in memory of fixed size, written over by the next replay."""
 
-    def __init__(self, step, n_rows: int, width: int, device: torch.device) -> None:
+    def __init__(self, step, n_rows: int, width: int, device: torch.device, pool: object) -> None:
         self.step, self.numbers = step, torch.zeros(n_rows, 2 + width, dtype=torch.int32)
         self.numbers[:, 1] = 1
         self.answers = step(self.numbers)
