@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _FEW_TOKENS = 16  # a row that reads at most so many goes through the decode kernel
 _ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that steps of one token each are padded to
-_WIDTHS = (8, 32, 128, 512, 2048)  # pages of the longest row, likewise: 2,048 to 524,288 tokens
+_WIDTH = 8  # pages of the longest row, likewise: 8, 32, 128 and so on, so 2,048, 8,192 and 32,768 tokens
 _capturing = threading.Lock()  # models that share a process capture one after another
 
 
@@ -102,8 +102,8 @@ class PagedBackend:
 
     def warm_up(self) -> None:
         """Compile what the first requests would wait for: prompts of one and of several blocks, and a decoding step."""
-        n_most = min(2 * PAGE, len(self._free) * PAGE - 1)
-        for stored, n in ((0, 20), (0, min(200, n_most)), (n_most // 2, n_most // 2)):
+        n_most = min(2 * PAGE, len(self._free) * PAGE, self.max_length or 2 * PAGE) - 1
+        for stored, n in ((0, min(20, n_most)), (0, min(200, n_most)), (n_most // 2, n_most // 2)):
             row = self.reserve(None, stored + n + 1)
             row.length = stored
             self.forward([Work(row, [0] * n, 1)])
@@ -199,7 +199,9 @@ class PagedBackend:
         """Logits (B, V) of one token of each row, through a graph where there are graphs."""
         n_pages = max(_n_pages(row.length + 1) for row in rows)
         n_rows = next(n for n in _ROWS if n >= len(rows))
-        width = next((n for n in _WIDTHS if n >= n_pages), n_pages)
+        width = _WIDTH
+        while width < n_pages:
+            width *= 4
         numbers = np.zeros((n_rows, 2 + width), dtype=np.int32)
         numbers[:, 1] = 1  # rows beyond ours read token 0 and write into page 0
         for line, row, token in zip(numbers, rows, tokens, strict=False):

@@ -359,8 +359,12 @@ def test_capacity_is_in_pages_and_a_pool_that_is_too_large_is_refused() -> None:
 
 @anywhere
 def test_warming_up_leaves_nothing_behind(where) -> None:
-    for kv_tokens in (PAGE, 1 << 12):
-        backend = paged(make("alibi"), where, kv_tokens)
+    small = MPTForCausalLM(
+        mpt.MPTConfig(d_model=64, n_heads=4, n_layers=1, max_seq_len=24, attn_config={"alibi": False})
+    )
+    assert small.config.has_wpe
+    for model, kv_tokens in ((make("alibi"), PAGE), (make("alibi"), 1 << 12), (small, 1 << 12)):
+        backend = paged(model, where, kv_tokens)
         n_free = backend.n_free_pages
         backend.warm_up()
         assert backend.n_free_pages == n_free == kv_tokens // PAGE
