@@ -10,18 +10,12 @@ from torch import Tensor
 
 from mpt import attention
 from mpt.paged_attention import PAGE, Chunk, Pages, gather, has_triton, paged_decode, store
+from tests.kernels import needs_interpreter
 
 # Outputs are averages of values of size 1; float32 adds up to 1,000 terms of 1e-7 at random. 16 bits round once more.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
-interpreted = pytest.param(
-    ("cpu", True),
-    id="interpreted",
-    marks=pytest.mark.skipif(
-        not has_triton() or os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs `pip install triton` and TRITON_INTERPRET=1, which tests set where there is no CUDA",
-    ),
-)
+interpreted = pytest.param(("cpu", True), id="interpreted", marks=needs_interpreter)
 torch_on_cpu = pytest.param(("cpu", False), id="torch")
 compiled = pytest.param(("cuda", True), id="compiled", marks=pytest.mark.gpu)
 torch_on_cuda = pytest.param(("cuda", False), id="torch_on_cuda", marks=pytest.mark.gpu)

@@ -6,7 +6,6 @@ On CPU in plain torch, a few cases through the kernels under Triton's interprete
 import asyncio
 import contextlib
 import gc
-import os
 import random
 from collections.abc import Iterator
 
@@ -19,7 +18,7 @@ from mpt.errors import MachineRefused
 from mpt.generation import generate
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
-from mpt.paged_attention import PAGE, has_triton
+from mpt.paged_attention import PAGE
 from serving.backend import TorchBackend, Work
 from serving.endpoints import open_endpoint
 from serving.engine import Engine
@@ -27,6 +26,7 @@ from serving.options import ServeOptions
 from serving.paged_backend import PagedBackend
 from serving.request import Delta, Event, Sampling, Started
 from serving.speculation import PromptLookup, Speculation
+from tests.kernels import needs_interpreter
 
 CONTEXT = 2048
 SHAPES = {
@@ -40,14 +40,7 @@ SHAPES = {
 }
 on_cpu = pytest.param(("cpu", False), id="torch")
 on_cuda = pytest.param(("cuda", True), id="cuda", marks=pytest.mark.gpu)
-interpreted = pytest.param(
-    ("cpu", True),
-    id="interpreted",
-    marks=pytest.mark.skipif(
-        not has_triton() or os.environ.get("TRITON_INTERPRET") != "1",
-        reason="needs `pip install triton` and TRITON_INTERPRET=1, which tests set where there is no CUDA",
-    ),
-)
+interpreted = pytest.param(("cpu", True), id="interpreted", marks=needs_interpreter)
 anywhere = pytest.mark.parametrize("where", [on_cpu, on_cuda])
 with_kernels = pytest.mark.parametrize("where", [on_cpu, interpreted, on_cuda])
 
