@@ -19,7 +19,7 @@ from torch.nn import Module
 
 from mpt import attention
 from mpt.lora import Adapter, adaptable
-from mpt.model import MPTForCausalLM
+from mpt.model import Attend, MPTForCausalLM
 from mpt.native.library import Unavailable
 from mpt.native.step import NativeStep, RowMemory
 
@@ -89,6 +89,62 @@ class Backend(Protocol):
         ...
 
 
+class PackedModel:
+    """A model over the tokens of a step laid end to end, each with its adapter beside it; the cache is its caller's."""
+
+    def __init__(self, model: MPTForCausalLM) -> None:
+        self.model = model
+        self._adapted: list[tuple[Adapter, Tensor | None]] = []  # and the tokens of the step it is for, None for all
+        self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
+
+    def run(self, work: Sequence[Work], attend: Attend, n_extra: int = 0) -> Tensor:
+        """The logits asked for, as `Backend.forward` gives them; sums of hidden states to who wants them.
+
+        attend: over (1, H, N + n_extra, D), the last n_extra of which mean nothing.
+        """
+        transformer = self.model.transformer
+        device = transformer.wte.weight.device
+        tokens = [token for item in work for token in item.tokens]
+        ids = torch.tensor(tokens + [0] * n_extra, device=device)[None]  # (1, N)
+        positions = None
+        if transformer.wpe is not None:
+            places = [at for item in work for at in range(item.row.length, item.row.length + len(item.tokens))]
+            positions = torch.tensor(places + [0] * n_extra, device=device)[None]
+        self._adapted = _by_adapter(work, device)
+        if self._adapted and not self._has_hooks:
+            self._has_hooks = True
+            for name, module in adaptable(self.model):
+                module.register_forward_hook(self._beside(name))
+        try:
+            hidden = transformer.run(transformer.wte(ids), attend, positions)[0]  # (N, C)
+        finally:
+            self._adapted = []
+        ends = list(itertools.accumulate(len(item.tokens) for item in work))
+        wanted = [hidden[end - item.n_logits : end] for item, end in zip(work, ends, strict=True)]
+        # Rows in one piece: they may come transposed (mpt.model.Linear), and sampling reads each row many times.
+        logits = self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
+        for item, end in zip(work, ends, strict=True):
+            if item.hidden is not None:
+                item.hidden.append(hidden[end - len(item.tokens) : end].sum(0, dtype=torch.float32))
+        return logits
+
+    def _beside(self, name: str) -> Callable[[Module, tuple[Tensor], Tensor], None]:
+        """Adds to a projection's output what the step's adapters make of its input."""
+
+        def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            for adapter, tokens in self._adapted:
+                pair = adapter.pairs.get(name)
+                if pair is None:
+                    continue
+                a, b = pair
+                if tokens is None:
+                    output += inputs[0] @ a.t() @ b.t()
+                else:
+                    output[:, tokens] += inputs[0][:, tokens] @ a.t() @ b.t()
+
+        return add
+
+
 class TorchBackend:
     """An MPTForCausalLM. Rows that read a few tokens, decoding above all, go through the C step where there is one;
     the others in one packed pass of torch, attention row by row over exact slices.
@@ -106,10 +162,9 @@ class TorchBackend:
         self._shape = (2, int(attn.n_kv_heads), config.d_head)
         self._n_layers: int = config.n_layers
         self.bytes_per_token = math.prod(self._shape) * self._n_layers * self._weight.itemsize
-        self._adapted: list[tuple[Adapter, Tensor | None]] = []  # and the tokens of the step it is for, None for all
+        self._packed = PackedModel(model)
         self._rounds = self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu"
         self._n_steps = 0
-        self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
         self._slopes: Tensor | None = None  # where keys out of reach are left out
         if config.attention["alibi"] and self._weight.device.type == "cpu":
             self._slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])[
@@ -182,22 +237,15 @@ class TorchBackend:
 
     def _pack(self, work: Sequence[Work]) -> Tensor:
         """Everything in one pass of torch."""
-        transformer, device = self.model.transformer, self._weight.device
-        tokens = [token for item in work for token in item.tokens]
-        n_extra = -len(tokens) % _ROUND_ROWS if self._rounds and len(tokens) > _FEW_ROWS else 0
-        ids = torch.tensor(tokens + [0] * n_extra, device=device)[None]  # (1, N)
+        n_tokens = sum(len(item.tokens) for item in work)
+        n_extra = -n_tokens % _ROUND_ROWS if self._rounds and n_tokens > _FEW_ROWS else 0
         spans = []  # (row, start in the step, end, positions stored after the step)
         start = 0
         for item in work:
             end = start + len(item.tokens)
             spans.append((item.row, start, end, item.row.length + end - start))
             start = end
-        self._adapted = _by_adapter(work, device)
-        if self._adapted and not self._has_hooks:
-            self._has_hooks = True
-            for name, module in adaptable(self.model):
-                module.register_forward_hook(self._beside(name))
-        bias = transformer.alibi_bias(max(stored for *_, stored in spans))
+        bias = self.model.transformer.alibi_bias(max(stored for *_, stored in spans))
         scale = self.model.config.softmax_scale
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -220,37 +268,10 @@ class TorchBackend:
                 answers.append(torch.zeros_like(q[:, :, -n_extra:]))
             return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0]  # (1, H, N, D)
 
-        positions = None
-        if self.max_length is not None:
-            places = [torch.arange(stored - (e - s), stored, device=device) for _, s, e, stored in spans]
-            positions = torch.cat([*places, torch.zeros(n_extra, dtype=torch.int64, device=device)])[None]
-        hidden = transformer.run(transformer.wte(ids), attend, positions)[0]  # (N, C)
-        wanted = [hidden[end - item.n_logits : end] for item, (_, _, end, _) in zip(work, spans, strict=True)]
-        # Rows in one piece: they may come transposed (mpt.model.Linear), and sampling reads each row many times.
-        logits = self.model.unembed(torch.cat(wanted)).to(torch.float32, memory_format=torch.contiguous_format)
-        for item, (_, start, end, _) in zip(work, spans, strict=True):
-            if item.hidden is not None:
-                item.hidden.append(hidden[start:end].sum(0, dtype=torch.float32))
-        return logits
+        return self._packed.run(work, attend, n_extra)
 
     def close(self) -> None:
         pass
-
-    def _beside(self, name: str) -> Callable[[Module, tuple[Tensor], Tensor], None]:
-        """Adds to a projection's output what the step's adapters make of its input."""
-
-        def add(_: Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            for adapter, tokens in self._adapted:
-                pair = adapter.pairs.get(name)
-                if pair is None:
-                    continue
-                a, b = pair
-                if tokens is None:
-                    output += inputs[0] @ a.t() @ b.t()
-                else:
-                    output[:, tokens] += inputs[0][:, tokens] @ a.t() @ b.t()
-
-        return add
 
     def _empty(self, n_tokens: int) -> Tensor:
         two, heads, d_head = self._shape

@@ -26,6 +26,7 @@ from serving.engine import Engine
 from serving.grammar import Grammars
 from serving.onnx_backend import OnnxBackend
 from serving.options import ServeOptions
+from serving.paged_backend import PagedBackend
 from serving.profile import StepProfile
 from serving.speculation import DraftModel, PromptLookup, Speculation
 from serving.tensor_parallel import open_backend
@@ -113,12 +114,14 @@ def _open(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoi
         if options.quantize:
             quantize_model(model)
             dtype = f"{options.quantize} weights, {dtype}"
-        backend = TorchBackend(model)
+        backend = PagedBackend(model) if device == "cuda" else TorchBackend(model)
         embeds = True
         adapters = Adapters(options.adapters.get(name, {}), options.adapter_folders.get(name), model)
     tokenizer = Tokenizer.from_folder(folder)
     context = options.context_lengths.get(name, config.max_seq_len)
     kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, device, n_sharing)
+    if isinstance(backend, PagedBackend):
+        backend.allocate(kv_bytes)
     speculation = _speculation(name, backend, tokenizer, options)
     engine = Engine(
         backend,
