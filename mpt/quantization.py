@@ -4,6 +4,7 @@ weight = int8 * scale, scale = max|row| / 127. Half the memory and, while decodi
 Activations stay bfloat16: those of large models have outliers that int8 activations lose (Dettmers et al. 2022).
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -34,12 +35,27 @@ class Int8Linear(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= _FEW_ROWS:
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:  # int8 is exact in bfloat16
-            wide = self.weight.to(x.dtype)
+        else:
+            wide = _widened(self.weight)
             found = multiply(rows, wide, None)
             out = (F.linear(rows, wide) if found is None else found) * self.scale
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
+
+
+_scratch = threading.local()
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """Int8 weights in bfloat16, which holds them exactly; valid until this thread's next call.
+
+    In memory that is kept: new memory for each of a model's matrices, page by page from the system, took longer than
+    filling it.
+    """
+    kept = getattr(_scratch, "tensor", None)
+    if kept is None or kept.numel() < weight.numel():
+        kept = _scratch.tensor = torch.empty(weight.numel(), dtype=torch.bfloat16)
+    return kept[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,12 +111,17 @@ static inline float exp_(float given) {
 }
 
 /* GELU in its erf form; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26). */
-static inline float gelu(float x) {
+static inline float gelu_(float x) {
     float z = __builtin_fabsf(x) * 0.70710678f;
     float t = 1.0f / (1.0f + 0.3275911f * z);
     float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     float tail = 0.5f * poly * exp_(-z * z); /* Phi(-|x|) */
     return x * (x > 0 ? 1.0f - tail : tail);
+}
+
+/* Of 16 values. One function for all callers, so that all round alike. */
+static __attribute__((noinline)) void gelu(float *x) {
+    for (int i = 0; i < PANEL; i++) x[i] = gelu_(x[i]);
 }
 
 /* -- threads -------------------------------------------------------------------------------------------------------- */
@@ -230,12 +235,15 @@ static void finish(Inputs *inputs, int T, Worker *worker) {
             inputs->steps[c] = top / (127 * 128);
         }
     meet(worker);
+    float inverse[MAX_TOKENS];
+    for (int c = 0; c < columns; c++) inverse[c] = 1.0f / inputs->steps[c];
     for (int k = part(worker, K, 4, 0); k < part(worker, K, 4, 1); k += 4) {
         for (int first = 0; first < columns; first += PANEL) {
-            int8_t high[PANEL * 4], low[PANEL * 4];
+            const int used = T - first < PANEL ? T - first : PANEL;
+            int8_t high[PANEL * 4] = {0}, low[PANEL * 4] = {0};
             for (int i = 0; i < 4; i++)
-                for (int c = 0; c < PANEL; c++) {
-                    const float x = inputs->staged[(size_t)(k + i) * columns + first + c] / inputs->steps[first + c];
+                for (int c = 0; c < used; c++) {
+                    const float x = inputs->staged[(size_t)(k + i) * columns + first + c] * inverse[first + c];
                     const int32_t q = (int32_t)__builtin_rintf(x), h = (q + 64) >> 7;
                     high[c * 4 + i] = h, low[c * 4 + i] = q - (h << 7);
                 }
@@ -430,13 +438,21 @@ static void product(const Linear *linear, const Inputs *inputs, int T, Target ta
                 const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
                 float *values = sums + r * 32;
                 for (int c = 0; c < n_columns; c++) values[c] = values[c] * scale + bias;
-                if (target == TO_GELU)
-                    for (int c = 0; c < n_columns; c++) values[c] = gelu(values[c]);
+                if (target == TO_GELU && n_here > 4)
+                    for (int c = 0; c < n_columns; c += PANEL) gelu(values + c);
                 if (target == TO_RESIDUAL) {
                     float *x = out + (size_t)(n0 + r) * columns + first;
                     for (int c = 0; c < n_columns; c++) x[c] += values[c];
                 }
             }
+            if (target == TO_GELU && n_here <= 4) /* few tokens: 16 outputs of one, not one output of 16 */
+                for (int token = 0; token < n_here; token++)
+                    for (int r = 0; r < n_outputs; r += PANEL) {
+                        float column[PANEL];
+                        for (int i = 0; i < PANEL; i++) column[i] = sums[(r + i) * 32 + token];
+                        gelu(column);
+                        for (int i = 0; i < PANEL; i++) sums[(r + i) * 32 + token] = column[i];
+                    }
             if (target == TO_GELU)
                 for (int c = 0; c < n_columns; c += PANEL)
                     for (int r = 0; r < n_outputs; r += 2)
