@@ -1,6 +1,6 @@
 """Our engine beside every peer that runs MPT on this machine: a ladder of prompt lengths and streams.
 
-    python benchmarks/engine.py --shapes 125m 1b --out docs/images/ladder.png --json runs/ladder.json
+    python -m benchmarks.engine --shapes 125m 1b --out docs/images/ladder.png --json runs/ladder.json
 
 Random bfloat16 weights, greedy tokens. Every side is a process of its own with 2 threads; sides alternate within a
 round and medians over rounds are reported. All streams of a cell begin at the same instant and no two prompts begin

@@ -26,6 +26,7 @@ from serving.speculation import PromptLookup, Speculation
 NAMES = ("alpha", "server", "config", "port", "region", "owner", "cache", "limit", "mode", "zone", "team", "level")
 VALUES = ("true", "8080", "eu-west", "blue", "300", "small")
 TOKENS, THREADS = 300, 2
+DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(THREADS)
-    data = os.environ.get("MPT_TEST_DATA")
-    if data is None:
-        raise SystemExit("set MPT_TEST_DATA to the folder that holds novels/the-call-of-the-wild.txt")
-    novel = (Path(data) / "novels/the-call-of-the-wild.txt").read_text(encoding="utf-8")
+    path = DATA / "novels/the-call-of-the-wild.txt"
+    if not path.is_file():
+        raise SystemExit(f"`{path}` is not there; set MPT_TEST_DATA to the folder of test data that holds it")
+    novel = path.read_text(encoding="utf-8")
     print("| text | without | with prompt lookup | | tokens a step | of the guesses right |\n|---|---|---|---|---|---|")
     for task in tasks(novel):
         plain, guessed = [], []
