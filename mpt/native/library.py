@@ -27,7 +27,7 @@ _FLAGS = [
 Pointer = ctypes.c_void_p
 
 
-_WIDEST = 4096  # inputs of a product; beyond, torch's is as fast
+_WIDEST = 4096  # inputs of a product; beyond, and for fewer than twice as many as outputs, torch's is as fast or faster
 
 
 class LinearStruct(ctypes.Structure):
@@ -47,11 +47,12 @@ class Unavailable(Exception):
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """x (..., K) times weight (N, K), with bias (N): (..., N), for many bfloat16 rows on CPU with AMX.
 
-    None for what it is not made for: wider or ragged matrices, other types and devices, machines without AMX.
+    None for what it is not made for: matrices that do not narrow or are very wide, ragged ones, other types and
+    devices, machines without AMX.
     """
     n_out, n_in = weight.shape
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if n_out % 16 or n_in % 32 or n_in > _WIDEST or not all(map(_is_plain, tensors)):
+    if n_out % 16 or n_in % 32 or not 2 * n_out <= n_in <= _WIDEST or not all(map(_is_plain, tensors)):
         return None
     library = _with_amx()
     if library is None:

@@ -831,8 +831,8 @@ static void store_rows(const float *sums, const bf16 *bias, int n0, int n_blocks
 
 /* y = x W^T + b, bfloat16, for T tokens: x (T, K), y (T, N); K a multiple of 32, N of 16. packed: (T rounded up to 32) K.
  *
- * Tokens in blocks that stay in the second-level cache while all weights pass by. torch's product rearranges the weights
- * at each call, and reaches half of this for the widths of a 125M (docs/performance.md). */
+ * Tokens in blocks that stay in the second-level cache while all weights pass by. torch's product reaches half of this
+ * where many inputs become few outputs, the MLP's second half (docs/performance.md). */
 void mpt_multiply(const Linear *linear, const bf16 *x, int32_t T, bf16 *y, bf16 *packed, int32_t n_threads) {
     const int K = linear->n_in, N = linear->n_out, n_pairs = (N + 31) / 32;
     const int most = (1 << 19) / K / 32 * 32, block = most < 32 ? 32 : most > 512 ? 512 : most;

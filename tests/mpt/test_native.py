@@ -174,7 +174,7 @@ def test_an_old_key_that_counts_is_found_at_any_distance():
 
 
 @pytest.mark.parametrize("T", [33, 64, 100, 1024])
-@pytest.mark.parametrize(("K", "N"), [(64, 48), (768, 2304), (4096, 80)])
+@pytest.mark.parametrize(("K", "N"), [(96, 48), (3072, 768), (4096, 80)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_products_of_many_tokens_are_the_exact_ones_rounded_once(T, K, N, has_bias):
     if not library.load().mpt_can_multiply():
@@ -189,11 +189,12 @@ def test_products_of_many_tokens_are_the_exact_ones_rounded_once(T, K, N, has_bi
 
 
 def test_products_it_is_not_made_for_are_left_to_torch():
-    x = torch.randn(40, 64).bfloat16()
-    assert library.multiply(x.float(), torch.randn(32, 64), None) is None
-    assert library.multiply(x, torch.randn(33, 64).bfloat16(), None) is None
-    assert library.multiply(x.T, torch.randn(32, 40).bfloat16(), None) is None
-    assert library.multiply(x[:, :40].contiguous(), torch.randn(32, 40).bfloat16(), None) is None
+    x, weight = torch.randn(64, 128).bfloat16(), torch.randn(32, 128).bfloat16()
+    assert library.multiply(x.float(), weight.float(), None) is None
+    assert library.multiply(x, weight[:31], None) is None
+    assert library.multiply(torch.randn(128, 64).bfloat16().T, weight, None) is None
+    assert library.multiply(x[:, :72].contiguous(), weight[:, :72].contiguous(), None) is None
+    assert library.multiply(x, torch.randn(128, 128).bfloat16(), None) is None
 
 
 def test_what_it_is_not_made_for_is_said():
