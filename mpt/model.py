@@ -35,8 +35,8 @@ class Linear(nn.Linear):
     """nn.Linear, its bfloat16 products on CPU done otherwise where nothing is learned.
 
     A few rows the other way round, W x instead of x W: torch reads W at the memory's speed this way, and at half to
-    two thirds of it in `F.linear`. Many rows in C where that is faster (`mpt.native.library.multiply`). All of them sum in
-    float32 and round once.
+    two thirds of it in `F.linear`. Many rows in C where that is faster (`mpt.native.library.multiply`). All of them
+    sum in float32 and round once.
     """
 
     def forward(self, x: Tensor) -> Tensor:
