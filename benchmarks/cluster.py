@@ -32,10 +32,10 @@ PORT, PROMPT_TOKENS, ANSWER_TOKENS, STREAMS = 8731, 64, 128, (1, 32)
 def start(kind: str, model: str, folder: Path) -> subprocess.Popen[str]:
     """`mpt serve` or `mpt cluster` with one model, ready."""
     if kind == "serve":
-        command = ["serve", "--model", f"m={model}", "--port", str(PORT)]
+        command = ["serve", "--model", f"m={model}", "--port", str(PORT), "--no-speculate"]  # answers repeat themselves
     else:
         config = folder / "cluster.yaml"
-        models = {"m": {"root": model, "max_running": 32}}
+        models = {"m": {"root": model, "max_running": 32, "speculate": False}}
         application = {"name": "mpt", "import_path": "serving.deployment:app", "args": {"models": models}}
         logging_config = {"enable_access_log": False}
         config.write_text(yaml.safe_dump({"applications": [application], "logging_config": logging_config}))
@@ -108,7 +108,7 @@ def main() -> None:
         model = options.model
         if model in SHAPES:
             model = str(Path(folder) / model)
-            make_folder(options.model, Path(model))
+            make_folder(SHAPES[options.model], Path(model))
         for number in range(options.rounds):
             for kind in ("serve", "cluster") if number % 2 else ("cluster", "serve"):
                 process = start(kind, model, Path(folder))
