@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("step.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # Sums may be reordered, once and for all when compiling; infinities and NaN stay what they are.
 _FLAGS = [
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall"),
@@ -121,7 +121,8 @@ def _compiled(extra_flags: tuple[str, ...]) -> Path:
     flags = [*_FLAGS, *extra_flags]
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, cpu, version]).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in SOURCES]
+    key = hashlib.sha256("\0".join([*texts, *flags, cpu, version]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpt"
     path = cache / f"step-{key}.so"
     if path.is_file() and path.stat().st_uid == os.getuid():  # code somebody else has put there is not ours to run
@@ -134,9 +135,10 @@ def _compiled(extra_flags: tuple[str, ...]) -> Path:
         path = Path(folder) / path.name
     made = Path(folder) / "made.so"
     # Not linked with a libgomp of its own: two pools of spinning threads would fight for the cores. torch's is there.
-    command = [compiler, *flags, "-c", str(SOURCE), "-o", f"{made}.o"]
-    link = [compiler, "-shared", f"{made}.o", "-o", str(made), "-lm"]
-    for step in (command, link):
+    sources = [path for path in SOURCES if path.suffix == ".c"]
+    objects = [f"{folder}/{path.stem}.o" for path in sources]
+    commands = [[compiler, *flags, "-c", str(path), "-o", to] for path, to in zip(sources, objects, strict=True)]
+    for step in (*commands, [compiler, "-shared", *objects, "-o", str(made), "-lm"]):
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         if done.returncode:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,185 @@
+/* What step.c and prompt.c share: the structures Python fills in, rounding, threads, tiles.
+ *
+ * Letters as in mpt/model.py: T tokens of the step, H heads, D head size, C d_model, S stored positions.
+ * Callers: mpt/native/step.py, which checks shapes; nothing is checked here.
+ */
+#pragma once
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <omp.h>
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
+#define AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define AMX 0
+#endif
+
+enum { PANEL = 16, MAX_TOKENS = 64, KEYS = 64, MAX_HEAD = 256 };
+
+typedef uint16_t bf16;
+
+typedef struct {
+    const void *weight; /* (n_out, n_in) row-major, bfloat16 or int8 */
+    const bf16 *scale;  /* (n_out) of an int8 weight, else NULL */
+    const bf16 *bias;   /* (n_out) or NULL */
+    int32_t n_out, n_in;
+} Linear;
+
+typedef struct {
+    const bf16 *weight, *bias; /* (C) each; bias may be NULL, and a norm that is not there has no weight */
+} Norm;
+
+typedef struct {
+    Norm norm_1, norm_2, q_ln, k_ln;
+    Linear wqkv, out_proj, up_proj, down_proj;
+} Layer;
+
+typedef struct {
+    int32_t n_layers, d_model, n_heads, n_kv_heads, d_head, d_ffn;
+    float eps, softmax_scale, clip_qkv; /* clip_qkv 0: none */
+    const float *slopes;                /* (H) ALiBi, or NULL */
+    const Layer *layers;
+    Norm norm_f;
+    Linear head;
+} Model;
+
+typedef struct {
+    int32_t n_tokens, n_rows, n_logits, n_threads;
+    const float *x;             /* (T, C) embeddings */
+    const int32_t *row_tokens;  /* (rows) tokens of each row, in the order of x */
+    const int32_t *row_length;  /* (rows) positions stored before this step */
+    const int32_t *row_capacity;
+    bf16 *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) */
+    float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
+    const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
+    float *logits;              /* (n_logits, V) */
+    float *scratch;             /* mpt_scratch_floats() */
+    int64_t *keys_read;         /* total of keys attended over, all heads; NULL: not counted */
+    float drop;                 /* attention may leave out keys that weigh less than this share together; 0: none */
+} Step;
+
+/* -- numbers ------------------------------------------------------------------------------------------------------ */
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.
+ * Below -80 it is 0: products with less would be subnormal numbers, which cost this processor ten times as much. */
+static inline float exp_(float given) {
+    float x = given < -80.0f ? -80.0f : given;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return given < -80.0f ? 0.0f : p * power;
+}
+
+/* GELU in its erf form; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26). */
+static inline float gelu_(float x) {
+    float z = __builtin_fabsf(x) * 0.70710678f;
+    float t = 1.0f / (1.0f + 0.3275911f * z);
+    float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float tail = 0.5f * poly * exp_(-z * z); /* Phi(-|x|) */
+    return x * (x > 0 ? 1.0f - tail : tail);
+}
+
+/* Of 16 values. One function for all callers, so that all round alike. */
+static __attribute__((noinline)) void gelu(float *x) {
+    for (int i = 0; i < PANEL; i++) x[i] = gelu_(x[i]);
+}
+
+/* -- threads -------------------------------------------------------------------------------------------------------- */
+
+/* Threads come from OpenMP's pool, torch's own, but they meet and share out work here: libgomp puts threads to sleep at
+ * each of its barriers as soon as a process has more of them than cores, idle ones included, and waking one takes longer
+ * than most parts of a step (10 ms instead of 6 where a second thread of the process had used torch). */
+typedef struct {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+} Team;
+
+typedef struct {
+    Team *team;
+    atomic_int *queue; /* where the next loop is counted; one cache line each */
+    int thread, n;
+} Worker;
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Wait for all: awake for some 100 us, then giving way to whoever else wants the core. */
+static void meet(Worker *worker) {
+    Team *team = worker->team;
+    const int round = atomic_load(&team->round);
+    if (atomic_fetch_add(&team->arrived, 1) == worker->n - 1) {
+        atomic_store(&team->arrived, 0);
+        atomic_store(&team->round, round + 1);
+        return;
+    }
+    for (int spins = 0; atomic_load(&team->round) == round; spins++) {
+        if (spins < 4000)
+            relax();
+        else
+            sched_yield();
+    }
+}
+
+/* The next n of a loop's turns, the first of them; `leave` ends the loop. */
+static inline int take(Worker *worker, int n) { return atomic_fetch_add(worker->queue, n); }
+static inline void leave(Worker *worker) { worker->queue += 16; }
+
+/* This thread's part of 0..n, in whole steps. */
+static inline int part(const Worker *worker, int n, int step, int which) {
+    return (int)((int64_t)(n / step) * (worker->thread + which) / worker->n) * step;
+}
+
+/* -- tiles ---------------------------------------------------------------------------------------------------------- */
+
+#if AMX
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+/* Static: gcc 12 believes that only its first bytes are read, and leaves out the stores to others of a local one. */
+static const TileConfig TILES = {
+    .palette = 1,
+    .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+};
+
+static inline void configure_tiles(void) { _tile_loadconfig(&TILES); }
+#else
+static inline void configure_tiles(void) {}
+#endif
