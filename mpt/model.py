@@ -22,7 +22,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from mpt import attention
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig
-from mpt.native.library import multiply
 
 # How one layer's queries, keys and values (B, H, T, D) become its output (B, H, T, D): called with the layer's number.
 # The model computes everything else; whoever holds the cache decides this (transformers' cache below, or an engine).
@@ -32,21 +31,16 @@ _FEW_ROWS = 32  # up to here W x is faster than x W (measured at the 125M, 1B an
 
 
 class Linear(nn.Linear):
-    """nn.Linear, its bfloat16 products on CPU done otherwise where nothing is learned.
-
-    A few rows the other way round, W x instead of x W: torch reads W at the memory's speed this way, and at half to
-    two thirds of it in `F.linear`. Many rows in C where that is faster (`mpt.native.library.multiply`). All of them
-    sum in float32 and round once.
+    """nn.Linear, its bfloat16 products of a few rows on CPU done the other way round, W x instead of x W, where nothing
+    is learned: torch reads W at the memory's speed this way, and at half to two thirds of it in `F.linear`. Both sum in
+    float32 and round once.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         n_rows = x.numel() // self.in_features
         is_bfloat16_on_cpu = x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if not is_bfloat16_on_cpu or n_rows == 0 or torch.is_grad_enabled():
+        if not is_bfloat16_on_cpu or not 0 < n_rows <= _FEW_ROWS or torch.is_grad_enabled():
             return super().forward(x)
-        if n_rows > _FEW_ROWS:
-            found = multiply(x, self.weight, self.bias)
-            return super().forward(x) if found is None else found
         if n_rows == 1:
             row = x.reshape(-1)
             out = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from mpt.errors import MachineRefused
 from mpt.model import MPTForCausalLM
-from mpt.native.library import multiply
 
 _FEW_ROWS = 4  # up to here torch's kernel for int8 weights is faster than widening them (measured)
 
@@ -36,9 +35,7 @@ class Int8Linear(nn.Linear):
         if len(rows) <= _FEW_ROWS:
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
-            wide = _widened(self.weight)
-            found = multiply(rows, wide, None)
-            out = (F.linear(rows, wide) if found is None else found) * self.scale
+            out = F.linear(rows, _widened(self.weight)) * self.scale
         out = out if self.bias is None else out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
 

@@ -6,6 +6,7 @@ The interface is small on purpose: onnxruntime stands behind it too (`onnx_backe
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import logging
 import math
@@ -204,24 +205,38 @@ class TorchBackend:
         self._n_steps += 1
         if self._n_steps % _STEPS_BETWEEN_TRIMS == 0 and self._weight.device.type == "cpu":
             _give_back_memory()
-        few = [] if self.native is None else [item for item in work if _is_short(item)]
-        if not few or self.native is None:
-            return self._pack(work)
+        parts = self._parts(work)
+        if len(parts) == 1:
+            return parts[0][1](work)
         answers: dict[int, Tensor] = {}
-        while few:
-            group = _at_most(few, self.native.max_tokens)
-            few = few[len(group) :]
-            logits = self._run_native(self.native, group)
-            if len(group) == len(work):
-                return logits
-            answers |= zip(map(id, group), logits.split([item.n_logits for item in group]), strict=True)
-        rest = [item for item in work if id(item) not in answers]
-        if rest:
-            answers |= zip(map(id, rest), self._pack(rest).split([item.n_logits for item in rest]), strict=True)
+        for items, run in parts:
+            answers |= zip(map(id, items), run(items).split([item.n_logits for item in items]), strict=True)
         return torch.cat([answers[id(item)] for item in work])
 
-    def _run_native(self, native: NativeStep, work: Sequence[Work]) -> Tensor:
-        """The C step for a few tokens: logits as `forward` gives them."""
+    def _parts(self, work: Sequence[Work]) -> list[tuple[Sequence[Work], Callable[[Sequence[Work]], Tensor]]]:
+        """A step's shares and who computes them, by each share's own size and wishes, never by its company."""
+        native = self.native
+        if native is None:
+            return [(work, self._pack)]
+        few, many, rest = list[Work](), list[Work](), list[Work]()
+        for item in work:
+            if item.adapter is not None or item.hidden is not None:
+                rest.append(item)
+            elif len(item.tokens) <= _FEW_TOKENS:
+                few.append(item)
+            else:
+                (many if native.reads_prompts else rest).append(item)
+        parts: list[tuple[Sequence[Work], Callable[[Sequence[Work]], Tensor]]] = []
+        while few:
+            group = _at_most(few, native.max_tokens)
+            few = few[len(group) :]
+            parts.append((group, functools.partial(self._run_native, native.run)))
+        if many:
+            parts.append((many, functools.partial(self._run_native, native.read_prompts)))
+        return [*parts, (rest, self._pack)] if rest else parts
+
+    def _run_native(self, run: Callable[..., Tensor], work: Sequence[Work]) -> Tensor:
+        """One of the steps in C: logits as `forward` gives them."""
         transformer, n_tokens = self.model.transformer, [len(item.tokens) for item in work]
         embeddings = transformer.wte(torch.tensor([token for item in work for token in item.tokens])).float()
         rows = [item.row for item in work]
@@ -231,7 +246,7 @@ class TorchBackend:
         ends = itertools.accumulate(n_tokens)
         wanted = [at for item, end in zip(work, ends, strict=True) for at in range(end - item.n_logits, end)]
         memories = [row.memory for row in rows if row.memory is not None]
-        logits = native.run(embeddings, n_tokens, [row.length for row in rows], memories, wanted)
+        logits = run(embeddings, n_tokens, [row.length for row in rows], memories, wanted)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits.mul_(factor)
 
@@ -277,10 +292,6 @@ class TorchBackend:
         two, heads, d_head = self._shape
         shape = (two, heads, self.capacity_for(n_tokens), d_head)
         return torch.empty(shape, dtype=self._weight.dtype, device=self._weight.device)
-
-
-def _is_short(item: Work) -> bool:
-    return len(item.tokens) <= _FEW_TOKENS and item.adapter is None and item.hidden is None
 
 
 def _at_most(work: Sequence[Work], n_tokens: int) -> list[Work]:

@@ -1,4 +1,4 @@
-"""The C code of this package: compiled once with the system's compiler, loaded, and its product for many tokens.
+"""The C code of this package: compiled once with the system's compiler, and loaded.
 
 Without a compiler, or on another platform than Linux, everything runs through torch, only slower.
 """
@@ -12,11 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # Sums may be reordered, once and for all when compiling; infinities and NaN stay what they are.
@@ -25,9 +21,6 @@ _FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
 ]
 Pointer = ctypes.c_void_p
-
-
-_WIDEST = 4096  # inputs of a product; beyond, and for fewer than twice as many as outputs, torch's is as fast or faster
 
 
 class LinearStruct(ctypes.Structure):
@@ -42,49 +35,6 @@ class LinearStruct(ctypes.Structure):
 
 class Unavailable(Exception):
     """Why something cannot run in C here; it runs through torch then."""
-
-
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x (..., K) times weight (N, K), with bias (N): (..., N), for many bfloat16 rows on CPU with AMX.
-
-    None for what it is not made for: matrices that do not narrow or are very wide, ragged ones, other types and
-    devices, machines without AMX.
-    """
-    n_out, n_in = weight.shape
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if n_out % 16 or n_in % 32 or not 2 * n_out <= n_in <= _WIDEST or not all(map(_is_plain, tensors)):
-        return None
-    library = _with_amx()
-    if library is None:
-        return None
-    T = x.numel() // n_in
-    n_packed = -(-T // 32) * 32 * n_in + 32  # and what is lost to its alignment
-    packed = getattr(_scratch, "packed", None)
-    if packed is None or packed.numel() < n_packed:
-        packed = _scratch.packed = torch.empty(n_packed, dtype=torch.bfloat16)
-    y = torch.empty(*x.shape[:-1], n_out, dtype=torch.bfloat16)
-    linear = LinearStruct(weight.data_ptr(), None, None if bias is None else bias.data_ptr(), n_out, n_in)
-    at = -(-packed.data_ptr() // 64) * 64
-    library.mpt_multiply(
-        ctypes.byref(linear), Pointer(x.data_ptr()), T, Pointer(y.data_ptr()), Pointer(at), torch.get_num_threads()
-    )
-    return y
-
-
-_scratch = threading.local()
-
-
-@functools.cache
-def _with_amx() -> ctypes.CDLL | None:
-    try:
-        library = load()
-    except Unavailable:
-        return None
-    return library if library.mpt_can_multiply() else None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def has_compiler() -> bool:

@@ -96,6 +96,10 @@ class NativeStep:
         self._n_threads = torch.get_num_threads()
         n_floats = self._library.mpt_scratch_floats(ctypes.byref(self._model), self.max_tokens, self._n_threads)
         self._scratch = torch.empty(n_floats)
+        # Tiles of keys and values are as wide as heads; normalised queries and keys need whole tokens side by side.
+        is_made_for = config.d_head % 16 == 0 and config.d_model % 32 == 0 and first.q_ln is None
+        self.reads_prompts = bool(self._library.mpt_can_read_prompts()) and is_made_for
+        self._prompt_scratch = torch.empty(0)
         self._keys_read = torch.zeros(1, dtype=torch.int64)
 
     @property
@@ -116,8 +120,42 @@ class NativeStep:
         embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
         holds already. wanted: places in the step.
         """
+        assert embeddings.shape[0] <= self.max_tokens
+        return self._run(self._library.mpt_step, self._scratch, embeddings, row_tokens, lengths, memories, wanted)
+
+    def read_prompts(
+        self,
+        embeddings: Tensor,
+        row_tokens: Sequence[int],
+        lengths: Sequence[int],
+        memories: Sequence[RowMemory],
+        wanted: Sequence[int],
+    ) -> Tensor:
+        """The same as `run` for any number of tokens, the faster the more; only where `reads_prompts`."""
+        assert self.reads_prompts
+        self._library.mpt_prompt_scratch_floats.restype = ctypes.c_size_t
+        n_panels = sum(-(-n // 16) for n in row_tokens)
+        n_floats = self._library.mpt_prompt_scratch_floats(
+            ctypes.byref(self._model), n_panels, len(wanted), self._n_threads
+        )
+        if n_floats > self._prompt_scratch.numel():
+            self._prompt_scratch = torch.empty(0)  # the old one is free before the new one is there
+            self._prompt_scratch = torch.empty(n_floats)
+        scratch = self._prompt_scratch
+        return self._run(self._library.mpt_prompt, scratch, embeddings, row_tokens, lengths, memories, wanted)
+
+    def _run(
+        self,
+        function: Any,
+        scratch: Tensor,
+        embeddings: Tensor,
+        row_tokens: Sequence[int],
+        lengths: Sequence[int],
+        memories: Sequence[RowMemory],
+        wanted: Sequence[int],
+    ) -> Tensor:
         T, n = embeddings.shape[0], len(row_tokens)
-        assert T == sum(row_tokens) <= self.max_tokens and len(lengths) == len(memories) == n
+        assert sum(row_tokens) == T and len(lengths) == len(memories) == n
         assert embeddings.dtype == torch.float32 and embeddings.is_contiguous()
         capacities = [memory.capacity for memory in memories]
         assert all(map(operator.ge, capacities, map(operator.add, lengths, row_tokens)))
@@ -130,9 +168,9 @@ class NativeStep:
             n_tokens=T, n_rows=n, n_logits=len(wanted), n_threads=self._n_threads, x=embeddings.data_ptr(),
             row_tokens=at, row_length=at + 4 * n, row_capacity=at + 8 * n, kv=addresses.data_ptr(),
             key_norm=norms.data_ptr(), logit_tokens=at + 12 * n, logits=logits.data_ptr(),
-            scratch=self._scratch.data_ptr(), keys_read=self._keys_read.data_ptr(), drop=self._drop,
+            scratch=scratch.data_ptr(), keys_read=self._keys_read.data_ptr(), drop=self._drop,
         )  # fmt: skip
-        self._library.mpt_step(ctypes.byref(self._model), ctypes.byref(step))
+        function(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
     def _pointer(self, tensor: Tensor | None) -> int | None:

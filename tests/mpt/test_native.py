@@ -37,7 +37,7 @@ def make(shape: str) -> mpt.MPTForCausalLM:
 
 
 class Runner:
-    """Rows that are fed to the step a few tokens at a time."""
+    """Rows that are fed to the step some tokens at a time."""
 
     def __init__(self, model: mpt.MPTForCausalLM, **options: object) -> None:
         self.model, self.step = model, NativeStep(model, **options)
@@ -57,7 +57,8 @@ class Runner:
             places = [place for n, row in zip(lengths, tokens, strict=True) for place in range(n, n + len(row))]
             x += self.model.transformer.wpe(torch.tensor(places)).float()
         counts = [len(row) for row in tokens]
-        logits = self.step.run(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))))
+        few_or_many = self.step.run if max(counts) <= 16 else self.step.read_prompts  # as in serving/backend.py
+        logits = few_or_many(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))))
         factor = self.model.config.logit_factor
         return logits if factor is None else logits * factor
 
@@ -82,12 +83,19 @@ def truth(model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
     return wide(torch.tensor([text])).logits[0].float()
 
 
+def skip_unless_read(runner: Runner, at_once: int) -> None:
+    if at_once > 16 and not runner.step.reads_prompts:
+        pytest.skip("prompts of this model, or on this machine, are read by torch")
+
+
 @pytest.mark.parametrize("flags", [(), ("-DMPT_NO_AMX",)], ids=["as_this_machine_can", "without_amx"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_computes_the_model(shape, flags):
+@pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
+def test_it_computes_the_model(shape, at_once, flags):
     model, text = make(shape), ids(200)
-    expected = truth(model, text)
-    found = Runner(model, extra_flags=flags).read(text, at_once=7)
+    runner = Runner(model, extra_flags=flags)
+    skip_unless_read(runner, at_once)
+    expected, found = truth(model, text), runner.read(text, at_once)
     with torch.inference_mode():
         torchs = model(torch.tensor([text])).logits[0].float()
     # Inputs of products are rounded to bfloat16 and nothing else: better than torch, which rounds everything.
@@ -116,6 +124,40 @@ def test_no_bit_depends_on_the_company(shape, is_int8):
     assert torch.equal(four[:4], torch.stack(one_by_one))
 
 
+@pytest.mark.parametrize("shape", ["mpt", "storywriter", "replit", "head_of_112"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+def test_no_bit_of_a_prompt_depends_on_its_chunks_or_its_company(shape, is_int8):
+    model, text, other = make(shape), ids(700), ids(77, seed=1)
+    if is_int8:
+        quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, len(text))
+    row, again, beside = runner.row(), runner.row(), runner.row()
+    expected = runner.feed([row], [0], [text])
+    pieces, start = [], 0
+    for n in (100, 17, 333):
+        pieces.append(runner.feed([beside, again], [0, start], [other, text[start : start + n]])[len(other) :])
+        start += n
+    pieces.append(runner.feed([again, beside], [start, 0], [text[start:], other])[: len(text) - start])
+    assert torch.equal(torch.cat(pieces), expected)
+    after = runner.feed([row], [len(text)], [[5]]), runner.feed([again], [len(text)], [[5]])
+    assert torch.equal(*after)  # what is stored is the same too
+
+
+def test_only_wanted_logits_are_given():
+    model, texts = make("mpt"), [ids(40), ids(60, seed=1)]
+    runner = Runner(model)
+    skip_unless_read(runner, 40)
+    every = runner.feed([runner.row(), runner.row()], [0, 0], texts)
+    with torch.inference_mode():
+        x = model.transformer.wte(torch.tensor(texts[0] + texts[1])).float()
+    rows = [runner.row() for _ in texts]
+    memories = [memory for _, memory in rows]
+    wanted = [39, 50, 99, 41]
+    assert torch.equal(runner.step.read_prompts(x, [40, 60], [0, 0], memories, wanted), every[wanted])
+    assert runner.step.read_prompts(x, [40, 60], [0, 0], memories, []).shape == (0, 512)
+
+
 def widened(model: mpt.MPTForCausalLM) -> mpt.MPTForCausalLM:
     """The float32 model whose weights are a quantized model's int8 times their scales."""
     state = {name: tensor.float() for name, tensor in model.state_dict().items()}
@@ -138,29 +180,34 @@ def with_outlier() -> mpt.MPTForCausalLM:
 
 
 @pytest.mark.parametrize("build", [lambda: make("mpt"), with_outlier], ids=["plain", "outlier"])
+@pytest.mark.parametrize("at_once", [5, 70], ids=["few", "many"])
 @torch.inference_mode()
-def test_int8_is_the_int8_weights_own_function(build):
+def test_int8_is_the_int8_weights_own_function(build, at_once):
     model, text = build(), ids(150)
     quantize_model(model)
-    expected = widened(model)(torch.tensor([text])).logits[0]
-    found = Runner(model).read(text, at_once=5)
+    runner = Runner(model)
+    skip_unless_read(runner, at_once)
+    expected, found = widened(model)(torch.tensor([text])).logits[0], runner.read(text, at_once)
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
     torchs = model(torch.tensor([text])).logits[0].float()
     assert (torchs - expected).abs().max() < 0.03 * expected.abs().max()
 
 
-def test_old_keys_are_left_out_only_where_they_weigh_nothing():
+@pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
+def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once):
     """Steep heads forget, and no logit changes."""
     model, text = make("mpt"), ids(600)
     every, few = Runner(model, drop=0.0), Runner(model)
-    expected, found = every.read(text, at_once=1), few.read(text, at_once=1)
+    skip_unless_read(few, at_once)
+    expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
     n_all = 2 * 4 * sum(range(1, 601))  # layers, heads, each token with all before it
     assert every.step.keys_read == n_all
     assert few.step.keys_read < 0.9 * n_all
 
 
-def test_an_old_key_that_counts_is_found_at_any_distance():
+@pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
+def test_an_old_key_that_counts_is_found_at_any_distance(at_once):
     """Keys are minus the queries, and the first token is minus the last: it alone is what the last one looks for."""
     model, position = make("mpt"), 500
     with torch.no_grad():
@@ -169,32 +216,10 @@ def test_an_old_key_that_counts_is_found_at_any_distance():
             block.attn.Wqkv.weight[256:512] = -block.attn.Wqkv.weight[:256]
             block.attn.Wqkv.weight[:512] *= 6.0
     text = [9, *ids(position - 1, seed=3), 7]
-    expected, found = Runner(model, drop=0.0).read(text, at_once=1), Runner(model).read(text, at_once=1)
+    every, few = Runner(model, drop=0.0), Runner(model)
+    skip_unless_read(few, at_once)
+    expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
-
-
-@pytest.mark.parametrize("T", [33, 64, 100, 1024])
-@pytest.mark.parametrize(("K", "N"), [(96, 48), (3072, 768), (4096, 80)])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_products_of_many_tokens_are_the_exact_ones_rounded_once(T, K, N, has_bias):
-    if not library.load().mpt_can_multiply():
-        pytest.skip("this processor has no AMX")
-    torch.manual_seed(T)
-    x, weight, bias = torch.randn(T, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
-    found = library.multiply(x[None], weight, bias if has_bias else None)
-    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
-    assert found.shape == (1, T, N)
-    # half a step of bfloat16, and float32's sum of K terms
-    assert bool(((found[0].double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + K * 2e-7).all())
-
-
-def test_products_it_is_not_made_for_are_left_to_torch():
-    x, weight = torch.randn(64, 128).bfloat16(), torch.randn(32, 128).bfloat16()
-    assert library.multiply(x.float(), weight.float(), None) is None
-    assert library.multiply(x, weight[:31], None) is None
-    assert library.multiply(torch.randn(128, 64).bfloat16().T, weight, None) is None
-    assert library.multiply(x[:, :72].contiguous(), weight[:, :72].contiguous(), None) is None
-    assert library.multiply(x, torch.randn(128, 128).bfloat16(), None) is None
 
 
 def test_what_it_is_not_made_for_is_said():

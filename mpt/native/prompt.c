@@ -1,0 +1,669 @@
+/* One step of an MPT model for many tokens on CPU, as prompts bring them: embeddings to logits in one parallel region.
+ *
+ * Here the tiles of AMX are the limit, and what feeds them: they multiply three times as fast as torch's products of
+ * the same size, if weights wait in the first-level cache, inputs in the second, and nothing is written that the next
+ * product does not read as it is. So tokens stand side by side (in panels of 16) in everything between two products,
+ * which is how a tile takes its second operand and leaves its sums; weights and keys are first operands as they lie.
+ *
+ * Weights are bfloat16, or int8 with one scale for each output, widened on their way into the first-level cache; what
+ * they meet is rounded to bfloat16; the residual stream and all sums are float32. A token's result does not depend, not
+ * in one bit, on the tokens beside it, on the chunks a prompt is read in, or on other rows.
+ *
+ * Attention is FlashAttention's online softmax (Dao 2023) over blocks of keys, from the newest to the oldest, and ends
+ * where ALiBi leaves less than `drop` (see `attend` in step.c). Only with AMX; elsewhere prompts go through torch.
+ */
+#include "common.h"
+
+#if AMX
+
+enum {
+    STEP = 32,    /* inputs k that one tile product adds up */
+    GROUP = 32,   /* tokens multiplied at once: two panels */
+    STRIP = 32,   /* outputs multiplied at once */
+    CHUNK = 256,  /* inputs k of a strip's weights that wait in the first-level cache: 16 KB */
+    MOST_GROUPS = 16, /* tokens that share a strip: 512 */
+    TILE = 512,   /* numbers of a tile of bfloat16 */
+    BLOCK = 128,  /* keys weighed at once */
+    QUERIES = 512 /* of one head and row that share each block of keys */
+};
+static const int INPUT_BYTES = 1 << 20; /* inputs that all weights pass by: half of the second-level cache */
+
+typedef struct { /* 16 tokens of one row */
+    int row, n;  /* how many of the 16 are there */
+    int first;   /* the first one's place in the step */
+    int position;
+} Panel;
+
+typedef struct { /* a thread's own */
+    bf16 *strip; /* (CHUNK / STEP, 2 tiles) */
+    float *sums; /* (groups, 4 tiles): outputs 0-15 of both panels, outputs 16-31 of both */
+    bf16 *keys, *values, *weights;
+    float *scores, *mixed, *best, *total, *bound;
+} Own;
+
+typedef struct {
+    const Model *model;
+    const Step *step;
+    const Panel *panels;
+    int n_panels, head_room; /* head_room: D rounded up to a STEP */
+    float *x;                /* (panels, C, 16) the residual stream */
+    bf16 *inputs, *inner;    /* what products take, see `tile_of`: of C, and of the MLP's inner width */
+    bf16 *queries;           /* (panels, H * head_room / STEP, tile) */
+    float *wanted;           /* (panels, C, 16) of the tokens that want logits */
+    Own *own;                /* (threads) */
+    atomic_int *queues;
+} Pass;
+
+/* -- vectors -------------------------------------------------------------------------------------------------------- */
+
+/* 16 x 16 numbers of 32 bits, rows to columns. */
+static inline void transpose(__m512 *r) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2)
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            const __m512d a = _mm512_castps_pd(t[i + k]), b = _mm512_castps_pd(t[i + k + 2]);
+            r[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            r[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int k = 0; k < 4; k++) {
+            t[i + k] = _mm512_shuffle_f32x4(r[i + k], r[i + k + 4], 0x88);
+            t[i + k + 4] = _mm512_shuffle_f32x4(r[i + k], r[i + k + 4], 0xdd);
+        }
+    for (int k = 0; k < 8; k++) {
+        r[k] = _mm512_shuffle_f32x4(t[k], t[k + 8], 0x88);
+        r[k + 8] = _mm512_shuffle_f32x4(t[k], t[k + 8], 0xdd);
+    }
+}
+
+/* e^x, relative error 2e-7; 0 below -80 and where `open` has no bit. */
+static inline __m512 exp_16(__mmask16 open, __m512 x) {
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(_mm512_mask_cmp_ps_mask(open, x, _mm512_set1_ps(-80.0f), _CMP_GT_OQ), p, n);
+}
+
+/* GELU in its erf form, as in common.h. */
+static inline __m512 gelu_16(__m512 x) {
+    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f)), one = _mm512_set1_ps(1.0f);
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one));
+    __m512 poly = _mm512_set1_ps(1.061405429f);
+    poly = _mm512_fmadd_ps(poly, t, _mm512_set1_ps(-1.453152027f));
+    poly = _mm512_fmadd_ps(poly, t, _mm512_set1_ps(1.421413741f));
+    poly = _mm512_fmadd_ps(poly, t, _mm512_set1_ps(-0.284496736f));
+    poly = _mm512_fmadd_ps(poly, t, _mm512_set1_ps(0.254829592f));
+    poly = _mm512_mul_ps(_mm512_mul_ps(poly, t), _mm512_set1_ps(0.5f));
+    const __m512 tail = _mm512_mul_ps(poly, exp_16(0xffff, _mm512_fnmadd_ps(z, z, _mm512_setzero_ps())));
+    const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, above, one, tail));
+}
+
+/* 16 pairs of bfloat16: two neighbouring numbers of each of 16 tokens. */
+static inline __m512i pairs(__m512 even, __m512 odd) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* Where inputs k and k + 1 of a panel lie: groups of two panels, in each steps of 32 k, in each a tile (16 pairs of k,
+ * 16 tokens, 2) for each panel. */
+static inline bf16 *tile_of(bf16 *inputs, int K, int panel, int k) {
+    return inputs + ((size_t)(panel / 2) * (K / STEP) + k / STEP) * (2 * TILE) + panel % 2 * TILE + k % STEP / 2 * 32;
+}
+
+/* LayerNorm of a panel x (C, 16), into the inputs of a product. */
+static void normalize(const float *x, int C, Norm norm, float eps, bf16 *inputs, int panel) {
+    __m512 sums[4] = {0};
+    for (int k = 0; k < C; k += 4)
+        for (int i = 0; i < 4; i++) sums[i] = _mm512_add_ps(sums[i], _mm512_load_ps(x + (k + i) * PANEL));
+    const __m512 share = _mm512_set1_ps(1.0f / C);
+    const __m512 mean = _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), share);
+    for (int i = 0; i < 4; i++) sums[i] = _mm512_setzero_ps();
+    for (int k = 0; k < C; k += 4)
+        for (int i = 0; i < 4; i++) {
+            const __m512 off = _mm512_sub_ps(_mm512_load_ps(x + (k + i) * PANEL), mean);
+            sums[i] = _mm512_fmadd_ps(off, off, sums[i]);
+        }
+    const __m512 square = _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), share);
+    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_add_ps(square, _mm512_set1_ps(eps))));
+    for (int k = 0; k < C; k += 2) {
+        __m512 pair[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512 off = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(x + (k + i) * PANEL), mean), factor);
+            const __m512 bias = _mm512_set1_ps(norm.bias ? wide(norm.bias[k + i]) : 0.0f);
+            pair[i] = _mm512_fmadd_ps(off, _mm512_set1_ps(wide(norm.weight[k + i])), bias);
+        }
+        _mm512_store_si512(tile_of(inputs, C, panel, k), pairs(pair[0], pair[1]));
+    }
+}
+
+/* -- products ------------------------------------------------------------------------------------------------------ */
+
+typedef enum { TO_RESIDUAL, TO_GELU, TO_ATTENTION, TO_LOGITS } Target;
+
+/* Weights of outputs n0 and on, n_outputs of them, for inputs k0 and on, n of them, as tiles. */
+static void pack_strip(const Linear *linear, int n0, int n_outputs, int k0, int n, bf16 *strip) {
+    for (int r = 0; r < STRIP; r++) {
+        bf16 *to = strip + r * STEP;
+        const size_t at = (size_t)(n0 + r) * linear->n_in + k0;
+        for (int k = 0; k < n; k += STEP, to += 2 * TILE) {
+            __m512i row = _mm512_setzero_si512();
+            if (r < n_outputs && linear->scale) {
+                const __m128i *from = (const __m128i *)((const int8_t *)linear->weight + at + k);
+                const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+                const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + 1)));
+                row = (__m512i)_mm512_cvtne2ps_pbh(high, low); /* exact */
+            } else if (r < n_outputs) {
+                row = _mm512_loadu_si512((const bf16 *)linear->weight + at + k);
+            }
+            _mm512_store_si512(to, row);
+        }
+    }
+}
+
+/* Begin to fetch rows `from` to `to` of the strip that comes next. */
+static inline void fetch(const Linear *linear, int n0, int k0, int n, int from, int to) {
+    const size_t size = linear->scale ? 1 : 2;
+    for (int r = from; r < to; r++) {
+        const char *row = (const char *)linear->weight + ((size_t)(n0 + r) * linear->n_in + k0) * size;
+        for (size_t i = 0; i < n * size; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
+    }
+}
+
+/* Sums of a strip and a group over n inputs, added to what is in `sums` unless it is the first time. */
+static inline void multiply(const bf16 *strip, const bf16 *inputs, int n, int is_first, float *sums) {
+    if (is_first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
+    }
+    for (int k = 0; k < n; k += STEP, strip += 2 * TILE, inputs += 2 * TILE) {
+        _tile_loadd(4, strip, 64);
+        _tile_loadd(6, inputs, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, inputs + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, strip + TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+}
+
+/* Keys or values, outputs n0 to n0 + 15 of Wqkv for a panel, into the row's cache. */
+static void store(const Pass *pass, int layer, int panel, int n0, __m512 *values) {
+    const Model *model = pass->model;
+    const Step *step = pass->step;
+    const Panel *place = pass->panels + panel;
+    const int D = model->d_head, G = model->n_kv_heads, at = n0 - model->d_model;
+    const int is_value = at >= G * D, g = at % (G * D) / D, d = at % D;
+    const size_t position = (size_t)(is_value * G + g) * step->row_capacity[place->row] + place->position;
+    bf16 *to = step->kv[place->row * model->n_layers + layer] + position * D + d;
+    transpose(values);
+    for (int token = 0; token < place->n; token++)
+        _mm256_storeu_si256((__m256i *)(to + (size_t)token * D), (__m256i)_mm512_cvtneps_pbh(values[token]));
+}
+
+/* Bring 16 outputs of a panel, sums (16 outputs, 16 tokens), to where they are read next. */
+static inline void bring(const Pass *pass, int layer, const Linear *linear, Target target, int with_bias, int n0,
+                         int panel, const float *sums) {
+    const Model *model = pass->model;
+    const int C = model->d_model, D = model->d_head;
+    __m512 values[PANEL];
+    for (int r = 0; r < PANEL; r++) {
+        values[r] = _mm512_load_ps(sums + r * PANEL);
+        if (linear->scale) values[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(wide(linear->scale[n0 + r])));
+        if (with_bias) values[r] = _mm512_add_ps(values[r], _mm512_set1_ps(wide(linear->bias[n0 + r])));
+    }
+    if (target == TO_RESIDUAL) {
+        float *x = pass->x + ((size_t)panel * C + n0) * PANEL;
+        for (int r = 0; r < PANEL; r++, x += PANEL) _mm512_store_ps(x, _mm512_add_ps(_mm512_load_ps(x), values[r]));
+    } else if (target == TO_GELU) {
+        bf16 *to = tile_of(pass->inner, model->d_ffn, panel, n0);
+        for (int r = 0; r < PANEL; r += 2, to += 2 * PANEL)
+            _mm512_store_si512(to, pairs(gelu_16(values[r]), gelu_16(values[r + 1])));
+    } else if (target == TO_LOGITS) {
+        const int first = panel * PANEL, n_here = pass->step->n_logits - first;
+        transpose(values);
+        for (int token = 0; token < PANEL && token < n_here; token++)
+            _mm512_storeu_ps(pass->step->logits + (size_t)(first + token) * linear->n_out + n0, values[token]);
+    } else {
+        const __m512 limit = _mm512_set1_ps(model->clip_qkv), lower = _mm512_sub_ps(_mm512_setzero_ps(), limit);
+        for (int r = 0; r < PANEL && model->clip_qkv > 0; r++)
+            values[r] = _mm512_max_ps(_mm512_min_ps(values[r], limit), lower);
+        if (n0 >= C) {
+            store(pass, layer, panel, n0, values);
+            return;
+        }
+        const int k = n0 / D * pass->head_room + n0 % D, n_tiles = model->n_heads * pass->head_room / STEP;
+        bf16 *to = pass->queries + ((size_t)panel * n_tiles + k / STEP) * TILE + k % STEP * PANEL;
+        for (int r = 0; r < PANEL; r += 2, to += 2 * PANEL) _mm512_store_si512(to, pairs(values[r], values[r + 1]));
+    }
+}
+
+/* Outputs for all panels from inputs k `from` to `to`, shared out over the threads by strips; all weights pass by a
+ * block of tokens before they pass by the next. */
+static void product(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, int n_panels, int from, int to,
+                    Target target, Worker *worker) {
+    const int K = linear->n_in, N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP, n_groups = (n_panels + 1) / 2;
+    const int fit = INPUT_BYTES / (2 * GROUP * (to - from)), most = fit < 2 ? 2 : fit > MOST_GROUPS ? MOST_GROUPS : fit;
+    const int n_blocks = (n_groups + most - 1) / most, n_tasks = n_strips * n_blocks;
+    const int with_bias = linear->bias && from == 0;
+    const Own *own = pass->own + worker->thread;
+    for (int task = take(worker, 1), next; task < n_tasks; task = next) {
+        const int block = task / n_strips, n0 = task % n_strips * STRIP, n_outputs = N - n0 < STRIP ? N - n0 : STRIP;
+        const int first = block * n_groups / n_blocks, end = (block + 1) * n_groups / n_blocks, turns = end - first;
+        next = take(worker, 1);
+        for (int k = from, n; k < to; k += n) {
+            n = to - k < CHUNK ? to - k : CHUNK;
+            const int is_last = k + n == to; /* of these outputs; what comes soon are others', or none */
+            const int soon_n0 = is_last ? next % n_strips * STRIP : n0, soon = is_last ? from : k + n;
+            const int n_soon = is_last && next >= n_tasks ? 0 : N - soon_n0 < STRIP ? N - soon_n0 : STRIP;
+            pack_strip(linear, n0, n_outputs, k, n, own->strip);
+            for (int turn = 0; turn < turns; turn++) {
+                const int group = first + turn;
+                float *sums = own->sums + turn * 4 * 256;
+                fetch(linear, soon_n0, soon, to - soon < CHUNK ? to - soon : CHUNK, n_soon * turn / turns,
+                      n_soon * (turn + 1) / turns);
+                multiply(own->strip, inputs + ((size_t)group * K + k) * GROUP, n, k == from, sums);
+                for (int i = 0; is_last && i < 4; i++) {
+                    const int panel = 2 * group + i % 2, output = i / 2 * 16;
+                    if (panel < n_panels && output < n_outputs)
+                        bring(pass, layer, linear, target, with_bias, n0 + output, panel, sums + i * 256);
+                }
+            }
+        }
+    }
+    leave(worker);
+    meet(worker);
+}
+
+/* -- attention ------------------------------------------------------------------------------------------------------ */
+
+/* n <= BLOCK keys and values (n, D) as tiles: keys as (16 keys, 32 d), values as (16 d, 32 keys). */
+static void load_block(const bf16 *keys, const bf16 *values, int n, int D, const Own *own) {
+    const int n_steps = (D + STEP - 1) / STEP;
+    for (int key = 0; key < (n + 31) / 32 * 32; key++)
+        for (int s = 0; s < n_steps; s++) {
+            const int d = s * STEP;
+            const __mmask32 mask = key >= n ? 0 : D - d >= 32 ? 0xffffffff : 0xffff;
+            bf16 *to = own->keys + ((size_t)(key / 16) * n_steps + s) * TILE + key % 16 * STEP;
+            _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, keys + (size_t)key * D + d));
+        }
+    for (int key = 0; key < n; key += 32)
+        for (int d = 0; d < D; d += 16) {
+            __m512 rows[16];
+            for (int i = 0; i < 16; i++) {
+                const int even = key + 2 * i;
+                const bf16 *from = values + (size_t)even * D + d;
+                const __m256i zero = _mm256_setzero_si256();
+                const __m256i low = even < n ? _mm256_loadu_si256((const __m256i *)from) : zero;
+                const __m256i high = even + 1 < n ? _mm256_loadu_si256((const __m256i *)(from + D)) : zero;
+                rows[i] = (__m512)_mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+            }
+            transpose(rows);
+            bf16 *to = own->values + ((size_t)(d / 16) * (BLOCK / 32) + key / 32) * TILE;
+            for (int i = 0; i < 16; i++) _mm512_store_ps((float *)(to + i * STEP), rows[i]);
+        }
+}
+
+/* Scores of n keys (a multiple of 32) for two panels of queries: (n, 32). */
+static inline void score(const bf16 *keys, int n, int n_steps, const bf16 *panel, const bf16 *next, float *scores) {
+    for (int key = 0; key < n; key += 32, keys += 2 * n_steps * TILE) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int s = 0; s < n_steps; s++) {
+            _tile_loadd(4, keys + s * TILE, 64);
+            _tile_loadd(6, panel + s * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, next + s * TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, keys + (n_steps + s) * TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, scores + key * 32, 128);
+        _tile_stored(1, scores + key * 32 + 16, 128);
+        _tile_stored(2, scores + (key + 16) * 32, 128);
+        _tile_stored(3, scores + (key + 16) * 32 + 16, 128);
+    }
+}
+
+/* Softmax of one panel over a block: scores (n, 32 of which 16 are its own) to weights, tiles (16 pairs of keys, 16
+ * tokens, 2) every other of which is its own. What was summed up before is scaled down where a better score comes.
+ * ahead: how far each query is ahead of the block's first key. */
+static inline void weigh(float *scores, int n, int is_diagonal, __mmask16 open, __m512 ahead, float scale, float slope,
+                         float *best, float *total, float *mixed, int D, bf16 *weights) {
+    const __m512 old = _mm512_load_ps(best), scales = _mm512_set1_ps(scale), slopes = _mm512_set1_ps(slope);
+    __m512 top = old, distance = ahead, sum = _mm512_setzero_ps();
+    for (int key = 0; key < n; key++) {
+        __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + key * 32), scales);
+        x = _mm512_fnmadd_ps(slopes, distance, x);
+        if (is_diagonal) {
+            const __mmask16 later = _mm512_cmp_ps_mask(distance, _mm512_setzero_ps(), _CMP_LT_OQ);
+            x = _mm512_mask_mov_ps(x, later, _mm512_set1_ps(-__builtin_inff()));
+        }
+        distance = _mm512_sub_ps(distance, _mm512_set1_ps(1.0f));
+        top = _mm512_max_ps(top, x);
+        _mm512_store_ps(scores + key * 32, x);
+    }
+    top = _mm512_mask_mov_ps(old, open, top);
+    if (_mm512_cmp_ps_mask(top, old, _CMP_GT_OQ)) {
+        const __m512 shrink = exp_16(0xffff, _mm512_sub_ps(old, top));
+        _mm512_store_ps(best, top);
+        _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), shrink));
+        for (int d = 0; d < D; d++)
+            _mm512_store_ps(mixed + d * PANEL, _mm512_mul_ps(_mm512_load_ps(mixed + d * PANEL), shrink));
+    }
+    for (int key = 0; key < n; key += 2) {
+        const __m512 even = exp_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32), top));
+        const __m512 odd = exp_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32 + 32), top));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+        _mm512_store_si512(weights + key / 32 * 2 * TILE + key % 32 * PANEL, pairs(even, odd));
+    }
+    _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sum));
+}
+
+/* Values (D, n) times weights (n, 32): added to what two panels have mixed, (D, 16) each. */
+static inline void mix(const bf16 *values, const bf16 *weights, int n, int D, float *panel, float *next) {
+    for (int d = 0; d < D; d += 16, values += BLOCK / 32 * TILE) {
+        _tile_loadd(0, panel + d * PANEL, 64);
+        _tile_loadd(1, next + d * PANEL, 64);
+        for (int s = 0; s < n / 32; s++) {
+            _tile_loadd(4, values + s * TILE, 64);
+            _tile_loadd(6, weights + s * 2 * TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, weights + s * 2 * TILE + TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, panel + d * PANEL, 64);
+        _tile_stored(1, next + d * PANEL, 64);
+    }
+}
+
+/* One head of up to QUERIES queries of one row, panels `first` to `end`: into the inputs of out_proj. Keys read. */
+static int64_t attend(const Pass *pass, int layer, int head, int first, int end, const Own *own) {
+    const Model *model = pass->model;
+    const Step *step = pass->step;
+    const int D = model->d_head, G = model->n_kv_heads, H = model->n_heads, g = head * G / H, n_steps = pass->head_room / STEP;
+    const int row = pass->panels[first].row, n_panels = end - first;
+    const size_t capacity = step->row_capacity[row], panel_size = (size_t)H * n_steps * TILE;
+    const bf16 *keys = step->kv[row * model->n_layers + layer] + g * capacity * D, *values = keys + G * capacity * D;
+    const bf16 *queries = pass->queries + first * panel_size + (size_t)head * n_steps * TILE;
+    const int stored = pass->panels[end - 1].position + pass->panels[end - 1].n;
+    const float slope = model->slopes ? model->slopes[head] : 0, scale = model->softmax_scale;
+    const float tail = slope > 0 ? 1.0f / (1.0f - exp_(-slope)) : 0;
+    const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __mmask16 open[QUERIES / PANEL + 1];
+    int64_t n_read = 0;
+    int n_open = 0;
+    for (int i = 0; i < n_panels; i++) {
+        const bf16 *query = queries + i * panel_size;
+        __m512 square = _mm512_setzero_ps();
+        for (int pair = 0; pair < n_steps * 16; pair++) {
+            const __m512i both = _mm512_load_si512(query + pair * 32);
+            const __m512 even = (__m512)_mm512_slli_epi32(both, 16);
+            const __m512 odd = (__m512)_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
+            square = _mm512_fmadd_ps(odd, odd, _mm512_fmadd_ps(even, even, square));
+        }
+        const float factor = 1.0001f * step->key_norm[row][layer * G + g] * scale;
+        _mm512_store_ps(own->bound + i * PANEL, _mm512_mul_ps(_mm512_sqrt_ps(square), _mm512_set1_ps(factor)));
+        _mm512_store_ps(own->best + i * PANEL, _mm512_set1_ps(-1e30f));
+        _mm512_store_ps(own->total + i * PANEL, _mm512_setzero_ps());
+        open[i] = (1 << pass->panels[first + i].n) - 1;
+        n_open++;
+    }
+    open[n_panels] = 0;
+    memset(own->mixed, 0, (size_t)(n_panels + 1) * D * PANEL * 4);
+    for (int start = (stored - 1) / BLOCK * BLOCK; start >= 0 && n_open; start -= BLOCK) {
+        const int n = stored - start < BLOCK ? stored - start : BLOCK;
+        int is_loaded = 0;
+        for (int pair = 0; pair < n_panels; pair += 2) {
+            const int two = pair + 1 < n_panels, last = pass->panels[first + pair + two].position + 15;
+            if (!(open[pair] | open[pair + 1]) || last < start) continue;
+            if (!is_loaded) load_block(keys + (size_t)start * D, values + (size_t)start * D, n, D, own);
+            is_loaded = 1;
+            const int here = last + 1 - start < n ? last + 1 - start : n, whole = (here + 31) / 32 * 32;
+            const bf16 *query = queries + pair * panel_size;
+            score(own->keys, whole, n_steps, query, query + two * panel_size, own->scores);
+            for (int i = pair; i < pair + 2; i++) {
+                const int at = i - pair, position = pass->panels[first + (i < n_panels ? i : pair)].position;
+                float *best = own->best + i * PANEL, *total = own->total + i * PANEL, *mixed = own->mixed + (size_t)i * D * PANEL;
+                const __m512 ahead = _mm512_add_ps(lanes, _mm512_set1_ps(position - start));
+                float *scores = own->scores + at * PANEL;
+                bf16 *weights = own->weights + at * TILE;
+                if (!open[i]) {
+                    for (int key = 0; key < whole; key += 2)
+                        _mm512_store_si512(weights + key / 32 * 2 * TILE + key % 32 * PANEL, _mm512_setzero_si512());
+                    continue;
+                }
+                if (position < start + whole - 1)
+                    weigh(scores, whole, 1, open[i], ahead, scale, slope, best, total, mixed, D, weights);
+                else
+                    weigh(scores, whole, 0, open[i], ahead, scale, slope, best, total, mixed, D, weights);
+                const __m512 seen = _mm512_min_ps(_mm512_add_ps(ahead, _mm512_set1_ps(1.0f)), _mm512_set1_ps(n));
+                n_read += (int64_t)_mm512_mask_reduce_add_ps(open[i], _mm512_max_ps(seen, _mm512_setzero_ps()));
+                if (slope > 0) { /* |q.k| <= |q| max|k|: what all older keys can weigh together */
+                    const __m512 far = _mm512_fnmadd_ps(_mm512_add_ps(ahead, _mm512_set1_ps(1.0f)), _mm512_set1_ps(slope),
+                                                        _mm512_load_ps(own->bound + i * PANEL));
+                    const __m512 rest = _mm512_sub_ps(far, _mm512_load_ps(best)), zero = _mm512_setzero_ps();
+                    const __mmask16 below = _mm512_mask_cmp_ps_mask(open[i], rest, zero, _CMP_LT_OQ);
+                    const __m512 left = _mm512_mul_ps(exp_16(below, rest), _mm512_set1_ps(tail));
+                    const __m512 limit = _mm512_mul_ps(_mm512_load_ps(total), _mm512_set1_ps(step->drop));
+                    open[i] &= ~_mm512_mask_cmp_ps_mask(below, left, limit, _CMP_LT_OQ);
+                    n_open -= !open[i];
+                }
+            }
+            mix(own->values, own->weights, whole, D, own->mixed + (size_t)pair * D * PANEL,
+                own->mixed + (size_t)(pair + 1) * D * PANEL);
+        }
+    }
+    for (int i = 0; i < n_panels; i++) {
+        const __m512 total = _mm512_load_ps(own->total + i * PANEL), one = _mm512_set1_ps(1.0f);
+        const __mmask16 none = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_EQ_OQ); /* no token is there */
+        const __m512 factor = _mm512_div_ps(one, _mm512_mask_mov_ps(total, none, one));
+        const float *mixed = own->mixed + (size_t)i * D * PANEL;
+        for (int d = 0; d < D; d += 2) {
+            const __m512 even = _mm512_mul_ps(_mm512_load_ps(mixed + d * PANEL), factor);
+            const __m512 odd = _mm512_mul_ps(_mm512_load_ps(mixed + d * PANEL + PANEL), factor);
+            _mm512_store_si512(tile_of(pass->inputs, model->d_model, first + i, head * D + d), pairs(even, odd));
+        }
+    }
+    return n_read;
+}
+
+/* How long the new keys of one head of one row are, for the bound of later queries. */
+static void measure_keys(const Pass *pass, int layer, int row, int tokens, int g) {
+    const Model *model = pass->model;
+    const Step *step = pass->step;
+    const int D = model->d_head;
+    const bf16 *key = step->kv[row * model->n_layers + layer] + ((size_t)g * step->row_capacity[row] + step->row_length[row]) * D;
+    float most = 0;
+    for (int token = 0; token < tokens; token++, key += D) {
+        float square = 0;
+        for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
+        most = square > most ? square : most;
+    }
+    float *largest = step->key_norm[row] + layer * model->n_kv_heads + g;
+    const float norm = sqrtf(most) * 1.0001f; /* rounding must not make the bound too small */
+    if (norm > *largest) *largest = norm;
+}
+
+/* All heads of all rows. The heads that see farthest and the last queries come first: they take longest. */
+static int64_t attend_all(const Pass *pass, int layer, Worker *worker) {
+    const Model *model = pass->model;
+    const Step *step = pass->step;
+    const int H = model->n_heads, G = model->n_kv_heads;
+    int64_t n_read = 0;
+    for (int task = worker->thread; task < step->n_rows * G; task += worker->n)
+        measure_keys(pass, layer, task / G, step->row_tokens[task / G], task % G);
+    meet(worker);
+    const int at_once = QUERIES / PANEL;
+    int n_spans = 0, spans[pass->n_panels][2];
+    for (int panel = 0; panel < pass->n_panels; panel = spans[n_spans - 1][1]) {
+        int end = panel + 1;
+        while (end < pass->n_panels && end - panel < at_once && pass->panels[end].row == pass->panels[panel].row) end++;
+        spans[n_spans][0] = panel, spans[n_spans++][1] = end;
+    }
+    for (int task; (task = take(worker, 1)) < n_spans * H;) {
+        const int *span = spans[n_spans - 1 - task / H];
+        n_read += attend(pass, layer, H - 1 - task % H, span[0], span[1], pass->own + worker->thread);
+    }
+    leave(worker);
+    meet(worker);
+    return n_read;
+}
+
+/* -- the step -------------------------------------------------------------------------------------------------------- */
+
+enum { LOOPS_PER_LAYER = 4, MOST_RANGES = 64 };
+
+static size_t carve(const Model *model, int n_panels, int n_logits, int n_threads, float *block, Pass *pass, Own *own) {
+    const size_t C = model->d_model, F = model->d_ffn, D = model->d_head, H = model->n_heads;
+    const size_t columns = ((size_t)n_panels + 1) / 2 * GROUP, head_room = (D + STEP - 1) / STEP * STEP;
+    const size_t wanted = ((size_t)n_logits + GROUP - 1) / GROUP * GROUP, most = wanted > columns ? wanted : columns;
+    size_t used = 0;
+    float *at = block ? (float *)(((uintptr_t)block + 63) & ~(uintptr_t)63) : NULL;
+#define TAKE(name, floats) name = at ? (void *)(at + used) : NULL, used += ((floats) + 15) / 16 * 16
+    TAKE(pass->x, C * columns);
+    TAKE(pass->inputs, C * most / 2);
+    TAKE(pass->inner, F * columns / 2);
+    TAKE(pass->queries, H * head_room * columns / 2);
+    TAKE(pass->wanted, C * wanted);
+    TAKE(pass->queues, 16 * ((size_t)model->n_layers * (LOOPS_PER_LAYER + MOST_RANGES) + 1));
+    for (int thread = 0; thread < n_threads; thread++) {
+        Own *mine = own ? own + thread : &(Own){0};
+        TAKE(mine->strip, CHUNK * STRIP / 2);
+        TAKE(mine->sums, MOST_GROUPS * GROUP * STRIP);
+        TAKE(mine->keys, BLOCK * head_room / 2);
+        TAKE(mine->values, BLOCK * D / 2);
+        TAKE(mine->weights, BLOCK * GROUP / 2);
+        TAKE(mine->scores, BLOCK * GROUP);
+        TAKE(mine->mixed, (QUERIES + PANEL) * D);
+        TAKE(mine->best, QUERIES + PANEL);
+        TAKE(mine->total, QUERIES + PANEL);
+        TAKE(mine->bound, QUERIES + PANEL);
+    }
+#undef TAKE
+    return used + 16;
+}
+
+/* n_panels: of 16 tokens, each of one row. */
+size_t mpt_prompt_scratch_floats(const Model *model, int32_t n_panels, int32_t n_logits, int32_t n_threads) {
+    Pass pass;
+    return carve(model, n_panels, n_logits, n_threads, NULL, &pass, NULL);
+}
+
+/* Embeddings (T, C) to panels; tokens that are not there are 0. */
+static void spread(const Pass *pass, Worker *worker) {
+    const int C = pass->model->d_model;
+    for (int panel = worker->thread; panel < pass->n_panels; panel += worker->n)
+        for (int k = 0; k < C; k += 16) {
+            __m512 rows[16];
+            for (int token = 0; token < 16; token++) {
+                const float *from = pass->step->x + (size_t)(pass->panels[panel].first + token) * C + k;
+                rows[token] = token < pass->panels[panel].n ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+            }
+            transpose(rows);
+            for (int i = 0; i < 16; i++) _mm512_store_ps(pass->x + ((size_t)panel * C + k + i) * PANEL, rows[i]);
+        }
+    meet(worker);
+}
+
+static void normalize_all(const Pass *pass, const float *x, int n_panels, Norm norm, Worker *worker) {
+    const int C = pass->model->d_model;
+    for (int panel = worker->thread; panel < n_panels; panel += worker->n)
+        normalize(x + (size_t)panel * C * PANEL, C, norm, pass->model->eps, pass->inputs, panel);
+    meet(worker);
+}
+
+/* The product that leaves the MLP, over as many inputs at a time as stay in the second-level cache with enough tokens. */
+static void product_in_ranges(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, Worker *worker) {
+    const int K = linear->n_in, n = (K + 2047) / 2048 < MOST_RANGES ? (K + 2047) / 2048 : MOST_RANGES;
+    for (int i = 0; i < n; i++)
+        product(pass, layer, linear, inputs, pass->n_panels, i * (K / STEP) / n * STEP, (i + 1) * (K / STEP) / n * STEP,
+                TO_RESIDUAL, worker);
+}
+
+static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) {
+    const Model *model = pass->model;
+    const int C = model->d_model, n_panels = (pass->step->n_logits + PANEL - 1) / PANEL;
+    for (int panel = worker->thread; panel < n_panels; panel += worker->n)
+        for (int c = 0; c < PANEL; c++) {
+            const int at = panel * PANEL + c, column = at < pass->step->n_logits ? place[pass->step->logit_tokens[at]] : 0;
+            const float *from = pass->x + (size_t)(column / PANEL) * C * PANEL + column % PANEL;
+            float *to = pass->wanted + (size_t)panel * C * PANEL + c;
+            for (int k = 0; k < C; k++) to[k * PANEL] = from[k * PANEL];
+        }
+    meet(worker);
+    normalize_all(pass, pass->wanted, n_panels, model->norm_f, worker);
+    product(pass, 0, &model->head, pass->inputs, n_panels, 0, C, TO_LOGITS, worker);
+}
+
+void mpt_prompt(const Model *model, const Step *step) {
+    const int C = model->d_model;
+    int n_panels = 0;
+    int64_t n_read = 0;
+    for (int row = 0; row < step->n_rows; row++) n_panels += (step->row_tokens[row] + PANEL - 1) / PANEL;
+    Panel panels[n_panels];
+    int32_t place[step->n_tokens]; /* each token's column */
+    for (int row = 0, panel = 0, token = 0; row < step->n_rows; row++)
+        for (int at = 0; at < step->row_tokens[row]; at += PANEL, panel++) {
+            const int left = step->row_tokens[row] - at, n = left < PANEL ? left : PANEL;
+            panels[panel] = (Panel){row, n, token, step->row_length[row] + at};
+            for (int c = 0; c < n; c++) place[token++] = panel * PANEL + c;
+        }
+    Own own[step->n_threads];
+    Pass pass = {.model = model, .step = step, .panels = panels, .n_panels = n_panels, .own = own,
+                 .head_room = (model->d_head + STEP - 1) / STEP * STEP};
+    carve(model, n_panels, step->n_logits, step->n_threads, step->scratch, &pass, own);
+    memset(pass.queues, 0, 64 * ((size_t)model->n_layers * (LOOPS_PER_LAYER + MOST_RANGES) + 1));
+    if (pass.head_room != model->d_head) memset(pass.queries, 0, (size_t)n_panels * model->n_heads * pass.head_room * PANEL * 2);
+    Team team = {0};
+
+#pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
+    {
+        Worker worker = {&team, pass.queues, omp_get_thread_num(), omp_get_num_threads()};
+        configure_tiles();
+        spread(&pass, &worker);
+        for (int layer = 0; layer < model->n_layers; layer++) {
+            const Layer *now = model->layers + layer;
+            normalize_all(&pass, pass.x, n_panels, now->norm_1, &worker);
+            product(&pass, layer, &now->wqkv, pass.inputs, n_panels, 0, C, TO_ATTENTION, &worker);
+            n_read += attend_all(&pass, layer, &worker);
+            product(&pass, layer, &now->out_proj, pass.inputs, n_panels, 0, C, TO_RESIDUAL, &worker);
+            normalize_all(&pass, pass.x, n_panels, now->norm_2, &worker);
+            product(&pass, layer, &now->up_proj, pass.inputs, n_panels, 0, C, TO_GELU, &worker);
+            product_in_ranges(&pass, layer, &now->down_proj, pass.inner, &worker);
+        }
+        if (step->n_logits) give_logits(&pass, place, &worker);
+        _tile_release();
+    }
+    if (step->keys_read) *step->keys_read += n_read;
+}
+
+#endif
+
+/* Whether this was compiled with mpt_prompt. */
+int32_t mpt_can_read_prompts(void) { return AMX; }
