@@ -93,6 +93,19 @@ static inline __m512 exp_16(__mmask16 open, __m512 x) {
     return _mm512_maskz_scalef_ps(_mm512_mask_cmp_ps_mask(open, x, _mm512_set1_ps(-80.0f), _CMP_GT_OQ), p, n);
 }
 
+/* 2^x, relative error 1e-7 (a polynomial of least relative error on [0, 1), times 2^floor(x)); 0 below -120, where
+ * results would soon be subnormal, and where `open` has no bit. */
+static inline __m512 exp2_16(__mmask16 open, __m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_set1_ps(1.8775766e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.98934063e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.58263175e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40153611e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93153083e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99999994f));
+    return _mm512_maskz_scalef_ps(_mm512_mask_cmp_ps_mask(open, x, _mm512_set1_ps(-120.0f), _CMP_GT_OQ), p, x);
+}
+
 /* GELU in its erf form, as in common.h. */
 static inline __m512 gelu_16(__m512 x) {
     const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f)), one = _mm512_set1_ps(1.0f);
@@ -110,9 +123,9 @@ static inline __m512 gelu_16(__m512 x) {
 
 /* 16 pairs of bfloat16: two neighbouring numbers of each of 16 tokens. */
 static inline __m512i pairs(__m512 even, __m512 odd) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
 /* Where inputs k and k + 1 of a panel lie: groups of two panels, in each steps of 32 k, in each a tile (16 pairs of k,
@@ -350,35 +363,37 @@ static inline void score(const bf16 *keys, int n, int n_steps, const bf16 *panel
     }
 }
 
-/* Softmax of one panel over a block: scores (n, 32 of which 16 are its own) to weights, tiles (16 pairs of keys, 16
- * tokens, 2) every other of which is its own. What was summed up before is scaled down where a better score comes.
- * ahead: how far each query is ahead of the block's first key. */
+/* Softmax of one panel over a block, in powers of 2: scores (n, 32 of which 16 are its own) to weights, tiles (16 pairs
+ * of keys, 16 tokens, 2) every other of which is its own. What was summed up before is scaled down where a better score
+ * comes. Scores are counted from what ALiBi takes from the block's first key, `ahead` keys before each query's own. */
 static inline void weigh(float *scores, int n, int is_diagonal, __mmask16 open, __m512 ahead, float scale, float slope,
-                         float *best, float *total, float *mixed, int D, bf16 *weights) {
-    const __m512 old = _mm512_load_ps(best), scales = _mm512_set1_ps(scale), slopes = _mm512_set1_ps(slope);
-    __m512 top = old, distance = ahead, sum = _mm512_setzero_ps();
+                         const float *rise, float *best, float *total, float *mixed, int D, bf16 *weights) {
+    const __m512 first = _mm512_mul_ps(_mm512_set1_ps(-slope), ahead), scales = _mm512_set1_ps(scale);
+    const __m512 old = _mm512_load_ps(best);
+    __m512 top = _mm512_sub_ps(old, first), distance = ahead, sum = _mm512_setzero_ps();
     for (int key = 0; key < n; key++) {
-        __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + key * 32), scales);
-        x = _mm512_fnmadd_ps(slopes, distance, x);
+        __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + key * 32), scales, _mm512_set1_ps(rise[key]));
         if (is_diagonal) {
             const __mmask16 later = _mm512_cmp_ps_mask(distance, _mm512_setzero_ps(), _CMP_LT_OQ);
             x = _mm512_mask_mov_ps(x, later, _mm512_set1_ps(-__builtin_inff()));
+            distance = _mm512_sub_ps(distance, _mm512_set1_ps(1.0f));
         }
-        distance = _mm512_sub_ps(distance, _mm512_set1_ps(1.0f));
         top = _mm512_max_ps(top, x);
         _mm512_store_ps(scores + key * 32, x);
     }
-    top = _mm512_mask_mov_ps(old, open, top);
-    if (_mm512_cmp_ps_mask(top, old, _CMP_GT_OQ)) {
-        const __m512 shrink = exp_16(0xffff, _mm512_sub_ps(old, top));
-        _mm512_store_ps(best, top);
+    const __m512 found = _mm512_add_ps(top, first);
+    const __mmask16 better = _mm512_mask_cmp_ps_mask(open, found, old, _CMP_GT_OQ);
+    if (better) {
+        const __m512 one = _mm512_set1_ps(1.0f), shrink = _mm512_mask_mov_ps(one, better, exp2_16(better, _mm512_sub_ps(old, found)));
+        _mm512_mask_store_ps(best, better, found);
         _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), shrink));
         for (int d = 0; d < D; d++)
             _mm512_store_ps(mixed + d * PANEL, _mm512_mul_ps(_mm512_load_ps(mixed + d * PANEL), shrink));
     }
+    top = _mm512_sub_ps(_mm512_load_ps(best), first);
     for (int key = 0; key < n; key += 2) {
-        const __m512 even = exp_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32), top));
-        const __m512 odd = exp_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32 + 32), top));
+        const __m512 even = exp2_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32), top));
+        const __m512 odd = exp2_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32 + 32), top));
         sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
         _mm512_store_si512(weights + key / 32 * 2 * TILE + key % 32 * PANEL, pairs(even, odd));
     }
@@ -412,8 +427,11 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
     const bf16 *keys = step->kv[row * model->n_layers + layer] + g * capacity * D, *values = keys + G * capacity * D;
     const bf16 *queries = pass->queries + first * panel_size + (size_t)head * n_steps * TILE;
     const int stored = pass->panels[end - 1].position + pass->panels[end - 1].n;
-    const float slope = model->slopes ? model->slopes[head] : 0, scale = model->softmax_scale;
-    const float tail = slope > 0 ? 1.0f / (1.0f - exp_(-slope)) : 0;
+    const float log2_e = 1.44269504f, natural = model->slopes ? model->slopes[head] : 0;
+    const float slope = natural * log2_e, scale = model->softmax_scale * log2_e;
+    float rise[BLOCK]; /* what ALiBi gives each key of a block over the first */
+    for (int key = 0; key < BLOCK; key++) rise[key] = slope * key;
+    const float tail = slope > 0 ? 1.0f / (1.0f - exp_(-natural)) : 0;
     const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __mmask16 open[QUERIES / PANEL + 1];
     int64_t n_read = 0;
@@ -459,9 +477,9 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
                     continue;
                 }
                 if (position < start + whole - 1)
-                    weigh(scores, whole, 1, open[i], ahead, scale, slope, best, total, mixed, D, weights);
+                    weigh(scores, whole, 1, open[i], ahead, scale, slope, rise, best, total, mixed, D, weights);
                 else
-                    weigh(scores, whole, 0, open[i], ahead, scale, slope, best, total, mixed, D, weights);
+                    weigh(scores, whole, 0, open[i], ahead, scale, slope, rise, best, total, mixed, D, weights);
                 const __m512 seen = _mm512_min_ps(_mm512_add_ps(ahead, _mm512_set1_ps(1.0f)), _mm512_set1_ps(n));
                 n_read += (int64_t)_mm512_mask_reduce_add_ps(open[i], _mm512_max_ps(seen, _mm512_setzero_ps()));
                 if (slope > 0) { /* |q.k| <= |q| max|k|: what all older keys can weigh together */
@@ -469,7 +487,7 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
                                                         _mm512_load_ps(own->bound + i * PANEL));
                     const __m512 rest = _mm512_sub_ps(far, _mm512_load_ps(best)), zero = _mm512_setzero_ps();
                     const __mmask16 below = _mm512_mask_cmp_ps_mask(open[i], rest, zero, _CMP_LT_OQ);
-                    const __m512 left = _mm512_mul_ps(exp_16(below, rest), _mm512_set1_ps(tail));
+                    const __m512 left = _mm512_mul_ps(exp2_16(below, rest), _mm512_set1_ps(tail));
                     const __m512 limit = _mm512_mul_ps(_mm512_load_ps(total), _mm512_set1_ps(step->drop));
                     open[i] &= ~_mm512_mask_cmp_ps_mask(below, left, limit, _CMP_LT_OQ);
                     n_open -= !open[i];
