@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import re
 from collections.abc import Iterator
@@ -161,35 +162,70 @@ async def test_a_model_in_float32_gives_the_naive_loops_tokens(model, tokenizer)
     assert [t for event in events if isinstance(event, Delta) for t in event.token_ids] == expected
 
 
+@dataclasses.dataclass(eq=False)
+class Written:
+    """As much of a sequence as lookup reads."""
+
+    tokens: list[int]
+    n_prompt: int
+
+
+def looked_up(prompt: list[int], answer: list[int], n: int, lookup: PromptLookup | None = None) -> list[int]:
+    one = Written([*prompt, *answer], len(prompt))
+    return (lookup or PromptLookup()).guess({one: n}).get(one, [])
+
+
 def test_lookup_copies_what_followed_the_last_time():
-    def guess(tokens: list[int], n: int = 3) -> list[int]:
-        class One:
-            pass
-
-        one = One()
-        one.tokens = tokens
-        return PromptLookup().guess({one: n}).get(one, [])
-
-    assert guess([1, 2, 3, 4, 5, 1, 2, 3]) == [4, 5, 1]
-    assert guess([1, 2, 3, 4, 9, 2, 3, 7, 8, 1, 2, 3]) == [4, 9, 2]  # three tokens alike before two
-    assert guess([9, 2, 3, 7, 8, 1, 2, 3]) == [7, 8, 1]
-    assert guess([2, 3, 5, 2, 3, 7, 2, 3]) == [7, 2, 3]  # the last time
-    assert guess([3, 5, 1, 3]) == [5, 1, 3]
-    assert guess([1, 2, 3, 4]) == []
-    assert guess([1]) == []
+    assert looked_up([1, 2, 3, 4, 5, 1, 2, 3], [], 3) == [4, 5, 1]
+    assert looked_up([1, 2, 3, 4, 9, 2, 3, 7, 8, 1, 2, 3], [], 3) == [4, 9, 2]  # three tokens alike before two
+    assert looked_up([9, 2, 3, 7, 8, 1, 2, 3], [], 3) == [7, 8, 1]
+    assert looked_up([2, 3, 5, 2, 3, 7, 2, 3], [], 3) == [7, 2, 3]  # the last time
+    assert looked_up([3, 5, 1, 3], [], 3) == [5, 1, 3]
+    assert looked_up([3, 5, 1, 3], [], 7) == [5, 1, 3, 5, 1, 3, 5]  # and on, through what it guesses
+    assert looked_up([1, 2, 3, 4], [], 3) == []
+    assert looked_up([1], [], 3) == []
 
 
 def test_lookup_reads_only_what_is_new():
-    class One:
-        tokens: list[int]
-
-    lookup, one = PromptLookup(), One()
-    one.tokens = [4, 5, 6, 7]
+    lookup, one = PromptLookup(), Written([4, 5, 6, 7], 4)
     assert lookup.guess({one: 5}) == {}
     one.tokens += [4, 5]
     assert lookup.guess({one: 2}) == {one: [6, 7]}
     one.tokens += [8, 9, 4, 5]
     assert lookup.guess({one: 2}) == {one: [8, 9]}
+
+
+COLON, LINE, INDENT = 1, 2, 3  # a line of YAML: 10 COLON 20 LINE INDENT, and of JSON: 10 IS 20 NEXT
+IS, NEXT, LAST = 4, 5, 6
+YAML = [10, COLON, 20, LINE, INDENT, 11, COLON, 21, LINE, INDENT, 12, COLON, 22, LINE, INDENT, 13, COLON, 23, LINE, 99]
+
+
+def test_lookup_makes_the_edits_that_were_made_before():
+    assert looked_up(YAML, [10], 2) == [COLON, 20]
+    assert looked_up(YAML, [10, IS], 2) == []  # how much it replaces is not known
+    assert looked_up(YAML, [10, IS, 20], 2) == [LINE, INDENT]
+    first_line = [10, IS, 20, NEXT, 11]
+    assert looked_up(YAML, first_line, 2) == [IS, 21]
+    assert looked_up(YAML, first_line, 11) == [IS, 21, NEXT, 12, IS, 22, NEXT, 13, IS, 23, NEXT]
+    assert looked_up(YAML, [*first_line, IS, 21, NEXT], 6) == [12, IS, 22, NEXT, 13, IS]
+
+
+def test_lookup_forgets_an_edit_that_is_not_made_again():
+    assert looked_up(YAML, [10, IS, 20, NEXT, 11, COLON, 21], 4) == [NEXT, 12, COLON, 22]
+
+
+def test_lookup_goes_on_behind_a_token_that_was_put_in():
+    text = [10, 11, 12, 13, 14, 12, 15, 16, 12, 17, 99]  # the answer has a 9 before each 12
+    assert looked_up(text, [10, 11, 9, 12], 7) == [13, 14, 9, 12, 15, 16, 9]
+    assert looked_up(text, [10, 11, 9, 12, 13, 14, 9], 4) == [12, 15, 16, 9]
+
+
+def test_lookup_loses_its_source_at_the_prompts_end():
+    assert looked_up([7, 8, 9, 8], [50, 51, 60, 50, 51], 1) == [60]  # 51 is no place that 50 led back to
+
+
+def test_lookup_finds_another_source_where_it_has_lost_one():
+    assert looked_up([*YAML, 30, 31, 32, 33], [10, IS, 20, LAST, 30, 31], 2) == [32, 33]
 
 
 def test_wrong_guesses_grow_rare_and_right_ones_long():
