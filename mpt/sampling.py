@@ -51,17 +51,21 @@ def penalize(
         logits.sub_(presence * (counts.generated > 0) + frequency * counts.generated)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token of each row, (B,), the lowest id among equals. logits: (B, V)."""
+    return logits.max(-1).indices  # the first of equals, like argmax, at a third of its time
+
+
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
     """Draw one token per row, (B,). logits: (B, V) float32; the others: (B,), `uniform` float64 in [0, 1).
 
     Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
     reaches it, min_p those with at least that share of the best one's probability; never fewer than one token stays.
     """
-    greedy = logits.max(-1).indices  # the first of equals, like argmax, at a third of its time
+    out = greedy(logits)
     drawn = temperature > 0
     if not bool(drawn.any()):
-        return greedy
-    out = greedy.clone()
+        return out
     filtered = drawn & ((top_p < 1) | (top_k > 0) | (min_p > 0))
     plain = drawn & ~filtered
     if bool(plain.any()):

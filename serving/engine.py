@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from mpt.lora import Adapter
-from mpt.sampling import sample
 from mpt.tokenizer import Tokenizer
 from serving.backend import Backend, DeviceLost, Work
-from serving.drawing import columns, token_logprobs
+from serving.drawing import Draws, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.profile import StepProfile
 from serving.request import (
@@ -510,9 +509,10 @@ class Engine:
                 ready.append((sequence, at - 1 - len(guess), guess))
         ready = [share for share in ready if not self._finish_if_only_scoring(share[0])]
         n_right = {sequence: 0 for sequence, _, guess in ready if guess}
+        greedy_rows = [row + k for one, row, guess in ready if one.is_greedy for k in range(1 + len(guess))]
+        draws = Draws(logits, greedy_rows)
         while ready:
-            rows = [row for _, row, _ in ready]
-            drawn = self._draw([s for s, *_ in ready], logits if rows == list(range(len(logits))) else logits[rows])
+            drawn = self._draw([sequence for sequence, *_ in ready], draws, [row for _, row, _ in ready])
             going_on = []
             for sequence, row, guess in ready:
                 if guess and drawn.get(sequence) == guess[0]:
@@ -547,34 +547,22 @@ class Engine:
         k = sequence.sampling.prompt_logprobs or 0
         sequence.scored += token_logprobs(logits[: len(targets)], targets, [k] * len(targets))
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> dict[Sequence, int]:
-        """Draw the next token of each sequence from its row of logits, (B, V); the tokens of those that got one."""
-        finite = logits.sum(-1).isfinite().tolist()
-        if not all(finite):
-            for sequence, good in zip(sequences, finite, strict=True):
-                if not good:
-                    self._fail(sequence.request, EngineFailed("the model gave no finite logits for this request"))
-                    sequence.row = None  # what it computed is not worth keeping
-                    self._release(sequence)
-            sequences = [sequence for sequence, good in zip(sequences, finite, strict=True) if good]
-            logits = logits[torch.tensor(finite)]
-            if not sequences:
-                return {}
-        raw = logits
-        if any(s.adjusts_logits for s in sequences):
-            logits = logits.clone()
-            for row, sequence in enumerate(sequences):
-                if sequence.adjusts_logits:
-                    sequence.adjust(logits[row])
-        tokens = sample(logits, *columns(sequences, logits.device)).tolist()
-        asked = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
-        logprobs: dict[int, TokenLogprob] = {}
-        if asked:
-            n_top = [sequences[row].sampling.logprobs or 0 for row in asked]
-            logprobs = dict(zip(asked, token_logprobs(raw[asked], [tokens[row] for row in asked], n_top), strict=True))
-        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+    def _draw(self, sequences: list[Sequence], draws: Draws, rows: list[int]) -> dict[Sequence, int]:
+        """Draw the next token of each sequence from its row of logits; the tokens of those that got one."""
+        drawn: dict[Sequence, int] = {}
+        places: list[int] = []
+        for sequence, row, token in zip(sequences, rows, draws.draw(sequences, rows), strict=True):
+            if token is not None:
+                drawn[sequence] = token
+                places.append(row)
+                continue
+            self._fail(sequence.request, EngineFailed("the model gave no finite logits for this request"))
+            sequence.row = None  # what it computed is not worth keeping
+            self._release(sequence)
+        logprobs = draws.logprobs(list(drawn), places, list(drawn.values()))
+        for (sequence, token), logprob in zip(drawn.items(), logprobs, strict=True):
             try:
-                delta = sequence.accept(token, logprobs.get(row))
+                delta = sequence.accept(token, logprob)
             except Unsupported as error:
                 self._fail(sequence.request, error)
                 self._release(sequence)
@@ -587,7 +575,7 @@ class Engine:
             self._tell(sequence.request, delta)
             if sequence.finished:
                 self._release(sequence)
-        return dict(zip(sequences, tokens, strict=True))
+        return drawn
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of the batch and keep its row as a prefix for the next one."""

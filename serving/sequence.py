@@ -115,6 +115,11 @@ class Sequence:
         return len(self.tokens) - self.row.length > 1 or self.n_generated == 0
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the model's likeliest token, whatever it drew before."""
+        return self.sampling.temperature == 0 and not self.adjusts_logits
+
+    @property
     def adjusts_logits(self) -> bool:
         too_early = self.n_generated < self.sampling.min_tokens
         steered = self._counts is not None or self._bias is not None or self._grammar is not None
