@@ -29,6 +29,7 @@ from serving.drawing import Draws, token_logprobs
 from serving.prefixes import Kept, Prefixes, common_length
 from serving.profile import StepProfile
 from serving.request import (
+    Delta,
     Embedded,
     EngineError,
     EngineFailed,
@@ -595,7 +596,7 @@ class Engine:
 
     def _hand_out(self) -> None:
         """Wake each event loop once with all events of its requests."""
-        outgoing, self._outgoing = self._outgoing, []
+        outgoing, self._outgoing = _joined(self._outgoing), []
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Request, Event | EngineError]]] = {}
         for request, event in outgoing:
             by_loop.setdefault(request.loop, []).append((request, event))
@@ -616,6 +617,22 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._hand_out()
+
+
+def _joined(outgoing: list[tuple[Request, Event | EngineError]]) -> list[tuple[Request, Event | EngineError]]:
+    """The events of a step with one Delta for each sample, whatever number of tokens it gained."""
+    joined: list[tuple[Request, Event | EngineError]] = []
+    places: dict[tuple[int, int], int] = {}  # of each sample's delta
+    for request, event in outgoing:
+        if isinstance(event, Delta):
+            place = places.setdefault((id(request), event.index), len(joined))
+            if place < len(joined):
+                before = joined[place][1]
+                assert isinstance(before, Delta)
+                joined[place] = (request, before.then(event))
+                continue
+        joined.append((request, event))
+    return joined
 
 
 def _deliver(events: list[tuple[Request, Event | EngineError]]) -> None:

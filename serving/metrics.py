@@ -76,7 +76,8 @@ class Metrics(HttpMetrics):
                         first = now
                         self.ttft.labels(model).observe(now - arrived)
                     elif event.token_ids and event.index in last:
-                        itl.observe(now - last[event.index])
+                        for _ in event.token_ids:  # those of one step share its time
+                            itl.observe((now - last[event.index]) / len(event.token_ids))
                     last[event.index] = now
                     n_tokens += len(event.token_ids)
                     if event.finish_reason is not None:

@@ -4,7 +4,7 @@ Nothing here computes. The HTTP layer translates OpenAI's fields into `Sampling`
 chunks; the engine knows no field names of OpenAI.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mpt.errors import MPTError
@@ -71,6 +71,13 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
+
+    def then(self, later: "Delta") -> "Delta":
+        """Both as one."""
+        logprobs = None if self.logprobs is None else self.logprobs + (later.logprobs or ())
+        return replace(
+            later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids, logprobs=logprobs
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from serving.endpoints import open_endpoint
 from serving.engine import Engine
 from serving.grammar import Grammars
 from serving.options import ServeOptions
-from serving.request import Delta, Sampling
+from serving.request import Delta, EngineFailed, Sampling
 from serving.speculation import MAX_GUESS, DraftModel, Pace, PromptLookup, Speculation
 
 CONTEXT = 1024
@@ -41,7 +42,7 @@ def small() -> mpt.MPTForCausalLM:
 
 @contextlib.contextmanager
 def running(model, tokenizer, guesser=None, kv_tokens=1 << 14, **options) -> Iterator[Engine]:
-    backend = TorchBackend(model)
+    backend = model if isinstance(model, TorchBackend) else TorchBackend(model)
     engine = Engine(
         backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_tokens * backend.bytes_per_token,
         speculation=None if guesser is None else Speculation(guesser), **options,
@@ -67,7 +68,9 @@ async def answers(engine: Engine, samplings: list[Sampling]) -> list[list[Delta]
     async def one(prompt: list[int], sampling: Sampling) -> list[Delta]:
         events = engine.generate(prompt, sampling, request_id="test")
         deltas = [event async for event in events if isinstance(event, Delta)]
-        return sorted(deltas, key=lambda delta: delta.index)  # samples of one prompt come as they are ready
+        assert all(delta.token_ids for delta in deltas)
+        samples = sorted({delta.index for delta in deltas})  # those of one prompt come as they are ready
+        return [functools.reduce(Delta.then, (delta for delta in deltas if delta.index == k)) for k in samples]
 
     prompts = texts(len(samplings))
     return await asyncio.gather(*(one(p, s) for p, s in zip(prompts, samplings, strict=True)))
@@ -87,16 +90,16 @@ SAMPLINGS = [
 
 
 class Seer:
-    """Knows some answers beforehand, and guesses that every tenth token is another."""
+    """Knows some answers beforehand, and guesses that every tenth token is a wrong one."""
 
-    def __init__(self, known: dict[tuple[int, ...], list[int]]) -> None:
-        self._known = known
+    def __init__(self, known: dict[tuple[int, ...], list[int]], wrong: int = 1) -> None:
+        self._known, self._wrong = known, wrong
 
     def guess(self, rooms):
         found = {}
         for one, n in rooms.items():
             answer, at = self._known[tuple(one.request.prompt)], one.n_generated
-            guess = [1 if place % 10 == 9 else token for place, token in enumerate(answer)][at : at + n]
+            guess = [self._wrong if place % 10 == 9 else token for place, token in enumerate(answer)][at : at + n]
             if guess:
                 found[one] = guess
         return found
@@ -129,14 +132,84 @@ async def test_answers_are_those_without_guesses(small, tokenizer, kind, kv_toke
 async def test_right_guesses_make_an_answer_take_few_steps(small, tokenizer):
     sampling = Sampling(max_tokens=100, temperature=0, ignore_eos=True)
     with running(small, tokenizer) as engine:
-        [expected] = await answers(engine, [sampling])
-    answer = [token for delta in expected for token in delta.token_ids]
-    with running(small, tokenizer, Seer({tuple(texts(1)[0]): answer})) as engine:
-        assert await answers(engine, [sampling]) == [expected]
+        [[expected]] = await answers(engine, [sampling])
+    with running(small, tokenizer, Seer({tuple(texts(1)[0]): list(expected.token_ids)})) as engine:
+        assert await answers(engine, [sampling]) == [[expected]]
         stats = engine.stats()
     # One step reads the prompt; of each ten tokens the guesses of nine are right.
     assert stats.n_steps <= 1 + 100 / 5
     assert stats.n_guessed_right > 60
+
+
+@needs_native
+async def test_an_answer_ends_inside_a_right_guess(small, tokenizer):
+    endless = Sampling(max_tokens=100, temperature=0, ignore_eos=True, logprobs=1)
+    with running(small, tokenizer) as engine:
+        [[whole]] = await answers(engine, [endless])
+    seer, tokens = Seer({tuple(texts(1)[0]): list(whole.token_ids)}), whole.token_ids
+    new = [n for n, token in enumerate(tokens, 1) if n > 10 and token not in tokens[: n - 1]]
+    assert len(new) > 4, "some must fall inside a guess"
+    endings = [{"max_tokens": n} for n in range(25, 29)] + [{"stop_token_ids": (tokens[n - 1],)} for n in new]
+    for n, ending in zip([*range(25, 29), *new], endings, strict=True):
+        with running(small, tokenizer, seer) as engine:
+            [[ended]] = await answers(engine, [dataclasses.replace(endless, **ending)])
+            assert engine.stats().n_guessed_right > 10
+        assert (ended.token_ids, ended.logprobs) == (tokens[:n], whole.logprobs[:n])
+        assert ended.finish_reason == ("length" if "max_tokens" in ending else "stop")
+
+
+@needs_native
+async def test_a_step_is_one_delta_of_a_sample(small, tokenizer):
+    sampling = Sampling(max_tokens=100, temperature=0, ignore_eos=True, logprobs=1)
+    with running(small, tokenizer) as engine:
+        [[expected]] = await answers(engine, [sampling])
+    with running(small, tokenizer, Seer({tuple(texts(1)[0]): list(expected.token_ids)})) as engine:
+        events = engine.generate(texts(1)[0], sampling, request_id="test")
+        deltas = [event async for event in events if isinstance(event, Delta)]
+        assert len(deltas) == engine.stats().n_steps < 50
+    assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
+
+
+class Poisoned(TorchBackend):
+    """Gives no finite logits behind one token, in a step that guesses at it."""
+
+    def __init__(self, model: mpt.MPTForCausalLM, behind: int) -> None:
+        super().__init__(model)
+        self.behind = behind
+
+    def forward(self, work):
+        logits, at = super().forward(work).clone(), 0
+        for item in work:
+            for token in item.tokens[len(item.tokens) - item.n_logits :]:
+                if token == self.behind and len(item.tokens) > 1:
+                    logits[at] = torch.nan
+                at += 1
+        return logits
+
+
+@needs_native
+@pytest.mark.parametrize("temperature", [0, 0.5])
+async def test_a_guess_that_cannot_be_computed_counts_once_it_is_right(small, tokenizer, temperature):
+    sampling = Sampling(max_tokens=60, temperature=temperature, seed=1, ignore_eos=True)
+    prompt = texts(1)[0]
+    with running(small, tokenizer) as engine:
+        [[expected]] = await answers(engine, [sampling])
+    wrong = next(token for token in range(512) if token not in expected.token_ids)
+    seer = Seer({tuple(prompt): list(expected.token_ids)}, wrong)
+    with running(Poisoned(small, wrong), tokenizer, seer) as engine:
+        assert await answers(engine, [sampling]) == [[expected]]
+    with running(Poisoned(small, expected.token_ids[13]), tokenizer, seer) as engine:
+        got: list[int] = []
+
+        async def answer() -> None:
+            async for event in engine.generate(prompt, sampling, request_id="test"):
+                got.extend(event.token_ids if isinstance(event, Delta) else ())
+
+        with pytest.raises(EngineFailed, match="no finite logits"):
+            await answer()
+        assert got == list(expected.token_ids[: len(got)])
+        assert got[-1] == expected.token_ids[13]
+        assert engine.stats().kv_kept_bytes == 0
 
 
 @needs_native
@@ -148,8 +221,8 @@ async def test_a_grammar_is_followed_token_by_token(small, tokenizer):
     with running(small, tokenizer, DraftModel(TorchBackend(small), 512)) as engine:
         assert await answers(engine, samplings) == expected
         assert engine.stats().n_guessed > 0
-    for deltas in expected:
-        assert re.fullmatch(r"([0-9]{3},){12}", "".join(delta.text for delta in deltas))
+    for [whole] in expected:
+        assert re.fullmatch(r"([0-9]{3},){12}", whole.text)
 
 
 async def test_a_model_in_float32_gives_the_naive_loops_tokens(model, tokenizer):
