@@ -6,12 +6,13 @@ first tried in a process of its own, under a limit of CPU time and memory; then 
 """
 
 import asyncio
+import itertools
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +79,16 @@ class GrammarState:
 
     def __init__(self, grammar: Grammar, matcher: Any) -> None:
         self._grammar, self._matcher = grammar, matcher
+        self._forced: deque[int] = deque()  # kept, since finding them takes 2 us a token
+
+    def forced(self, n: int) -> list[int]:
+        """Up to n tokens that come next, as the tokenizer writes what the grammar leaves no choice about.
+
+        The mask may allow other tokens of the same text, so it is a guess.
+        """
+        if not self._forced:
+            self._forced.extend(self._matcher.compute_ff_tokens())
+        return list(itertools.islice(self._forced, n))
 
     def mask(self, logits: Tensor) -> None:
         """Set all that may not come next to -inf in a row of logits, (V,), V being the model's padded vocabulary.
@@ -90,6 +101,8 @@ class GrammarState:
 
     def take(self, token: int) -> None:
         """Go on behind a token that the mask allowed; one that ends the answer changes nothing."""
+        if self._forced and self._forced.popleft() != token:
+            self._forced.clear()
         if token not in self._grammar.end_ids and not self._matcher.consume_token(token):
             raise BadGrammar(f"the grammar cannot be followed any further: {_sentence(self._matcher.get_error())}")
 

@@ -125,6 +125,10 @@ class Sequence:
         steered = self._counts is not None or self._bias is not None or self._grammar is not None
         return steered or too_early
 
+    def forced(self, n: int) -> list[int]:
+        """Up to n tokens that its grammar makes it write next, most likely."""
+        return [] if self._grammar is None else self._grammar.forced(n)
+
     def adjust(self, logits: Tensor) -> None:
         """Apply this sample's bias, penalties, bans and grammar to its row of logits, (V,), in place."""
         if self._bias is not None:

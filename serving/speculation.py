@@ -5,8 +5,8 @@ exactly as it would without a guess, and goes on to the next position only where
 (for guesses of one token this accepts as often as any scheme can; Leviathan et al. 2023, with a one-point draft). So
 guesses change how many steps an answer takes, never the answer.
 
-Two who guess: `PromptLookup` copies what followed the same tokens earlier in prompt or answer (Saxena 2023),
-`DraftModel` asks a smaller model.
+Two who guess: `PromptLookup` copies what followed the same tokens earlier in prompt or answer (Saxena 2023), with the
+edits made before; `DraftModel` asks a smaller model. Where a grammar leaves no choice, nobody need be asked.
 """
 
 from collections.abc import Mapping
@@ -76,7 +76,9 @@ class Speculation:
             if room > 0:
                 rooms[sequence] = room
         shared = _shared_out(rooms, self._n_cheap - len(sequences))
-        return self.guesser.guess(shared) if shared else {}
+        forced = {sequence: tokens for sequence, n in shared.items() if (tokens := sequence.forced(n))}
+        free = {sequence: n for sequence, n in shared.items() if sequence not in forced}
+        return forced | self.guesser.guess(free) if free else forced
 
     def note(self, sequence: Sequence, n_guessed: int, n_right: int) -> None:
         self.n_guessed += n_guessed

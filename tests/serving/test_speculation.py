@@ -225,6 +225,23 @@ async def test_a_grammar_is_followed_token_by_token(small, tokenizer):
         assert re.fullmatch(r"([0-9]{3},){12}", whole.text)
 
 
+@needs_native
+@pytest.mark.parametrize("temperature", [0, 1.0])
+async def test_what_a_grammar_leaves_no_choice_about_is_guessed(small, tokenizer, temperature):
+    said = ("A sentence that nobody would copy from a prompt", "Or quite another one, which is not that much shorter")
+    sampling = Sampling(
+        max_tokens=80, temperature=temperature, seed=1, grammar=await Grammars(tokenizer).get("choice", list(said))
+    )
+    with running(small, tokenizer) as engine:
+        expected = await answers(engine, [sampling])
+    with running(small, tokenizer, Seer({tuple(texts(1)[0]): []})) as engine:
+        assert await answers(engine, [sampling]) == expected
+        stats = engine.stats()
+    assert expected[0][0].text in said
+    assert stats.n_guessed_right == stats.n_guessed
+    assert stats.n_steps <= 3 + 5  # the prompt, `A` or `O`, the end; 4, 8, 15, 15 tokens and what is left
+
+
 async def test_a_model_in_float32_gives_the_naive_loops_tokens(model, tokenizer):
     prompt = texts(1)[0]
     prompt = [token % model.config.vocab_size for token in prompt]
