@@ -11,6 +11,7 @@ Style = Literal["none", "instruct", "chatml"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8"]
+KVCache = Literal["auto", "int8"]
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` is CUDA where there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; `auto` keeps the checkpoint's.")]
@@ -19,5 +20,11 @@ QuantizeOption = Annotated[
     typer.Option(
         help="Compute with int8 weights: half the memory, up to twice the speed on CPU; the rest stays bfloat16.",
         show_default="no",
+    ),
+]
+KVCacheOption = Annotated[
+    KVCache,
+    typer.Option(
+        help="Precision of the KV cache; `auto` is the weights', `int8` holds nearly twice the tokens, on CPU."
     ),
 ]

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from mpt import attention
+from mpt.errors import MachineRefused
+from mpt.int8_cache import Int8Layer
 from mpt.lora import Adapter, adaptable
 from mpt.model import Attend, MPTForCausalLM
 from mpt.native.library import Unavailable
@@ -39,7 +41,8 @@ _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs abou
 class Row:
     """One sequence's KV cache. `length` tokens of it are valid; a step writes behind them, the engine advances it."""
 
-    kv: list[Any]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads
+    kv: list[Any]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads; or
+    # an Int8Layer of that shape
     length: int = 0
     memory: RowMemory | None = None  # where it lies and how large its keys are; the torch backend's
 
@@ -153,7 +156,8 @@ class TorchBackend:
     Which of the two computes a row's tokens depends on their number alone, never on who shares the step.
     """
 
-    def __init__(self, model: MPTForCausalLM) -> None:
+    def __init__(self, model: MPTForCausalLM, *, int8_cache: bool = False) -> None:
+        """int8_cache: keys and values in int8. Raises MachineRefused where the C step, which reads them, cannot run."""
         config = model.config
         self.model = model
         self.vocab_size: int = config.vocab_size
@@ -162,7 +166,9 @@ class TorchBackend:
         attn: Any = model.transformer.blocks[0].attn
         self._shape = (2, int(attn.n_kv_heads), config.d_head)
         self._n_layers: int = config.n_layers
-        self.bytes_per_token = math.prod(self._shape) * self._n_layers * self._weight.itemsize
+        self._int8_cache = int8_cache
+        head_bytes = config.d_head + 4 if int8_cache else config.d_head * self._weight.itemsize  # and a float32 scale
+        self.bytes_per_token = math.prod(self._shape[:2]) * head_bytes * self._n_layers
         self._packed = PackedModel(model)
         self._rounds = self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu"
         self._n_steps = 0
@@ -175,6 +181,10 @@ class TorchBackend:
         try:
             self.native = NativeStep(model)
         except Unavailable as reason:
+            if int8_cache:
+                raise MachineRefused(
+                    f"`--kv-cache int8` is for the C step, which cannot run here ({reason}); leave `--kv-cache` out"
+                ) from reason
             log.info("decoding runs through torch, not through the faster C step: %s", reason)
 
     def capacity_for(self, n_tokens: int) -> int:
@@ -186,7 +196,7 @@ class TorchBackend:
         elif n_tokens > row.capacity:
             for layer, old in enumerate(row.kv):  # one layer at a time: the old one is free before the next grows
                 row.kv[layer] = self._empty(n_tokens)
-                row.kv[layer][:, :, : row.length] = old[:, :, : row.length]
+                _copy(old, row.kv[layer], row.length)
         else:
             return row
         row.memory = RowMemory.of(row.kv, row.memory)
@@ -195,7 +205,7 @@ class TorchBackend:
     def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
         row = self.reserve(None, capacity)
         for new, old in zip(row.kv, source.kv, strict=True):
-            new[:, :, :n_tokens] = old[:, :, :n_tokens]
+            _copy(old, new, n_tokens)
         row.length = n_tokens
         row.memory = RowMemory.of(row.kv, source.memory)
         return row
@@ -268,11 +278,16 @@ class TorchBackend:
             norms = k[0].float().norm(dim=-1)  # (KV heads, N)
             answers = []
             for row, start, end, stored in spans:
-                kv = row.kv[layer]
-                kv[:, :, row.length : stored] = fresh[:, :, start:end]
+                kv, new_norms = row.kv[layer], norms[:, start:end]
+                if isinstance(kv, Int8Layer):  # attended over as stored, the fresh ones too: chunks change nothing
+                    kv.write(row.length, fresh[:, :, start:end])
+                    new_norms = kv.read(row.length, stored)[0].norm(dim=-1)
+                    kv = kv.read(0, stored).bfloat16()
+                else:
+                    kv[:, :, row.length : stored] = fresh[:, :, start:end]
                 reach = None
                 if row.memory is not None:
-                    row.memory.note_keys(layer, norms[:, start:end])
+                    row.memory.note_keys(layer, new_norms)
                     if self._slopes is not None and end - start > 1 and stored >= _LONG:
                         largest = row.memory.key_norms[layer].repeat_interleave(q.shape[1] // k.shape[1])
                         bound = q[0, :, start:end].float().norm(dim=-1).amax(-1) * largest * scale
@@ -288,10 +303,20 @@ class TorchBackend:
     def close(self) -> None:
         pass
 
-    def _empty(self, n_tokens: int) -> Tensor:
+    def _empty(self, n_tokens: int) -> Tensor | Int8Layer:
         two, heads, d_head = self._shape
         shape = (two, heads, self.capacity_for(n_tokens), d_head)
+        if self._int8_cache:
+            return Int8Layer.empty(shape)
         return torch.empty(shape, dtype=self._weight.dtype, device=self._weight.device)
+
+
+def _copy(source: Any, to: Any, n_tokens: int) -> None:
+    """The first n_tokens of one layer's keys and values, with their scales where they have some."""
+    if isinstance(source, Int8Layer):
+        to.copy_from(source, n_tokens)
+    else:
+        to[:, :, :n_tokens] = source[:, :, :n_tokens]
 
 
 def _at_most(work: Sequence[Work], n_tokens: int) -> list[Work]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style
+from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style
 from mpt.errors import UserError
 from serving.options import MODEL_NAME, ServeOptions, is_loopback
 
@@ -49,6 +49,7 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    kv_cache: KVCacheOption = "auto",
     speculate: Annotated[
         bool,
         typer.Option(
@@ -169,6 +170,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        kv_cache=kv_cache,
         speculate=speculate,
         drafts=drafts,
         tensor_parallel=tensor_parallel,

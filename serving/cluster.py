@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mpt.command_line import Device, Dtype, Quantization, Style
+from mpt.command_line import Device, Dtype, KVCache, Quantization, Style
 from mpt.errors import UserError
 from serving.options import MODEL_NAME
 
@@ -30,6 +30,7 @@ class ModelOptions:
     root: str  # catalog name, folder or hub repository
     dtype: Dtype = "auto"
     quantize: Quantization | None = None  # of the weights
+    kv_cache: KVCache = "auto"  # precision of the KV cache, the weights' or int8
     speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
     draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
     device: Device = "auto"

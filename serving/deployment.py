@@ -233,6 +233,7 @@ def _open(name: str, model: ModelOptions, cluster: ClusterOptions) -> Any:
         device=model.device if model.device != "auto" or model.num_gpus else "cpu",
         dtype=model.dtype,
         quantize=model.quantize,
+        kv_cache=model.kv_cache,
         speculate=model.speculate,
         drafts={} if model.draft is None else {name: model.draft},
         tensor_parallel=model.tensor_parallel,

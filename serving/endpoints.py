@@ -98,23 +98,31 @@ def _open(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoi
     if (folder / "model.onnx").is_file():
         _refuse_adapters(name, options, "an ONNX folder")
         _refuse_quantize(options, f"`{name}` is an ONNX folder: choose its precision with `mpt convert --dtype int8`")
+        _refuse_int8_cache(options, f"`{name}` is an ONNX folder")
         if options.tensor_parallel > 1:
             raise UserError(f"`{name}` is an ONNX folder, which runs in one process; leave tensor_parallel out")
         backend, config, dtype = _onnx(folder, options)
     elif options.tensor_parallel > 1:
         _refuse_adapters(name, options, "shared by several processes")
         _refuse_quantize(options, f"`{name}` is shared by {options.tensor_parallel} processes")
+        _refuse_int8_cache(options, f"`{name}` is shared by {options.tensor_parallel} processes")
         dtype_or_its_own = None if options.dtype == "auto" else getattr(torch, options.dtype)
         backend = open_backend(root, options.tensor_parallel, dtype=dtype_or_its_own, device=device)
         config, dtype = backend.config, f"{backend.dtype} in {options.tensor_parallel} processes"
     else:
-        wanted = "bfloat16" if options.quantize and options.dtype == "auto" else options.dtype
+        wanted, int8_cache = options.dtype, options.kv_cache == "int8"
+        if int8_cache and (device != "cpu" or wanted not in ("auto", "bfloat16")):
+            _refuse_int8_cache(options, f"`{name}` is asked for in {wanted} on {device}")
+        if (options.quantize or int8_cache) and wanted == "auto":
+            wanted = "bfloat16"
         model = load(folder, dtype=None if wanted == "auto" else getattr(torch, wanted), device=device)
         config, dtype = model.config, str(model.dtype).removeprefix("torch.")
         if options.quantize:
             quantize_model(model)
             dtype = f"{options.quantize} weights, {dtype}"
-        backend = PagedBackend(model) if device == "cuda" else TorchBackend(model)
+        if int8_cache:
+            dtype += ", int8 KV cache"
+        backend = PagedBackend(model) if device == "cuda" else TorchBackend(model, int8_cache=int8_cache)
         embeds = True
         adapters = Adapters(options.adapters.get(name, {}), options.adapter_folders.get(name), model)
     tokenizer = Tokenizer.from_folder(folder)
@@ -187,6 +195,7 @@ def _open_triton(name: str, root: str, options: ServeOptions) -> Endpoint:
             raise UserError(f"`{option} {value}` cannot be chosen for `{root}`; the Triton server decides it")
     _refuse_adapters(name, options, "a Triton model")
     _refuse_quantize(options, f"`{name}` runs in a Triton server, which decides its precision")
+    _refuse_int8_cache(options, f"`{name}` runs in a Triton server")
     if name in options.drafts or options.profile is not None:
         raise UserError(f"`{name}` runs in a Triton server: --draft and --profile are for models of this process")
     folder = resolve(address.checkpoint)
@@ -218,6 +227,14 @@ def _refuse_adapters(name: str, options: ServeOptions, what: str) -> None:
 def _refuse_quantize(options: ServeOptions, why: str) -> None:
     if options.quantize:
         raise UserError(f"--quantize {options.quantize} is for models that run in this process; {why}")
+
+
+def _refuse_int8_cache(options: ServeOptions, why: str) -> None:
+    if options.kv_cache == "int8":
+        raise UserError(
+            f"`--kv-cache int8` is for bfloat16 models computed on CPU in this process, and {why}; leave `--kv-cache` "
+            "out, or give `--dtype bfloat16 --device cpu` and a Hugging Face style folder"
+        )
 
 
 def _onnx(folder: Path, options: ServeOptions) -> tuple[OnnxBackend, MPTConfig, str]:

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-from mpt.command_line import Device, Dtype, Quantization, Style
+from mpt.command_line import Device, Dtype, KVCache, Quantization, Style
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of models and of adapters; the colon stands between
 
@@ -26,6 +26,7 @@ class ServeOptions:
     device: Device = "auto"
     dtype: Dtype = "auto"
     quantize: Quantization | None = None  # of the weights
+    kv_cache: KVCache = "auto"  # precision of the KV cache, the weights' or int8
     speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
     drafts: Mapping[str, str] = field(default_factory=dict)  # of a served name, the smaller model that guesses for it
     tensor_parallel: int = 1  # processes that share each model, one GPU each

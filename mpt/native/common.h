@@ -15,11 +15,13 @@
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
 #define AMX 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
 #define AMX 0
+#endif
+#if defined(__AVX512BW__)
+#include <immintrin.h>
 #endif
 
 enum { PANEL = 16, MAX_TOKENS = 64, KEYS = 64, MAX_HEAD = 256 };
@@ -57,7 +59,8 @@ typedef struct {
     const int32_t *row_tokens;  /* (rows) tokens of each row, in the order of x */
     const int32_t *row_length;  /* (rows) positions stored before this step */
     const int32_t *row_capacity;
-    bf16 *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) */
+    void *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) bfloat16, or int8 with scales */
+    float *const *kv_scale;     /* (rows, layers) each (2, KV heads, capacity): value = int8 * scale; NULL: bfloat16 */
     float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
     const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
     float *logits;              /* (n_logits, V) */
@@ -80,6 +83,26 @@ static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN 
     memcpy(&bits, &x, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. All zeros stay so.
+ * A scale that is no number, where one of x is none, makes all of them none: damage is not hidden. The same, to the bit,
+ * as `Int8Layer.write` in mpt/int8_cache.py. */
+static inline float quantize_head(const float *x, int D, int8_t *out) {
+    const float least = 1e-30f;
+    int32_t largest; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
+    memcpy(&largest, &least, 4);
+    for (int d = 0; d < D; d++) {
+        int32_t bits;
+        memcpy(&bits, x + d, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float scale;
+    memcpy(&scale, &largest, 4);
+    scale /= 127;
+    for (int d = 0; d < D; d++) out[d] = (int8_t)(int32_t)__builtin_rintf(x[d] / scale);
+    return scale;
 }
 
 /* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.

@@ -10,6 +10,8 @@
  * A token's result does not depend, not in one bit, on which other tokens share the step: every sum runs in its own
  * fixed order.
  *
+ * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position; then nothing of attention
+ * is rounded but them.
  */
 #include "common.h"
 
@@ -296,9 +298,31 @@ static void product(const Linear *linear, const Inputs *inputs, int T, Target ta
 
 /* -- attention ------------------------------------------------------------------------------------------------------ */
 
-/* q.k of one query and n <= KEYS keys (n, D). */
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(MPT_NO_AMX)
+#define WIDE 1 /* vectors written out; elsewhere the compiler makes them */
+#else
+#define WIDE 0
+#endif
+
+#if WIDE
+/* Four sums, each over 16 lanes, into four lanes. */
+static inline __m128 sums_of(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
+    const __m512 ab = _mm512_add_ps(low, high);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+static inline __m512 widened(const int8_t *from) { /* 16 of them */
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+}
+#endif
+
+/* q.k of one query and n <= KEYS keys (n, D); `out` has room for a multiple of four. */
 static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float *out) {
-#if defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
+#if WIDE && defined(__AVX512BF16__)
     for (int j = 0; j < n; j += 4) { /* four sums at a time hide the latency of each */
         const bf16 *k0 = keys + (size_t)j * D, *k1 = j + 1 < n ? k0 + D : k0, *k2 = j + 2 < n ? k1 + D : k0,
                    *k3 = j + 3 < n ? k2 + D : k0;
@@ -311,13 +335,7 @@ static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float
             s2 = _mm512_dpbf16_ps(s2, (__m512bh)_mm512_maskz_loadu_epi16(mask, k2 + d), q);
             s3 = _mm512_dpbf16_ps(s3, (__m512bh)_mm512_maskz_loadu_epi16(mask, k3 + d), q);
         }
-        /* the four sums, each over 16 lanes, into four lanes */
-        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
-        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
-        const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
-        const __m512 ab = _mm512_add_ps(low, high);
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
-        _mm_storeu_ps(out + j, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+        _mm_storeu_ps(out + j, sums_of(s0, s1, s2, s3));
     }
 #else
     for (int j = 0; j < n; j++) {
@@ -328,10 +346,70 @@ static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float
 #endif
 }
 
-/* Begin to fetch what is read next: a row's cache lies in pieces too short for the processor to guess them. */
-static inline void ahead(const bf16 *from, int n) {
-    for (int i = 0; i < n; i += 32) __builtin_prefetch(from + i);
+/* The same for int8 keys without their scales; the query as it is. */
+static inline void dots_int8(const float *query, const int8_t *keys, int n, int D, float *out) {
+#if WIDE
+    if (D % 16 == 0) {
+        for (int j = 0; j < n; j += 4) {
+            const int8_t *k0 = keys + (size_t)j * D, *k1 = j + 1 < n ? k0 + D : k0, *k2 = j + 2 < n ? k1 + D : k0,
+                         *k3 = j + 3 < n ? k2 + D : k0;
+            __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+            for (int d = 0; d < D; d += 16) {
+                const __m512 q = _mm512_loadu_ps(query + d);
+                s0 = _mm512_fmadd_ps(widened(k0 + d), q, s0), s1 = _mm512_fmadd_ps(widened(k1 + d), q, s1);
+                s2 = _mm512_fmadd_ps(widened(k2 + d), q, s2), s3 = _mm512_fmadd_ps(widened(k3 + d), q, s3);
+            }
+            _mm_storeu_ps(out + j, sums_of(s0, s1, s2, s3));
+        }
+        return;
+    }
+#endif
+    for (int j = 0; j < n; j++) {
+        float dot = 0;
+        for (int d = 0; d < D; d++) dot += query[d] * keys[(size_t)j * D + d];
+        out[j] = dot;
+    }
 }
+
+/* acc (D) += weights (n) times values (n, D), four for each pass over acc; up to four weights behind the last are 0. */
+static inline void add(const float *weights, const bf16 *values, int n, int D, float *acc) {
+    for (int j = 0; j < n; j += 4) {
+        const bf16 *v0 = values + (size_t)j * D, *v1 = j + 1 < n ? v0 + D : v0, *v2 = j + 2 < n ? v1 + D : v0,
+                   *v3 = j + 3 < n ? v2 + D : v0;
+        const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
+        for (int d = 0; d < D; d++) acc[d] += w0 * wide(v0[d]) + w1 * wide(v1[d]) + w2 * wide(v2[d]) + w3 * wide(v3[d]);
+    }
+}
+
+static inline void add_int8(const float *weights, const int8_t *values, int n, int D, float *acc) {
+    for (int j = 0; j < n; j += 4) {
+        const int8_t *v0 = values + (size_t)j * D, *v1 = j + 1 < n ? v0 + D : v0, *v2 = j + 2 < n ? v1 + D : v0,
+                     *v3 = j + 3 < n ? v2 + D : v0;
+        const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
+        int d = 0;
+#if WIDE
+        for (; d + 16 <= D; d += 16) {
+            __m512 sum = _mm512_mul_ps(_mm512_set1_ps(w0), widened(v0 + d));
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(w1), widened(v1 + d), sum);
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(w2), widened(v2 + d), sum);
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(w3), widened(v3 + d), sum);
+            _mm512_storeu_ps(acc + d, _mm512_add_ps(_mm512_loadu_ps(acc + d), sum));
+        }
+#endif
+        for (; d < D; d++) acc[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d];
+    }
+}
+
+/* Begin to fetch what is read next: a row's cache lies in pieces too short for the processor to guess them. */
+static inline void ahead(const void *from, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch((const char *)from + i);
+}
+
+/* What is stored of one head of one row: keys and values, (positions, D) each. */
+typedef struct {
+    const void *keys, *values;
+    const float *key_scales, *value_scales; /* (positions) where they are int8 */
+} Stored;
 
 /* One head of one row: T queries (T, D), the last T of `stored` positions, over the keys up to their own.
  *
@@ -339,28 +417,43 @@ static inline void ahead(const bf16 *from, int n) {
  * not depend on how many others come with it. ALiBi makes old keys count less: with |q.k| <= |q| max|k| no key at
  * distance d or more can score above |q| max|k| scale - slope d, and together they weigh less than
  * e^(that - best) / (1 - e^-slope) of what is summed up already. Once that is under `drop` the rest is left out. */
-static int64_t attend(const bf16 *queries, int T, const bf16 *keys, const bf16 *values, int stored, int D, float scale,
-                      float slope, float key_norm, float drop, float *out, int out_stride) {
+static inline __attribute__((always_inline)) int64_t attend(const void *queries, int T, Stored from, int stored, int D,
+                                                            float scale, float slope, float key_norm, float drop,
+                                                            float *out, int out_stride, const int is_int8) {
+    const size_t size = is_int8 ? 1 : sizeof(bf16);
+    const char *keys = from.keys, *values = from.values;
     float best[MAX_TOKENS], total[MAX_TOKENS], bound[MAX_TOKENS];
     _Alignas(64) float acc[MAX_TOKENS][MAX_HEAD], weights[KEYS];
     int64_t n_read = 0;
     int n_open = T;
     for (int t = 0; t < T; t++) {
         float square = 0;
-        for (int d = 0; d < D; d++) square += wide(queries[t * D + d]) * wide(queries[t * D + d]), acc[t][d] = 0;
+        for (int d = 0; d < D; d++) {
+            const float q = is_int8 ? ((const float *)queries)[t * D + d] : wide(((const bf16 *)queries)[t * D + d]);
+            square += q * q, acc[t][d] = 0;
+        }
         best[t] = -1e30f, total[t] = 0;
         bound[t] = sqrtf(square) * 1.0001f * key_norm * scale;
     }
     const float tail = slope > 0 ? 1.0f / (1.0f - exp_(-slope)) : 0;
     for (int start = (stored - 1) / KEYS * KEYS; start >= 0 && n_open; start -= KEYS) {
-        ahead(values + (size_t)start * D, (stored - start < KEYS ? stored - start : KEYS) * D);
-        if (start) ahead(keys + (size_t)(start - KEYS) * D, KEYS * D);
+        const char *block_keys = keys + start * size * D, *block_values = values + start * size * D;
+        const int n_block = stored - start < KEYS ? stored - start : KEYS;
+        ahead(block_values, n_block * size * D);
+        if (is_int8) ahead(from.value_scales + start, n_block * sizeof(float));
+        if (start) ahead(block_keys - KEYS * size * D, KEYS * size * D);
+        if (is_int8 && start) ahead(from.key_scales + start - KEYS, KEYS * sizeof(float));
         for (int t = 0; t < T; t++) {
             const int own = stored - T + t; /* its own position, the last it may see */
             const int n = (own + 1 < start + KEYS ? own + 1 : start + KEYS) - start;
             if (n <= 0 || total[t] < 0) continue;
             float top = best[t], sum = 0;
-            dots(queries + t * D, keys + (size_t)start * D, n, D, weights);
+            if (is_int8) {
+                dots_int8((const float *)queries + t * D, (const int8_t *)block_keys, n, D, weights);
+                for (int j = 0; j < n; j++) weights[j] *= from.key_scales[start + j];
+            } else {
+                dots((const bf16 *)queries + t * D, (const bf16 *)block_keys, n, D, weights);
+            }
             for (int j = 0; j < n; j++) weights[j] = weights[j] * scale - slope * (own - start - j);
             for (int j = 0; j < n; j++) top = weights[j] > top ? weights[j] : top;
             if (top > best[t]) {
@@ -371,12 +464,11 @@ static int64_t attend(const bf16 *queries, int T, const bf16 *keys, const bf16 *
             for (int j = 0; j < n; j++) weights[j] = exp_(weights[j] - top), sum += weights[j];
             total[t] += sum;
             for (int j = n; j < (n + 3) / 4 * 4; j++) weights[j] = 0;
-            for (int j = 0; j < n; j += 4) { /* four keys for each pass over the sums */
-                const bf16 *v0 = values + (size_t)(start + j) * D, *v1 = j + 1 < n ? v0 + D : v0,
-                           *v2 = j + 2 < n ? v1 + D : v0, *v3 = j + 3 < n ? v2 + D : v0;
-                const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
-                for (int d = 0; d < D; d++)
-                    acc[t][d] += w0 * wide(v0[d]) + w1 * wide(v1[d]) + w2 * wide(v2[d]) + w3 * wide(v3[d]);
+            if (is_int8) {
+                for (int j = 0; j < n; j++) weights[j] *= from.value_scales[start + j];
+                add_int8(weights, (const int8_t *)block_values, n, D, acc[t]);
+            } else {
+                add(weights, (const bf16 *)block_values, n, D, acc[t]);
             }
             n_read += n;
             const float rest = bound[t] - slope * (own - start + 1) - top;
@@ -417,26 +509,38 @@ static void prepare_token(const Place *at, int token) {
     }
 }
 
-static bf16 *keys_of(const Place *at, int row, int g) {
-    const Step *step = at->step;
-    return step->kv[row * at->model->n_layers + at->layer] + (size_t)g * step->row_capacity[row] * at->model->d_head;
-}
+/* Where the keys of a head begin, in positions; its values lie G heads further, and scales like what they are of. */
+static size_t position_of(const Place *at, int row, int g) { return (size_t)g * at->step->row_capacity[row]; }
+static void *kv_of(const Place *at, int row) { return at->step->kv[row * at->model->n_layers + at->layer]; }
+static float *scales_of(const Place *at, int row) { return at->step->kv_scale[row * at->model->n_layers + at->layer]; }
 
 /* Keys and values of one head of one row behind those that are there. */
 static void store(const Place *at, int row, int g) {
     const Model *model = at->model;
     const Step *step = at->step;
     const int D = model->d_head, G = model->n_kv_heads;
-    const size_t to_values = (size_t)G * step->row_capacity[row] * D;
+    const size_t to_values = (size_t)G * step->row_capacity[row];
     float *largest = step->key_norm[row] + at->layer * G + g;
     for (int t = 0; t < step->row_tokens[row]; t++) {
         const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
         const float *value = key + G * D;
-        bf16 *k = keys_of(at, row, g) + (size_t)(step->row_length[row] + t) * D, *v = k + to_values;
-        float square = 0;
-        for (int d = 0; d < D; d++) k[d] = narrow(key[d]), v[d] = narrow(value[d]);
-        for (int d = 0; d < D; d++) square += wide(k[d]) * wide(k[d]);
-        const float norm = sqrtf(square) * 1.0001f; /* rounding must not make the bound too small */
+        const size_t position = position_of(at, row, g) + step->row_length[row] + t;
+        float norm; /* of the key as it is stored */
+        if (step->kv_scale) {
+            int8_t *k = (int8_t *)kv_of(at, row) + position * D, *v = k + to_values * D;
+            float *scale = scales_of(at, row) + position;
+            int32_t square = 0;
+            scale[0] = quantize_head(key, D, k), scale[to_values] = quantize_head(value, D, v);
+            for (int d = 0; d < D; d++) square += k[d] * k[d];
+            norm = sqrtf((float)square) * scale[0];
+        } else {
+            bf16 *k = (bf16 *)kv_of(at, row) + position * D, *v = k + to_values * D;
+            float square = 0;
+            for (int d = 0; d < D; d++) k[d] = narrow(key[d]), v[d] = narrow(value[d]);
+            for (int d = 0; d < D; d++) square += wide(k[d]) * wide(k[d]);
+            norm = sqrtf(square);
+        }
+        norm *= 1.0001f; /* rounding must not make the bound too small */
         if (norm > *largest) *largest = norm;
     }
 }
@@ -446,15 +550,25 @@ static int64_t attend_head(const Place *at, int row, int head) {
     const Model *model = at->model;
     const Step *step = at->step;
     const int D = model->d_head, G = model->n_kv_heads, T = step->row_tokens[row], g = head * G / model->n_heads;
+    const int stored = step->row_length[row] + T, C = model->d_model;
     const float *q = at->qkv + (size_t)at->first[row] * at->width + head * D;
-    const bf16 *keys = keys_of(at, row, g);
+    const float slope = model->slopes ? model->slopes[head] : 0, key_norm = step->key_norm[row][at->layer * G + g];
+    const size_t position = position_of(at, row, g), to_values = (size_t)G * step->row_capacity[row];
+    float *out = at->mixed + (size_t)at->first[row] * C + head * D;
+    if (step->kv_scale) {
+        const int8_t *keys = (const int8_t *)kv_of(at, row) + position * D;
+        const float *scales = scales_of(at, row) + position;
+        const Stored from = {keys, keys + to_values * D, scales, scales + to_values};
+        _Alignas(64) float queries[T * D];
+        for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
+        return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 1);
+    }
+    const bf16 *keys = (const bf16 *)kv_of(at, row) + position * D;
+    const Stored from = {keys, keys + to_values * D, NULL, NULL};
     _Alignas(64) bf16 queries[T * D];
     for (int t = 0; t < T; t++)
         for (int d = 0; d < D; d++) queries[t * D + d] = narrow(q[(size_t)t * at->width + d]);
-    return attend(queries, T, keys, keys + (size_t)G * step->row_capacity[row] * D, step->row_length[row] + T, D,
-                  model->softmax_scale, model->slopes ? model->slopes[head] : 0,
-                  step->key_norm[row][at->layer * G + g], step->drop,
-                  at->mixed + (size_t)at->first[row] * model->d_model + head * D, model->d_model);
+    return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 0);
 }
 
 /* The step's memory, cut from one block of floats. */

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt import attention
+from mpt.int8_cache import Int8Layer
 from mpt.model import MPTForCausalLM
 from mpt.native.library import LinearStruct, Pointer, Unavailable, load
 from mpt.quantization import Int8Linear
@@ -43,7 +44,7 @@ class _Model(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("n_tokens", "n_rows", "n_logits", "n_threads")),
-        *((name, Pointer) for name in ("x", "row_tokens", "row_length", "row_capacity", "kv", "key_norm")),
+        *((name, Pointer) for name in ("x", "row_tokens", "row_length", "row_capacity", "kv", "kv_scale", "key_norm")),
         *((name, Pointer) for name in ("logit_tokens", "logits", "scratch", "keys_read")),
         ("drop", ctypes.c_float),
     )
@@ -54,14 +55,18 @@ class RowMemory:
     """Where a row's cache lies, and how large its keys are."""
 
     addresses: Tensor  # (L,) int64, of each layer's (2, KV heads, capacity, D)
+    scale_addresses: Tensor | None  # (L,) of their scales, None where they are bfloat16
     capacity: int  # positions there is room for
     key_norms: Tensor  # (L, KV heads) float32: no key stored is longer
 
     @classmethod
-    def of(cls, kv: Sequence[Tensor], known: "RowMemory | None") -> "RowMemory":
+    def of(cls, kv: Sequence[Tensor | Int8Layer], known: "RowMemory | None") -> "RowMemory":
         """Of a cache that has moved, or been copied from one of which `known` is true. kv: (2, KV heads, S, D) each."""
         norms = torch.zeros(len(kv), kv[0].shape[1]) if known is None else known.key_norms.clone()
-        return cls(torch.tensor([layer.data_ptr() for layer in kv]), kv[0].shape[2], norms)
+        numbers = [layer.numbers if isinstance(layer, Int8Layer) else layer for layer in kv]
+        scales = [layer.scales.data_ptr() for layer in kv if isinstance(layer, Int8Layer)]
+        addresses = torch.tensor([layer.data_ptr() for layer in numbers])
+        return cls(addresses, torch.tensor(scales) if scales else None, kv[0].shape[2], norms)
 
     def note_keys(self, layer: int, norms: Tensor) -> None:
         """Keys with these norms, (KV heads, n), have been stored by somebody else."""
@@ -118,7 +123,7 @@ class NativeStep:
         """Logits (len(wanted), V) float32 of the wanted tokens; keys and values of all are stored in their rows.
 
         embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
-        holds already. wanted: places in the step.
+        holds already. wanted: places in the step. The rows' caches are all bfloat16, or all int8.
         """
         assert embeddings.shape[0] <= self.max_tokens
         return self._run(self._library.mpt_step, self._scratch, embeddings, row_tokens, lengths, memories, wanted)
@@ -161,14 +166,18 @@ class NativeStep:
         assert all(map(operator.ge, capacities, map(operator.add, lengths, row_tokens)))
         numbers = torch.tensor([*row_tokens, *lengths, *capacities, *wanted], dtype=torch.int32)
         addresses = torch.cat([memory.addresses for memory in memories])
+        found = [memory.scale_addresses for memory in memories if memory.scale_addresses is not None]
+        assert len(found) in (0, n)
+        scales = torch.cat(found) if found else None
         norms = torch.tensor([memory.key_norms.data_ptr() for memory in memories])
         logits = torch.empty(len(wanted), self._vocab_size)
         at = numbers.data_ptr()
         step = _Step(
             n_tokens=T, n_rows=n, n_logits=len(wanted), n_threads=self._n_threads, x=embeddings.data_ptr(),
             row_tokens=at, row_length=at + 4 * n, row_capacity=at + 8 * n, kv=addresses.data_ptr(),
-            key_norm=norms.data_ptr(), logit_tokens=at + 12 * n, logits=logits.data_ptr(),
-            scratch=scratch.data_ptr(), keys_read=self._keys_read.data_ptr(), drop=self._drop,
+            kv_scale=None if scales is None else scales.data_ptr(), key_norm=norms.data_ptr(),
+            logit_tokens=at + 12 * n, logits=logits.data_ptr(), scratch=scratch.data_ptr(),
+            keys_read=self._keys_read.data_ptr(), drop=self._drop,
         )  # fmt: skip
         function(ctypes.byref(self._model), ctypes.byref(step))
         return logits
