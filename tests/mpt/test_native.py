@@ -1,10 +1,15 @@
 """The C step against the model in float32, and against itself: other company, other threads, other machines."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import mpt
+from mpt.int8_cache import Int8Layer
 from mpt.native import library
 from mpt.native.step import NativeStep, RowMemory
 from mpt.quantization import quantize_model
@@ -12,6 +17,7 @@ from mpt.quantization import quantize_model
 pytestmark = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
 
 CAPACITY = 768
+FLAGS = [pytest.param((), id="as_this_machine_can"), pytest.param(("-DMPT_NO_AMX",), id="without_amx")]
 SHAPES = {
     "mpt": {},
     "storywriter": {"attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}},
@@ -39,14 +45,20 @@ def make(shape: str) -> mpt.MPTForCausalLM:
 class Runner:
     """Rows that are fed to the step some tokens at a time."""
 
-    def __init__(self, model: mpt.MPTForCausalLM, **options: object) -> None:
-        self.model, self.step = model, NativeStep(model, **options)
+    def __init__(self, model: mpt.MPTForCausalLM, *, int8_cache: bool = False, **options: object) -> None:
+        self.model, self.step, self.int8_cache = model, NativeStep(model, **options), int8_cache
         attn = model.transformer.blocks[0].attn
         self.shape = (2, attn.n_kv_heads, CAPACITY, attn.d_head)
 
-    def row(self) -> tuple[list[Tensor], RowMemory]:
-        kv = [torch.full(self.shape, torch.nan, dtype=torch.bfloat16) for _ in self.model.transformer.blocks]
+    def row(self) -> tuple[list[Tensor | Int8Layer], RowMemory]:
+        """A row in which what nobody has written is no number."""
+        kv = [self.layer() for _ in self.model.transformer.blocks]
         return kv, RowMemory.of(kv, None)
+
+    def layer(self) -> Tensor | Int8Layer:
+        if self.int8_cache:
+            return Int8Layer(torch.full(self.shape, 99, dtype=torch.int8), torch.full(self.shape[:3], torch.nan))
+        return torch.full(self.shape, torch.nan, dtype=torch.bfloat16)
 
     @torch.inference_mode()
     def feed(self, rows: list[tuple], lengths: list[int], tokens: list[list[int]]) -> Tensor:
@@ -62,9 +74,9 @@ class Runner:
         factor = self.model.config.logit_factor
         return logits if factor is None else logits * factor
 
-    def read(self, ids: list[int], at_once: int) -> Tensor:
+    def read(self, ids: list[int], at_once: int, row: tuple | None = None) -> Tensor:
         """Logits (T, V) of a text, read so many tokens at a time."""
-        row, out = self.row(), []
+        row, out = row or self.row(), []
         for start in range(0, len(ids), at_once):
             out.append(self.feed([row], [start], [ids[start : start + at_once]]))
         return torch.cat(out)
@@ -88,7 +100,7 @@ def skip_unless_read(runner: Runner, at_once: int) -> None:
         pytest.skip("prompts of this model, or on this machine, are read by torch")
 
 
-@pytest.mark.parametrize("flags", [(), ("-DMPT_NO_AMX",)], ids=["as_this_machine_can", "without_amx"])
+@pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
 def test_it_computes_the_model(shape, at_once, flags):
@@ -105,11 +117,12 @@ def test_it_computes_the_model(shape, at_once, flags):
 
 @pytest.mark.parametrize("shape", ["mpt", "replit"])
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
-def test_no_bit_depends_on_the_company(shape, is_int8):
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
+def test_no_bit_depends_on_the_company(shape, is_int8, int8_cache):
     model = make(shape)
     if is_int8:
         quantize_model(model)
-    runner = Runner(model)
+    runner = Runner(model, int8_cache=int8_cache)
     texts = [ids(90 + 31 * k, seed=k) for k in range(20)]
     rows = [runner.row() for _ in texts]
     for row, text in zip(rows, texts, strict=True):
@@ -193,11 +206,12 @@ def test_int8_is_the_int8_weights_own_function(build, at_once):
     assert (torchs - expected).abs().max() < 0.03 * expected.abs().max()
 
 
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
 @pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
-def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once):
+def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once, int8_cache):
     """Steep heads forget, and no logit changes."""
     model, text = make("mpt"), ids(600)
-    every, few = Runner(model, drop=0.0), Runner(model)
+    every, few = Runner(model, drop=0.0, int8_cache=int8_cache), Runner(model, int8_cache=int8_cache)
     skip_unless_read(few, at_once)
     expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
@@ -206,8 +220,9 @@ def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once):
     assert few.step.keys_read < 0.9 * n_all
 
 
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
 @pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
-def test_an_old_key_that_counts_is_found_at_any_distance(at_once):
+def test_an_old_key_that_counts_is_found_at_any_distance(at_once, int8_cache):
     """Keys are minus the queries, and the first token is minus the last: it alone is what the last one looks for."""
     model, position = make("mpt"), 500
     with torch.no_grad():
@@ -216,10 +231,144 @@ def test_an_old_key_that_counts_is_found_at_any_distance(at_once):
             block.attn.Wqkv.weight[256:512] = -block.attn.Wqkv.weight[:256]
             block.attn.Wqkv.weight[:512] *= 6.0
     text = [9, *ids(position - 1, seed=3), 7]
-    every, few = Runner(model, drop=0.0), Runner(model)
+    every, few = Runner(model, drop=0.0, int8_cache=int8_cache), Runner(model, int8_cache=int8_cache)
     skip_unless_read(few, at_once)
     expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
+
+
+# -- int8 keys and values ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def attention(request, tmp_path_factory) -> ctypes.CDLL:
+    """Attention and the quantization of a head by themselves, which the library keeps to itself."""
+    folder = tmp_path_factory.mktemp("probe")
+    source = folder / "probe.c"
+    source.write_text(f"""
+        #include "{Path(library.__file__).with_name("step.c")}"
+        float probe_quantize(const float *x, int D, int8_t *out) {{ return quantize_head(x, D, out); }}
+        int64_t probe_attend(const float *queries, int T, const int8_t *kv, const float *scales, int stored, int D,
+                             float scale, float slope, float key_norm, float drop, float *out) {{
+            const Stored from = {{kv, kv + stored * D, scales, scales + stored}};
+            return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, 1);
+        }}
+    """)
+    made = folder / "probe.so"
+    compiler = library._compiler()
+    subprocess.run([compiler, *library._FLAGS, *request.param, "-shared", source, "-o", made, "-lm"], check=True)
+    probe = ctypes.CDLL(str(made))
+    probe.probe_quantize.restype, probe.probe_attend.restype = ctypes.c_float, ctypes.c_int64
+    return probe
+
+
+def at(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def heads(n: int, D: int) -> Tensor:
+    """Keys or values of one head at n positions, (n, D): plain ones, one zero, one with an outlier, all-large ones."""
+    x = torch.randn(n, D)
+    x[n // 2] = 0
+    x[n // 3, 1] = 200.0
+    x[n // 4] *= 50.0
+    return x
+
+
+@pytest.mark.parametrize("D", [20, 32, 64, 112, 128, 256])
+@pytest.mark.parametrize("stored", [1, 64, 203])
+@torch.inference_mode()
+def test_int8_attention_is_that_of_the_numbers_it_stands_for(attention, D, stored):
+    torch.manual_seed(D + stored)
+    layer = Int8Layer.empty((2, 1, stored, D))
+    layer.write(0, torch.stack([heads(stored, D), heads(stored, D)])[:, None])
+    keys, values = (layer.numbers.double() * layer.scales.double()[..., None])[:, 0]
+    norm, scale = keys.norm(dim=-1).max().item() * 1.0001, D**-0.5
+    for T in {1, min(stored, 7)}:
+        queries, out = torch.randn(T, D), torch.empty(T, D)
+        own = torch.arange(stored - T, stored)[:, None]
+        for slope, drop in [(0.0, 2.0**-24), (0.01, 0.0), (0.01, 2.0**-24), (2.0, 2.0**-24)]:
+            floats = [ctypes.c_float(x) for x in (scale, slope, norm, drop)]
+            n_read = attention.probe_attend(
+                at(queries), T, at(layer.numbers), at(layer.scales), stored, D, *floats, at(out)
+            )
+            distance = own - torch.arange(stored)
+            scores = (queries.double() @ keys.T * scale - slope * distance).masked_fill(distance < 0, -torch.inf)
+            weights = scores.softmax(-1)
+            # float32's sums: of D products in a score, which moves a weight by as much, and of the weighted values
+            size = (queries.double().abs() @ keys.abs().T * scale).max(-1, keepdim=True).values
+            tolerance = (1e-6 + 3e-7 * size) * (weights @ values.abs()) + 2.0**-23 * values.abs().max()
+            assert ((out - weights @ values).abs() <= tolerance).all(), (T, slope, drop)
+            assert n_read == (distance >= 0).sum() if drop == 0 else n_read <= (distance >= 0).sum()
+
+
+@pytest.mark.parametrize("D", [20, 64, 112])
+def test_heads_are_rounded_to_the_nearest_of_255_steps(attention, D):
+    x = torch.cat([heads(40, D), 1e-5 * heads(40, D), 1e-35 * heads(40, D), 1e5 * heads(40, D)])
+    layer = Int8Layer.empty((2, 1, 160, D))
+    layer.write(0, x.expand(2, 1, 160, D))
+    numbers, scales = torch.empty(160, D, dtype=torch.int8), torch.empty(160)
+    for place in range(160):
+        scales[place] = attention.probe_quantize(at(x[place]), D, at(numbers[place]))
+    assert torch.equal(numbers, layer.numbers[0, 0]) and torch.equal(scales, layer.scales[1, 0])
+    error = (numbers.double() * scales.double()[:, None] - x.double()).abs()
+    largest = x.double().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert (error <= largest / 254 * 1.0001).all()
+    assert (numbers[x.abs().amax(-1) > 1e-29].abs().amax(-1) == 127).all()
+    assert not numbers[20].any()
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_damage_is_not_hidden(attention, damage):
+    x, numbers = torch.randn(64), torch.empty(64, dtype=torch.int8)
+    x[5] = damage
+    scale = attention.probe_quantize(at(x), 64, at(numbers))
+    assert not (numbers * scale).isfinite().all()
+    layer = Int8Layer.empty((2, 1, 1, 64))
+    layer.write(0, x.expand(2, 1, 1, 64))
+    assert not layer.read(0, 1).isfinite().all()
+
+
+@torch.inference_mode()
+def over(cache: list[Int8Layer], model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
+    """Logits (T, V) of the model in float64 whose attention reads these keys and values, not its own."""
+    wide = mpt.MPTForCausalLM(model.config).double().eval()
+    wide.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    bias = wide.transformer.alibi_bias(len(text))
+
+    def attend(layer: int, q: Tensor, _: Tensor, __: Tensor) -> Tensor:
+        k, v = cache[layer].read(0, len(text)).double()
+        k, v = (x.repeat_interleave(q.shape[1] // len(x), 0) for x in (k, v))
+        scores = q[0] @ k.mT * model.config.softmax_scale
+        if bias is not None:
+            scores += bias[..., -len(text) :].view(-1, 1, len(text)).double()
+        seen = torch.ones(len(text), len(text), dtype=torch.bool).tril()
+        return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v)[None]
+
+    positions = torch.arange(len(text))[None] if model.transformer.wpe is not None else None
+    hidden = wide.transformer.run(wide.transformer.wte(torch.tensor([text])), attend, positions)
+    return wide.unembed(hidden)[0]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
+def test_the_step_computes_with_what_it_stored_in_int8(shape, at_once, flags):
+    model, text = make(shape), ids(200)
+    runner = Runner(model, int8_cache=True, extra_flags=flags)
+    skip_unless_read(runner, at_once)
+    row, plain = runner.row(), Runner(model, extra_flags=flags)
+    found = runner.read(text, at_once, row=row)
+    expected = over(row[0], model, text)
+    # Inputs of products are rounded to bfloat16, as with a bfloat16 cache, and nothing else.
+    exact = truth(model, text)
+    assert (found - expected).abs().max() <= 1.5 * (plain.read(text, at_once) - exact).abs().max()
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+    for layer, norms in zip(row[0], row[1].key_norms, strict=True):
+        keys = layer.read(0, len(text))[0]  # (KV heads, T, D)
+        assert (keys.norm(dim=-1).amax(-1) <= norms).all()
+        assert (keys.norm(dim=-1).amax(-1) >= 0.999 * norms).all()
 
 
 def test_what_it_is_not_made_for_is_said():
