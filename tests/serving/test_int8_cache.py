@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import os
 import random
 import subprocess
@@ -209,7 +210,7 @@ async def test_what_metrics_tell_is_what_rows_take(small, tokenizer):
 
 @pytest.fixture(scope="module")
 def folder(small, tokenizer, tmp_path_factory) -> Path:
-    return mpt.save(small.float(), tmp_path_factory.mktemp("checkpoints") / "base", tokenizer=tokenizer)
+    return mpt.save(copy.deepcopy(small).float(), tmp_path_factory.mktemp("checkpoints") / "base", tokenizer=tokenizer)
 
 
 def opened(folder: Path, **options: object) -> endpoints.Endpoint:
