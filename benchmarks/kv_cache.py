@@ -3,7 +3,8 @@
     python benchmarks/kv_cache.py [--rounds 25] [--only quality|speed]
 
 Quality: mpt-tiny and its storywriter on a novel of $MPT_TEST_DATA: perplexity over 4,000 tokens read 16 and 512 at a
-time, the likeliest tokens that stay the same, and 30 greedy answers of 100 tokens. Speed: the 125M shape with random weights and without ALiBi, so that every key is read; a step of one token a row, alternating.
+time, the likeliest tokens that stay the same, and 30 greedy answers of 100 tokens. Speed: the 125M shape with random
+weights and without ALiBi, so that every key is read; a step of one token a row, alternating.
 """
 
 import argparse
