@@ -85,26 +85,6 @@ static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN 
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. All zeros stay so.
- * A scale that is no number, where one of x is none, makes all of them none: damage is not hidden. The same, to the bit,
- * as `Int8Layer.write` in mpt/int8_cache.py. */
-static inline float quantize_head(const float *x, int D, int8_t *out) {
-    const float least = 1e-30f;
-    int32_t largest; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
-    memcpy(&largest, &least, 4);
-    for (int d = 0; d < D; d++) {
-        int32_t bits;
-        memcpy(&bits, x + d, 4);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    float scale;
-    memcpy(&scale, &largest, 4);
-    scale /= 127;
-    for (int d = 0; d < D; d++) out[d] = (int8_t)(int32_t)__builtin_rintf(x[d] / scale);
-    return scale;
-}
-
 /* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.
  * Below -80 it is 0: products with less would be subnormal numbers, which cost this processor ten times as much. */
 static inline float exp_(float given) {
@@ -133,9 +113,70 @@ static inline float gelu_(float x) {
     return x * (x > 0 ? 1.0f - tail : tail);
 }
 
-/* Of 16 values. One function for all callers, so that all round alike. */
-static __attribute__((noinline)) void gelu(float *x) {
-    for (int i = 0; i < PANEL; i++) x[i] = gelu_(x[i]);
+/* -- the KV cache --------------------------------------------------------------------------------------------------- */
+
+/* What is stored of one key head of one row: keys and values, (positions, D) each, bfloat16, or int8 with scales. */
+typedef struct {
+    void *keys, *values;
+    float *key_scales, *value_scales; /* (positions), or NULL */
+} Stored;
+
+static inline Stored stored_of(const Model *model, const Step *step, int layer, int row, int g) {
+    const size_t capacity = step->row_capacity[row], at = (size_t)row * model->n_layers + layer, D = model->d_head;
+    const size_t keys = g * capacity, values = keys + model->n_kv_heads * capacity; /* in positions */
+    if (step->kv_scale) {
+        int8_t *numbers = step->kv[at];
+        float *scales = step->kv_scale[at];
+        return (Stored){numbers + keys * D, numbers + values * D, scales + keys, scales + values};
+    }
+    bf16 *numbers = step->kv[at];
+    return (Stored){numbers + keys * D, numbers + values * D, NULL, NULL};
+}
+
+/* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. All zeros stay so.
+ * A scale that is no number, where one of x is none, makes all of them none: damage is not hidden. To the bit the same
+ * as `Int8Layer.write` in mpt/int8_cache.py. */
+static inline float quantize_head(const float *x, int D, int8_t *out) {
+    const float least = 1e-30f;
+    int32_t largest; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
+    memcpy(&largest, &least, 4);
+    for (int d = 0; d < D; d++) {
+        int32_t bits;
+        memcpy(&bits, x + d, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float scale;
+    memcpy(&scale, &largest, 4);
+    scale /= 127;
+    for (int d = 0; d < D; d++) out[d] = (int8_t)(int32_t)__builtin_rintf(x[d] / scale);
+    return scale;
+}
+
+/* Store a key and a value, (D) each, at a position. */
+static inline void keep(Stored to, size_t position, const float *key, const float *value, int D) {
+    if (to.key_scales) {
+        to.key_scales[position] = quantize_head(key, D, (int8_t *)to.keys + position * D);
+        to.value_scales[position] = quantize_head(value, D, (int8_t *)to.values + position * D);
+        return;
+    }
+    bf16 *keys = (bf16 *)to.keys + position * D, *values = (bf16 *)to.values + position * D;
+    for (int d = 0; d < D; d++) keys[d] = narrow(key[d]), values[d] = narrow(value[d]);
+}
+
+/* No less than the length of the key at a position, as it is stored. */
+static inline float length_of_key(Stored from, size_t position, int D) {
+    float square = 0;
+    if (from.key_scales) {
+        const int8_t *key = (const int8_t *)from.keys + position * D;
+        int32_t sum = 0;
+        for (int d = 0; d < D; d++) sum += key[d] * key[d];
+        square = (float)sum * from.key_scales[position] * from.key_scales[position];
+    } else {
+        const bf16 *key = (const bf16 *)from.keys + position * D;
+        for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
+    }
+    return sqrtf(square) * 1.0001f; /* which is more than rounding takes away */
 }
 
 /* -- threads -------------------------------------------------------------------------------------------------------- */

@@ -9,6 +9,9 @@
  * they meet is rounded to bfloat16; the residual stream and all sums are float32. A token's result does not depend, not
  * in one bit, on the tokens beside it, on the chunks a prompt is read in, or on other rows.
  *
+ * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position. Such numbers are
+ * bfloat16 numbers too, so tiles take them as they are; scales multiply scores and weights.
+ *
  * Attention is FlashAttention's online softmax (Dao 2023) over blocks of keys, from the newest to the oldest, and ends
  * where ALiBi leaves less than `drop` (see `attend` in step.c). Only with AMX; elsewhere prompts go through torch.
  */
@@ -38,6 +41,7 @@ typedef struct { /* a thread's own */
     bf16 *strip; /* (CHUNK / STEP, 2 tiles) */
     float *sums; /* (groups, 4 tiles): outputs 0-15 of both panels, outputs 16-31 of both */
     bf16 *keys, *values, *weights;
+    float *key_scales, *value_scales; /* (BLOCK) */
     float *scores, *mixed, *best, *total, *bound;
 } Own;
 
@@ -49,6 +53,7 @@ typedef struct {
     float *x;                /* (panels, C, 16) the residual stream */
     bf16 *inputs, *inner;    /* what products take, see `tile_of`: of C, and of the MLP's inner width */
     bf16 *queries;           /* (panels, H * head_room / STEP, tile) */
+    float *fresh;            /* (2, KV heads, panels * 16, D) new keys and values on their way to int8 */
     float *wanted;           /* (panels, C, 16) of the tokens that want logits */
     Own *own;                /* (threads) */
     atomic_int *queues;
@@ -123,8 +128,8 @@ static inline __m512 gelu_16(__m512 x) {
 
 /* 16 pairs of bfloat16: two neighbouring numbers of each of 16 tokens. */
 static inline __m512i pairs(__m512 even, __m512 odd) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
@@ -134,21 +139,25 @@ static inline bf16 *tile_of(bf16 *inputs, int K, int panel, int k) {
     return inputs + ((size_t)(panel / 2) * (K / STEP) + k / STEP) * (2 * TILE) + panel % 2 * TILE + k % STEP / 2 * 32;
 }
 
+static inline __m512 sum_of_4(const __m512 *x) {
+    return _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+}
+
 /* LayerNorm of a panel x (C, 16), into the inputs of a product. */
 static void normalize(const float *x, int C, Norm norm, float eps, bf16 *inputs, int panel) {
     __m512 sums[4] = {0};
     for (int k = 0; k < C; k += 4)
         for (int i = 0; i < 4; i++) sums[i] = _mm512_add_ps(sums[i], _mm512_load_ps(x + (k + i) * PANEL));
     const __m512 share = _mm512_set1_ps(1.0f / C);
-    const __m512 mean = _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), share);
+    const __m512 mean = _mm512_mul_ps(sum_of_4(sums), share);
     for (int i = 0; i < 4; i++) sums[i] = _mm512_setzero_ps();
     for (int k = 0; k < C; k += 4)
         for (int i = 0; i < 4; i++) {
             const __m512 off = _mm512_sub_ps(_mm512_load_ps(x + (k + i) * PANEL), mean);
             sums[i] = _mm512_fmadd_ps(off, off, sums[i]);
         }
-    const __m512 square = _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), share);
-    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(_mm512_add_ps(square, _mm512_set1_ps(eps))));
+    const __m512 square = _mm512_fmadd_ps(sum_of_4(sums), share, _mm512_set1_ps(eps));
+    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(square));
     for (int k = 0; k < C; k += 2) {
         __m512 pair[2];
         for (int i = 0; i < 2; i++) {
@@ -222,16 +231,22 @@ static inline void multiply(const bf16 *strip, const bf16 *inputs, int n, int is
     _tile_stored(3, sums + 768, 64);
 }
 
-/* Keys or values, outputs n0 to n0 + 15 of Wqkv for a panel, into the row's cache. */
+/* Keys or values, outputs n0 to n0 + 15 of Wqkv for a panel: into the row's cache, or to where whole heads come together
+ * that share a scale. */
 static void store(const Pass *pass, int layer, int panel, int n0, __m512 *values) {
     const Model *model = pass->model;
     const Step *step = pass->step;
     const Panel *place = pass->panels + panel;
     const int D = model->d_head, G = model->n_kv_heads, at = n0 - model->d_model;
     const int is_value = at >= G * D, g = at % (G * D) / D, d = at % D;
-    const size_t position = (size_t)(is_value * G + g) * step->row_capacity[place->row] + place->position;
-    bf16 *to = step->kv[place->row * model->n_layers + layer] + position * D + d;
     transpose(values);
+    if (step->kv_scale) {
+        float *to = pass->fresh + ((size_t)(is_value * G + g) * pass->n_panels + panel) * PANEL * D + d;
+        for (int token = 0; token < place->n; token++) _mm512_storeu_ps(to + (size_t)token * D, values[token]);
+        return;
+    }
+    const Stored stored = stored_of(model, step, layer, place->row, g);
+    bf16 *to = (bf16 *)(is_value ? stored.values : stored.keys) + (size_t)place->position * D + d;
     for (int token = 0; token < place->n; token++)
         _mm256_storeu_si256((__m256i *)(to + (size_t)token * D), (__m256i)_mm512_cvtneps_pbh(values[token]));
 }
@@ -275,8 +290,8 @@ static inline void bring(const Pass *pass, int layer, const Linear *linear, Targ
 
 /* Outputs for all panels from inputs k `from` to `to`, shared out over the threads by strips; all weights pass by a
  * block of tokens before they pass by the next. */
-static void product(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, int n_panels, int from, int to,
-                    Target target, Worker *worker) {
+static void product(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, int n_panels, int from,
+                    int to, Target target, Worker *worker) {
     const int K = linear->n_in, N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP, n_groups = (n_panels + 1) / 2;
     const int fit = INPUT_BYTES / (2 * GROUP * (to - from)), most = fit < 2 ? 2 : fit > MOST_GROUPS ? MOST_GROUPS : fit;
     const int n_blocks = (n_groups + most - 1) / most, n_tasks = n_strips * n_blocks;
@@ -312,31 +327,57 @@ static void product(const Pass *pass, int layer, const Linear *linear, const bf1
 
 /* -- attention ------------------------------------------------------------------------------------------------------ */
 
-/* n <= BLOCK keys and values (n, D) as tiles: keys as (16 keys, 32 d), values as (16 d, 32 keys). */
-static void load_block(const bf16 *keys, const bf16 *values, int n, int D, const Own *own) {
-    const int n_steps = (D + STEP - 1) / STEP;
-    for (int key = 0; key < (n + 31) / 32 * 32; key++)
+/* 32 numbers of int8 in bfloat16, which holds them exactly. */
+static inline __m512i widened_32(__mmask32 mask, const int8_t *from) {
+    const __m256i all = _mm256_maskz_loadu_epi8(mask, from);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(all)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(all, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Numbers d to d + 15 of a value and of the next, side by side; what is not there is 0. */
+static inline __m512i two_values(Stored from, size_t at, int D, int there) {
+    if (from.value_scales) {
+        const int8_t *values = (const int8_t *)from.values + at;
+        const __m128i zero = _mm_setzero_si128();
+        const __m128i even = there > 0 ? _mm_loadu_si128((const __m128i *)values) : zero;
+        const __m128i odd = there > 1 ? _mm_loadu_si128((const __m128i *)(values + D)) : zero;
+        return pairs(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(even)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(odd)));
+    }
+    const bf16 *values = (const bf16 *)from.values + at;
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i even = there > 0 ? _mm256_loadu_si256((const __m256i *)values) : zero;
+    const __m256i odd = there > 1 ? _mm256_loadu_si256((const __m256i *)(values + D)) : zero;
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+/* n <= BLOCK keys and values from position `start` as tiles: keys as (16 keys, 32 d), values as (16 d, 32 keys). */
+static inline void load_block(Stored from, int start, int n, int D, const Own *own) {
+    const int n_steps = (D + STEP - 1) / STEP, n_whole = (n + 31) / 32 * 32;
+    for (int key = 0; key < n_whole; key++)
         for (int s = 0; s < n_steps; s++) {
             const int d = s * STEP;
             const __mmask32 mask = key >= n ? 0 : D - d >= 32 ? 0xffffffff : 0xffff;
+            const size_t at = (size_t)(start + key) * D + d;
             bf16 *to = own->keys + ((size_t)(key / 16) * n_steps + s) * TILE + key % 16 * STEP;
-            _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, keys + (size_t)key * D + d));
+            _mm512_store_si512(to, from.key_scales ? widened_32(mask, (const int8_t *)from.keys + at)
+                                                   : _mm512_maskz_loadu_epi16(mask, (const bf16 *)from.keys + at));
         }
     for (int key = 0; key < n; key += 32)
         for (int d = 0; d < D; d += 16) {
             __m512 rows[16];
             for (int i = 0; i < 16; i++) {
                 const int even = key + 2 * i;
-                const bf16 *from = values + (size_t)even * D + d;
-                const __m256i zero = _mm256_setzero_si256();
-                const __m256i low = even < n ? _mm256_loadu_si256((const __m256i *)from) : zero;
-                const __m256i high = even + 1 < n ? _mm256_loadu_si256((const __m256i *)(from + D)) : zero;
-                rows[i] = (__m512)_mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+                rows[i] = (__m512)two_values(from, (size_t)(start + even) * D + d, D, n - even);
             }
             transpose(rows);
             bf16 *to = own->values + ((size_t)(d / 16) * (BLOCK / 32) + key / 32) * TILE;
             for (int i = 0; i < 16; i++) _mm512_store_ps((float *)(to + i * STEP), rows[i]);
         }
+    for (int key = 0; from.key_scales && key < n_whole; key++) {
+        own->key_scales[key] = key < n ? from.key_scales[start + key] : 0;
+        own->value_scales[key] = key < n ? from.value_scales[start + key] : 0;
+    }
 }
 
 /* Scores of n keys (a multiple of 32) for two panels of queries: (n, 32). */
@@ -363,16 +404,23 @@ static inline void score(const bf16 *keys, int n, int n_steps, const bf16 *panel
     }
 }
 
+typedef struct { /* how one head's scores become weights; in powers of 2 */
+    float scale, slope, rise[BLOCK]; /* rise: what ALiBi gives each key of a block over the first */
+    const float *key_scales, *value_scales; /* (BLOCK) or NULL */
+} Scoring;
+
 /* Softmax of one panel over a block, in powers of 2: scores (n, 32 of which 16 are its own) to weights, tiles (16 pairs
  * of keys, 16 tokens, 2) every other of which is its own. What was summed up before is scaled down where a better score
  * comes. Scores are counted from what ALiBi takes from the block's first key, `ahead` keys before each query's own. */
-static inline void weigh(float *scores, int n, int is_diagonal, __mmask16 open, __m512 ahead, float scale, float slope,
-                         const float *rise, float *best, float *total, float *mixed, int D, bf16 *weights) {
-    const __m512 first = _mm512_mul_ps(_mm512_set1_ps(-slope), ahead), scales = _mm512_set1_ps(scale);
+static inline void weigh(const Scoring *how, float *scores, int n, int is_diagonal, __mmask16 open, __m512 ahead, int D,
+                         float *best, float *total, float *mixed, bf16 *weights) {
+    const __m512 first = _mm512_mul_ps(_mm512_set1_ps(-how->slope), ahead);
     const __m512 old = _mm512_load_ps(best);
     __m512 top = _mm512_sub_ps(old, first), distance = ahead, sum = _mm512_setzero_ps();
     for (int key = 0; key < n; key++) {
-        __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + key * 32), scales, _mm512_set1_ps(rise[key]));
+        const float scale = how->key_scales ? how->scale * how->key_scales[key] : how->scale;
+        __m512 x = _mm512_load_ps(scores + key * 32);
+        x = _mm512_fmadd_ps(x, _mm512_set1_ps(scale), _mm512_set1_ps(how->rise[key]));
         if (is_diagonal) {
             const __mmask16 later = _mm512_cmp_ps_mask(distance, _mm512_setzero_ps(), _CMP_LT_OQ);
             x = _mm512_mask_mov_ps(x, later, _mm512_set1_ps(-__builtin_inff()));
@@ -384,7 +432,8 @@ static inline void weigh(float *scores, int n, int is_diagonal, __mmask16 open, 
     const __m512 found = _mm512_add_ps(top, first);
     const __mmask16 better = _mm512_mask_cmp_ps_mask(open, found, old, _CMP_GT_OQ);
     if (better) {
-        const __m512 one = _mm512_set1_ps(1.0f), shrink = _mm512_mask_mov_ps(one, better, exp2_16(better, _mm512_sub_ps(old, found)));
+        const __m512 worth = exp2_16(better, _mm512_sub_ps(old, found));
+        const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), better, worth);
         _mm512_mask_store_ps(best, better, found);
         _mm512_store_ps(total, _mm512_mul_ps(_mm512_load_ps(total), shrink));
         for (int d = 0; d < D; d++)
@@ -392,9 +441,13 @@ static inline void weigh(float *scores, int n, int is_diagonal, __mmask16 open, 
     }
     top = _mm512_sub_ps(_mm512_load_ps(best), first);
     for (int key = 0; key < n; key += 2) {
-        const __m512 even = exp2_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32), top));
-        const __m512 odd = exp2_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32 + 32), top));
+        __m512 even = exp2_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32), top));
+        __m512 odd = exp2_16(open, _mm512_sub_ps(_mm512_load_ps(scores + key * 32 + 32), top));
         sum = _mm512_add_ps(sum, _mm512_add_ps(even, odd));
+        if (how->value_scales) {
+            even = _mm512_mul_ps(even, _mm512_set1_ps(how->value_scales[key]));
+            odd = _mm512_mul_ps(odd, _mm512_set1_ps(how->value_scales[key + 1]));
+        }
         _mm512_store_si512(weights + key / 32 * 2 * TILE + key % 32 * PANEL, pairs(even, odd));
     }
     _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sum));
@@ -421,16 +474,17 @@ static inline void mix(const bf16 *values, const bf16 *weights, int n, int D, fl
 static int64_t attend(const Pass *pass, int layer, int head, int first, int end, const Own *own) {
     const Model *model = pass->model;
     const Step *step = pass->step;
-    const int D = model->d_head, G = model->n_kv_heads, H = model->n_heads, g = head * G / H, n_steps = pass->head_room / STEP;
-    const int row = pass->panels[first].row, n_panels = end - first;
-    const size_t capacity = step->row_capacity[row], panel_size = (size_t)H * n_steps * TILE;
-    const bf16 *keys = step->kv[row * model->n_layers + layer] + g * capacity * D, *values = keys + G * capacity * D;
+    const int D = model->d_head, G = model->n_kv_heads, H = model->n_heads, g = head * G / H;
+    const int n_steps = pass->head_room / STEP, row = pass->panels[first].row, n_panels = end - first;
+    const size_t panel_size = (size_t)H * n_steps * TILE;
+    const Stored from = stored_of(model, step, layer, row, g);
     const bf16 *queries = pass->queries + first * panel_size + (size_t)head * n_steps * TILE;
     const int stored = pass->panels[end - 1].position + pass->panels[end - 1].n;
     const float log2_e = 1.44269504f, natural = model->slopes ? model->slopes[head] : 0;
     const float slope = natural * log2_e, scale = model->softmax_scale * log2_e;
-    float rise[BLOCK]; /* what ALiBi gives each key of a block over the first */
-    for (int key = 0; key < BLOCK; key++) rise[key] = slope * key;
+    Scoring how = {.scale = scale, .slope = slope};
+    for (int key = 0; key < BLOCK; key++) how.rise[key] = slope * key;
+    if (from.key_scales) how.key_scales = own->key_scales, how.value_scales = own->value_scales;
     const float tail = slope > 0 ? 1.0f / (1.0f - exp_(-natural)) : 0;
     const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __mmask16 open[QUERIES / PANEL + 1];
@@ -460,14 +514,15 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
         for (int pair = 0; pair < n_panels; pair += 2) {
             const int two = pair + 1 < n_panels, last = pass->panels[first + pair + two].position + 15;
             if (!(open[pair] | open[pair + 1]) || last < start) continue;
-            if (!is_loaded) load_block(keys + (size_t)start * D, values + (size_t)start * D, n, D, own);
+            if (!is_loaded) load_block(from, start, n, D, own);
             is_loaded = 1;
             const int here = last + 1 - start < n ? last + 1 - start : n, whole = (here + 31) / 32 * 32;
             const bf16 *query = queries + pair * panel_size;
             score(own->keys, whole, n_steps, query, query + two * panel_size, own->scores);
             for (int i = pair; i < pair + 2; i++) {
                 const int at = i - pair, position = pass->panels[first + (i < n_panels ? i : pair)].position;
-                float *best = own->best + i * PANEL, *total = own->total + i * PANEL, *mixed = own->mixed + (size_t)i * D * PANEL;
+                float *best = own->best + i * PANEL, *total = own->total + i * PANEL;
+                float *mixed = own->mixed + (size_t)i * D * PANEL;
                 const __m512 ahead = _mm512_add_ps(lanes, _mm512_set1_ps(position - start));
                 float *scores = own->scores + at * PANEL;
                 bf16 *weights = own->weights + at * TILE;
@@ -477,14 +532,15 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
                     continue;
                 }
                 if (position < start + whole - 1)
-                    weigh(scores, whole, 1, open[i], ahead, scale, slope, rise, best, total, mixed, D, weights);
+                    weigh(&how, scores, whole, 1, open[i], ahead, D, best, total, mixed, weights);
                 else
-                    weigh(scores, whole, 0, open[i], ahead, scale, slope, rise, best, total, mixed, D, weights);
+                    weigh(&how, scores, whole, 0, open[i], ahead, D, best, total, mixed, weights);
                 const __m512 seen = _mm512_min_ps(_mm512_add_ps(ahead, _mm512_set1_ps(1.0f)), _mm512_set1_ps(n));
                 n_read += (int64_t)_mm512_mask_reduce_add_ps(open[i], _mm512_max_ps(seen, _mm512_setzero_ps()));
                 if (slope > 0) { /* |q.k| <= |q| max|k|: what all older keys can weigh together */
-                    const __m512 far = _mm512_fnmadd_ps(_mm512_add_ps(ahead, _mm512_set1_ps(1.0f)), _mm512_set1_ps(slope),
-                                                        _mm512_load_ps(own->bound + i * PANEL));
+                    const __m512 distance = _mm512_add_ps(ahead, _mm512_set1_ps(1.0f));
+                    const __m512 bound = _mm512_load_ps(own->bound + i * PANEL);
+                    const __m512 far = _mm512_fnmadd_ps(distance, _mm512_set1_ps(slope), bound);
                     const __m512 rest = _mm512_sub_ps(far, _mm512_load_ps(best)), zero = _mm512_setzero_ps();
                     const __mmask16 below = _mm512_mask_cmp_ps_mask(open[i], rest, zero, _CMP_LT_OQ);
                     const __m512 left = _mm512_mul_ps(exp2_16(below, rest), _mm512_set1_ps(tail));
@@ -511,21 +567,26 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
     return n_read;
 }
 
-/* How long the new keys of one head of one row are, for the bound of later queries. */
-static void measure_keys(const Pass *pass, int layer, int row, int tokens, int g) {
+/* Keep one head's new keys and values of one row, panels `first` to `end`, where `store` has not yet, and how long the
+ * keys are, for the bound of later queries. */
+static void settle(const Pass *pass, int layer, int first, int end, int g) {
     const Model *model = pass->model;
     const Step *step = pass->step;
-    const int D = model->d_head;
-    const bf16 *key = step->kv[row * model->n_layers + layer] + ((size_t)g * step->row_capacity[row] + step->row_length[row]) * D;
+    const int D = model->d_head, G = model->n_kv_heads, row = pass->panels[first].row;
+    const Stored to = stored_of(model, step, layer, row, g);
     float most = 0;
-    for (int token = 0; token < tokens; token++, key += D) {
-        float square = 0;
-        for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
-        most = square > most ? square : most;
+    for (int panel = first; panel < end; panel++) {
+        const size_t position = pass->panels[panel].position;
+        const float *key = pass->fresh + ((size_t)g * pass->n_panels + panel) * PANEL * D;
+        const float *value = key + (size_t)G * pass->n_panels * PANEL * D;
+        for (int token = 0; token < pass->panels[panel].n; token++) {
+            if (step->kv_scale) keep(to, position + token, key + token * D, value + token * D, D);
+            const float length = length_of_key(to, position + token, D);
+            most = length > most ? length : most;
+        }
     }
-    float *largest = step->key_norm[row] + layer * model->n_kv_heads + g;
-    const float norm = sqrtf(most) * 1.0001f; /* rounding must not make the bound too small */
-    if (norm > *largest) *largest = norm;
+    float *largest = step->key_norm[row] + layer * G + g;
+    if (most > *largest) *largest = most;
 }
 
 /* All heads of all rows. The heads that see farthest and the last queries come first: they take longest. */
@@ -534,8 +595,10 @@ static int64_t attend_all(const Pass *pass, int layer, Worker *worker) {
     const Step *step = pass->step;
     const int H = model->n_heads, G = model->n_kv_heads;
     int64_t n_read = 0;
-    for (int task = worker->thread; task < step->n_rows * G; task += worker->n)
-        measure_keys(pass, layer, task / G, step->row_tokens[task / G], task % G);
+    for (int task = worker->thread, row = 0, first = 0; task < step->n_rows * G; task += worker->n) {
+        for (; row < task / G; row++) first += (step->row_tokens[row] + PANEL - 1) / PANEL;
+        settle(pass, layer, first, first + (step->row_tokens[row] + PANEL - 1) / PANEL, task % G);
+    }
     meet(worker);
     const int at_once = QUERIES / PANEL;
     int n_spans = 0, spans[pass->n_panels][2];
@@ -557,8 +620,9 @@ static int64_t attend_all(const Pass *pass, int layer, Worker *worker) {
 
 enum { LOOPS_PER_LAYER = 4, MOST_RANGES = 64 };
 
-static size_t carve(const Model *model, int n_panels, int n_logits, int n_threads, float *block, Pass *pass, Own *own) {
-    const size_t C = model->d_model, F = model->d_ffn, D = model->d_head, H = model->n_heads;
+static size_t carve(const Model *model, int n_panels, int n_logits, int n_threads, int is_int8, float *block, Pass *pass,
+                    Own *own) {
+    const size_t C = model->d_model, F = model->d_ffn, D = model->d_head, H = model->n_heads, G = model->n_kv_heads;
     const size_t columns = ((size_t)n_panels + 1) / 2 * GROUP, head_room = (D + STEP - 1) / STEP * STEP;
     const size_t wanted = ((size_t)n_logits + GROUP - 1) / GROUP * GROUP, most = wanted > columns ? wanted : columns;
     size_t used = 0;
@@ -568,6 +632,7 @@ static size_t carve(const Model *model, int n_panels, int n_logits, int n_thread
     TAKE(pass->inputs, C * most / 2);
     TAKE(pass->inner, F * columns / 2);
     TAKE(pass->queries, H * head_room * columns / 2);
+    TAKE(pass->fresh, is_int8 ? 2 * G * D * n_panels * PANEL : 0);
     TAKE(pass->wanted, C * wanted);
     TAKE(pass->queues, 16 * ((size_t)model->n_layers * (LOOPS_PER_LAYER + MOST_RANGES) + 1));
     for (int thread = 0; thread < n_threads; thread++) {
@@ -577,6 +642,8 @@ static size_t carve(const Model *model, int n_panels, int n_logits, int n_thread
         TAKE(mine->keys, BLOCK * head_room / 2);
         TAKE(mine->values, BLOCK * D / 2);
         TAKE(mine->weights, BLOCK * GROUP / 2);
+        TAKE(mine->key_scales, BLOCK);
+        TAKE(mine->value_scales, BLOCK);
         TAKE(mine->scores, BLOCK * GROUP);
         TAKE(mine->mixed, (QUERIES + PANEL) * D);
         TAKE(mine->best, QUERIES + PANEL);
@@ -587,10 +654,11 @@ static size_t carve(const Model *model, int n_panels, int n_logits, int n_thread
     return used + 16;
 }
 
-/* n_panels: of 16 tokens, each of one row. */
-size_t mpt_prompt_scratch_floats(const Model *model, int32_t n_panels, int32_t n_logits, int32_t n_threads) {
+/* n_panels: of 16 tokens, each of one row. is_int8: the cache. */
+size_t mpt_prompt_scratch_floats(const Model *model, int32_t n_panels, int32_t n_logits, int32_t n_threads,
+                                 int32_t is_int8) {
     Pass pass;
-    return carve(model, n_panels, n_logits, n_threads, NULL, &pass, NULL);
+    return carve(model, n_panels, n_logits, n_threads, is_int8, NULL, &pass, NULL);
 }
 
 /* Embeddings (T, C) to panels; tokens that are not there are 0. */
@@ -629,7 +697,8 @@ static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) 
     const int C = model->d_model, n_panels = (pass->step->n_logits + PANEL - 1) / PANEL;
     for (int panel = worker->thread; panel < n_panels; panel += worker->n)
         for (int c = 0; c < PANEL; c++) {
-            const int at = panel * PANEL + c, column = at < pass->step->n_logits ? place[pass->step->logit_tokens[at]] : 0;
+            const int at = panel * PANEL + c;
+            const int column = at < pass->step->n_logits ? place[pass->step->logit_tokens[at]] : 0;
             const float *from = pass->x + (size_t)(column / PANEL) * C * PANEL + column % PANEL;
             float *to = pass->wanted + (size_t)panel * C * PANEL + c;
             for (int k = 0; k < C; k++) to[k * PANEL] = from[k * PANEL];
@@ -655,9 +724,10 @@ void mpt_prompt(const Model *model, const Step *step) {
     Own own[step->n_threads];
     Pass pass = {.model = model, .step = step, .panels = panels, .n_panels = n_panels, .own = own,
                  .head_room = (model->d_head + STEP - 1) / STEP * STEP};
-    carve(model, n_panels, step->n_logits, step->n_threads, step->scratch, &pass, own);
+    carve(model, n_panels, step->n_logits, step->n_threads, step->kv_scale != NULL, step->scratch, &pass, own);
     memset(pass.queues, 0, 64 * ((size_t)model->n_layers * (LOOPS_PER_LAYER + MOST_RANGES) + 1));
-    if (pass.head_room != model->d_head) memset(pass.queries, 0, (size_t)n_panels * model->n_heads * pass.head_room * PANEL * 2);
+    if (pass.head_room != model->d_head)
+        memset(pass.queries, 0, (size_t)n_panels * model->n_heads * pass.head_room * PANEL * sizeof(bf16));
     Team team = {0};
 
 #pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)

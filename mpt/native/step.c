@@ -243,6 +243,11 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, const Inpu
 
 typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
 
+/* Of 16 values. One function for all callers, so that all round alike. */
+static __attribute__((noinline)) void gelu(float *x) {
+    for (int i = 0; i < PANEL; i++) x[i] = gelu_(x[i]);
+}
+
 /* Outputs for T tokens, shared out over the threads: added to the residual stream `out` (N, columns), or through GELU
  * the inputs `next` of another product, or rows: token t's at out + row_of[t] * N (t if NULL), none where row_of is
  * negative. */
@@ -419,12 +424,6 @@ static inline void ahead(const void *from, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 
-/* What is stored of one head of one row: keys and values, (positions, D) each. */
-typedef struct {
-    const void *keys, *values;
-    const float *key_scales, *value_scales; /* (positions) where they are int8 */
-} Stored;
-
 /* One head of one row: T queries (T, D), the last T of `stored` positions, over the keys up to their own.
  *
  * Blocks of keys are read from the newest to the oldest; they begin at multiples of KEYS, so that what a query sums does
@@ -523,39 +522,19 @@ static void prepare_token(const Place *at, int token) {
     }
 }
 
-/* Where the keys of a head begin, in positions; its values lie G heads further, and scales like what they are of. */
-static size_t position_of(const Place *at, int row, int g) { return (size_t)g * at->step->row_capacity[row]; }
-static void *kv_of(const Place *at, int row) { return at->step->kv[row * at->model->n_layers + at->layer]; }
-static float *scales_of(const Place *at, int row) { return at->step->kv_scale[row * at->model->n_layers + at->layer]; }
-
 /* Keys and values of one head of one row behind those that are there. */
 static void store(const Place *at, int row, int g) {
     const Model *model = at->model;
     const Step *step = at->step;
     const int D = model->d_head, G = model->n_kv_heads;
-    const size_t to_values = (size_t)G * step->row_capacity[row];
+    const Stored to = stored_of(model, step, at->layer, row, g);
     float *largest = step->key_norm[row] + at->layer * G + g;
     for (int t = 0; t < step->row_tokens[row]; t++) {
         const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
-        const float *value = key + G * D;
-        const size_t position = position_of(at, row, g) + step->row_length[row] + t;
-        float norm; /* of the key as it is stored */
-        if (step->kv_scale) {
-            int8_t *k = (int8_t *)kv_of(at, row) + position * D, *v = k + to_values * D;
-            float *scale = scales_of(at, row) + position;
-            int32_t square = 0;
-            scale[0] = quantize_head(key, D, k), scale[to_values] = quantize_head(value, D, v);
-            for (int d = 0; d < D; d++) square += k[d] * k[d];
-            norm = sqrtf((float)square) * scale[0];
-        } else {
-            bf16 *k = (bf16 *)kv_of(at, row) + position * D, *v = k + to_values * D;
-            float square = 0;
-            for (int d = 0; d < D; d++) k[d] = narrow(key[d]), v[d] = narrow(value[d]);
-            for (int d = 0; d < D; d++) square += wide(k[d]) * wide(k[d]);
-            norm = sqrtf(square);
-        }
-        norm *= 1.0001f; /* rounding must not make the bound too small */
-        if (norm > *largest) *largest = norm;
+        const size_t position = step->row_length[row] + t;
+        keep(to, position, key, key + G * D, D);
+        const float length = length_of_key(to, position, D);
+        if (length > *largest) *largest = length;
     }
 }
 
@@ -567,18 +546,13 @@ static int64_t attend_head(const Place *at, int row, int head) {
     const int stored = step->row_length[row] + T, C = model->d_model;
     const float *q = at->qkv + (size_t)at->first[row] * at->width + head * D;
     const float slope = model->slopes ? model->slopes[head] : 0, key_norm = step->key_norm[row][at->layer * G + g];
-    const size_t position = position_of(at, row, g), to_values = (size_t)G * step->row_capacity[row];
+    const Stored from = stored_of(model, step, at->layer, row, g);
     float *out = at->mixed + (size_t)at->first[row] * C + head * D;
-    if (step->kv_scale) {
-        const int8_t *keys = (const int8_t *)kv_of(at, row) + position * D;
-        const float *scales = scales_of(at, row) + position;
-        const Stored from = {keys, keys + to_values * D, scales, scales + to_values};
+    if (from.key_scales) {
         _Alignas(64) float queries[T * D];
         for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
         return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 1);
     }
-    const bf16 *keys = (const bf16 *)kv_of(at, row) + position * D;
-    const Stored from = {keys, keys + to_values * D, NULL, NULL};
     _Alignas(64) bf16 queries[T * D];
     for (int t = 0; t < T; t++)
         for (int d = 0; d < D; d++) queries[t * D + d] = narrow(q[(size_t)t * at->width + d]);

@@ -141,7 +141,7 @@ class NativeStep:
         self._library.mpt_prompt_scratch_floats.restype = ctypes.c_size_t
         n_panels = sum(-(-n // 16) for n in row_tokens)
         n_floats = self._library.mpt_prompt_scratch_floats(
-            ctypes.byref(self._model), n_panels, len(wanted), self._n_threads
+            ctypes.byref(self._model), n_panels, len(wanted), self._n_threads, memories[0].scale_addresses is not None
         )
         if n_floats > self._prompt_scratch.numel():
             self._prompt_scratch = torch.empty(0)  # the old one is free before the new one is there
