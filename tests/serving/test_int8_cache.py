@@ -122,9 +122,12 @@ def test_a_row_that_grew_and_a_copy_hold_the_same_bits(small):
     assert torch.equal(alone.read(shorter, [9]), alone.read(beginning, [9]))
 
 
-def test_both_ways_to_read_a_prompt_store_and_attend_over_the_same_numbers(small):
-    """The C step and torch, chunk by chunk, against each other: apart by bfloat16's rounding of what torch computes."""
+@pytest.mark.parametrize("torch_reads", [False, True], ids=["in_c", "in_torch"])
+def test_all_ways_to_read_a_prompt_store_and_attend_over_the_same_numbers(small, torch_reads):
+    """Few tokens at a time against many, chunk by chunk: apart by bfloat16's rounding of what is computed."""
     alone, tokens = Alone(small), prompt(240)
+    assert alone.backend.native is not None
+    alone.backend.native.reads_prompts &= not torch_reads
     stored, logits = [], []
     for chunk in (16, 17, 120, 240):
         row = alone.backend.reserve(None, 256)
