@@ -23,9 +23,11 @@ from pathlib import Path
 
 import torch
 
+import mpt
+from mpt.catalog import resolve
 from mpt.config import MPTConfig
-from mpt.local import LocalModel
 from mpt.model import MPTForCausalLM
+from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
 from serving.backend import TorchBackend
 from serving.engine import Engine
@@ -68,16 +70,16 @@ def yaml_documents(n: int) -> list[str]:
 
 
 def tasks(novel: str) -> list[Task]:
-    instruct, base = LocalModel("mpt-tiny-instruct", dtype="bfloat16"), LocalModel("mpt-tiny", dtype="bfloat16")
-    tokenizer = base.tokenizer
+    instruct, base = (mpt.load(resolve(name), dtype=torch.bfloat16) for name in ("mpt-tiny-instruct", "mpt-tiny"))
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
     passage = novel[3000:5500]
     repeated = [f"{passage}\n\n{passage[:n]}" for n in (300, 500, 700, 900)]
     free = [novel[at : at + 800] for at in (9000, 20000, 40000, 60000)]
-    yaml = [instruct.encode_prompt(text) for text in yaml_documents(20)]
+    yaml = [encode_chat(tokenizer, "instruct", [Message(role="user", content=text)]) for text in yaml_documents(20)]
     return [
-        Task("YAML to JSON", instruct.model, tokenizer, yaml, 0.0),
-        Task("a text that repeats itself", base.model, tokenizer, [tokenizer.encode(text) for text in repeated], 0.0),
-        Task("free text, temperature 1", base.model, tokenizer, [tokenizer.encode(text) for text in free], 1.0),
+        Task("YAML to JSON", instruct, tokenizer, yaml, 0.0),
+        Task("a text that repeats itself", base, tokenizer, [tokenizer.encode(text) for text in repeated], 0.0),
+        Task("free text, temperature 1", base, tokenizer, [tokenizer.encode(text) for text in free], 1.0),
     ]
 
 
@@ -95,7 +97,7 @@ def padded(model: MPTForCausalLM) -> MPTForCausalLM:
 
 
 def draft(name: str) -> Guesser:
-    model = LocalModel(name, dtype="bfloat16").model
+    model = mpt.load(resolve(name), dtype=torch.bfloat16)
     return DraftModel(TorchBackend(model), model.config.vocab_size)
 
 

@@ -17,7 +17,7 @@ from mpt.errors import MPTError, UserError
 from mpt.prompts import Message
 
 if TYPE_CHECKING:
-    from mpt.local import LocalModel
+    from serving.local import LocalModel
 
 HELP = """\
 /reset          forget the conversation, keep the system message
@@ -57,6 +57,7 @@ class LocalPartner:
                 f"`{model.entry.name}` was not trained on chat; continue text with "
                 f"`mpt generate --model {model.entry.name} PROMPT`, or chat with `mpt-tiny-chat`"
             )
+        model.open()
         self.name = model.entry.name
         self._model = model
         self._sampling = sampling
@@ -66,7 +67,8 @@ class LocalPartner:
         draw = self._sampling
         room = self._model.room_after(ids)
         n = room if draw.max_tokens is None else min(draw.max_tokens, room)
-        return self._model.stream(ids, n, temperature=draw.temperature, top_p=draw.top_p, seed=draw.seed)
+        deltas = self._model.stream(ids, n, temperature=draw.temperature, top_p=draw.top_p, seed=draw.seed)
+        return (delta.text for delta in deltas)
 
 
 class ServerPartner:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpt.command_line import Device, DeviceOption, Dtype, DtypeOption, Style
+from mpt.command_line import Device, DeviceOption, Dtype, DtypeOption, Quantization, QuantizeOption, Style
 from mpt.errors import MPTError
 
 if TYPE_CHECKING:
-    from mpt.local import LocalModel
+    from serving.local import LocalModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,22 +82,36 @@ def generate(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
 ) -> None:
     """Continue a text, or answer an instruction, with a model loaded here."""
     import time
 
+    from rich.console import Console
+    from rich.progress import Progress
+
     if prompt == "-":
         prompt = sys.stdin.read()
-    local = _load(model, device, dtype, style)
-    ids = local.encode_prompt(prompt)
-    start, n_tokens = time.monotonic(), 0
-    for text in local.stream(ids, max_tokens, temperature=temperature, top_p=top_p, seed=seed):
-        print(text, end="", flush=True)
-        n_tokens += 1
+    with _load(model, device, dtype, quantize, style) as local:
+        ids = local.encode_prompt(prompt)
+        local.open(len(ids) + max_tokens)
+        start, n_tokens, first = time.monotonic(), 0, 0.0
+        bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        task = bar.add_task(f"reading {len(ids):,} tokens", total=len(ids))
+
+        def show(n_read: int) -> None:
+            bar.update(task, completed=n_read)
+            (bar.start if n_read < len(ids) else bar.stop)()  # a short prompt is read before anybody would see a bar
+
+        for delta in local.stream(ids, max_tokens, temperature=temperature, top_p=top_p, seed=seed, on_read=show):
+            if not n_tokens:
+                first = time.monotonic()
+            print(delta.text, end="", flush=True)
+            n_tokens += len(delta.token_ids)
     print()
     if sys.stderr.isatty():
-        seconds = time.monotonic() - start
-        print(f"{len(ids)} tokens read, {n_tokens} written in {seconds:.1f} s", file=sys.stderr)
+        reading, writing = first - start, time.monotonic() - first
+        print(f"{len(ids)} tokens read in {reading:.1f} s, {n_tokens} written in {writing:.1f} s", file=sys.stderr)
 
 
 @app.command(
@@ -134,17 +148,17 @@ def chat(
     seed: Seed = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
 ) -> None:
     """Talk with a model in the terminal: a server's, or one loaded here."""
     from mpt import chat as terminal
 
     sampling = terminal.Sampling(max_tokens, temperature, top_p, seed)
-    partner: terminal.Partner
     if url is None and model is not None:
-        partner = terminal.LocalPartner(_load(model, device, dtype, None), sampling)
+        with _load(model, device, dtype, quantize, None) as local:
+            terminal.converse(terminal.LocalPartner(local, sampling), system)
     else:
-        partner = terminal.ServerPartner(url or "http://127.0.0.1:8000/v1", model, api_key, sampling)
-    terminal.converse(partner, system)
+        terminal.converse(terminal.ServerPartner(url or "http://127.0.0.1:8000/v1", model, api_key, sampling), system)
 
 
 @app.command(
@@ -158,14 +172,15 @@ def train(context: typer.Context) -> None:
     import_module("training.cli").main()
 
 
-def _load(model: str, device: Device, dtype: Dtype, style: Style | None) -> "LocalModel":
+def _load(model: str, device: Device, dtype: Dtype, quantize: Quantization | None, style: Style | None) -> "LocalModel":
     """The model, or its error before the seconds that importing torch takes."""
     from mpt.catalog import resolve
 
     resolve(model)
-    from mpt.local import LocalModel
-
-    return LocalModel(model, device=device, dtype=dtype, style=style)
+    local: LocalModel = import_module("serving.local").LocalModel(
+        model, device=device, dtype=dtype, quantize=quantize, style=style
+    )
+    return local
 
 
 # The commands of the stages, named by string: `mpt` imports none of them.

@@ -1,6 +1,6 @@
 """What the command lines share: the choices of device, precision and prompt style, light to import.
 
-The same as in `mpt.prompts` and `mpt.local`, which are slow to import; the type checker compares them.
+`Style` is the same as in `mpt.prompts`, which is slow to import; the type checker compares them.
 """
 
 from typing import Annotated, Literal

@@ -2,13 +2,18 @@
 
 Randomness comes in from outside as one uniform number a row and step, so a row's draw depends on nothing but its own
 logits and its own seed. Order: bias and penalties, temperature, top-k, top-p, min-p, draw by inverting the cumulative
-distribution.
+distribution in the order of the ids. On CPU the draw is in C where there is a compiler (mpt/native/draw.c): the same
+tokens in a twentieth of the time.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mpt.native.draw import draw
+from mpt.native.library import Unavailable, load
 
 
 @dataclass
@@ -62,10 +67,18 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
     reaches it, min_p those with at least that share of the best one's probability; never fewer than one token stays.
     """
-    out = greedy(logits)
-    drawn = temperature > 0
-    if not bool(drawn.any()):
-        return out
+    if not bool((temperature > 0).any()):
+        return greedy(logits)
+    if logits.device.type == "cpu" and _draws_in_c():
+        return draw(logits, temperature, top_p, top_k, min_p, uniform)
+    return sample_in_torch(logits, temperature, top_p, top_k, min_p, uniform)
+
+
+def sample_in_torch(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """What `sample` gives, on any device."""
+    out, drawn = greedy(logits), temperature > 0
     filtered = drawn & ((top_p < 1) | (top_k > 0) | (min_p > 0))
     plain = drawn & ~filtered
     if bool(plain.any()):
@@ -81,9 +94,18 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
         outside = probs.cumsum(-1) - probs >= top_p[filtered][:, None]  # the mass before this token is enough
         outside |= probs < min_p[filtered][:, None] * probs[:, :1]
         outside[:, 0] = False
-        pick = _draw(probs.masked_fill(outside, 0), uniform[filtered])
-        out[filtered] = token.gather(-1, pick[:, None]).squeeze(-1)
+        kept = torch.zeros_like(probs).scatter(-1, token, probs.masked_fill(outside, 0))
+        out[filtered] = _draw(kept, uniform[filtered])
     return out
+
+
+@functools.cache
+def _draws_in_c() -> bool:
+    try:
+        load()
+    except Unavailable:
+        return False
+    return True
 
 
 def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:

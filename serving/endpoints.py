@@ -13,9 +13,9 @@ import torch
 
 from mpt.catalog import describe, resolve
 from mpt.checkpoint import load, read_config, read_manifest, verify_manifest
+from mpt.command_line import Device
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
-from mpt.local import choose_device
 from mpt.prompts import PromptStyle
 from mpt.quantization import quantize_model
 from mpt.tokenizer import Tokenizer
@@ -170,6 +170,15 @@ def _open(name: str, root: str, options: ServeOptions, n_sharing: int) -> Endpoi
     if endpoint.context_length < context:
         log.warning("%s: the KV cache holds %d of %d tokens of context", name, endpoint.context_length, context)
     return endpoint
+
+
+def choose_device(device: Device) -> str:
+    """`cuda` or `cpu`. Raises MachineRefused where CUDA was asked for and is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineRefused("no CUDA device is available to torch; use `--device cpu`")
+    return device
 
 
 def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: ServeOptions) -> Speculation | None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mpt.lora import Adapter
+from mpt.sampling import sample
 from mpt.tokenizer import Tokenizer
 from serving.backend import Backend, DeviceLost, Work
 from serving.drawing import Draws, token_logprobs
@@ -258,6 +259,8 @@ class Engine:
         logits = self._backend.forward([Work(row, [0], 1)])
         if not bool(torch.isfinite(logits).all()):
             raise EngineFailed("the model gives no finite logits for its first token; its weights may be damaged")
+        none, one = torch.zeros(1), torch.ones(1)
+        sample(logits, temperature=one, top_p=one, top_k=none, min_p=none, uniform=none)  # compiles it, if it is C
 
     def _wait_for_work(self) -> bool:
         with self._wake:

@@ -405,20 +405,6 @@ static inline void add_int8(const float *weights, const int8_t *values, int n, i
     }
 }
 
-/* The largest of n numbers and one more. In 16 lanes: gcc makes no vectors of a single running maximum, which took as
- * long as the products. */
-static inline float largest_of(const float *x, int n, float most) {
-    float lanes[PANEL];
-    int j = 0;
-    for (int c = 0; c < PANEL; c++) lanes[c] = most;
-    for (; j + PANEL <= n; j += PANEL)
-        for (int c = 0; c < PANEL; c++) lanes[c] = x[j + c] > lanes[c] ? x[j + c] : lanes[c];
-    for (; j < n; j++) lanes[0] = x[j] > lanes[0] ? x[j] : lanes[0];
-    for (int half = PANEL / 2; half; half /= 2)
-        for (int c = 0; c < half; c++) lanes[c] = lanes[c + half] > lanes[c] ? lanes[c + half] : lanes[c];
-    return lanes[0];
-}
-
 /* Begin to fetch what is read next: a row's cache lies in pieces too short for the processor to guess them. */
 static inline void ahead(const void *from, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch((const char *)from + i);

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,14 @@ from typing import Any
 
 import pytest
 
+import mpt
+from mpt import generation
 from mpt.chat import LocalPartner, Sampling, ServerPartner, converse, sse_data
+from mpt.checkpoint import MANIFEST
 from mpt.errors import UserError
-from mpt.local import LocalModel
 from mpt.prompts import Message
+from mpt.tokenizer import Tokenizer
+from serving.local import LocalModel
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, seed=None)
@@ -307,27 +313,27 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_not_the_session(api: Api) -> None
 
 def test_local_chat_is_the_naive_loop_on_the_chatml_prompt(tiny_folders: Path) -> None:
     """The same tokens as the model gives when the prompt is written out by hand."""
-    from mpt import generation
-
-    model = LocalModel(str(tiny_folders / "chat"))
-    said = "".join(LocalPartner(model, GREEDY).answer([Message(role="user", content="hello")]))
+    folder = tiny_folders / "chat"
+    with LocalModel(str(folder)) as model:
+        said = "".join(LocalPartner(model, GREEDY).answer([Message(role="user", content="hello")]))
     written = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    prompt = model.tokenizer.encode(written, allow_special=True)
-    ids = generation.generate(model.model, prompt, 12, end_ids=model.tokenizer.end_ids)
-    assert said == model.tokenizer.decode(ids)
+    tokenizer = Tokenizer.from_folder(folder)
+    prompt = tokenizer.encode(written, allow_special=True)
+    ids = generation.generate(mpt.load(folder), prompt, 12, end_ids=tokenizer.end_ids)
+    assert said == tokenizer.decode(ids)
     assert said
 
 
 @pytest.mark.parametrize("max_tokens", [None, 500])
 def test_local_chat_minds_the_context(tiny_folders: Path, max_tokens: int | None) -> None:
-    model = LocalModel(str(tiny_folders / "chat"))
-    partner = LocalPartner(model, Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=None))
     message = [Message(role="user", content="hello" + " 7" * 116)]
-    n_prompt = len(model.encode_messages(message))
-    assert 230 < n_prompt < 256
-    assert sum(1 for _ in partner.answer(message)) <= 256 - n_prompt + 1  # and one piece for the flush
-    with pytest.raises(UserError, match="context of `test-chat` holds 256"):
-        partner.answer([Message(role="user", content="hello " * 400)])
+    with LocalModel(str(tiny_folders / "chat")) as model:
+        partner = LocalPartner(model, Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=None))
+        n_prompt = len(model.encode_messages(message))
+        assert 230 < n_prompt < 256
+        assert sum(1 for _ in partner.answer(message)) <= 256 - n_prompt
+        with pytest.raises(UserError, match="context of `test-chat` holds 256"):
+            partner.answer([Message(role="user", content="hello " * 400)])
 
 
 def test_base_model_is_refused_for_chat(tiny_folders: Path) -> None:
@@ -335,14 +341,45 @@ def test_base_model_is_refused_for_chat(tiny_folders: Path) -> None:
         LocalPartner(LocalModel(str(tiny_folders / "base")), GREEDY)
 
 
-def test_the_token_that_ends_an_answer_is_not_shown(tiny_folders: Path) -> None:
+def test_the_token_that_ends_an_answer_is_not_shown(tiny_folders: Path, tmp_path: Path) -> None:
     """Also an ordinary one: here the second token of the greedy answer is made an end."""
-    from mpt import generation
-    from mpt.tokenizer import Tokenizer
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folders / "base", folder, ignore=shutil.ignore_patterns(MANIFEST))
+    tokenizer = Tokenizer.from_folder(folder)
+    prompt = tokenizer.encode("The")
+    ids = generation.generate(mpt.load(folder), prompt, 2)
+    assert not tokenizer.special_ids.intersection(ids) and ids[0] != ids[1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[1]]}))
+    with LocalModel(str(folder)) as model:
+        deltas = list(model.stream(prompt, 5))
+    assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids[:1])
+    assert deltas[-1].finish_reason == "stop"
 
-    model = LocalModel(str(tiny_folders / "base"))
-    ids = generation.generate(model.model, model.tokenizer.encode("The"), 2)
-    assert not model.tokenizer.special_ids.intersection(ids) and ids[0] != ids[1]
-    raw = model.tokenizer._tokenizer
-    model.tokenizer = Tokenizer(raw, end_ids=[ids[1]])
-    assert "".join(model.stream(model.tokenizer.encode("The"), 5)) == model.tokenizer.decode(ids[:1])
+
+def test_a_text_may_be_longer_than_the_trained_context(tiny_folders: Path) -> None:
+    """ALiBi has no last position: a context of 256, and the naive loop's tokens behind 300."""
+    folder = tiny_folders / "base"
+    prompt = random.Random(0).choices(range(3, 200), k=300)
+    expected = generation.generate(mpt.load(folder), prompt, 12)
+    read: list[int] = []
+    with LocalModel(str(folder), style="none") as model:
+        tokens = [t for delta in model.stream(prompt, 12, on_read=read.append) for t in delta.token_ids]
+    assert tokens == expected
+    assert read[-1] == 300
+
+
+def test_an_interrupted_answer_leaves_the_model_ready(tiny_folders: Path) -> None:
+    """Ctrl-C in the middle of an answer, then another question."""
+    with LocalModel(str(tiny_folders / "base")) as model:
+        prompt = model.tokenizer.encode("The")
+
+        def answer_for_ever() -> None:
+            while True:
+                list(model.stream(prompt, 200))
+
+        threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            answer_for_ever()
+        tokens = [t for delta in model.stream(prompt, 5) for t in delta.token_ids]
+        assert tokens == generation.generate(mpt.load(tiny_folders / "base"), prompt, 5)
+        assert model.open().engine.stats().n_running == 0

@@ -12,10 +12,12 @@ from typing import get_args
 
 import pytest
 
+import mpt
 import serving.cli
 from mpt import catalog, cli, generation
-from mpt.local import DeviceChoice, DtypeChoice, LocalModel
 from mpt.prompts import PROMPT_STYLES
+from mpt.tokenizer import Tokenizer
+from serving.local import LocalModel
 from serving.options import ServeOptions
 
 ROOT = Path(__file__).parents[2]
@@ -82,10 +84,8 @@ def test_version_tells_what_computes(run: Callable[..., tuple[int, str, str]]) -
     assert f"torch {version('torch')}" in out and f"transformers {version('transformers')}" in out
 
 
-def test_choices_are_those_of_the_modules_behind() -> None:
+def test_styles_are_those_of_the_prompts() -> None:
     assert get_args(cli.Style) == PROMPT_STYLES
-    assert get_args(cli.Device) == get_args(DeviceChoice)
-    assert get_args(cli.Dtype) == get_args(DtypeChoice)
 
 
 def test_mistakes_are_one_line_and_exit_code_2(run: Callable[..., tuple[int, str, str]]) -> None:
@@ -116,15 +116,12 @@ def test_damaged_checkpoint_has_its_own_exit_code(
 def test_generate_prints_what_the_naive_loop_gives(
     run: Callable[..., tuple[int, str, str]], tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LocalModel(str(tiny_folders / "base"))
-    ids = model.tokenizer.encode("The quick")
-    ends = model.tokenizer.end_ids
+    model, tokenizer = mpt.load(tiny_folders / "base"), Tokenizer.from_folder(tiny_folders / "base")
+    ids, ends = tokenizer.encode("The quick"), tokenizer.end_ids
     options = ["--model", str(tiny_folders / "base"), "--max-tokens", "10"]
-    greedy = model.tokenizer.decode(generation.generate(model.model, ids, 10, end_ids=ends))
+    greedy = tokenizer.decode(generation.generate(model, ids, 10, end_ids=ends))
     assert run("generate", "The quick", *options) == (0, greedy + "\n", "")
-    drawn = model.tokenizer.decode(
-        generation.generate(model.model, ids, 10, temperature=1.0, top_p=0.9, seed=5, end_ids=ends)
-    )
+    drawn = tokenizer.decode(generation.generate(model, ids, 10, temperature=1.0, top_p=0.9, seed=5, end_ids=ends))
     assert drawn != greedy
     draw = ["--temperature", "1", "--top-p", "0.9", "--seed", "5"]
     assert run("generate", "The quick", *options, *draw) == (0, drawn + "\n", "")

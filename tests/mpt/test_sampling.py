@@ -1,14 +1,20 @@
-"""Draws against probabilities worked out by hand: over an even grid of uniform numbers the counts are exact."""
+"""Draws against probabilities worked out by hand: over an even grid of uniform numbers the counts are exact.
+
+Every draw here is made in torch and, where there is a compiler, in C.
+"""
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mpt.sampling import TokenCounts, penalize, sample
+from mpt.native import library
+from mpt.native.draw import draw as draw_in_c
+from mpt.sampling import TokenCounts, penalize, sample, sample_in_torch
 
 EIGHTHS = [4 / 8, 2 / 8, 1 / 8, 1 / 8]  # probabilities of tokens 0 to 3
 NO = -math.inf
@@ -25,14 +31,13 @@ def draw(
 ) -> list[int]:
     """One row for each uniform number, all with the same logits and settings."""
     n = len(uniform)
-    return sample(
-        torch.tensor([logits] * n),
-        temperature=torch.full((n,), temperature),
-        top_p=torch.full((n,), top_p),
-        top_k=torch.full((n,), top_k),
-        min_p=torch.full((n,), min_p),
-        uniform=torch.tensor(uniform, dtype=torch.float64),
-    ).tolist()
+    columns = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    settings = {name: torch.full((n,), value) for name, value in columns.items()}
+    rows, luck = torch.tensor([logits] * n), torch.tensor(uniform, dtype=torch.float64)
+    tokens: list[int] = sample_in_torch(rows, **settings, uniform=luck).tolist()
+    if library.has_compiler():
+        assert draw_in_c(rows, **settings, uniform=luck).tolist() == tokens
+    return tokens
 
 
 def counts(probabilities: list[float], n: int, **settings: float) -> list[int]:
@@ -101,11 +106,34 @@ def test_the_largest_vocabulary_is_drawn_right() -> None:
     uniform = [borders[token] + side for token in tokens for side in (-1e-11, 1e-11)]  # float32 is off by 1e-7
     assert draw(logits.tolist(), uniform) == [token + side for token in tokens for side in (0, 1)]
 
-    order = np.argsort(-wide, kind="stable")[:50]
-    best = np.cumsum(wide[order]) / wide[order].sum()
-    uniform = [best[rank] + side for rank in range(0, 49, 6) for side in (-1e-11, 1e-11)]
-    expected = [order[rank + side] for rank in range(0, 49, 6) for side in (0, 1)]
-    assert draw(logits.tolist(), uniform, top_k=50) == expected
+    order = np.argsort(-wide, kind="stable")
+    before = np.cumsum(wide[order]) / wide.sum() - wide[order] / wide.sum()
+    for filters, kept in [({"top_k": 50}, order[:50]), ({"top_p": 0.7}, order[before < 0.7])]:
+        ids = np.sort(kept)
+        borders = np.cumsum(wide[ids]) / wide[ids].sum()
+        ranks = range(0, len(ids) - 1, len(ids) // 8)
+        uniform = [borders[rank] + side for rank in ranks for side in (-1e-11, 1e-11)]
+        expected = [ids[rank + side] for rank in ranks for side in (0, 1)]
+        assert draw(logits.tolist(), uniform, **filters) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("n_vocab", [1, 7, 513, 50_432])
+def test_c_draws_what_torch_draws(spread: float, n_vocab: int) -> None:
+    """From flat to all but certain; a third of the logits rounded, so that many are equal, some banned."""
+    g, n = torch.Generator().manual_seed(0), 120
+    logits = spread * torch.randn(n, n_vocab, generator=g)
+    logits[::3] = logits[::3].round()
+    logits[1::4, 1::2] = NO
+    settings = {
+        "temperature": torch.tensor([0.0, 0.3, 1.0, 1.0, 2.0])[torch.arange(n) % 5],
+        "top_p": torch.tensor([1.0, 0.1, 0.5, 0.95])[torch.arange(n) % 4],
+        "top_k": torch.tensor([0, 0, 1, 5, 40, 4000])[torch.arange(n) % 6],
+        "min_p": torch.tensor([0.0, 0.0, 0.01, 0.3])[torch.arange(n) // 2 % 4],
+        "uniform": torch.rand(n, generator=g, dtype=torch.float64),
+    }
+    assert torch.equal(draw_in_c(logits, **settings), sample_in_torch(logits, **settings))
 
 
 @pytest.mark.parametrize("n", [4, 50_432])
@@ -157,7 +185,8 @@ def test_greedy_ignores_filters_and_luck() -> None:
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("sample", [sample, sample_in_torch])
+def test_a_row_does_not_depend_on_its_batch(sample: Callable[..., Tensor]) -> None:
     """Every mixture of greedy, plain and filtered rows, each as if it were alone."""
     g = torch.Generator().manual_seed(0)
     n, vocab = 60, 300
