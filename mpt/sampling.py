@@ -7,7 +7,7 @@ tokens in a twentieth of the time.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,25 +16,39 @@ from mpt.native.draw import draw
 from mpt.native.library import Unavailable, load
 
 
-@dataclass
 class TokenCounts:
-    """What one sequence has said so far, for the penalties. Vectors over the vocabulary."""
+    """What one sequence has said so far, for the penalties: the tokens of prompt and answer, each once.
 
-    generated: Tensor  # (V,) int32, how often each token was generated
-    seen: Tensor  # (V,) bool, tokens of the prompt or the answer
+    A list and not vectors over the vocabulary: a step then touches a few hundred logits of a sequence, not 50,432.
+    """
 
-    @classmethod
-    def of(cls, prompt: list[int], generated: list[int], vocab_size: int) -> "TokenCounts":
-        counts = torch.zeros(vocab_size, dtype=torch.int32)
-        seen = torch.zeros(vocab_size, dtype=torch.bool)
-        seen[torch.tensor(prompt + generated, dtype=torch.long)] = True
-        if generated:
-            counts += torch.bincount(torch.tensor(generated), minlength=vocab_size).int()
-        return cls(counts, seen)
+    def __init__(self, prompt: Sequence[int], generated: Sequence[int] = ()) -> None:
+        tokens = list(dict.fromkeys(prompt))
+        self._places = {token: place for place, token in enumerate(tokens)}
+        room = torch.zeros(64, dtype=torch.int64)
+        self._ids = torch.cat([torch.tensor(tokens, dtype=torch.int64), room])
+        self._times = torch.zeros(len(self._ids))
+        for token in generated:
+            self.add(token)
+
+    @property
+    def ids(self) -> Tensor:
+        """The tokens seen, (N,), in the order they came."""
+        return self._ids[: len(self._places)]
+
+    @property
+    def times(self) -> Tensor:
+        """How often each was generated, (N,) float32."""
+        return self._times[: len(self._places)]
 
     def add(self, token: int) -> None:
-        self.generated[token] += 1
-        self.seen[token] = True
+        """Count a token that was generated."""
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):
+            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
+            self._times = torch.cat([self._times, torch.zeros_like(self._times)])
+        self._ids[place] = token
+        self._times[place] += 1
 
 
 def penalize(
@@ -49,11 +63,11 @@ def penalize(
 
     presence and frequency: OpenAI's, over generated tokens. repetition: Keskar et al. 2019, over prompt and answer.
     """
+    ids, times = counts.ids.to(logits.device), counts.times.to(logits.device)
+    seen = logits[ids]
     if repetition != 1.0:
-        penalized = torch.where(logits > 0, logits / repetition, logits * repetition)
-        logits.copy_(torch.where(counts.seen, penalized, logits))
-    if presence or frequency:
-        logits.sub_(presence * (counts.generated > 0) + frequency * counts.generated)
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    logits[ids] = seen - presence * (times > 0) - frequency * times
 
 
 def greedy(logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class Draws:
     """What sequences draw from a step's logits, (N, V) float32, row by row or many rows at once.
 
     Rows of greedy sequences are all looked at beforehand, those behind guesses too: 16 rows of 50,432 take 0.2 ms.
-    Sampling takes up to 4.5 ms a row, so it waits until a row is reached.
+    Sampling waits until a row is reached: 0.2 ms each in C, 4.5 in torch, and one uniform number for each token.
     """
 
     def __init__(self, logits: Tensor, greedy_rows: list[int]) -> None:

@@ -89,7 +89,7 @@ class Sequence:
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(tokenizer.end_ids)
         self._banned_early = sorted({*tokenizer.end_ids, *sampling.stop_token_ids})
         penalized = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-        self._counts = TokenCounts.of(self.tokens, [], vocab_size) if penalized else None
+        self._counts = TokenCounts(self.tokens) if penalized else None
         bias = {token: value for token, value in sampling.logit_bias.items() if token < vocab_size}
         self._bias = (torch.tensor(list(bias)), torch.tensor(list(bias.values()))) if bias else None
         self._grammar = sampling.grammar.begin() if sampling.grammar is not None else None

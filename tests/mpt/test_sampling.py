@@ -219,7 +219,7 @@ LOGITS = [2.0, -1.0, 0.5, 4.0, -3.0]
 
 def penalized(prompt: list[int], generated: list[int], **penalties: float) -> Tensor:
     logits = torch.tensor(LOGITS)
-    penalize(logits, TokenCounts.of(prompt, generated, len(LOGITS)), **penalties)
+    penalize(logits, TokenCounts(prompt, generated), **penalties)
     return logits
 
 
@@ -251,15 +251,23 @@ def test_no_penalty_changes_nothing() -> None:
 
 def test_banned_tokens_stay_banned_under_penalties() -> None:
     logits = torch.tensor([NO, 1.0])
-    penalize(logits, TokenCounts.of([0], [0, 1], 2), presence=1.0, frequency=1.0, repetition=1.5)
+    penalize(logits, TokenCounts([0], [0, 1]), presence=1.0, frequency=1.0, repetition=1.5)
     assert logits[0] == NO
     assert logits.isnan().sum() == 0
 
 
 def test_counts_grow_with_the_answer() -> None:
-    whole, grown = TokenCounts.of([5, 1], [2, 2, 7], 9), TokenCounts.of([5, 1], [], 9)
+    whole, grown = TokenCounts([5, 1, 5], [2, 2, 7]), TokenCounts([5, 1, 5])
     for token in (2, 2, 7):
         grown.add(token)
     for counted in (whole, grown):
-        assert counted.generated.tolist() == [0, 0, 2, 0, 0, 0, 0, 1, 0]
-        assert counted.seen.nonzero().flatten().tolist() == [1, 2, 5, 7]
+        assert counted.ids.tolist() == [5, 1, 2, 7]
+        assert counted.times.tolist() == [0, 0, 2, 1]
+
+
+def test_counts_have_room_for_a_long_answer() -> None:
+    counted = TokenCounts([])
+    for token in [*range(1000, 0, -1), *range(1, 500)]:
+        counted.add(token)
+    assert counted.ids.tolist() == list(range(1000, 0, -1))
+    assert counted.times.tolist() == [1.0] * 501 + [2.0] * 499
