@@ -230,7 +230,7 @@ class TorchBackend:
             return [(work, self._pack)]
         few, many, rest = list[Work](), list[Work](), list[Work]()
         for item in work:
-            if item.adapter is not None or item.hidden is not None:
+            if item.hidden is not None:
                 rest.append(item)
             elif len(item.tokens) <= _FEW_TOKENS:
                 few.append(item)
@@ -256,7 +256,8 @@ class TorchBackend:
         ends = itertools.accumulate(n_tokens)
         wanted = [at for item, end in zip(work, ends, strict=True) for at in range(end - item.n_logits, end)]
         memories = [row.memory for row in rows if row.memory is not None]
-        logits = run(embeddings, n_tokens, [row.length for row in rows], memories, wanted)
+        adapters = [item.adapter for item in work]
+        logits = run(embeddings, n_tokens, [row.length for row in rows], memories, wanted, adapters)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits.mul_(factor)
 

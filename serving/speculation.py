@@ -69,8 +69,6 @@ class Speculation:
         rooms = {}
         for sequence in sequences:
             assert sequence.row is not None
-            if sequence.request.adapter is not None:
-                continue  # its steps run where one token and several are not rounded alike
             pace = self._paces.setdefault(sequence, Pace())
             room = min(pace.allowed(), sequence.n_left - 1, sequence.row.capacity - len(sequence.tokens))
             if room > 0:

@@ -39,6 +39,13 @@ typedef struct {
     const bf16 *weight, *bias; /* (C) each; bias may be NULL, and a norm that is not there has no weight */
 } Norm;
 
+typedef struct { /* an adapter's part of one projection: y += b a x */
+    const bf16 *a, *b; /* (rank, n_in), (n_out, rank), with their scale in b */
+    int32_t rank;      /* 0: it leaves this one alone */
+} Lora;
+
+enum { WQKV, OUT_PROJ, UP_PROJ, DOWN_PROJ, N_PROJECTIONS };
+
 typedef struct {
     Norm norm_1, norm_2, q_ln, k_ln;
     Linear wqkv, out_proj, up_proj, down_proj;
@@ -55,6 +62,7 @@ typedef struct {
 
 typedef struct {
     int32_t n_tokens, n_rows, n_logits, n_threads;
+    int32_t n_adapters, max_rank;
     const float *x;             /* (T, C) embeddings */
     const int32_t *row_tokens;  /* (rows) tokens of each row, in the order of x */
     const int32_t *row_length;  /* (rows) positions stored before this step */
@@ -62,6 +70,9 @@ typedef struct {
     void *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) bfloat16, or int8 with scales */
     float *const *kv_scale;     /* (rows, layers) each (2, KV heads, capacity): value = int8 * scale; NULL: bfloat16 */
     float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
+    const Lora *adapters;       /* (adapters, layers, N_PROJECTIONS) those of the step's rows */
+    const int32_t *row_adapter; /* (rows) which of them, or -1 */
+    float *low;                 /* what they make of a projection's inputs: step.c, prompt.c */
     const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
     float *logits;              /* (n_logits, V) */
     float *scratch;             /* mpt_scratch_floats() */

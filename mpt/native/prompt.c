@@ -251,9 +251,47 @@ static void store(const Pass *pass, int layer, int panel, int n0, __m512 *values
         _mm256_storeu_si256((__m256i *)(to + (size_t)token * D), (__m256i)_mm512_cvtneps_pbh(values[token]));
 }
 
+/* -- adapters ------------------------------------------------------------------------------------------------------- */
+
+/* The adapter of a panel's row for one projection (of a layer), if it has one. */
+static inline const Lora *lora_of(const Pass *pass, int layer, int projection, int panel) {
+    const Step *step = pass->step;
+    if (!step->n_adapters || projection < 0) return NULL;
+    const int which = step->row_adapter[pass->panels[panel].row];
+    if (which < 0) return NULL;
+    const Lora *lora = step->adapters + ((size_t)which * pass->model->n_layers + layer) * N_PROJECTIONS + projection;
+    return lora->rank ? lora : NULL;
+}
+
+/* What adapters make of a projection's inputs: low (panels, max_rank, 16). */
+static void lower(const Pass *pass, int layer, int projection, bf16 *inputs, int K, Worker *worker) {
+    if (!pass->step->n_adapters) return;
+    enum { AT_ONCE = 8 };
+    for (int panel = worker->thread; panel < pass->n_panels; panel += worker->n) {
+        const Lora *lora = lora_of(pass, layer, projection, panel);
+        float *low = pass->step->low + (size_t)panel * pass->step->max_rank * PANEL;
+        for (int r = 0; lora && r < lora->rank; r += AT_ONCE) {
+            const int n = lora->rank - r < AT_ONCE ? lora->rank - r : AT_ONCE;
+            __m512 sums[AT_ONCE] = {0};
+            for (int k = 0; k < K; k += 2) {
+                const __m512bh x = (__m512bh)_mm512_load_si512(tile_of(inputs, K, panel, k));
+                for (int i = 0; i < AT_ONCE; i++) {
+                    int32_t both;
+                    memcpy(&both, lora->a + (size_t)(r + (i < n ? i : 0)) * K + k, 4);
+                    sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_set1_epi32(both), x);
+                }
+            }
+            for (int i = 0; i < n; i++) _mm512_storeu_ps(low + (r + i) * PANEL, sums[i]);
+        }
+    }
+    meet(worker);
+}
+
+/* -- products, and what becomes of them ----------------------------------------------------------------------------- */
+
 /* Bring 16 outputs of a panel, sums (16 outputs, 16 tokens), to where they are read next. */
-static inline void bring(const Pass *pass, int layer, const Linear *linear, Target target, int with_bias, int n0,
-                         int panel, const float *sums) {
+static inline void bring(const Pass *pass, int layer, const Linear *linear, Target target, int with_bias,
+                         const Lora *lora, int n0, int panel, const float *sums) {
     const Model *model = pass->model;
     const int C = model->d_model, D = model->d_head;
     __m512 values[PANEL];
@@ -261,6 +299,12 @@ static inline void bring(const Pass *pass, int layer, const Linear *linear, Targ
         values[r] = _mm512_load_ps(sums + r * PANEL);
         if (linear->scale) values[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(wide(linear->scale[n0 + r])));
         if (with_bias) values[r] = _mm512_add_ps(values[r], _mm512_set1_ps(wide(linear->bias[n0 + r])));
+    }
+    for (int i = 0; lora && i < lora->rank; i++) {
+        const __m512 low = _mm512_loadu_ps(pass->step->low + ((size_t)panel * pass->step->max_rank + i) * PANEL);
+        const bf16 *b = lora->b + (size_t)n0 * lora->rank + i;
+        for (int r = 0; r < PANEL; r++, b += lora->rank)
+            values[r] = _mm512_fmadd_ps(_mm512_set1_ps(wide(*b)), low, values[r]);
     }
     if (target == TO_RESIDUAL) {
         float *x = pass->x + ((size_t)panel * C + n0) * PANEL;
@@ -290,8 +334,8 @@ static inline void bring(const Pass *pass, int layer, const Linear *linear, Targ
 
 /* Outputs for all panels from inputs k `from` to `to`, shared out over the threads by strips; all weights pass by a
  * block of tokens before they pass by the next. */
-static void product(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, int n_panels, int from,
-                    int to, Target target, Worker *worker) {
+static void product(const Pass *pass, int layer, int projection, const Linear *linear, const bf16 *inputs, int n_panels,
+                    int from, int to, Target target, Worker *worker) {
     const int K = linear->n_in, N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP, n_groups = (n_panels + 1) / 2;
     const int fit = INPUT_BYTES / (2 * GROUP * (to - from)), most = fit < 2 ? 2 : fit > MOST_GROUPS ? MOST_GROUPS : fit;
     const int n_blocks = (n_groups + most - 1) / most, n_tasks = n_strips * n_blocks;
@@ -315,8 +359,9 @@ static void product(const Pass *pass, int layer, const Linear *linear, const bf1
                 multiply(own->strip, inputs + ((size_t)group * K + k) * GROUP, n, k == from, sums);
                 for (int i = 0; is_last && i < 4; i++) {
                     const int panel = 2 * group + i % 2, output = i / 2 * 16;
-                    if (panel < n_panels && output < n_outputs)
-                        bring(pass, layer, linear, target, with_bias, n0 + output, panel, sums + i * 256);
+                    if (panel >= n_panels || output >= n_outputs) continue;
+                    const Lora *lora = from == 0 ? lora_of(pass, layer, projection, panel) : NULL;
+                    bring(pass, layer, linear, target, with_bias, lora, n0 + output, panel, sums + i * 256);
                 }
             }
         }
@@ -688,8 +733,8 @@ static void normalize_all(const Pass *pass, const float *x, int n_panels, Norm n
 static void product_in_ranges(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, Worker *worker) {
     const int K = linear->n_in, n = (K + 2047) / 2048 < MOST_RANGES ? (K + 2047) / 2048 : MOST_RANGES;
     for (int i = 0; i < n; i++)
-        product(pass, layer, linear, inputs, pass->n_panels, i * (K / STEP) / n * STEP, (i + 1) * (K / STEP) / n * STEP,
-                TO_RESIDUAL, worker);
+        product(pass, layer, DOWN_PROJ, linear, inputs, pass->n_panels, i * (K / STEP) / n * STEP,
+                (i + 1) * (K / STEP) / n * STEP, TO_RESIDUAL, worker);
 }
 
 static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) {
@@ -705,7 +750,7 @@ static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) 
         }
     meet(worker);
     normalize_all(pass, pass->wanted, n_panels, model->norm_f, worker);
-    product(pass, 0, &model->head, pass->inputs, n_panels, 0, C, TO_LOGITS, worker);
+    product(pass, 0, -1, &model->head, pass->inputs, n_panels, 0, C, TO_LOGITS, worker);
 }
 
 void mpt_prompt(const Model *model, const Step *step) {
@@ -738,11 +783,15 @@ void mpt_prompt(const Model *model, const Step *step) {
         for (int layer = 0; layer < model->n_layers; layer++) {
             const Layer *now = model->layers + layer;
             normalize_all(&pass, pass.x, n_panels, now->norm_1, &worker);
-            product(&pass, layer, &now->wqkv, pass.inputs, n_panels, 0, C, TO_ATTENTION, &worker);
+            lower(&pass, layer, WQKV, pass.inputs, C, &worker);
+            product(&pass, layer, WQKV, &now->wqkv, pass.inputs, n_panels, 0, C, TO_ATTENTION, &worker);
             n_read += attend_all(&pass, layer, &worker);
-            product(&pass, layer, &now->out_proj, pass.inputs, n_panels, 0, C, TO_RESIDUAL, &worker);
+            lower(&pass, layer, OUT_PROJ, pass.inputs, C, &worker);
+            product(&pass, layer, OUT_PROJ, &now->out_proj, pass.inputs, n_panels, 0, C, TO_RESIDUAL, &worker);
             normalize_all(&pass, pass.x, n_panels, now->norm_2, &worker);
-            product(&pass, layer, &now->up_proj, pass.inputs, n_panels, 0, C, TO_GELU, &worker);
+            lower(&pass, layer, UP_PROJ, pass.inputs, C, &worker);
+            product(&pass, layer, UP_PROJ, &now->up_proj, pass.inputs, n_panels, 0, C, TO_GELU, &worker);
+            lower(&pass, layer, DOWN_PROJ, pass.inner, model->d_ffn, &worker);
             product_in_ranges(&pass, layer, &now->down_proj, pass.inner, &worker);
         }
         if (step->n_logits) give_logits(&pass, place, &worker);

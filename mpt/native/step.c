@@ -241,6 +241,86 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, const Inpu
 }
 #endif
 
+/* -- adapters ------------------------------------------------------------------------------------------------------- */
+
+/* One projection's adapters: what they make of its inputs, low (adapters, max_rank, columns), and how it is added to the
+ * outputs. Zero for the tokens of others, so that adding it changes nothing there. */
+typedef struct {
+    int n, max_rank, columns, stride;
+    const Lora *loras; /* every stride-th */
+    float *low;
+} Adapted;
+
+static Adapted adapted_at(const Model *model, const Step *step, int layer, int projection) {
+    const Lora *loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL;
+    return (Adapted){step->n_adapters, step->max_rank, columns_of(step->n_tokens), model->n_layers * N_PROJECTIONS, loras,
+                     step->low};
+}
+
+/* One row of A (K) times the inputs of a panel. */
+static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out) {
+    const int K = inputs->K;
+    if (inputs->is_int8) {
+        for (int c = 0; c < PANEL; c++) out[c] = 0;
+        for (int k = 0; k < K; k++) {
+            const float weight = wide(a[k]), *x = inputs->staged + (size_t)k * inputs->columns + panel * PANEL;
+            for (int c = 0; c < PANEL; c++) out[c] += weight * x[c];
+        }
+        return;
+    }
+#if AMX
+    const bf16 *x = (const bf16 *)inputs->packed + (size_t)panel * K * PANEL;
+    __m512 sums[4] = {0};
+    for (int k = 0; k < K; k += 8, x += 8 * PANEL)
+        for (int i = 0; i < 4; i++) {
+            int32_t both;
+            memcpy(&both, a + k + 2 * i, 4);
+            sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_set1_epi32(both),
+                                       (__m512bh)_mm512_loadu_si512(x + 2 * i * PANEL));
+        }
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+#else
+    for (int c = 0; c < PANEL; c++) {
+        const bf16 *x = (const bf16 *)inputs->packed + (size_t)(panel * PANEL + c) * K;
+        float sum = 0;
+        for (int k = 0; k < K; k++) sum += wide(a[k]) * wide(x[k]);
+        out[c] = sum;
+    }
+#endif
+}
+
+static void lower(Adapted adapted, const Step *step, const Inputs *inputs, Worker *worker) {
+    if (!adapted.n) return;
+    for (int task; (task = take(worker, 1)) < adapted.n * adapted.max_rank;) {
+        const int which = task / adapted.max_rank, r = task % adapted.max_rank;
+        const Lora *lora = adapted.loras + (size_t)which * adapted.stride;
+        float *low = adapted.low + (size_t)task * adapted.columns;
+        if (r >= lora->rank) continue;
+        for (int panel = 0; panel < adapted.columns / PANEL; panel++)
+            dot_panel(lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
+        for (int row = 0, token = 0; row < step->n_rows; token += step->row_tokens[row++])
+            for (int t = 0; t < step->row_tokens[row] && step->row_adapter[row] != which; t++) low[token + t] = 0;
+    }
+    leave(worker);
+    meet(worker);
+}
+
+/* Output n of the 16 tokens from `first`. One function for all callers, so that all round alike. */
+static __attribute__((noinline)) void add_adapted(const Adapted *adapted, int n, int first, float *values) {
+    for (int which = 0; which < adapted->n; which++) {
+        const Lora *lora = adapted->loras + (size_t)which * adapted->stride;
+        const float *low = adapted->low + (size_t)which * adapted->max_rank * adapted->columns + first;
+        float sums[PANEL] = {0};
+        for (int r = 0; r < lora->rank; r++, low += adapted->columns) {
+            const float weight = wide(lora->b[(size_t)n * lora->rank + r]);
+            for (int c = 0; c < PANEL; c++) sums[c] += weight * low[c];
+        }
+        for (int c = 0; c < PANEL; c++) values[c] += sums[c];
+    }
+}
+
+/* -- products, and what becomes of them ----------------------------------------------------------------------------- */
+
 typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
 
 /* Of 16 values. One function for all callers, so that all round alike. */
@@ -251,8 +331,8 @@ static __attribute__((noinline)) void gelu(float *x) {
 /* Outputs for T tokens, shared out over the threads: added to the residual stream `out` (N, columns), or through GELU
  * the inputs `next` of another product, or rows: token t's at out + row_of[t] * N (t if NULL), none where row_of is
  * negative. */
-static void product(const Linear *linear, const Inputs *inputs, int T, Target target, float *out, Inputs *next,
-                    const int32_t *row_of, Worker *worker) {
+static void product(const Linear *linear, const Inputs *inputs, Adapted adapted, int T, Target target, float *out,
+                    Inputs *next, const int32_t *row_of, Worker *worker) {
     const int N = linear->n_out, n_pairs = (N + 31) / 32, columns = inputs->columns;
     const int at_once = !inputs->is_int8 ? 32 : T > 8 ? 16 : 8;
     for (int pair; (pair = take(worker, 1)) < n_pairs;) {
@@ -269,6 +349,8 @@ static void product(const Linear *linear, const Inputs *inputs, int T, Target ta
                 const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
                 float *values = sums + r * 32;
                 for (int c = 0; c < n_columns; c++) values[c] = values[c] * scale + bias;
+                for (int c = 0; c < n_columns && adapted.n; c += PANEL)
+                    add_adapted(&adapted, n0 + r, first + c, values + c);
                 if (target == TO_GELU && n_here > 4)
                     for (int c = 0; c < n_columns; c += PANEL) gelu(values + c);
                 if (target == TO_RESIDUAL) {
@@ -552,7 +634,7 @@ typedef struct {
     atomic_int *queues;                              /* one for each loop that is shared out, a cache line each */
 } Scratch;
 
-enum { LOOPS_PER_LAYER = 5 };
+enum { LOOPS_PER_LAYER = 5 + N_PROJECTIONS };
 
 static size_t carve(const Model *model, int T, int n_threads, float *block, Scratch *out) {
     const size_t columns = columns_of(T), C = model->d_model, F = model->d_ffn, most = C > F ? C : F;
@@ -670,20 +752,26 @@ void mpt_step(const Model *model, const Step *step) {
         for (int layer = 0; layer < model->n_layers; layer++) {
             const Layer *now = model->layers + layer;
             const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
+            Adapted adapted[N_PROJECTIONS];
+            for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, layer, i);
             normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
-            product(&now->wqkv, &inputs, T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
+            lower(adapted[WQKV], step, &inputs, &worker);
+            product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
             n_read += attend_all(&at, &worker);
             pack(scratch.mixed, &inputs, &now->out_proj, T, &worker);
-            product(&now->out_proj, &inputs, T, TO_RESIDUAL, x, NULL, NULL, &worker);
+            lower(adapted[OUT_PROJ], step, &inputs, &worker);
+            product(&now->out_proj, &inputs, adapted[OUT_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
             normalize_all(x, now->norm_2, model->eps, &inputs, &now->up_proj, T, &worker);
+            lower(adapted[UP_PROJ], step, &inputs, &worker);
             start(&inner, model->d_ffn, &now->down_proj);
-            product(&now->up_proj, &inputs, T, TO_GELU, NULL, &inner, NULL, &worker);
+            product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, NULL, &worker);
             finish(&inner, T, &worker);
-            product(&now->down_proj, &inner, T, TO_RESIDUAL, x, NULL, NULL, &worker);
+            lower(adapted[DOWN_PROJ], step, &inner, &worker);
+            product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
         }
         if (step->n_logits) {
             normalize_all(x, model->norm_f, model->eps, &inputs, &model->head, T, &worker);
-            product(&model->head, &inputs, T, TO_ROWS, step->logits, NULL, logits_of, &worker);
+            product(&model->head, &inputs, (Adapted){0}, T, TO_ROWS, step->logits, NULL, logits_of, &worker);
         }
 #if AMX
         _tile_release();

@@ -8,12 +8,14 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from mpt import attention
 from mpt.int8_cache import Int8Layer
+from mpt.lora import Adapter
 from mpt.model import MPTForCausalLM
 from mpt.native.library import LinearStruct, Pointer, Unavailable, load
 from mpt.quantization import Int8Linear
@@ -21,6 +23,10 @@ from mpt.quantization import Int8Linear
 
 class _Norm(ctypes.Structure):
     _fields_ = (("weight", Pointer), ("bias", Pointer))
+
+
+class _Lora(ctypes.Structure):
+    _fields_ = (("a", Pointer), ("b", Pointer), ("rank", ctypes.c_int32))
 
 
 class _Layer(ctypes.Structure):
@@ -44,10 +50,15 @@ class _Model(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("n_tokens", "n_rows", "n_logits", "n_threads")),
+        *((name, ctypes.c_int32) for name in ("n_adapters", "max_rank")),
         *((name, Pointer) for name in ("x", "row_tokens", "row_length", "row_capacity", "kv", "kv_scale", "key_norm")),
+        *((name, Pointer) for name in ("adapters", "row_adapter", "low")),
         *((name, Pointer) for name in ("logit_tokens", "logits", "scratch", "keys_read")),
         ("drop", ctypes.c_float),
     )
+
+
+_PROJECTIONS = ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")  # in the order of common.h
 
 
 @dataclass
@@ -96,7 +107,7 @@ class NativeStep:
             norm_f=self._norm(transformer.norm_f), head=self._linear(model.lm_head),
         )  # fmt: skip
         self._kept.append(layers)
-        self._drop, self._n_heads, self._vocab_size = drop, config.n_heads, config.vocab_size
+        self._drop, self._n_layers, self._vocab_size = drop, config.n_layers, config.vocab_size
         self._library.mpt_scratch_floats.restype = ctypes.c_size_t
         self._n_threads = torch.get_num_threads()
         n_floats = self._library.mpt_scratch_floats(ctypes.byref(self._model), self.max_tokens, self._n_threads)
@@ -106,6 +117,7 @@ class NativeStep:
         self.reads_prompts = bool(self._library.mpt_can_read_prompts()) and is_made_for
         self._prompt_scratch = torch.empty(0)
         self._keys_read = torch.zeros(1, dtype=torch.int64)
+        self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
 
     @property
     def keys_read(self) -> int:
@@ -119,14 +131,17 @@ class NativeStep:
         lengths: Sequence[int],
         memories: Sequence[RowMemory],
         wanted: Sequence[int],
+        adapters: Sequence[Adapter | None] = (),
     ) -> Tensor:
         """Logits (len(wanted), V) float32 of the wanted tokens; keys and values of all are stored in their rows.
 
         embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
-        holds already. wanted: places in the step. The rows' caches are all bfloat16, or all int8.
+        holds already. wanted: places in the step. adapters: each row's, if any has one. The rows' caches are all
+        bfloat16, or all int8.
         """
         assert embeddings.shape[0] <= self.max_tokens
-        return self._run(self._library.mpt_step, self._scratch, embeddings, row_tokens, lengths, memories, wanted)
+        call = self._library.mpt_step, self._scratch
+        return self._run(*call, embeddings, row_tokens, lengths, memories, wanted, adapters)
 
     def read_prompts(
         self,
@@ -135,6 +150,7 @@ class NativeStep:
         lengths: Sequence[int],
         memories: Sequence[RowMemory],
         wanted: Sequence[int],
+        adapters: Sequence[Adapter | None] = (),
     ) -> Tensor:
         """The same as `run` for any number of tokens, the faster the more; only where `reads_prompts`."""
         assert self.reads_prompts
@@ -146,8 +162,8 @@ class NativeStep:
         if n_floats > self._prompt_scratch.numel():
             self._prompt_scratch = torch.empty(0)  # the old one is free before the new one is there
             self._prompt_scratch = torch.empty(n_floats)
-        scratch = self._prompt_scratch
-        return self._run(self._library.mpt_prompt, scratch, embeddings, row_tokens, lengths, memories, wanted)
+        call = self._library.mpt_prompt, self._prompt_scratch
+        return self._run(*call, embeddings, row_tokens, lengths, memories, wanted, adapters)
 
     def _run(
         self,
@@ -158,29 +174,44 @@ class NativeStep:
         lengths: Sequence[int],
         memories: Sequence[RowMemory],
         wanted: Sequence[int],
+        adapters: Sequence[Adapter | None],
     ) -> Tensor:
         T, n = embeddings.shape[0], len(row_tokens)
         assert sum(row_tokens) == T and len(lengths) == len(memories) == n
         assert embeddings.dtype == torch.float32 and embeddings.is_contiguous()
         capacities = [memory.capacity for memory in memories]
         assert all(map(operator.ge, capacities, map(operator.add, lengths, row_tokens)))
-        numbers = torch.tensor([*row_tokens, *lengths, *capacities, *wanted], dtype=torch.int32)
+        present = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
+        row_adapter = [-1 if adapter is None else present.index(adapter) for adapter in adapters] or [-1] * n
+        numbers = torch.tensor([*row_tokens, *lengths, *capacities, *row_adapter, *wanted], dtype=torch.int32)
         addresses = torch.cat([memory.addresses for memory in memories])
         found = [memory.scale_addresses for memory in memories if memory.scale_addresses is not None]
         assert len(found) in (0, n)
         scales = torch.cat(found) if found else None
         norms = torch.tensor([memory.key_norms.data_ptr() for memory in memories])
         logits = torch.empty(len(wanted), self._vocab_size)
+        tables = [self._table(adapter) for adapter in present]
+        max_rank = max((table.max_rank for table in tables), default=0)
+        n_columns = sum(-(-tokens // 16) for tokens in row_tokens) * 16  # no fewer than either way to compute has
+        low = torch.empty(len(tables) * max_rank * n_columns)
+        loras = ctypes.create_string_buffer(b"".join(table.structs for table in tables))
         at = numbers.data_ptr()
         step = _Step(
             n_tokens=T, n_rows=n, n_logits=len(wanted), n_threads=self._n_threads, x=embeddings.data_ptr(),
             row_tokens=at, row_length=at + 4 * n, row_capacity=at + 8 * n, kv=addresses.data_ptr(),
             kv_scale=None if scales is None else scales.data_ptr(), key_norm=norms.data_ptr(),
-            logit_tokens=at + 12 * n, logits=logits.data_ptr(), scratch=scratch.data_ptr(),
+            n_adapters=len(tables), max_rank=max_rank, adapters=ctypes.addressof(loras), row_adapter=at + 12 * n,
+            low=low.data_ptr(), logit_tokens=at + 16 * n, logits=logits.data_ptr(), scratch=scratch.data_ptr(),
             keys_read=self._keys_read.data_ptr(), drop=self._drop,
         )  # fmt: skip
         function(ctypes.byref(self._model), ctypes.byref(step))
         return logits
+
+    def _table(self, adapter: Adapter) -> "_Table":
+        table = self._tables.get(adapter)
+        if table is None:
+            table = self._tables[adapter] = _Table.of(adapter, self._n_layers)
+        return table
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -204,6 +235,28 @@ class NativeStep:
         attn, ffn = block.attn, block.ffn
         norms = map(self._norm, (block.norm_1, block.norm_2, attn.q_ln, attn.k_ln))
         return _Layer(*norms, *map(self._linear, (attn.Wqkv, attn.out_proj, ffn.up_proj, ffn.down_proj)))
+
+
+@dataclass
+class _Table:
+    """Where an adapter's matrices lie."""
+
+    structs: bytes  # of (layers, projections) _Lora
+    max_rank: int
+    kept: list[Tensor]  # what they point into
+
+    @classmethod
+    def of(cls, adapter: Adapter, n_layers: int) -> "_Table":
+        structs = (_Lora * (n_layers * len(_PROJECTIONS)))()
+        kept: list[Tensor] = []
+        for place in range(len(structs)):
+            layer, which = divmod(place, len(_PROJECTIONS))
+            pair = adapter.pairs.get(f"transformer.blocks.{layer}.{_PROJECTIONS[which]}")
+            if pair is not None:
+                a, b = (matrix.to(torch.bfloat16).contiguous() for matrix in pair)
+                kept += a, b
+                structs[place] = _Lora(a.data_ptr(), b.data_ptr(), len(a))
+        return cls(bytes(structs), max((lora.rank for lora in structs), default=0), kept)
 
 
 def _check(model: MPTForCausalLM) -> None:

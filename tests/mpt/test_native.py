@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import mpt
 from mpt.int8_cache import Int8Layer
+from mpt.lora import Adapter, adaptable
 from mpt.native import library
 from mpt.native.step import NativeStep, RowMemory
 from mpt.quantization import quantize_model
@@ -61,7 +63,13 @@ class Runner:
         return torch.full(self.shape, torch.nan, dtype=torch.bfloat16)
 
     @torch.inference_mode()
-    def feed(self, rows: list[tuple], lengths: list[int], tokens: list[list[int]]) -> Tensor:
+    def feed(
+        self,
+        rows: list[tuple],
+        lengths: list[int],
+        tokens: list[list[int]],
+        adapters: Sequence[Adapter | None] = (),
+    ) -> Tensor:
         """Logits of every token; rows hold `lengths` already."""
         flat = torch.tensor([token for row in tokens for token in row])
         x = self.model.transformer.wte(flat).float()
@@ -70,15 +78,15 @@ class Runner:
             x += self.model.transformer.wpe(torch.tensor(places)).float()
         counts = [len(row) for row in tokens]
         few_or_many = self.step.run if max(counts) <= 16 else self.step.read_prompts  # as in serving/backend.py
-        logits = few_or_many(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))))
+        logits = few_or_many(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))), adapters)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits * factor
 
-    def read(self, ids: list[int], at_once: int, row: tuple | None = None) -> Tensor:
+    def read(self, ids: list[int], at_once: int, row: tuple | None = None, adapter: Adapter | None = None) -> Tensor:
         """Logits (T, V) of a text, read so many tokens at a time."""
         row, out = row or self.row(), []
         for start in range(0, len(ids), at_once):
-            out.append(self.feed([row], [start], [ids[start : start + at_once]]))
+            out.append(self.feed([row], [start], [ids[start : start + at_once]], [adapter]))
         return torch.cat(out)
 
 
@@ -235,6 +243,73 @@ def test_an_old_key_that_counts_is_found_at_any_distance(at_once, int8_cache):
     skip_unless_read(few, at_once)
     expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def adapter_of(model: mpt.MPTForCausalLM, rank: int, seed: int = 0, projections: str = "") -> Adapter:
+    """A random one, beside those projections whose names end so; about as loud as what it stands beside."""
+    g = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, module in adaptable(model):
+        if name.endswith(projections):
+            a = torch.randn(rank, module.in_features, generator=g) / module.in_features**0.5
+            pairs[name] = (a.bfloat16(), (0.5 * torch.randn(module.out_features, rank, generator=g) / rank).bfloat16())
+    return Adapter(f"rank {rank}", pairs)
+
+
+@torch.inference_mode()
+def with_adapter(model: mpt.MPTForCausalLM, adapter: Adapter, text: list[int]) -> Tensor:
+    """Logits of the model whose weights the adapter has been added to, in float64."""
+    wide = mpt.MPTForCausalLM(model.config).double().eval()
+    wide.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    for name, (a, b) in adapter.pairs.items():
+        wide.get_submodule(name).weight += b.double() @ a.double()
+    return wide(torch.tensor([text])).logits[0].float()
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("shape", ["mpt", "replit", "biases_and_scaled_logits"])
+@pytest.mark.parametrize(("rank", "projections"), [(13, ""), (8, "Wqkv")])
+@pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
+def test_an_adapter_is_what_it_would_be_inside_the_weights(shape, rank, projections, at_once, flags):
+    model, text = make(shape), ids(120)
+    runner, adapter = Runner(model, extra_flags=flags), adapter_of(model, rank, projections=projections)
+    skip_unless_read(runner, at_once)
+    expected, found = with_adapter(model, adapter, text), runner.read(text, at_once, adapter=adapter)
+    plain = (runner.read(text, at_once) - truth(model, text)).abs().max()
+    assert (found - expected).abs().max() <= 2 * plain
+    assert (truth(model, text) - expected).abs().max() > 5 * plain
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
+def test_an_adapter_beside_int8_weights(at_once):
+    model, text = make("mpt"), ids(120)
+    adapter = adapter_of(model, 8)
+    quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, at_once)
+    expected, found = with_adapter(widened(model), adapter, text), runner.read(text, at_once, adapter=adapter)
+    plain = (runner.read(text, at_once) - truth(widened(model), text)).abs().max()
+    assert (found - expected).abs().max() <= 2 * plain
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("n", [1, 5, 40], ids=["one", "few", "many"])
+def test_no_bit_depends_on_the_adapters_of_others(n, is_int8):
+    model = make("mpt")
+    loud, quiet, one = adapter_of(model, 16, seed=1), adapter_of(model, 3, seed=2), adapter_of(model, 8, 3, "up_proj")
+    if is_int8:
+        quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, n)
+    adapters = [loud, None, quiet, None, one, loud, quiet]
+    texts = [ids(n, seed=k) for k in range(len(adapters))]
+    alone = [runner.feed([runner.row()], [0], [text], [who]) for text, who in zip(texts, adapters, strict=True)]
+    together = runner.feed([runner.row() for _ in texts], [0] * len(texts), texts, adapters)
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(runner.feed([runner.row()], [0], [texts[1]]), alone[1])
 
 
 # -- int8 keys and values ---------------------------------------------------------------------------------------------

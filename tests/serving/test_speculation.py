@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import mpt
 from mpt.errors import UserError
+from mpt.lora import Adapter, adaptable
 from mpt.native import library
 from mpt.tokenizer import Tokenizer
 from serving.backend import TorchBackend
@@ -126,6 +127,35 @@ async def test_answers_are_those_without_guesses(small, tokenizer, kind, kv_toke
     assert stats.n_guessed > 0
     if kind == "itself":
         assert stats.n_guessed_right > 0.4 * stats.n_guessed  # samples at high temperature disagree with its best
+
+
+@needs_native
+async def test_guesses_change_no_answer_of_an_adapter(small, tokenizer):
+    g = torch.Generator().manual_seed(0)
+    adapters: list[Adapter | None] = [None]
+    for rank in (3, 8):
+        pairs = {
+            name: (torch.randn(rank, each.in_features, generator=g), torch.randn(each.out_features, rank, generator=g))
+            for name, each in adaptable(small)
+        }
+        pairs = {name: (a.bfloat16() / 8, b.bfloat16() / 8) for name, (a, b) in pairs.items()}
+        adapters.append(Adapter(f"rank {rank}", pairs))
+
+    async def answers(engine: Engine) -> list[list[Delta]]:
+        async def one(prompt: list[int], adapter: Adapter | None) -> list[Delta]:
+            sampling = Sampling(max_tokens=60, temperature=0, ignore_eos=True, logprobs=1)
+            events = engine.submit(prompt, sampling, request_id="test", adapter=adapter)
+            return [event async for event in events if isinstance(event, Delta)]
+
+        found = await asyncio.gather(*(one(p, a) for p, a in zip(texts(3), adapters, strict=True)))
+        return [functools.reduce(Delta.then, deltas) for deltas in found]
+
+    with running(small, tokenizer) as engine:
+        expected = await answers(engine)
+    with running(small, tokenizer, PromptLookup()) as engine:
+        assert await answers(engine) == expected
+        assert engine.stats().n_guessed_right > 0
+    assert len({whole.token_ids for whole in expected}) == 3
 
 
 @needs_native
