@@ -29,6 +29,7 @@ SHAPES = {
     "biases_and_scaled_logits": {"no_bias": False, "logit_scale": "inv_sqrt_d_model"},
     "positions": {"attn_config": {"alibi": False}, "learned_pos_emb": True},
     "head_of_112": {"d_model": 448, "n_heads": 4},
+    "wide_mlp": {"no_bias": False, "expansion_ratio": 12},  # more inputs than prompts multiply at once
 }
 
 
@@ -270,7 +271,7 @@ def with_adapter(model: mpt.MPTForCausalLM, adapter: Adapter, text: list[int]) -
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("shape", ["mpt", "replit", "biases_and_scaled_logits"])
+@pytest.mark.parametrize("shape", ["mpt", "replit", "wide_mlp"])
 @pytest.mark.parametrize(("rank", "projections"), [(13, ""), (8, "Wqkv")])
 @pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
 def test_an_adapter_is_what_it_would_be_inside_the_weights(shape, rank, projections, at_once, flags):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import functools
 import os
 import random
 import subprocess
@@ -175,8 +176,9 @@ async def test_guesses_change_no_bit_of_an_answer(small, tokenizer):
     phrase = prompt(12)
     asked = [phrase * 3 + prompt(k, seed=k) + phrase[:4] for k in range(4)]
 
-    async def answers(engine: Engine) -> list[list[Event]]:
-        return await asyncio.gather(*(ask(engine, tokens, 60, logprobs=2) for tokens in asked))
+    async def answers(engine: Engine) -> list[Delta]:
+        found = await asyncio.gather(*(ask(engine, tokens, 60, logprobs=2) for tokens in asked))
+        return [functools.reduce(Delta.then, (e for e in events if isinstance(e, Delta))) for events in found]
 
     with running(small, tokenizer) as engine:
         expected = await answers(engine)
