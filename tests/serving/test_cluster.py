@@ -350,7 +350,7 @@ class Cluster:
 def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
     folder = mpt.save(model, tmp_path_factory.mktemp("cluster") / "m", tokenizer=tokenizer)
     each = {"root": str(folder), "kv_gb": 0.064, "num_cpus": 0.1, "threads": 1, "max_running": 8}
-    each["graceful_shutdown_timeout_s"] = 20
+    each["graceful_shutdown_timeout_s"] = 60  # requests wait long while new replicas import torch on a busy machine
     return {
         "models": {
             "one": each,
