@@ -9,6 +9,7 @@ an int8 KV cache. A question starts when its text does: becoming tokens is in it
 
 import argparse
 import asyncio
+import itertools
 import os
 import statistics
 import time
@@ -50,7 +51,7 @@ async def ask(engine: Engine, tokenizer: Tokenizer, text: str) -> Answer:
         elif isinstance(event, Delta):
             times.append(time.perf_counter())
     n_keys = sum(position + 1 for position in range(n_cached, len(prompt) + N_WRITTEN - 1))
-    return Answer(times[0] - asked, statistics.median(b - a for a, b in zip(times, times[1:], strict=False)), n_keys)
+    return Answer(times[0] - asked, statistics.median(b - a for a, b in itertools.pairwise(times)), n_keys)
 
 
 def all_keys(model: mpt.MPTForCausalLM) -> TorchBackend:
