@@ -37,7 +37,9 @@ tiny: setup  ## train the mpt-tiny family again, from fixed seeds (about an hour
 
 bench: setup  ## every number of docs/benchmarks.md
 	$(BIN)/python -m benchmarks.engine --shapes 125m 1b
-	$(BIN)/python benchmarks/speculation.py
+	$(BIN)/python benchmarks/speculation.py --draft
+	$(BIN)/python benchmarks/long_context.py
+	$(BIN)/python benchmarks/kv_cache.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train.py
