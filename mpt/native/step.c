@@ -139,8 +139,15 @@ static void normalize_one(float *x, Norm norm, float eps, int n) {
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 #if AMX
+/* The beginning of 32 rows of weights, while sums leave the tiles and memory would have nothing to do: the processor, which
+ * guesses the rest of a row, does not guess where the next begins. One token: 6 to 9 % faster at 125M, 2 % at 1B. */
+static inline void begin_to_fetch(const char *rows, size_t stride) {
+    for (int i = 0; i < 32; i++)
+        for (int line = 0; line < 2; line++) _mm_prefetch(rows + i * stride + 64 * line, _MM_HINT_T1);
+}
+
 /* Sums (32 outputs, 32 tokens) of outputs n0 and on, n_blocks of 16, and tokens `first` and on, n_here of them. */
-static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
+static void multiply(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first, int n_here,
                      float *sums) {
     const size_t stride = (size_t)linear->n_in * 2;
     const char *rows = (const char *)linear->weight + n0 * stride, *more = rows + (n_blocks > 1 ? 16 * stride : 0);
@@ -162,14 +169,14 @@ static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *i
             _tile_dpbf16ps(3, 5, 7);
         }
     }
+    begin_to_fetch(rows + soon * stride, stride);
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + 512, 128);
     _tile_stored(3, sums + 528, 128);
 }
 
-/* The same with int8 weights, for up to 16 tokens; all sums are exact. What this thread most likely reads next, the pair
- * of blocks `soon` outputs further, begins to come while the sums are taken out of the tiles (a step of one token: 9 % faster at 125M, 2 % at 1B). */
+/* The same with int8 weights, for up to 16 tokens; all sums are exact. */
 static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first,
                           int n_here, float *sums) {
     const size_t stride = linear->n_in;
@@ -193,8 +200,7 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
             _tile_dpbssd(3, 5, 7);
         }
     }
-    for (int i = 0; i < 32; i++)
-        for (int line = 0; line < 2; line++) _mm_prefetch(rows + (soon + i) * stride + 64 * line, _MM_HINT_T1);
+    begin_to_fetch(rows + soon * stride, stride);
     _tile_stored(0, exact, 128);
     _tile_stored(1, exact + 16, 128);
     _tile_stored(2, exact + 512, 128);
@@ -207,8 +213,9 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
         }
 }
 #else
-static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *inputs, int first, int n_here,
+static void multiply(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first, int n_here,
                      float *sums) {
+    (void)soon;
     const int K = linear->n_in;
     for (int r = 0; r < 16 * n_blocks; r++) {
         const size_t at = (size_t)(n0 + r) * K;
@@ -240,8 +247,7 @@ static void multiply(const Linear *linear, int n0, int n_blocks, const Inputs *i
 
 static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first,
                           int n_here, float *sums) {
-    (void)soon;
-    multiply(linear, n0, n_blocks, inputs, first, n_here, sums);
+    multiply(linear, n0, n_blocks, soon, inputs, first, n_here, sums);
 }
 #endif
 
@@ -338,6 +344,7 @@ static __attribute__((noinline)) void gelu(float *x) {
 static void product(const Linear *linear, const Inputs *inputs, Adapted adapted, int T, Target target, float *out,
                     Inputs *next, const int32_t *row_of, Worker *worker) {
     const int N = linear->n_out, n_pairs = (N + 31) / 32, columns = inputs->columns;
+    const int soon = 32 * worker->n; /* what a thread most likely takes next is so many outputs further */
     const int at_once = !inputs->is_int8 ? 32 : T > 8 ? 16 : 8;
     for (int pair; (pair = take(worker, 1)) < n_pairs;) {
         const int n0 = pair * 32, n_outputs = N - n0 >= 32 ? 32 : 16;
@@ -345,9 +352,9 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
         for (int first = 0; first < T; first += at_once) {
             const int n_here = T - first < at_once ? T - first : at_once, n_columns = columns_of(n_here);
             if (linear->scale)
-                multiply_int8(linear, n0, n_outputs / 16, 32 * worker->n, inputs, first, n_here, sums);
+                multiply_int8(linear, n0, n_outputs / 16, soon, inputs, first, n_here, sums);
             else
-                multiply(linear, n0, n_outputs / 16, inputs, first, n_here, sums);
+                multiply(linear, n0, n_outputs / 16, soon, inputs, first, n_here, sums);
             for (int r = 0; r < n_outputs; r++) {
                 const float scale = linear->scale ? wide(linear->scale[n0 + r]) : 1.0f;
                 const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
