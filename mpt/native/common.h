@@ -40,7 +40,7 @@ typedef struct {
 } Norm;
 
 typedef struct { /* an adapter's part of one projection: y += b a x */
-    const bf16 *a, *b; /* (rank, n_in), (n_out, rank), with their scale in b */
+    const bf16 *a, *b; /* (rank, n_in) and, transposed and with the scale in it, (rank, n_out) */
     int32_t rank;      /* 0: it leaves this one alone */
 } Lora;
 

@@ -302,9 +302,10 @@ static inline void bring(const Pass *pass, int layer, const Linear *linear, Targ
     }
     for (int i = 0; lora && i < lora->rank; i++) {
         const __m512 low = _mm512_loadu_ps(pass->step->low + ((size_t)panel * pass->step->max_rank + i) * PANEL);
-        const bf16 *b = lora->b + (size_t)n0 * lora->rank + i;
-        for (int r = 0; r < PANEL; r++, b += lora->rank)
-            values[r] = _mm512_fmadd_ps(_mm512_set1_ps(wide(*b)), low, values[r]);
+        const bf16 *b = lora->b + (size_t)i * linear->n_out + n0;
+        _Alignas(64) float factors[PANEL];
+        for (int r = 0; r < PANEL; r++) factors[r] = wide(b[r]);
+        for (int r = 0; r < PANEL; r++) values[r] = _mm512_fmadd_ps(_mm512_set1_ps(factors[r]), low, values[r]);
     }
     if (target == TO_RESIDUAL) {
         float *x = pass->x + ((size_t)panel * C + n0) * PANEL;

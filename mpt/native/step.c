@@ -253,18 +253,18 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
 
 /* -- adapters ------------------------------------------------------------------------------------------------------- */
 
-/* One projection's adapters: what they make of its inputs, low (adapters, max_rank, columns), and how it is added to the
- * outputs. Zero for the tokens of others, so that adding it changes nothing there. */
+/* One projection's adapters, and what they make of its inputs: low (adapters, max_rank, columns). */
 typedef struct {
     int n, max_rank, columns, stride;
-    const Lora *loras; /* every stride-th */
+    const Lora *loras;           /* every stride-th */
+    const int32_t *adapter_of;   /* (T) each token's, or -1 */
     float *low;
 } Adapted;
 
-static Adapted adapted_at(const Model *model, const Step *step, int layer, int projection) {
-    const Lora *loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL;
-    return (Adapted){step->n_adapters, step->max_rank, columns_of(step->n_tokens), model->n_layers * N_PROJECTIONS, loras,
-                     step->low};
+static Adapted adapted_at(const Model *model, const Step *step, const int32_t *adapter_of, int layer, int projection) {
+    return (Adapted){.n = step->n_adapters, .max_rank = step->max_rank, .columns = columns_of(step->n_tokens),
+                     .stride = model->n_layers * N_PROJECTIONS, .adapter_of = adapter_of, .low = step->low,
+                     .loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL};
 }
 
 /* One row of A (K) times the inputs of a panel. */
@@ -299,7 +299,7 @@ static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out
 #endif
 }
 
-static void lower(Adapted adapted, const Step *step, const Inputs *inputs, Worker *worker) {
+static void lower(Adapted adapted, const Inputs *inputs, Worker *worker) {
     if (!adapted.n) return;
     for (int task; (task = take(worker, 1)) < adapted.n * adapted.max_rank;) {
         const int which = task / adapted.max_rank, r = task % adapted.max_rank;
@@ -308,25 +308,20 @@ static void lower(Adapted adapted, const Step *step, const Inputs *inputs, Worke
         if (r >= lora->rank) continue;
         for (int panel = 0; panel < adapted.columns / PANEL; panel++)
             dot_panel(lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
-        for (int row = 0, token = 0; row < step->n_rows; token += step->row_tokens[row++])
-            for (int t = 0; t < step->row_tokens[row] && step->row_adapter[row] != which; t++) low[token + t] = 0;
     }
     leave(worker);
     meet(worker);
 }
 
-/* Output n of the 16 tokens from `first`. One function for all callers, so that all round alike. */
-static __attribute__((noinline)) void add_adapted(const Adapted *adapted, int n, int first, float *values) {
-    for (int which = 0; which < adapted->n; which++) {
-        const Lora *lora = adapted->loras + (size_t)which * adapted->stride;
-        const float *low = adapted->low + (size_t)which * adapted->max_rank * adapted->columns + first;
-        float sums[PANEL] = {0};
-        for (int r = 0; r < lora->rank; r++, low += adapted->columns) {
-            const float weight = wide(lora->b[(size_t)n * lora->rank + r]);
-            for (int c = 0; c < PANEL; c++) sums[c] += weight * low[c];
-        }
-        for (int c = 0; c < PANEL; c++) values[c] += sums[c];
-    }
+/* What its adapter adds to a token's outputs n0 to n0 + 15, every 32nd of sums. One function for all callers, so that all
+ * round alike. */
+static __attribute__((noinline)) void add_adapted(const Adapted *adapted, const Lora *lora, const float *low, int N, int n0,
+                                                  float *sums) {
+    float values[PANEL] = {0};
+    const bf16 *b = lora->b + n0;
+    for (int r = 0; r < lora->rank; r++, low += adapted->columns, b += N)
+        for (int i = 0; i < PANEL; i++) values[i] += *low * wide(b[i]);
+    for (int i = 0; i < PANEL; i++) sums[i * 32] += values[i];
 }
 
 /* -- products, and what becomes of them ----------------------------------------------------------------------------- */
@@ -360,8 +355,16 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
                 const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
                 float *values = sums + r * 32;
                 for (int c = 0; c < n_columns; c++) values[c] = values[c] * scale + bias;
-                for (int c = 0; c < n_columns && adapted.n; c += PANEL)
-                    add_adapted(&adapted, n0 + r, first + c, values + c);
+            }
+            for (int c = 0; c < n_here && adapted.n; c++) {
+                const int which = adapted.adapter_of[first + c];
+                if (which < 0) continue;
+                const Lora *lora = adapted.loras + (size_t)which * adapted.stride;
+                const float *low = adapted.low + (size_t)which * adapted.max_rank * adapted.columns + first + c;
+                for (int r = 0; r < n_outputs; r += PANEL) add_adapted(&adapted, lora, low, N, n0 + r, sums + r * 32 + c);
+            }
+            for (int r = 0; r < n_outputs; r++) {
+                float *values = sums + r * 32;
                 if (target == TO_GELU && n_here > 4)
                     for (int c = 0; c < n_columns; c += PANEL) gelu(values + c);
                 if (target == TO_RESIDUAL) {
@@ -737,14 +740,17 @@ static void pack(const float *mixed, Inputs *inputs, const Linear *linear, int T
 void mpt_step(const Model *model, const Step *step) {
     const int T = step->n_tokens, C = model->d_model, columns = columns_of(T);
     const int width = C + 2 * model->n_kv_heads * model->d_head;
-    int32_t first[step->n_rows], logits_of[T];
+    int32_t first[step->n_rows], logits_of[T], adapter_of[T];
     int64_t n_read = 0;
     Scratch scratch;
     Team team = {0};
     carve(model, T, step->n_threads, step->scratch, &scratch);
     memset(scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
     float *x = scratch.x;
-    for (int row = 0, token = 0; row < step->n_rows; token += step->row_tokens[row++]) first[row] = token;
+    for (int row = 0, token = 0; row < step->n_rows; row++) {
+        first[row] = token;
+        for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
+    }
     for (int token = 0; token < T; token++) logits_of[token] = -1;
     for (int at = 0; at < step->n_logits; at++) logits_of[step->logit_tokens[at]] = at;
 
@@ -764,20 +770,20 @@ void mpt_step(const Model *model, const Step *step) {
             const Layer *now = model->layers + layer;
             const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
             Adapted adapted[N_PROJECTIONS];
-            for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, layer, i);
+            for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, layer, i);
             normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
-            lower(adapted[WQKV], step, &inputs, &worker);
+            lower(adapted[WQKV], &inputs, &worker);
             product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
             n_read += attend_all(&at, &worker);
             pack(scratch.mixed, &inputs, &now->out_proj, T, &worker);
-            lower(adapted[OUT_PROJ], step, &inputs, &worker);
+            lower(adapted[OUT_PROJ], &inputs, &worker);
             product(&now->out_proj, &inputs, adapted[OUT_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
             normalize_all(x, now->norm_2, model->eps, &inputs, &now->up_proj, T, &worker);
-            lower(adapted[UP_PROJ], step, &inputs, &worker);
+            lower(adapted[UP_PROJ], &inputs, &worker);
             start(&inner, model->d_ffn, &now->down_proj);
             product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, NULL, &worker);
             finish(&inner, T, &worker);
-            lower(adapted[DOWN_PROJ], step, &inner, &worker);
+            lower(adapted[DOWN_PROJ], &inner, &worker);
             product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
         }
         if (step->n_logits) {

@@ -253,7 +253,7 @@ class _Table:
             layer, which = divmod(place, len(_PROJECTIONS))
             pair = adapter.pairs.get(f"transformer.blocks.{layer}.{_PROJECTIONS[which]}")
             if pair is not None:
-                a, b = (matrix.to(torch.bfloat16).contiguous() for matrix in pair)
+                a, b = (matrix.to(torch.bfloat16).contiguous() for matrix in (pair[0], pair[1].T))
                 kept += a, b
                 structs[place] = _Lora(a.data_ptr(), b.data_ptr(), len(a))
         return cls(bytes(structs), max((lora.rank for lora in structs), default=0), kept)
