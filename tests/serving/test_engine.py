@@ -193,6 +193,35 @@ async def test_a_client_that_always_has_one_waiting_takes_turns_too(model, token
     assert all(turns[k : k + 2].count("steady") < 2 for k in range(len(turns)))
 
 
+async def test_a_second_question_about_a_long_text_is_written_behind_it(model, tokenizer):
+    """Not behind a copy of it: only the short first answer is lost."""
+    backend = TorchBackend(model)
+    book = random.Random(0).choices(range(4, 250), k=1000)
+    n_copies, copy = 0, backend.copy
+
+    def counted(*args):
+        nonlocal n_copies
+        n_copies += 1
+        return copy(*args)
+
+    backend.copy = counted
+    engine = Engine(backend, tokenizer, context_length=2048, kv_bytes=1 << 24)
+    engine.start()
+    greedy = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
+    found = []
+    for question in ([], [5, 6, 7], [8] * 40):
+        events = [e async for e in engine.generate([*book, *question], greedy, request_id="x")]
+        found.append([t for e in events if isinstance(e, Delta) for t in e.token_ids])
+        assert n_copies == 0
+    # What the third question wrote is more than a hundredth: the book is copied away from it.
+    events = [e async for e in engine.generate([*book, 9, 10], greedy, request_id="x")]
+    assert n_copies == 1
+    found.append([t for e in events if isinstance(e, Delta) for t in e.token_ids])
+    engine.close()
+    questions = ([], [5, 6, 7], [8] * 40, [9, 10])
+    assert found == [generate(model, [*book, *question], 8) for question in questions]
+
+
 async def test_prefix_reuse_gives_the_same_tokens_and_counts_them(model, tokenizer):
     book = prompts(1)[0] * 5
     first, second = [*book, 10, 11], [*book, 12, 13, 14]
