@@ -9,15 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import httpx
 
 from mpt.errors import MPTError, UserError
 from mpt.prompts import Message
-
-if TYPE_CHECKING:
-    from serving.local import LocalModel
 
 HELP = """\
 /reset          forget the conversation, keep the system message
@@ -49,16 +46,16 @@ class Partner(Protocol):
 
 
 class LocalPartner:
-    """A model in this process."""
+    """A model in this process, the LocalModel of `serving/local.py`."""
 
-    def __init__(self, model: "LocalModel", sampling: Sampling) -> None:
+    def __init__(self, model: Any, sampling: Sampling) -> None:
         if model.style == "none":
             raise UserError(
                 f"`{model.entry.name}` was not trained on chat; continue text with "
                 f"`mpt generate --model {model.entry.name} PROMPT`, or chat with `mpt-tiny-chat`"
             )
         model.open()
-        self.name = model.entry.name
+        self.name: str = model.entry.name
         self._model = model
         self._sampling = sampling
 

@@ -8,15 +8,12 @@ import platform
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mpt.command_line import Device, DeviceOption, Dtype, DtypeOption, Quantization, QuantizeOption, Style
 from mpt.errors import MPTError
-
-if TYPE_CHECKING:
-    from serving.local import LocalModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -172,15 +169,13 @@ def train(context: typer.Context) -> None:
     import_module("training.cli").main()
 
 
-def _load(model: str, device: Device, dtype: Dtype, quantize: Quantization | None, style: Style | None) -> "LocalModel":
-    """The model, or its error before the seconds that importing torch takes."""
+def _load(model: str, device: Device, dtype: Dtype, quantize: Quantization | None, style: Style | None) -> Any:
+    """The LocalModel of `serving/local.py`, or its error before the seconds that importing torch takes."""
     from mpt.catalog import resolve
 
     resolve(model)
-    local: LocalModel = import_module("serving.local").LocalModel(
-        model, device=device, dtype=dtype, quantize=quantize, style=style
-    )
-    return local
+    make = import_module("serving.local").LocalModel
+    return make(model, device=device, dtype=dtype, quantize=quantize, style=style)
 
 
 # The commands of the stages, named by string: `mpt` imports none of them.
