@@ -45,7 +45,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # --- cpu ---
 
 FROM python:3.11-slim-bookworm AS cpu
-# gcc: the step of few tokens is compiled for the processor it runs on (mpt/native).
+# gcc: the step of few tokens is compiled for the processor it runs on (mpt/backends/native).
 RUN apt-get update \
     && apt-get install --no-install-recommends -y bash ca-certificates gcc libc6-dev wget \
     && rm -rf /var/lib/apt/lists/* \

@@ -36,7 +36,7 @@ def start(kind: str, model: str, folder: Path) -> subprocess.Popen[str]:
     else:
         config = folder / "cluster.yaml"
         models = {"m": {"root": model, "max_running": 32, "speculate": False}}
-        application = {"name": "mpt", "import_path": "serving.deployment:app", "args": {"models": models}}
+        application = {"name": "mpt", "import_path": "serving.cluster.deployment:app", "args": {"models": models}}
         logging_config = {"enable_access_log": False}
         config.write_text(yaml.safe_dump({"applications": [application], "logging_config": logging_config}))
         command = ["cluster", "--config", str(config), "--port", str(PORT)]

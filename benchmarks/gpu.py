@@ -32,11 +32,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from mpt import attention  # noqa: E402
+from mpt.backends.backend import Row, Work  # noqa: E402
+from mpt.backends.paged_attention import PAGE, Chunk, Pages, gather, has_triton, paged_decode, store  # noqa: E402
+from mpt.backends.paged_backend import PagedBackend  # noqa: E402
 from mpt.config import MPTConfig  # noqa: E402
 from mpt.model import MPTForCausalLM  # noqa: E402
-from mpt.paged_attention import PAGE, Chunk, Pages, gather, has_triton, paged_decode, store  # noqa: E402
-from serving.backend import Row, Work  # noqa: E402
-from serving.paged_backend import PagedBackend  # noqa: E402
 
 PEAK_TFLOP_S = 790  # bfloat16 without sparsity that an H200 reaches in practice; 989 on paper
 WORDS_PER_TOKEN = 0.75
@@ -343,8 +343,8 @@ def book(run: Run) -> dict[str, Any]:
 
 def many(run: Run) -> dict[str, float]:
     """As many requests at once through the engine, sampling and scheduling included."""
-    from serving.engine import Engine
-    from serving.request import Delta, Sampling
+    from mpt.engine.engine import Engine
+    from mpt.engine.request import Delta, Sampling
 
     n, streams = run.scale.stream_tokens, run.scale.streams
     backend = run.backend(streams * (2 * n + PAGE))

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mpt
+from mpt.backends.backend import Row, Work
+from mpt.backends.int8_cache import Int8Layer
+from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
-from mpt.int8_cache import Int8Layer
 from mpt.tokenizer import Tokenizer
-from serving.backend import Row, TorchBackend, Work
 
 DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 CACHES = ("bfloat16", "int8")

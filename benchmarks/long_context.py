@@ -21,12 +21,12 @@ import torch
 
 import mpt
 from benchmarks.ceilings import read_gb_s
+from mpt.backends.native.step import NativeStep
+from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
-from mpt.native.step import NativeStep
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, Sampling, Started
 from mpt.tokenizer import Tokenizer
-from serving.backend import TorchBackend
-from serving.engine import Engine
-from serving.request import Delta, Sampling, Started
 
 DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 THREADS = 2

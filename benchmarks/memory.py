@@ -78,8 +78,8 @@ def naive(n_tokens: int, dtype: str) -> dict[str, Any]:
 
 def engine(n_tokens: int, dtype: str) -> dict[str, Any]:
     """The server's engine: the prompt in chunks, into a cache with a budget."""
-    from serving.backend import TorchBackend
-    from serving.engine import Engine
+    from mpt.backends.torch_backend import TorchBackend
+    from mpt.engine.engine import Engine
 
     model, tokenizer = storywriter(dtype), byte_tokenizer()
     backend = TorchBackend(model)
@@ -94,7 +94,7 @@ def engine(n_tokens: int, dtype: str) -> dict[str, Any]:
 
 
 async def read_all(running: Any, ids: list[int]) -> None:
-    from serving.request import Sampling
+    from mpt.engine.request import Sampling
 
     sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     n = 0

@@ -52,12 +52,12 @@ if kind == "transformers":
 else:
     if kind == "torch":
         import mpt
-        from serving.backend import TorchBackend
+        from mpt.backends.torch_backend import TorchBackend
         backend = TorchBackend(mpt.load(folder + "/float32", dtype=getattr(torch, dtype)))
     else:
-        from serving.onnx_backend import OnnxBackend
+        from mpt.backends.onnx_backend import OnnxBackend
         backend = OnnxBackend(Path(folder) / f"onnx-{dtype}", "cpu")
-    from serving.backend import Work
+    from mpt.backends.backend import Work
     def session(prompt):
         row = backend.reserve(None, len(prompt) + n + 2)
         tokens = prompt

@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 
 import mpt
+from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, Sampling
+from mpt.engine.speculation import DraftModel, Guesser, PromptLookup, Speculation
 from mpt.model import MPTForCausalLM
 from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
-from serving.backend import TorchBackend
-from serving.engine import Engine
-from serving.request import Delta, Sampling
-from serving.speculation import DraftModel, Guesser, PromptLookup, Speculation
 
 NAMES = ("alpha", "server", "config", "port", "region", "owner", "cache", "limit", "mode", "zone", "team", "level")
 VALUES = ("true", "8080", "eu-west", "blue", "300", "small")

@@ -71,7 +71,8 @@ def ceilings(_: Path) -> dict[str, float]:
 
 def prefill_ours(folder: Path) -> dict[str, float]:
     import mpt
-    from serving.backend import TorchBackend, Work
+    from mpt.backends.backend import Work
+    from mpt.backends.torch_backend import TorchBackend
 
     backend = TorchBackend(mpt.load(folder, verify=False))
     row = backend.reserve(None, PREFILL_TOKENS)
@@ -166,9 +167,9 @@ def _stock(folder: Path) -> Any:
 
 def _engine(folder: Path) -> Any:
     import mpt
+    from mpt.backends.torch_backend import TorchBackend
+    from mpt.engine.engine import Engine
     from mpt.tokenizer import Tokenizer
-    from serving.backend import TorchBackend
-    from serving.engine import Engine
 
     backend = TorchBackend(mpt.load(folder, verify=False))
     engine = Engine(backend, Tokenizer.from_folder(folder), context_length=CONTEXT, kv_bytes=4 << 30)
@@ -180,7 +181,7 @@ async def _engine_seconds_per_token(engine: Any, context: int, n_streams: int) -
     """Median time between steps while n_streams requests decode, prompts read before."""
     import asyncio
 
-    from serving.request import Delta, Sampling
+    from mpt.engine.request import Delta, Sampling
 
     n = STREAM_TOKENS if n_streams > 1 else DECODE_TOKENS
     times: list[float] = []

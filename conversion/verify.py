@@ -161,7 +161,7 @@ def _numbers(source: Source, target: Source, folder: Path, dtype: str) -> list[C
     reference = _torch(_filled(source))
     runners: list[tuple[str, Forward]] = []
     if target.kind == "onnx":
-        from mpt.onnx_session import Session
+        from mpt.backends.onnx_session import Session
 
         runners.append(("onnxruntime", Session(folder).forward))
     else:
@@ -304,7 +304,7 @@ def _stock(folder: Path) -> Forward:
 
 def _greedy(source: Source, folder: Path, dtype: str) -> Check:
     """64 greedy tokens with the cache, in steps of one after a prefill in two chunks, against full forwards."""
-    from mpt.onnx_session import Session
+    from mpt.backends.onnx_session import Session
 
     prompt = torch.randint(0, source.config.vocab_size, (1, 21), generator=torch.Generator().manual_seed(2))[0].tolist()
     n = min(_GREEDY, source.config.max_seq_len - len(prompt) - 1) if source.config.has_wpe else _GREEDY

@@ -46,7 +46,7 @@ class Partner(Protocol):
 
 
 class LocalPartner:
-    """A model in this process, the LocalModel of `serving/local.py`."""
+    """A model in this process, the LocalModel of `mpt/engine/local.py`."""
 
     def __init__(self, model: Any, sampling: Sampling) -> None:
         if model.style == "none":

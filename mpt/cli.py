@@ -170,11 +170,11 @@ def train(context: typer.Context) -> None:
 
 
 def _load(model: str, device: Device, dtype: Dtype, quantize: Quantization | None, style: Style | None) -> Any:
-    """The LocalModel of `serving/local.py`, or its error before the seconds that importing torch takes."""
+    """The LocalModel of `mpt/engine/local.py`, or its error before the seconds that importing torch takes."""
     from mpt.catalog import resolve
 
     resolve(model)
-    make = import_module("serving.local").LocalModel
+    make = import_module("mpt.engine.local").LocalModel
     return make(model, device=device, dtype=dtype, quantize=quantize, style=style)
 
 

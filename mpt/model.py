@@ -5,7 +5,7 @@ C = d_model, V vocabulary, L layers.
 
 Module names are the checkpoint's (`transformer.blocks.N.attn.Wqkv`), so weights load with no mapping. Not here: how a
 checkpoint is found and read (`mpt/checkpoint.py`), how attention is computed (`mpt/attention.py`), batching
-(`serving/engine.py`). Source: llm-foundry's MPT branch; clip comes before qk_ln, GELU is the exact erf form.
+(`mpt/engine/engine.py`). Source: llm-foundry's MPT branch; clip comes before qk_ln, GELU is the exact erf form.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
 Randomness comes in from outside as one uniform number a row and step, so a row's draw depends on nothing but its own
 logits and its own seed. Order: bias and penalties, temperature, top-k, top-p, min-p, draw by inverting the cumulative
-distribution in the order of the ids. On CPU the draw is in C where there is a compiler (mpt/native/draw.c): the same
-tokens in a twentieth of the time.
+distribution in the order of the ids. On CPU the draw is in C where there is a compiler (mpt/backends/native/draw.c):
+the same tokens in a twentieth of the time.
 """
 
 import functools
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpt.native.draw import draw
-from mpt.native.library import Unavailable, load
+from mpt.backends.native.draw import draw
+from mpt.backends.native.library import Unavailable, load
 
 
 class TokenCounts:

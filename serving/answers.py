@@ -14,13 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.request import (
+    Delta,
+    Embedded,
+    EngineError,
+    Event,
+    Progress,
+    PromptScored,
+    Sampling,
+    Started,
+    TokenLogprob,
+)
+from mpt.engine.sequence import Answer
 from mpt.lora import Adapter
 from mpt.tokenizer import DetokenizeStream, Tokenizer
-from serving.endpoints import Endpoint
 from serving.errors import from_engine
 from serving.metrics import Metrics
-from serving.request import Delta, Embedded, EngineError, Event, Progress, PromptScored, Sampling, Started, TokenLogprob
-from serving.sequence import Answer
 
 _LOWEST = -9999.0  # JSON has no -inf; the value OpenAI's servers use
 

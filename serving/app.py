@@ -23,13 +23,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 import mpt
+from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.request import Sampling
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.lora import Adapter
 from serving import answers
-from serving.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from serving.auth import Door, keys_of
 from serving.docs import add_docs, takes
-from serving.endpoints import Endpoint
 from serving.errors import (
     ApiError,
     Forbidden,
@@ -54,7 +55,6 @@ from serving.protocol import (
     parse,
     prompts_of,
 )
-from serving.request import Sampling
 from serving.sse import EventStream, until_disconnected
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mpt.catalog import describe, resolve
 from mpt.checkpoint import read_config
-from serving.cluster import ModelOptions
+from serving.cluster.options import ModelOptions
 
 
 def card(

@@ -220,7 +220,7 @@ def cluster(
       mpt cluster
       mpt cluster --config my-models.yaml --port 9000
     """
-    import_module("serving.local_cluster").run(config, port, cpus, drain_seconds)
+    import_module("serving.cluster.local").run(config, port, cpus, drain_seconds)
 
 
 def top(
@@ -238,7 +238,7 @@ def top(
       mpt top
       mpt top --url http://gpu-box:8000 --every 2
     """
-    import_module("serving.top").run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
+    import_module("serving.cluster.top").run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
 
 
 def _make_folder(folder: Path, option: str) -> None:

@@ -5,8 +5,7 @@ The engine's errors are translated here; nothing else decides a status.
 
 from typing import Any
 
-from mpt.errors import MPTError
-from serving.request import (
+from mpt.engine.request import (
     EngineError,
     Overloaded,
     PromptTooLong,
@@ -14,6 +13,7 @@ from serving.request import (
     ShuttingDown,
     Unsupported,
 )
+from mpt.errors import MPTError
 
 
 class ApiError(MPTError):

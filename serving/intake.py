@@ -5,13 +5,13 @@ from dataclasses import replace
 
 from fastapi import Request
 
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.grammar import BadGrammar
 from mpt.errors import UserError
 from mpt.lora import Adapter
 from mpt.prompts import Message, encode_chat
 from serving import answers
-from serving.endpoints import Endpoint
 from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
-from serving.grammar import BadGrammar
 from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of, structure_of
 
 _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on

@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import mpt
-from serving.endpoints import Endpoint
-from serving.request import Delta, Event, Started
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.request import Delta, Event, Started
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 # A book takes minutes. 2 and 60 s are the objectives of the alerts (k8s/components/monitoring).

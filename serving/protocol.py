@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mpt.engine.grammar import ANY_OBJECT, Grammar, Kind
+from mpt.engine.request import Sampling
 from serving.errors import InvalidRequest
-from serving.grammar import ANY_OBJECT, Grammar, Kind
-from serving.request import Sampling
 
 MAX_SAMPLES = 8  # n and best_of: each is a sequence in the batch
 MAX_PROMPTS = 64

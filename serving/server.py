@@ -16,9 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
+from mpt.engine.endpoint import open_endpoint
 from mpt.errors import MachineRefused, UserError
 from serving.app import Serving, make_app
-from serving.endpoints import open_endpoint
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
 

@@ -1,9 +1,44 @@
-"""What every test shares."""
+"""What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
 import os
 
+import pytest
 import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from mpt.config import MPTConfig
+from mpt.model import MPTForCausalLM
+from mpt.tokenizer import Tokenizer
 
 torch.set_num_threads(1)  # tiny models are faster on one thread, and machines that test are busy
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels then run on CPU; Triton reads it when they are made
+
+SPECIALS = ("<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>")
+
+
+def byte_tokenizer() -> RawTokenizer:
+    """One token a byte behind the four special ones: 260 tokens, so half characters are the rule."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIALS, *letters])}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(list(SPECIALS))
+    return raw
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="session")
+def model() -> MPTForCausalLM:
+    """2 layers, 64 wide, 4 heads, float32, weights from seed 0."""
+    torch.manual_seed(0)
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=260, max_seq_len=2048)
+    return MPTForCausalLM(config).eval()

@@ -11,12 +11,12 @@ from cells import Answer, Prompts, answer, size_of
 
 import mpt
 from benchmarks.peers.worker import available_bytes
-from mpt.quantization import quantize_model
+from mpt.backends.onnx_backend import OnnxBackend
+from mpt.backends.quantization import quantize_model
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, Sampling
 from mpt.tokenizer import Tokenizer
-from serving.backend import TorchBackend
-from serving.engine import Engine
-from serving.onnx_backend import OnnxBackend
-from serving.request import Delta, Sampling
 
 _SHARE_OF_MEMORY = 0.6  # of what is available goes to the KV cache at most; what does not fit queues
 

@@ -12,7 +12,7 @@ import torch
 import mpt.checkpoint
 from conversion.convert import Options, convert
 from conversion.formats.onnx_folder import dequantise, quantise
-from mpt.onnx_session import Session
+from mpt.backends.onnx_session import Session
 from mpt.tokenizer import Tokenizer
 from tests.conversion.conftest import SHAPES, make
 

@@ -22,10 +22,10 @@ import mpt
 from mpt import generation
 from mpt.chat import LocalPartner, Sampling, ServerPartner, converse, sse_data
 from mpt.checkpoint import MANIFEST
+from mpt.engine.local import LocalModel
 from mpt.errors import UserError
 from mpt.prompts import Message
 from mpt.tokenizer import Tokenizer
-from serving.local import LocalModel
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, seed=None)

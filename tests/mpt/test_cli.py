@@ -15,9 +15,9 @@ import pytest
 import mpt
 import serving.cli
 from mpt import catalog, cli, generation
+from mpt.engine.local import LocalModel
 from mpt.prompts import PROMPT_STYLES
 from mpt.tokenizer import Tokenizer
-from serving.local import LocalModel
 from serving.options import ServeOptions
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpt.native import library
-from mpt.native.draw import draw as draw_in_c
+from mpt.backends.native import library
+from mpt.backends.native.draw import draw as draw_in_c
 from mpt.sampling import TokenCounts, penalize, sample, sample_in_torch
 
 EIGHTHS = [4 / 8, 2 / 8, 1 / 8, 1 / 8]  # probabilities of tokens 0 to 3

@@ -69,7 +69,7 @@ def serve_config(folder: Path, models: dict[str, dict[str, Any]], **args: Any) -
     application = {
         "name": "mpt",
         "route_prefix": "/",
-        "import_path": "serving.deployment:app",
+        "import_path": "serving.cluster.deployment:app",
         "args": {"models": models, **args},
     }
     config = {"applications": [application], "logging_config": {"enable_access_log": False}}

@@ -12,16 +12,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import mpt
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.adapters import Adapters
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, Sampling, Started
 from mpt.errors import CheckpointNotFound, DamagedFile, MPTError, UnsupportedConfig, UserError
 from mpt.generation import generate
 from mpt.lora import load_adapter, open_lora
-from serving.adapters import Adapters
 from serving.app import Serving, make_app
-from serving.backend import TorchBackend
-from serving.endpoints import Endpoint
-from serving.engine import Engine
 from serving.options import ServeOptions
-from serving.request import Delta, Sampling, Started
 
 
 def make(model, folder: Path, seed: int, **options) -> Path:
@@ -90,7 +90,7 @@ async def test_cached_prompts_are_of_one_adapter(model, tokenizer, folders):
 
 
 async def test_a_folder_is_looked_at_anew_and_the_least_used_let_go(model, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("serving.adapters.MAX_LOADED", 2)
+    monkeypatch.setattr("mpt.engine.adapters.MAX_LOADED", 2)
     adapters = Adapters({"given": folders["a0"]}, tmp_path, model)
     assert adapters.names() == ["given"] and await adapters.get("a1") is None
     for name in ("a1", "a2"):

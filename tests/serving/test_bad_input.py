@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
 from serving.app import Serving, make_app
-from serving.backend import TorchBackend
-from serving.endpoints import Endpoint
-from serving.engine import Engine
 from serving.options import ServeOptions
 from serving.protocol import CompletionRequest, parse, sampling_of
 

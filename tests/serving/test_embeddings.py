@@ -11,12 +11,12 @@ import openai
 import pytest
 import torch
 
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
 from serving.app import Serving, make_app
-from serving.backend import TorchBackend
-from serving.endpoints import Endpoint
-from serving.engine import Engine
 from serving.options import ServeOptions
-from tests.serving.test_engine import greedy
+from tests.mpt.engine.test_engine import greedy
 
 
 @pytest.fixture

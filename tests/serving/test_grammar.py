@@ -17,19 +17,19 @@ import jsonschema
 import pytest
 import torch
 
+from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import find_local
 from mpt.config import MPTConfig
+from mpt.engine import grammar as grammars
+from mpt.engine.endpoint import Endpoint, open_endpoint
+from mpt.engine.engine import Engine
+from mpt.engine.grammar import BadGrammar, Grammars
+from mpt.engine.request import Delta, EngineError, Sampling, Unsupported
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
-from serving import grammar as grammars
 from serving.app import Serving, make_app
-from serving.backend import TorchBackend
-from serving.endpoints import Endpoint, open_endpoint
-from serving.engine import Engine
-from serving.grammar import BadGrammar, Grammars
 from serving.options import ServeOptions
-from serving.request import Delta, EngineError, Sampling, Unsupported
-from tests.serving.test_engine import collect, greedy, last, prompts, running, text_of, tokens_of
+from tests.mpt.engine.test_engine import collect, greedy, last, prompts, running, text_of, tokens_of
 
 PERSON = {
     "type": "object",

@@ -12,12 +12,12 @@ import pydantic
 import pytest
 import uvicorn
 
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
+from mpt.engine.request import Sampling, Started
 from serving.app import Serving, make_app
-from serving.backend import TorchBackend
-from serving.endpoints import Endpoint
-from serving.engine import Engine
 from serving.options import ServeOptions
-from serving.request import Sampling, Started
 
 KEY = "sk-test-of-the-client"
 

@@ -18,13 +18,14 @@ import torch
 import uvicorn
 
 import serving as serving_package
+from mpt.backends.backend import DeviceLost
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, EngineError, EngineFailed, Sampling
 from mpt.generation import generate
 from serving.app import Serving, make_app
-from serving.backend import DeviceLost, TorchBackend
-from serving.endpoints import Endpoint
-from serving.engine import Engine
 from serving.options import ServeOptions
-from serving.request import Delta, EngineError, EngineFailed, Sampling
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import Route
 
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
 from serving.app import Serving, make_app
 from serving.auth import Keys
-from serving.backend import TorchBackend
-from serving.cluster import TINY, ClusterOptions
-from serving.endpoints import Endpoint
-from serving.engine import Engine
+from serving.cluster.options import TINY, ClusterOptions
+from serving.cluster.router import make_router
 from serving.options import ServeOptions
-from serving.router import make_router
-from tests.serving.test_cluster import FakeFleet
+from tests.serving.cluster.test_cluster import FakeFleet
 
 KEY = "sk-the-only-one"
 
@@ -106,7 +106,7 @@ async def test_heads_are_bounded(app):
 
 
 async def test_an_adapter_that_cannot_be_read_tells_no_path(app, tmp_path, monkeypatch):
-    from serving.adapters import Adapters
+    from mpt.engine.adapters import Adapters
 
     (tmp_path / "secret-place" / "broken").mkdir(parents=True)
     (tmp_path / "secret-place" / "broken" / "adapter_config.json").write_text("{")

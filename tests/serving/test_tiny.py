@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from mpt.catalog import find_local
+from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.generation import generate
 from mpt.prompts import encode_chat
 from serving.app import Serving, make_app
-from serving.endpoints import Endpoint, open_endpoint
 from serving.options import ServeOptions
 
 NAMES = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")

@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.engine import EngineStats
+from mpt.engine.engine import EngineStats
 from serving.metrics import HttpMetrics, Metrics
 
 ROOT = Path(__file__).parents[3]
@@ -60,7 +60,7 @@ def dashboard() -> dict:
 @pytest.fixture(scope="module")
 def exposition() -> str:
     """What a Router shows at /metrics: its own metrics and a replica's, each metric used once."""
-    from serving.router import RouterMetrics, merged
+    from serving.cluster.router import RouterMetrics, merged
 
     stats = EngineStats(**dict.fromkeys(inspect.signature(EngineStats).parameters, 1))
     endpoint = SimpleNamespace(name="mpt-7b-chat", engine=SimpleNamespace(stats=lambda: stats, ready=True))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
+from mpt.engine.endpoint import Endpoint
+from mpt.engine.engine import Engine
 from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
 from serving.app import Serving, make_app
-from serving.backend import TorchBackend
-from serving.endpoints import Endpoint
-from serving.engine import Engine
 from serving.options import ServeOptions
 from training.distributed import World
 from training.evaluation import models, report, suite, tasks

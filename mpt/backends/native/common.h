@@ -1,0 +1,274 @@
+/* What the C of this package shares: the structures Python fills in, rounding, threads, tiles.
+ *
+ * Letters as in mpt/model.py: T tokens of the step, H heads, D head size, C d_model, S stored positions.
+ * Callers: the Python beside it, which checks shapes; nothing is checked here.
+ */
+#pragma once
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <omp.h>
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
+#define AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define AMX 0
+#endif
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+enum { PANEL = 16, MAX_TOKENS = 64, KEYS = 64, MAX_HEAD = 256 };
+
+typedef uint16_t bf16;
+
+typedef struct {
+    const void *weight; /* (n_out, n_in) row-major, bfloat16 or int8 */
+    const bf16 *scale;  /* (n_out) of an int8 weight, else NULL */
+    const bf16 *bias;   /* (n_out) or NULL */
+    int32_t n_out, n_in;
+} Linear;
+
+typedef struct {
+    const bf16 *weight, *bias; /* (C) each; bias may be NULL, and a norm that is not there has no weight */
+} Norm;
+
+typedef struct { /* an adapter's part of one projection: y += b a x */
+    const bf16 *a, *b; /* (rank, n_in) and, transposed and with the scale in it, (rank, n_out) */
+    int32_t rank;      /* 0: it leaves this one alone */
+} Lora;
+
+enum { WQKV, OUT_PROJ, UP_PROJ, DOWN_PROJ, N_PROJECTIONS };
+
+typedef struct {
+    Norm norm_1, norm_2, q_ln, k_ln;
+    Linear wqkv, out_proj, up_proj, down_proj;
+} Layer;
+
+typedef struct {
+    int32_t n_layers, d_model, n_heads, n_kv_heads, d_head, d_ffn;
+    float eps, softmax_scale, clip_qkv; /* clip_qkv 0: none */
+    const float *slopes;                /* (H) ALiBi, or NULL */
+    const Layer *layers;
+    Norm norm_f;
+    Linear head;
+} Model;
+
+typedef struct {
+    int32_t n_tokens, n_rows, n_logits, n_threads;
+    int32_t n_adapters, max_rank;
+    const float *x;             /* (T, C) embeddings */
+    const int32_t *row_tokens;  /* (rows) tokens of each row, in the order of x */
+    const int32_t *row_length;  /* (rows) positions stored before this step */
+    const int32_t *row_capacity;
+    void *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) bfloat16, or int8 with scales */
+    float *const *kv_scale;     /* (rows, layers) each (2, KV heads, capacity): value = int8 * scale; NULL: bfloat16 */
+    float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
+    const Lora *adapters;       /* (adapters, layers, N_PROJECTIONS) those of the step's rows */
+    const int32_t *row_adapter; /* (rows) which of them, or -1 */
+    float *low;                 /* what they make of a projection's inputs: step.c, prompt.c */
+    const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
+    float *logits;              /* (n_logits, V) */
+    float *scratch;             /* mpt_scratch_floats() */
+    int64_t *keys_read;         /* total of keys attended over, all heads; NULL: not counted */
+    float drop;                 /* attention may leave out keys that weigh less than this share together; 0: none */
+} Step;
+
+/* -- numbers ------------------------------------------------------------------------------------------------------ */
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* The largest of n numbers and one more. In 16 lanes: gcc makes no vectors of a single running maximum, which took as
+ * long as the products. */
+static inline float largest_of(const float *x, int n, float most) {
+    float lanes[PANEL];
+    int j = 0;
+    for (int c = 0; c < PANEL; c++) lanes[c] = most;
+    for (; j + PANEL <= n; j += PANEL)
+        for (int c = 0; c < PANEL; c++) lanes[c] = x[j + c] > lanes[c] ? x[j + c] : lanes[c];
+    for (; j < n; j++) lanes[0] = x[j] > lanes[0] ? x[j] : lanes[0];
+    for (int half = PANEL / 2; half; half /= 2)
+        for (int c = 0; c < half; c++) lanes[c] = lanes[c + half] > lanes[c] ? lanes[c + half] : lanes[c];
+    return lanes[0];
+}
+
+/* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.
+ * Below -80 it is 0: products with less would be subnormal numbers, which cost this processor ten times as much. */
+static inline float exp_(float given) {
+    float x = given < -80.0f ? -80.0f : given;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return given < -80.0f ? 0.0f : p * power;
+}
+
+/* GELU in its erf form; erf to 1.5e-7 (Abramowitz and Stegun 7.1.26). */
+static inline float gelu_(float x) {
+    float z = __builtin_fabsf(x) * 0.70710678f;
+    float t = 1.0f / (1.0f + 0.3275911f * z);
+    float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float tail = 0.5f * poly * exp_(-z * z); /* Phi(-|x|) */
+    return x * (x > 0 ? 1.0f - tail : tail);
+}
+
+/* -- the KV cache --------------------------------------------------------------------------------------------------- */
+
+/* What is stored of one key head of one row: keys and values, (positions, D) each, bfloat16, or int8 with scales. */
+typedef struct {
+    void *keys, *values;
+    float *key_scales, *value_scales; /* (positions), or NULL */
+} Stored;
+
+static inline Stored stored_of(const Model *model, const Step *step, int layer, int row, int g) {
+    const size_t capacity = step->row_capacity[row], at = (size_t)row * model->n_layers + layer, D = model->d_head;
+    const size_t keys = g * capacity, values = keys + model->n_kv_heads * capacity; /* in positions */
+    if (step->kv_scale) {
+        int8_t *numbers = step->kv[at];
+        float *scales = step->kv_scale[at];
+        return (Stored){numbers + keys * D, numbers + values * D, scales + keys, scales + values};
+    }
+    bf16 *numbers = step->kv[at];
+    return (Stored){numbers + keys * D, numbers + values * D, NULL, NULL};
+}
+
+/* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. All zeros stay so.
+ * A scale that is no number, where one of x is none, makes all of them none: damage is not hidden. To the bit the same
+ * as `Int8Layer.write` in mpt/backends/int8_cache.py. */
+static inline float quantize_head(const float *x, int D, int8_t *out) {
+    const float least = 1e-30f;
+    int32_t largest; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
+    memcpy(&largest, &least, 4);
+    for (int d = 0; d < D; d++) {
+        int32_t bits;
+        memcpy(&bits, x + d, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float scale;
+    memcpy(&scale, &largest, 4);
+    scale /= 127;
+    for (int d = 0; d < D; d++) out[d] = (int8_t)(int32_t)__builtin_rintf(x[d] / scale);
+    return scale;
+}
+
+/* Store a key and a value, (D) each, at a position. */
+static inline void keep(Stored to, size_t position, const float *key, const float *value, int D) {
+    if (to.key_scales) {
+        to.key_scales[position] = quantize_head(key, D, (int8_t *)to.keys + position * D);
+        to.value_scales[position] = quantize_head(value, D, (int8_t *)to.values + position * D);
+        return;
+    }
+    bf16 *keys = (bf16 *)to.keys + position * D, *values = (bf16 *)to.values + position * D;
+    for (int d = 0; d < D; d++) keys[d] = narrow(key[d]), values[d] = narrow(value[d]);
+}
+
+/* No less than the length of the key at a position, as it is stored. */
+static inline float length_of_key(Stored from, size_t position, int D) {
+    float square = 0;
+    if (from.key_scales) {
+        const int8_t *key = (const int8_t *)from.keys + position * D;
+        int32_t sum = 0;
+        for (int d = 0; d < D; d++) sum += key[d] * key[d];
+        square = (float)sum * from.key_scales[position] * from.key_scales[position];
+    } else {
+        const bf16 *key = (const bf16 *)from.keys + position * D;
+        for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
+    }
+    return sqrtf(square) * 1.0001f; /* which is more than rounding takes away */
+}
+
+/* -- threads -------------------------------------------------------------------------------------------------------- */
+
+/* Threads come from OpenMP's pool, torch's own, but they meet and share out work here: libgomp puts threads to sleep at
+ * each of its barriers as soon as a process has more of them than cores, idle ones included, and waking one takes longer
+ * than most parts of a step (10 ms instead of 6 where a second thread of the process had used torch). */
+typedef struct {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+} Team;
+
+typedef struct {
+    Team *team;
+    atomic_int *queue; /* where the next loop is counted; one cache line each */
+    int thread, n;
+} Worker;
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Wait for all: awake for some 100 us, then giving way to whoever else wants the core. */
+static inline void meet(Worker *worker) {
+    Team *team = worker->team;
+    const int round = atomic_load(&team->round);
+    if (atomic_fetch_add(&team->arrived, 1) == worker->n - 1) {
+        atomic_store(&team->arrived, 0);
+        atomic_store(&team->round, round + 1);
+        return;
+    }
+    for (int spins = 0; atomic_load(&team->round) == round; spins++) {
+        if (spins < 4000)
+            relax();
+        else
+            sched_yield();
+    }
+}
+
+/* The next n of a loop's turns, the first of them; `leave` ends the loop. */
+static inline int take(Worker *worker, int n) { return atomic_fetch_add(worker->queue, n); }
+static inline void leave(Worker *worker) { worker->queue += 16; }
+
+/* This thread's part of 0..n, in whole steps. */
+static inline int part(const Worker *worker, int n, int step, int which) {
+    return (int)((int64_t)(n / step) * (worker->thread + which) / worker->n) * step;
+}
+
+/* -- tiles ---------------------------------------------------------------------------------------------------------- */
+
+#if AMX
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+/* Static: gcc 12 believes that only its first bytes are read, and leaves out the stores to others of a local one. */
+static const TileConfig TILES = {
+    .palette = 1,
+    .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+};
+
+static inline void configure_tiles(void) { _tile_loadconfig(&TILES); }
+#else
+static inline void configure_tiles(void) {}
+#endif

@@ -1,0 +1,274 @@
+"""A model's step for few tokens in C: its structures, filled from the modules, and the call.
+
+It takes over where Python and torch's thread barriers would cost as much as reading the weights.
+"""
+
+import ctypes
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mpt import attention
+from mpt.backends.int8_cache import Int8Layer
+from mpt.backends.native.library import LinearStruct, Pointer, Unavailable, load
+from mpt.backends.quantization import Int8Linear
+from mpt.lora import Adapter
+from mpt.model import MPTForCausalLM
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", Pointer), ("bias", Pointer))
+
+
+class _Lora(ctypes.Structure):
+    _fields_ = (("a", Pointer), ("b", Pointer), ("rank", ctypes.c_int32))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in ("norm_1", "norm_2", "q_ln", "k_ln")),
+        *((name, LinearStruct) for name in ("wqkv", "out_proj", "up_proj", "down_proj")),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ffn")),
+        *((name, ctypes.c_float) for name in ("eps", "softmax_scale", "clip_qkv")),
+        ("slopes", Pointer),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm_f", _Norm),
+        ("head", LinearStruct),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("n_tokens", "n_rows", "n_logits", "n_threads")),
+        *((name, ctypes.c_int32) for name in ("n_adapters", "max_rank")),
+        *((name, Pointer) for name in ("x", "row_tokens", "row_length", "row_capacity", "kv", "kv_scale", "key_norm")),
+        *((name, Pointer) for name in ("adapters", "row_adapter", "low")),
+        *((name, Pointer) for name in ("logit_tokens", "logits", "scratch", "keys_read")),
+        ("drop", ctypes.c_float),
+    )
+
+
+_PROJECTIONS = ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")  # in the order of common.h
+
+
+@dataclass
+class RowMemory:
+    """Where a row's cache lies, and how large its keys are."""
+
+    addresses: Tensor  # (L,) int64, of each layer's (2, KV heads, capacity, D)
+    scale_addresses: Tensor | None  # (L,) of their scales, None where they are bfloat16
+    capacity: int  # positions there is room for
+    key_norms: Tensor  # (L, KV heads) float32: no key stored is longer
+
+    @classmethod
+    def of(cls, kv: Sequence[Tensor | Int8Layer], known: "RowMemory | None") -> "RowMemory":
+        """Of a cache that has moved, or been copied from one of which `known` is true. kv: (2, KV heads, S, D) each."""
+        norms = torch.zeros(len(kv), kv[0].shape[1]) if known is None else known.key_norms.clone()
+        numbers = [layer.numbers if isinstance(layer, Int8Layer) else layer for layer in kv]
+        scales = [layer.scales.data_ptr() for layer in kv if isinstance(layer, Int8Layer)]
+        addresses = torch.tensor([layer.data_ptr() for layer in numbers])
+        return cls(addresses, torch.tensor(scales) if scales else None, kv[0].shape[2], norms)
+
+    def note_keys(self, layer: int, norms: Tensor) -> None:
+        """Keys with these norms, (KV heads, n), have been stored by somebody else."""
+        largest = self.key_norms[layer]
+        torch.maximum(largest, norms.amax(-1) * 1.0001, out=largest)  # rounding must not make the bound too small
+
+
+class NativeStep:
+    """A model's step for few tokens. Holds pointers into the model's tensors, which must stay where they are."""
+
+    def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, extra_flags: Sequence[str] = ()) -> None:
+        """drop: the share of a query's attention that may be left out with old keys. Raises Unavailable."""
+        _check(model)
+        self._library = load(tuple(extra_flags))
+        config, transformer = model.config, model.transformer
+        self.max_tokens: int = self._library.mpt_max_tokens()
+        self._kept: list[object] = []  # what the structures point into
+        layers = (_Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
+        first: Any = transformer.blocks[0].attn
+        slopes = None
+        if config.attention["alibi"]:
+            slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])
+        self._model = _Model(
+            n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_kv_heads=first.n_kv_heads,
+            d_head=config.d_head, d_ffn=config.d_ffn, eps=config.norm_eps, softmax_scale=config.softmax_scale,
+            clip_qkv=config.attention["clip_qkv"] or 0.0, slopes=self._pointer(slopes), layers=layers,
+            norm_f=self._norm(transformer.norm_f), head=self._linear(model.lm_head),
+        )  # fmt: skip
+        self._kept.append(layers)
+        self._drop, self._n_layers, self._vocab_size = drop, config.n_layers, config.vocab_size
+        self._library.mpt_scratch_floats.restype = ctypes.c_size_t
+        self._n_threads = torch.get_num_threads()
+        n_floats = self._library.mpt_scratch_floats(ctypes.byref(self._model), self.max_tokens, self._n_threads)
+        self._scratch = torch.empty(n_floats)
+        # Tiles of keys and values are as wide as heads; normalised queries and keys need whole tokens side by side.
+        is_made_for = config.d_head % 16 == 0 and config.d_model % 32 == 0 and first.q_ln is None
+        self.reads_prompts = bool(self._library.mpt_can_read_prompts()) and is_made_for
+        self._prompt_scratch = torch.empty(0)
+        self._keys_read = torch.zeros(1, dtype=torch.int64)
+        self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
+
+    @property
+    def keys_read(self) -> int:
+        """Keys attended over since the start, summed over queries, heads and layers."""
+        return int(self._keys_read)
+
+    def run(
+        self,
+        embeddings: Tensor,
+        row_tokens: Sequence[int],
+        lengths: Sequence[int],
+        memories: Sequence[RowMemory],
+        wanted: Sequence[int],
+        adapters: Sequence[Adapter | None] = (),
+    ) -> Tensor:
+        """Logits (len(wanted), V) float32 of the wanted tokens; keys and values of all are stored in their rows.
+
+        embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
+        holds already. wanted: places in the step. adapters: each row's, if any has one. The rows' caches are all
+        bfloat16, or all int8.
+        """
+        assert embeddings.shape[0] <= self.max_tokens
+        call = self._library.mpt_step, self._scratch
+        return self._run(*call, embeddings, row_tokens, lengths, memories, wanted, adapters)
+
+    def read_prompts(
+        self,
+        embeddings: Tensor,
+        row_tokens: Sequence[int],
+        lengths: Sequence[int],
+        memories: Sequence[RowMemory],
+        wanted: Sequence[int],
+        adapters: Sequence[Adapter | None] = (),
+    ) -> Tensor:
+        """The same as `run` for any number of tokens, the faster the more; only where `reads_prompts`."""
+        assert self.reads_prompts
+        self._library.mpt_prompt_scratch_floats.restype = ctypes.c_size_t
+        n_panels = sum(-(-n // 16) for n in row_tokens)
+        n_floats = self._library.mpt_prompt_scratch_floats(
+            ctypes.byref(self._model), n_panels, len(wanted), self._n_threads, memories[0].scale_addresses is not None
+        )
+        if n_floats > self._prompt_scratch.numel():
+            self._prompt_scratch = torch.empty(0)  # the old one is free before the new one is there
+            self._prompt_scratch = torch.empty(n_floats)
+        call = self._library.mpt_prompt, self._prompt_scratch
+        return self._run(*call, embeddings, row_tokens, lengths, memories, wanted, adapters)
+
+    def _run(
+        self,
+        function: Any,
+        scratch: Tensor,
+        embeddings: Tensor,
+        row_tokens: Sequence[int],
+        lengths: Sequence[int],
+        memories: Sequence[RowMemory],
+        wanted: Sequence[int],
+        adapters: Sequence[Adapter | None],
+    ) -> Tensor:
+        T, n = embeddings.shape[0], len(row_tokens)
+        assert sum(row_tokens) == T and len(lengths) == len(memories) == n
+        assert embeddings.dtype == torch.float32 and embeddings.is_contiguous()
+        capacities = [memory.capacity for memory in memories]
+        assert all(map(operator.ge, capacities, map(operator.add, lengths, row_tokens)))
+        present = list(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
+        row_adapter = [-1 if adapter is None else present.index(adapter) for adapter in adapters] or [-1] * n
+        numbers = torch.tensor([*row_tokens, *lengths, *capacities, *row_adapter, *wanted], dtype=torch.int32)
+        addresses = torch.cat([memory.addresses for memory in memories])
+        found = [memory.scale_addresses for memory in memories if memory.scale_addresses is not None]
+        assert len(found) in (0, n)
+        scales = torch.cat(found) if found else None
+        norms = torch.tensor([memory.key_norms.data_ptr() for memory in memories])
+        logits = torch.empty(len(wanted), self._vocab_size)
+        tables = [self._table(adapter) for adapter in present]
+        max_rank = max((table.max_rank for table in tables), default=0)
+        n_columns = sum(-(-tokens // 16) for tokens in row_tokens) * 16  # no fewer than either way to compute has
+        low = torch.empty(len(tables) * max_rank * n_columns)
+        loras = ctypes.create_string_buffer(b"".join(table.structs for table in tables))
+        at = numbers.data_ptr()
+        step = _Step(
+            n_tokens=T, n_rows=n, n_logits=len(wanted), n_threads=self._n_threads, x=embeddings.data_ptr(),
+            row_tokens=at, row_length=at + 4 * n, row_capacity=at + 8 * n, kv=addresses.data_ptr(),
+            kv_scale=None if scales is None else scales.data_ptr(), key_norm=norms.data_ptr(),
+            n_adapters=len(tables), max_rank=max_rank, adapters=ctypes.addressof(loras), row_adapter=at + 12 * n,
+            low=low.data_ptr(), logit_tokens=at + 16 * n, logits=logits.data_ptr(), scratch=scratch.data_ptr(),
+            keys_read=self._keys_read.data_ptr(), drop=self._drop,
+        )  # fmt: skip
+        function(ctypes.byref(self._model), ctypes.byref(step))
+        return logits
+
+    def _table(self, adapter: Adapter) -> "_Table":
+        table = self._tables.get(adapter)
+        if table is None:
+            table = self._tables[adapter] = _Table.of(adapter, self._n_layers)
+        return table
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _norm(self, norm: nn.LayerNorm | None) -> _Norm:
+        if norm is None:
+            return _Norm()
+        return _Norm(self._pointer(norm.weight), self._pointer(norm.bias))
+
+    def _linear(self, linear: nn.Module) -> LinearStruct:
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        scale = linear.scale if isinstance(linear, Int8Linear) else None
+        return LinearStruct(self._pointer(weight), self._pointer(scale), self._pointer(bias), *weight.shape)
+
+    def _layer(self, block: Any) -> _Layer:
+        attn, ffn = block.attn, block.ffn
+        norms = map(self._norm, (block.norm_1, block.norm_2, attn.q_ln, attn.k_ln))
+        return _Layer(*norms, *map(self._linear, (attn.Wqkv, attn.out_proj, ffn.up_proj, ffn.down_proj)))
+
+
+@dataclass
+class _Table:
+    """Where an adapter's matrices lie."""
+
+    structs: bytes  # of (layers, projections) _Lora
+    max_rank: int
+    kept: list[Tensor]  # what they point into
+
+    @classmethod
+    def of(cls, adapter: Adapter, n_layers: int) -> "_Table":
+        structs = (_Lora * (n_layers * len(_PROJECTIONS)))()
+        kept: list[Tensor] = []
+        for place in range(len(structs)):
+            layer, which = divmod(place, len(_PROJECTIONS))
+            pair = adapter.pairs.get(f"transformer.blocks.{layer}.{_PROJECTIONS[which]}")
+            if pair is not None:
+                a, b = (matrix.to(torch.bfloat16).contiguous() for matrix in (pair[0], pair[1].T))
+                kept += a, b
+                structs[place] = _Lora(a.data_ptr(), b.data_ptr(), len(a))
+        return cls(bytes(structs), max((lora.rank for lora in structs), default=0), kept)
+
+
+def _check(model: MPTForCausalLM) -> None:
+    if model.transformer.heads != slice(None):
+        raise Unavailable("a model shared over processes adds up their parts between its layers")
+    weight = model.transformer.wte.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        raise Unavailable(f"it is for bfloat16 on CPU, and this model is {weight.dtype} on {weight.device.type}")
+    if model.config.d_head > 256:
+        raise Unavailable(f"heads of {model.config.d_head}; at most 256 are made for")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            n_out, n_in = module.weight.shape
+            if n_out % 16 or n_in % (64 if isinstance(module, Int8Linear) else 32):
+                raise Unavailable(f"`{name}` is {n_out} x {n_in}; multiples of 16 and 32 (int8: 64) are made for")

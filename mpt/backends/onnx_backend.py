@@ -1,0 +1,77 @@
+"""A converted ONNX folder behind the engine: onnxruntime computes, one sequence at a time.
+
+Each step copies a sequence's cache once, since the graph returns it longer by the step's tokens; sequences are not
+batched. Slower than the torch backend with many streams, and for int8 and int4 folders faster with one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpt.backends.backend import Row, Work
+from mpt.backends.onnx_session import Session
+
+_MASK_BYTES = 256_000_000  # most of the attention mask (H, T, S) of one run; longer chunks are cut
+
+
+@dataclass
+class OnnxRow(Row):
+    """kv holds keys and values of each layer, (1, KV heads, P, D); `reserved` tokens are promised to it."""
+
+    reserved: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.reserved
+
+
+class OnnxBackend:
+    """What the engine needs (`mpt.backends.torch_backend.Backend`), from an onnxruntime session."""
+
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        self.session = Session(folder, device)
+        config = self.session.config
+        self.vocab_size: int = config.vocab_size
+        self.max_length: int | None = config.max_seq_len if config.has_wpe else None
+        self.bytes_per_token: int = config.kv_bytes_per_token * self.session.dtype.itemsize // 2
+        self._n_heads: int = config.n_heads if config.attention["alibi"] else 1
+
+    def capacity_for(self, n_tokens: int) -> int:
+        return n_tokens
+
+    def reserve(self, row: Row | None, n_tokens: int) -> Row:
+        if row is None:
+            return OnnxRow(self.session.empty(), reserved=n_tokens)
+        assert isinstance(row, OnnxRow)
+        row.reserved = max(row.reserved, n_tokens)
+        return row
+
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
+        kv = [part[:, :, :n_tokens].copy() for part in source.kv]
+        return OnnxRow(kv, n_tokens, reserved=capacity)
+
+    def close(self) -> None:
+        pass
+
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        return torch.cat([torch.from_numpy(self._extend(item)) for item in work])
+
+    def _extend(self, item: Work) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
+        """Logits (n_logits, V) of one row, whose cache grows by its tokens."""
+        row, tokens = item.row, item.tokens
+        cache = row.kv if row.kv[0].shape[2] == row.length else [part[:, :, : row.length] for part in row.kv]
+        n_stored = row.length + len(tokens)
+        at_once = max(1, _MASK_BYTES // (4 * self._n_heads * n_stored))
+        parts = []
+        for start in range(0, len(tokens), at_once):
+            chunk = tokens[start : start + at_once]
+            n_after = len(tokens) - start - len(chunk)
+            n_logits = min(len(chunk), max(0, item.n_logits - n_after))
+            cache, logits = self.session.extend(cache, chunk, max(1, n_logits))
+            parts.append(logits[0, -n_logits:] if n_logits else logits[0, :0])
+        row.kv = cache
+        return np.concatenate(parts)

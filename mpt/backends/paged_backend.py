@@ -1,0 +1,380 @@
+"""The backend for CUDA: rows of pages out of one pool, decoded by our Triton kernel inside CUDA graphs.
+
+A row is a list of page numbers, the same in every layer. A copy of a beginning shares its full pages and copies the
+last one; a page that several rows hold is copied before one of them writes into it. Everything but the graphs runs on
+CPU too, where the tests are.
+
+A step in which every row reads one token takes a fixed shape, padded to a number of rows and a width of the block table
+that graphs are kept for. All other steps go through one packed pass like `TorchBackend`'s: rows with a few tokens
+through the decode kernel together, longer ones each through FlexAttention, or flash-attn where it is installed.
+
+Accounting: the engine counts each row's pages as its own, so pages that rows share are counted more than once, and the
+pool always has what the engine believes is free. Kept prefixes are given up somewhat sooner than they would have to be.
+
+Not here: the kernels (`mpt/backends/paged_attention.py`), who runs when (`engine.py`).
+"""
+
+import gc
+import importlib
+import logging
+import math
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpt import attention
+from mpt.backends.backend import Row, Work
+from mpt.backends.packed import PackedModel
+from mpt.backends.paged_attention import DROP, PAGE, Chunk, Pages, gather, paged_decode, store
+from mpt.errors import MachineRefused
+from mpt.model import Attend, MPTForCausalLM
+
+log = logging.getLogger(__name__)
+
+_FEW_TOKENS = 16  # a row that reads at most so many goes through the decode kernel
+_ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that steps of one token each are padded to
+_WIDTH = 8  # pages of the longest row, likewise: 8, 32, 128 and so on, so 2,048, 8,192 and 32,768 tokens
+_capturing = threading.Lock()  # models that share a process capture one after another
+
+
+@dataclass(eq=False)
+class PagedRow(Row):
+    """A row whose cache lies in `pages` of the pool; `kv` stays empty."""
+
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        return len(self.pages) * PAGE
+
+
+class PagedBackend:
+    """An MPTForCausalLM over paged rows. `allocate` its pool before the first row."""
+
+    def __init__(
+        self, model: MPTForCausalLM, *, graphs: bool | None = None, triton: bool | None = None, drop: float = DROP
+    ) -> None:
+        """graphs: whether steps of one token are captured; None: on CUDA. triton, drop: as for `paged_decode`."""
+        config = model.config
+        self.model = model
+        self.vocab_size: int = config.vocab_size
+        self.max_length: int | None = config.max_seq_len if config.has_wpe else None
+        weight = model.transformer.wte.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        attn: Any = model.transformer.blocks[0].attn
+        self._n_layers, self._n_kv, self._d_head = config.n_layers, int(attn.n_kv_heads), config.d_head
+        self.bytes_per_token = 2 * self._n_layers * self._n_kv * self._d_head * weight.itemsize
+        self._scale = config.softmax_scale
+        self._slopes: Tensor | None = None
+        if config.attention["alibi"]:
+            slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])
+            self._slopes = slopes[model.transformer.heads].to(self._device)
+        self._packed = PackedModel(model)
+        self._triton, self._drop = triton, drop
+        self._flash = _flash_attention(self._device, self._dtype)
+        self._has_flex = self._device.type == "cuda"  # on CPU it would hold all scores
+        self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graph_pool: Any = None
+        self._free: list[int] = []
+        self._users: list[int] = []  # of each page
+        self._returned: deque[list[int]] = deque()  # page lists of rows that are gone, from any thread
+
+    def allocate(self, kv_bytes: int) -> None:
+        """Make the pool: as many pages as fit, and page 0, which no row has. Raises MachineRefused."""
+        n_pages = kv_bytes // (self.bytes_per_token * PAGE) + 1
+        try:
+            self._pages = Pages.empty(self._n_layers, n_pages, self._n_kv, self._d_head, self._dtype, self._device)
+        except RuntimeError as error:  # torch's out of memory, on CPU and CUDA
+            raise MachineRefused(
+                f"no {kv_bytes / 1e9:.1f} GB in one piece for the KV cache; lower `--kv-gb` ({error})"
+            ) from error
+        self._free, self._users = list(range(n_pages - 1, 0, -1)), [0] * n_pages
+        self._graphs.clear()
+        if self._device.type == "cuda":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Compile what the first requests would wait for: prompts of one and of several blocks, and a decoding step."""
+        n_most = min(2 * PAGE, len(self._free) * PAGE, self.max_length or 2 * PAGE) - 1
+        for stored, n in ((0, min(20, n_most)), (0, min(200, n_most)), (n_most // 2, n_most // 2)):
+            row = self.reserve(None, stored + n + 1)
+            row.length = stored
+            self.forward([Work(row, [0] * n, 1)])
+            row.length += n
+            self.forward([Work(row, [0], 1)])
+            del row
+
+    @property
+    def n_free_pages(self) -> int:
+        self._take_back()
+        return len(self._free)
+
+    def capacity_for(self, n_tokens: int) -> int:
+        return _n_pages(n_tokens) * PAGE
+
+    def reserve(self, row: Row | None, n_tokens: int) -> PagedRow:
+        if row is None:
+            row = PagedRow([])
+            weakref.finalize(row, self._returned.append, row.pages).atexit = False
+        assert isinstance(row, PagedRow)
+        row.pages += self._take(_n_pages(n_tokens) - len(row.pages))
+        return row
+
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> PagedRow:
+        assert isinstance(source, PagedRow) and n_tokens <= source.capacity
+        row = self.reserve(None, 0)
+        n_full = n_tokens // PAGE
+        for page in source.pages[:n_full]:
+            self._users[page] += 1
+            row.pages.append(page)
+        self.reserve(row, max(capacity, n_tokens))
+        if n_tokens % PAGE:
+            self._pages.copy(source.pages[n_full], row.pages[n_full])
+        row.length = n_tokens
+        return row
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        rows = [_own_row(item) for item in work]
+        for row, item in zip(rows, work, strict=True):
+            self._make_own(row, len(item.tokens))
+        if len(work) <= _ROWS[-1] and all(map(_is_one_token, work)):
+            return self._decode(rows, [item.tokens[0] for item in work])
+        return self._packed.run(work, self._attend(rows, [len(item.tokens) for item in work]))
+
+    def close(self) -> None:
+        self._graphs.clear()
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def _take(self, n: int) -> list[int]:
+        """n pages nobody holds, cleared."""
+        if n <= 0:
+            return []
+        self._take_back()
+        if len(self._free) < n:
+            gc.collect()  # rows of failed requests lie in cycles of request and sequence
+            self._take_back()
+        if len(self._free) < n:
+            raise RuntimeError(f"{n} pages are asked for and {len(self._free)} of {len(self._users)} are free")
+        taken = [self._free.pop() for _ in range(n)]
+        for page in taken:
+            self._users[page] = 1
+        self._pages.clear(taken)
+        return taken
+
+    def _take_back(self) -> None:
+        while self._returned:
+            for page in self._returned.popleft():
+                self._give_up(page)
+
+    def _give_up(self, page: int) -> None:
+        self._users[page] -= 1
+        assert self._users[page] >= 0, page
+        if self._users[page] == 0:
+            self._free.append(page)
+
+    def _make_own(self, row: PagedRow, n_tokens: int) -> None:
+        """Copy those of the pages that the row's next tokens fall into which other rows hold too."""
+        for at in range(row.length // PAGE, _n_pages(row.length + n_tokens)):
+            shared = row.pages[at]
+            if self._users[shared] > 1:
+                self._take_back()  # perhaps the others are gone
+            if self._users[shared] > 1:
+                [own] = self._take(1)
+                self._pages.copy(shared, own)
+                row.pages[at] = own
+                self._give_up(shared)
+
+    # -- a token of each row -----------------------------------------------------------------------------------------
+
+    def _decode(self, rows: Sequence[PagedRow], tokens: Sequence[int]) -> Tensor:
+        """Logits (B, V) of one token of each row, through a graph where there are graphs."""
+        n_pages = max(_n_pages(row.length + 1) for row in rows)
+        n_rows = next(n for n in _ROWS if n >= len(rows))
+        width = _WIDTH
+        while width < n_pages:
+            width *= 4
+        numbers = np.zeros((n_rows, 2 + width), dtype=np.int32)
+        numbers[:, 1] = 1  # rows beyond ours read token 0 and write into page 0
+        for line, row, token in zip(numbers, rows, tokens, strict=False):
+            used = row.pages[: _n_pages(row.length + 1)]
+            line[0], line[1], line[2 : 2 + len(used)] = token, row.length + 1, used
+        if self._has_graphs and (n_rows, width) not in self._graphs:
+            self._capture(n_rows, width)
+        graph = self._graphs.get((n_rows, width))
+        step = self._one_token_each if graph is None else graph.replay
+        return step(torch.from_numpy(numbers).to(self._device))[: len(rows)]
+
+    def _capture(self, n_rows: int, width: int) -> None:
+        try:
+            with _capturing:
+                if self._graph_pool is None and self._device.type == "cuda":
+                    self._graph_pool = torch.cuda.graph_pool_handle()
+                args = (n_rows, width, self._device, self._graph_pool)
+                self._graphs[n_rows, width] = _Graph(self._one_token_each, *args)
+        except RuntimeError:
+            log.exception("a step of %d rows cannot be captured; going on without CUDA graphs", n_rows)
+            self._has_graphs = False
+
+    def _one_token_each(self, numbers: Tensor) -> Tensor:
+        """Logits (B, V) float32. numbers: (B, 2 + P) int32: a token, the positions stored with it, the row's pages."""
+        tokens, lengths, table = numbers[:, 0].long(), numbers[:, 1].contiguous(), numbers[:, 2:]
+        position = lengths.long() - 1
+        slots = table.gather(1, (position // PAGE)[:, None])[:, 0].long() * PAGE + position % PAGE
+        transformer = self.model.transformer
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, B, D): the rows lie end to end
+            kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
+            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
+            queries = q[0].transpose(0, 1)[:, None]  # (B, 1, H, D)
+            out = paged_decode(
+                queries, kv, norms, table, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
+            )
+            return out.permute(1, 2, 0, 3)
+
+        positions = None if transformer.wpe is None else position[None]
+        hidden = transformer.run(transformer.wte(tokens)[None], attend, positions)[0]
+        return self.model.unembed(hidden).to(torch.float32, memory_format=torch.contiguous_format)
+
+    # -- any other step ----------------------------------------------------------------------------------------------
+
+    def _attend(self, rows: Sequence[PagedRow], n_tokens: Sequence[int]) -> Attend:
+        """Attention of a step in which rows read these numbers of tokens, laid end to end."""
+        starts = np.cumsum([0, *n_tokens[:-1]])
+        slots = self._tensor(np.concatenate([_slots(row, n) for row, n in zip(rows, n_tokens, strict=True)]))
+        shares = list(zip(rows, n_tokens, starts.tolist(), strict=True))
+        few = [share for share in shares if share[1] <= _FEW_TOKENS]
+        short = self._few(few) if few else None
+        longer = [(start, start + n, self._prefill(row, n)) for row, n, start in shares if n > _FEW_TOKENS]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, N, D)
+            kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
+            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
+            queries = q[0].transpose(0, 1)  # (N, H, D)
+            out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
+            if short is not None:
+                short(layer, queries, out)
+            for start, end, prefill in longer:
+                out[start:end] = prefill(layer, q[:, :, start:end])[0].transpose(0, 1)
+            return out.transpose(0, 1)[None]
+
+        return attend
+
+    def _few(self, shares: Sequence[tuple[PagedRow, int, int]]) -> Callable[[int, Tensor, Tensor], None]:
+        """The decode kernel over rows with a few tokens each: (row, tokens, where they begin in the step)."""
+        T = max(n for _, n, _ in shares)
+        width = max(_n_pages(row.length + n) for row, n, _ in shares)
+        table = np.zeros((len(shares), 1 + width), dtype=np.int32)
+        places = np.zeros((len(shares), T), dtype=np.int64)  # in the step, of each row's queries, the last at the end
+        for line, (row, n, start) in enumerate(shares):
+            used = row.pages[: _n_pages(row.length + n)]
+            table[line, 0], table[line, 1 : 1 + len(used)] = row.length + n, used
+            places[line] = np.arange(start + n - T, start + n).clip(min=start)  # the first again, where there is none
+        real = np.concatenate([line * T + np.arange(T - n, T) for line, (_, n, _) in enumerate(shares)])
+        at, real_at = self._tensor(places), self._tensor(real)
+        numbers, to = self._tensor(table), self._tensor(places.flatten()[real])
+        lengths, pages = numbers[:, 0].contiguous(), numbers[:, 1:]
+
+        def attend(layer: int, queries: Tensor, out: Tensor) -> None:
+            kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
+            answers = paged_decode(
+                queries[at], kv, norms, pages, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
+            )  # (B, T, H, D)
+            out[to] = answers.flatten(0, 1)[real_at]
+
+        return attend
+
+    def _prefill(self, row: PagedRow, n: int) -> Callable[[int, Tensor], Tensor]:
+        """Attention of n more tokens of one row: a layer's (1, H, n, D) from its queries, its keys being stored."""
+        stored = row.length + n
+        used = self._tensor(np.array(row.pages[: _n_pages(stored)]))
+        if self._flash is not None:
+            flash, table = self._flash, used.to(torch.int32)[None]
+            length = torch.full((1,), stored, dtype=torch.int32, device=self._device)
+
+            def attend_flash(layer: int, q: Tensor) -> Tensor:
+                k, v = self._pages.kv[layer].transpose(2, 3).unbind(1)  # (pages, PAGE, KV heads, D) each
+                out: Tensor = flash(
+                    q.transpose(1, 2), k, v, cache_seqlens=length, block_table=table, softmax_scale=self._scale,
+                    causal=True, alibi_slopes=self._slopes,
+                )  # fmt: skip
+                return out.transpose(1, 2)
+
+            return attend_flash
+        if self._has_flex:
+            chunk = Chunk(n, stored, self._slopes, self._scale, self._device)
+            return lambda layer, q: chunk.attend(q, *gather(self._pages.kv[layer], used, stored))
+        bias = self.model.transformer.alibi_bias(stored)
+
+        def attend_on_cpu(layer: int, q: Tensor) -> Tensor:
+            k, v = gather(self._pages.kv[layer], used, stored)
+            return attention.attend(q, k[:, :, :stored], v[:, :, :stored], scale=self._scale, bias=bias)
+
+        return attend_on_cpu
+
+    def _tensor(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
+
+
+class _Graph:
+    """A step of fixed shape, recorded once, replayed on other numbers."""
+
+    def __init__(
+        self, step: Callable[[Tensor], Tensor], n_rows: int, width: int, device: torch.device, pool: Any
+    ) -> None:
+        """pool: memory for what is computed on the way, shared by the graphs of one backend, which run in turn."""
+        self._numbers = torch.zeros(n_rows, 2 + width, dtype=torch.int32, device=device)
+        self._numbers[:, 1] = 1  # all write into page 0
+        beside = torch.cuda.Stream(device)
+        beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(beside):
+            step(self._numbers)  # compiles what is not compiled yet, which cannot be captured
+        torch.cuda.current_stream(device).wait_stream(beside)
+        self._graph = torch.cuda.CUDAGraph()
+        # Only this thread is watched while capturing: another may be loading an adapter to the GPU.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._logits = step(self._numbers)
+
+    def replay(self, numbers: Tensor) -> Tensor:
+        self._numbers.copy_(numbers)
+        self._graph.replay()
+        return self._logits.clone()  # the next replay writes over its own
+
+
+def _flash_attention(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """flash-attn's paged kernel, which takes ALiBi's slopes, where it is installed and made for this."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    try:
+        kernel: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_with_kvcache
+    except ImportError:  # also of a build for another torch
+        return None
+    return kernel
+
+
+def _n_pages(n_tokens: int) -> int:
+    return math.ceil(n_tokens / PAGE)
+
+
+def _slots(row: PagedRow, n: int) -> np.ndarray:
+    """Where the row's next n positions lie, (n,) int64: page * PAGE + place in it."""
+    position = np.arange(row.length, row.length + n)
+    return np.array(row.pages, dtype=np.int64)[position // PAGE] * PAGE + position % PAGE
+
+
+def _own_row(item: Work) -> PagedRow:
+    assert isinstance(item.row, PagedRow)
+    return item.row
+
+
+def _is_one_token(item: Work) -> bool:
+    return len(item.tokens) == item.n_logits == 1 and item.adapter is None and item.hidden is None

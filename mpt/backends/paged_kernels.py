@@ -1,0 +1,130 @@
+"""The Triton kernels of `mpt/backends/paged_attention.py`: store keys and values, attend in splits, merge the splits.
+
+Importing this file needs Triton, which comes with torch for CUDA. They also run on CPU, slowly, under Triton's
+interpreter (TRITON_INTERPRET=1), which is how they are tested where there is no GPU.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store(
+    k, v, kv, norms, slots,
+    k_token, k_head, v_token, v_head, kv_page, kv_half, kv_head, kv_slot, norms_page,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One key and value of one head into its slot, and the page's largest |k| raised to it. Grid (N, KV heads)."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + token).to(tl.int64)
+    page = slot // PAGE
+    d = tl.arange(0, BLOCK_D)
+    to = kv + page * kv_page + head * kv_head + slot % PAGE * kv_slot + d
+    key = tl.load(k + token.to(tl.int64) * k_token + head * k_head + d, mask=d < D, other=0.0)
+    value = tl.load(v + token.to(tl.int64) * v_token + head * v_head + d, mask=d < D, other=0.0)
+    tl.store(to, key, mask=d < D)
+    tl.store(to + kv_half, value, mask=d < D)
+    wide = key.to(tl.float32)
+    norm = tl.sqrt(tl.sum(wide * wide, 0)) * 1.0001  # rounding must not make the bound too small
+    # As integers: positive floats have the order of their bits, and Triton takes two atomics for floats of any sign.
+    tl.atomic_max(norms + page * norms_page + head, norm.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def decode_split(
+    q, kv, norms, table, lengths, slopes, part, part_lse,
+    scale, log_drop, n_queries, n_blocks, n_heads,
+    q_row, q_token, q_head, kv_page, kv_half, kv_head, kv_slot, norms_page, table_row,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, N_SPLITS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """A row's queries of one key head against every N_SPLITS-th of its pages. Grid (B, KV heads * n_blocks, N_SPLITS).
+
+    Line m of a program is query m // G of the row and head m % G of the group: a page is read once for all of them.
+    """
+    row, split = tl.program_id(0), tl.program_id(2)
+    head, block = tl.program_id(1) // n_blocks, tl.program_id(1) % n_blocks
+    length = tl.load(lengths + row)
+    n_pages = (length + PAGE - 1) // PAGE
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    t, h = m // G, head * G + m % G
+    at = length - n_queries + t  # the position of each query
+    seen = (m < n_queries * G) & (at >= 0)  # before position 0 there is padding only
+    d = tl.arange(0, BLOCK_D)
+    place = row.to(tl.int64) * q_row + t[:, None] * q_token + h[:, None] * q_head + d[None, :]
+    query = tl.load(q + place, mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (M, D)
+    if HAS_ALIBI:
+        slope = tl.load(slopes + h, mask=seen, other=1.0)
+        # What is known of each query's best score beforehand: that of its own key, which has no bias.
+        own_page = tl.load(table + row * table_row + tl.maximum(at, 0) // PAGE, mask=seen, other=0).to(tl.int64)
+        own = own_page * kv_page + head * kv_head + tl.maximum(at, 0) % PAGE * kv_slot
+        own_key = tl.load(kv + own[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+        wide = query.to(tl.float32)
+        floor = tl.sum(wide * own_key.to(tl.float32), 1) * scale
+        size = tl.sqrt(tl.sum(wide * wide, 1)) * scale
+        # All keys of a page weigh at most e^(size |k| - slope d) (1 + e^-slope + ...), d the distance of its last.
+        tail = tl.log(tl.minimum(1.0 / (1.0 - tl.exp(-slope)), PAGE * 1.0))
+        limit = log_drop - tl.log(n_pages.to(tl.float32))
+    best = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for step in range(split, n_pages, N_SPLITS):
+        page = n_pages - 1 - step  # the nearest first: they raise `best`, which later pages must come up to
+        number = tl.load(table + row * table_row + page).to(tl.int64)
+        first = page * PAGE
+        n_keys = tl.minimum(length - first, PAGE)
+        if HAS_ALIBI:
+            away = tl.maximum(at - (first + PAGE - 1), 0).to(tl.float32)
+            norm = tl.load(norms + number * norms_page + head)
+            most = size * norm - slope * away + tail - tl.maximum(floor, best)
+            n_keys = tl.where(tl.max(tl.where(seen, most, -float("inf")), 0) >= limit, n_keys, 0)
+        base = kv + number * kv_page + head * kv_head
+        for start in range(0, n_keys, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            j = first + n
+            here = (j < length)[:, None] & (d < D)[None, :]  # behind the row's end lies what others left
+            key = tl.load(base + n[:, None] * kv_slot + d[None, :], mask=here, other=0.0)  # (N, D)
+            if BLOCK_M == 1:  # a tensor core would multiply 15 lines of nothing
+                scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), 1)[None, :]
+            else:
+                scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # (M, N) float32
+            scores = scores * scale
+            if HAS_ALIBI:
+                scores -= slope[:, None] * (at[:, None] - j[None, :]).to(tl.float32)
+            scores = tl.where(seen[:, None] & (j[None, :] <= at[:, None]), scores, -float("inf"))
+            better = tl.maximum(best, tl.max(scores, 1))
+            against = tl.where(better == -float("inf"), 0.0, better)  # nothing seen yet: no inf - inf
+            weights = tl.exp(scores - against[:, None])
+            fade = tl.exp(best - against)
+            total = total * fade + tl.sum(weights, 1)
+            value = tl.load(base + kv_half + n[:, None] * kv_slot + d[None, :], mask=here, other=0.0)
+            if BLOCK_M == 1:
+                sums = sums * fade[:, None] + tl.sum(tl.trans(weights) * value.to(tl.float32), 0)[None, :]
+            else:
+                sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+            best = better
+    nothing = total == 0.0
+    out = ((row.to(tl.int64) * n_queries + t) * n_heads + h) * N_SPLITS + split
+    lines = m < n_queries * G
+    lse = tl.where(nothing, -float("inf"), best + tl.log(tl.where(nothing, 1.0, total)))
+    tl.store(part_lse + out, lse, mask=lines)
+    mean = sums / tl.where(nothing, 1.0, total)[:, None]
+    tl.store(part + out[:, None] * D + d[None, :], mean, mask=lines[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def merge(
+    part, part_lse, out,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One head of one query, from what its splits found. Grid (B * T * H)."""
+    line = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    lse = tl.load(part_lse + line * N_SPLITS + s, mask=s < N_SPLITS, other=-float("inf"))
+    top = tl.max(lse, 0)
+    weights = tl.exp(lse - tl.where(top == -float("inf"), 0.0, top))
+    total = tl.sum(weights, 0)
+    place = (line * N_SPLITS + s)[:, None] * D + d[None, :]
+    sums = tl.load(part + place, mask=(s < N_SPLITS)[:, None] & (d < D)[None, :], other=0.0)
+    mean = tl.sum(sums * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + line * D + d, mean.to(out.dtype.element_ty), mask=d < D)

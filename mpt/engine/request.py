@@ -1,0 +1,134 @@
+"""What a request asks of the engine and what it gets back: the vocabulary between HTTP and the engine.
+
+Nothing here computes. The HTTP layer translates OpenAI's fields into `Sampling` and `Delta`s into OpenAI's
+chunks; the engine knows no field names of OpenAI.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mpt.engine.grammar import Grammar
+from mpt.errors import MPTError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue one prompt. Ranges are checked by the HTTP layer and asserted by the engine."""
+
+    max_tokens: int  # 0 is allowed: score the prompt and generate nothing
+    min_tokens: int = 0  # end-of-text and stop ids cannot be drawn before
+    n: int = 1  # samples; they share the prompt's cache
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0  # OpenAI: subtracted once for a token already generated
+    frequency_penalty: float = 0.0  # OpenAI: subtracted for each time it was generated
+    repetition_penalty: float = 1.0  # CTRL (Keskar et al. 2019): prompt and answer, divides or multiplies
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None  # sample k of n draws from seed + k
+    stop: tuple[str, ...] = ()  # found in the text, also across token borders
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-text ids
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None  # top alternatives per generated token; 0 gives the token's own only
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
+    grammar: Grammar | None = None  # what the answer must be; it ends where that is complete
+    priority: int = 0  # lower leaves the queue first
+    embed: bool = False  # give the mean of the prompt's last hidden states; with max_tokens 0
+    progress: bool = False  # tell how far the prompt has been read
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token and its log-probability under the raw distribution (before temperature and penalties)."""
+
+    token_id: int
+    logprob: float | None  # None for the first token of a prompt
+    top: tuple[tuple[int, float], ...]  # the best alternatives, best first; floats equal to `logprob` where same
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """First event of a request that asked for `prompt_logprobs`: one entry a prompt token."""
+
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What sample `index` gained in a step: text that is final, and the tokens behind it.
+
+    Text lags behind tokens while it may still become part of a character or of a stop string.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop id or stop string that ended it
+
+    def then(self, later: "Delta") -> "Delta":
+        """Both as one."""
+        logprobs = None if self.logprobs is None else self.logprobs + (later.logprobs or ())
+        return replace(
+            later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids, logprobs=logprobs
+        )
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request has left the queue: how much of its prompt is in the cache already. Precedes every other event."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How many of the prompt's tokens are in the cache, after each chunk of it."""
+
+    processed_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The mean of the prompt's last hidden states, d_model numbers, scaled to length 1."""
+
+    vector: tuple[float, ...]
+
+
+Event = Started | Progress | PromptScored | Embedded | Delta
+
+
+class EngineError(MPTError):
+    """Why the engine could not take or finish a request; the HTTP layer maps each to a status."""
+
+
+class Overloaded(EngineError):
+    """The queue is full, or the request waited too long in it."""
+
+
+class PromptTooLong(EngineError):
+    """Prompt plus max_tokens exceed the context or the KV budget."""
+
+
+class Unsupported(EngineError):
+    """This engine cannot do what a field of the request asks."""
+
+
+class ShuttingDown(EngineError):
+    """The engine is draining: no new requests."""
+
+
+class RequestTimeout(EngineError):
+    """The request's deadline has passed."""
+
+
+class EngineFailed(EngineError):
+    """A bug or a lost device; this request cannot be finished, others go on."""

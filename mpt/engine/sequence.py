@@ -1,0 +1,224 @@
+"""One sample being generated: its tokens, its random numbers, its text so far and when it ends."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpt.backends.backend import Row
+from mpt.engine.grammar import BadGrammar
+from mpt.engine.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
+from mpt.lora import Adapter
+from mpt.sampling import TokenCounts, penalize
+from mpt.tokenizer import DetokenizeStream, Tokenizer
+
+
+class StopText:
+    """Lets text through except what is, or may still become, a stop string."""
+
+    def __init__(self, stops: tuple[str, ...], include: bool) -> None:
+        self._stops, self._include = stops, include
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that is final, and the stop string that ended it, if one did. The earliest match wins."""
+        if not self._stops:
+            return text, None
+        self._held += text
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            at, stop = min(found)
+            return self._held[: at + len(stop) * self._include], stop
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        final, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return final, None
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of text begin the stop string."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
+
+
+@dataclass(eq=False)
+class Request:
+    """What one call of the engine asked for; its samples are `sequences`."""
+
+    id: str
+    prompt: list[int]
+    sampling: Sampling
+    salt: str  # prefixes are shared only within one salt
+    adapter: Adapter | None
+    deadline: float | None  # time.monotonic
+    loop: asyncio.AbstractEventLoop  # where `deliver` must be called
+    deliver: Callable[[Event | EngineError], None]
+    client: str = ""  # who takes turns with others in the queue
+    sequences: list["Sequence"] = field(default_factory=list)
+    cancelled: bool = False  # set by the asker, read by the engine's thread
+    arrived: float = field(default_factory=time.monotonic)
+
+
+class Sequence:
+    """One sample of a request. `tokens` grows; those before row.length are in the cache."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, vocab_size: int) -> None:
+        sampling = request.sampling
+        self.request, self.index, self.sampling = request, index, sampling
+        self.tokens = list(request.prompt)
+        self.n_prompt = len(request.prompt)
+        self.row: Row | None = None
+        self.finished = False
+        self.hidden: list[Tensor] = []  # sums over parts of the prompt, (C,) each, where an embedding is asked for
+        self.admitted = False  # has left the queue once, though it may have been sent back
+        self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
+        self.started = False
+        self.random = random.Random(None if sampling.seed is None else sampling.seed + index)
+        self._detokenize = DetokenizeStream(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._stop_text = StopText(sampling.stop, sampling.include_stop_str_in_output)
+        self._end_ids = frozenset() if sampling.ignore_eos else frozenset(tokenizer.end_ids)
+        self._banned_early = sorted({*tokenizer.end_ids, *sampling.stop_token_ids})
+        penalized = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+        self._counts = TokenCounts(self.tokens) if penalized else None
+        bias = {token: value for token, value in sampling.logit_bias.items() if token < vocab_size}
+        self._bias = (torch.tensor(list(bias)), torch.tensor(list(bias.values()))) if bias else None
+        self._grammar = sampling.grammar.begin() if sampling.grammar is not None else None
+        self._grammar_failed: BadGrammar | None = None
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def n_left(self) -> int:
+        """Tokens it may still generate."""
+        return self.sampling.max_tokens - self.n_generated
+
+    @property
+    def unread(self) -> Tokens[int]:
+        """Tokens that are not in the cache yet; the whole prompt at first, one while decoding."""
+        return self.tokens[self.row.length if self.row else 0 :]
+
+    @property
+    def is_prefill(self) -> bool:
+        assert self.row is not None
+        return len(self.tokens) - self.row.length > 1 or self.n_generated == 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the model's likeliest token, whatever it drew before."""
+        return self.sampling.temperature == 0 and not self.adjusts_logits
+
+    @property
+    def adjusts_logits(self) -> bool:
+        too_early = self.n_generated < self.sampling.min_tokens
+        steered = self._counts is not None or self._bias is not None or self._grammar is not None
+        return steered or too_early
+
+    def forced(self, n: int) -> list[int]:
+        """Up to n tokens that its grammar makes it write next, most likely."""
+        return [] if self._grammar is None else self._grammar.forced(n)
+
+    def adjust(self, logits: Tensor) -> None:
+        """Apply this sample's bias, penalties, bans and grammar to its row of logits, (V,), in place."""
+        if self._bias is not None:
+            logits[self._bias[0].to(logits.device)] += self._bias[1].to(logits.device)
+        if self._counts is not None:
+            s = self.sampling
+            penalize(
+                logits,
+                self._counts,
+                presence=s.presence_penalty,
+                frequency=s.frequency_penalty,
+                repetition=s.repetition_penalty,
+            )
+        if self.n_generated < self.sampling.min_tokens:
+            logits[self._banned_early] = -torch.inf
+        if self._grammar is not None:  # last: no bias lets through what it forbids
+            try:
+                self._grammar.mask(logits)
+            except BadGrammar as error:  # told by `accept`, which ends this request and nobody else's
+                self._grammar_failed = error
+
+    def end_without_tokens(self) -> Delta:
+        """The end of a sample that was to score its prompt only."""
+        self.finished = True
+        return Delta(self.index, "", (), None, "length")
+
+    def accept(self, token: int, logprob: TokenLogprob | None) -> Delta:
+        """Take the token drawn; what it adds to the answer, and whether it ends it.
+
+        Raises Unsupported where the grammar has led nowhere.
+        """
+        if self._grammar is not None:
+            try:
+                if self._grammar_failed is not None:
+                    raise self._grammar_failed
+                self._grammar.take(token)
+            except BadGrammar as error:
+                raise Unsupported(str(error)) from error
+        self.tokens.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
+        sampling = self.sampling
+        reason: FinishReason | None = None
+        stop: int | str | None = None
+        late_enough = self.n_generated >= sampling.min_tokens
+        ends = late_enough and (token in self._end_ids or token in sampling.stop_token_ids)
+        text = ""
+        if not ends or sampling.include_stop_str_in_output:
+            text = self._detokenize.push(token)
+        if ends:
+            reason, stop = "stop", token
+        elif self.n_generated >= sampling.max_tokens:
+            reason = "length"
+        if reason is not None:
+            text += self._detokenize.flush()
+        stop_string = None
+        if late_enough:
+            text, stop_string = self._stop_text.push(text)
+        if stop_string is not None:
+            reason, stop = "stop", stop_string
+        elif reason is not None:
+            text += self._stop_text.flush()
+        self.finished = reason is not None
+        logprobs = None if logprob is None else (logprob,)
+        return Delta(self.index, text, (token,), logprobs, reason, stop)
+
+
+class Answer:
+    """What happens to one request, event by event, until all its n samples have ended.
+
+    Closing it cancels: the memory is free at the next step. Raises RequestTimeout, ShuttingDown and EngineFailed.
+    """
+
+    def __init__(
+        self, request: Request, inbox: "asyncio.Queue[Event | EngineError]", cancel: Callable[[Request], None]
+    ) -> None:
+        self._request, self._inbox, self._cancel = request, inbox, cancel
+        self._n_left = request.sampling.n
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Event:
+        if not self._n_left:
+            raise StopAsyncIteration
+        event = await self._inbox.get()
+        if isinstance(event, EngineError):
+            raise event
+        self._n_left -= isinstance(event, Delta) and event.finish_reason is not None
+        return event
+
+    def close(self) -> None:
+        self._cancel(self._request)

@@ -1,0 +1,1 @@
+"""The same HTTP API over many replicas on Ray Serve."""

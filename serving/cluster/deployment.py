@@ -1,0 +1,383 @@
+"""The cluster on Ray Serve: `serve run serving.cluster.deployment:app`, `serve deploy serving/config.yaml`.
+
+Two kinds of deployment. `Router` is the front: one OpenAI base URL (`router.py` beside this file). `Model`, one per
+served model, holds an engine and the same HTTP app as `mpt serve`, on a port of its own.
+
+What goes through Ray is the lease of a replica, not its tokens. A lease is a call that lasts as long as the answer, so
+Ray counts ongoing requests, scales on them, holds requests back, drains a replica that leaves and tells when one died;
+the answer itself goes from the replica's socket to the router's, at the speed of `mpt serve`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mpt.engine.adapters import MAX_LOADED, available
+from mpt.errors import MPTError, UserError
+from serving.auth import Client, Headers, Keys
+from serving.cards import card_of, with_adapters
+from serving.cluster.options import NO_KEYS, ClusterOptions, ModelOptions, read_args
+from serving.cluster.router import Lease, ReplicaLost, make_router
+from serving.errors import Unavailable
+from serving.limits import Limits
+from serving.logs import set_up_logging
+from serving.options import ServeOptions
+
+log = logging.getLogger(__name__)
+
+ROUTER = "Router"
+_UNUSED_S = 30.0  # a lease whose request never came is over
+_REPORT_S = 2.0  # for what an answer cost, after its last byte
+_AFFINE = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+def app(args: Mapping[str, Any]) -> serve.Application:
+    """The application for the `args` of a Serve config (`serving.cluster.options.ClusterOptions`). Raises UserError."""
+    options = read_args(args)
+    if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
+        raise UserError(NO_KEYS)
+    models = {
+        name: _deployment(name, model, options).bind(name, model, options) for name, model in options.models.items()
+    }
+    router = serve.deployment(Router).options(
+        name=ROUTER,
+        max_ongoing_requests=10_000,
+        num_replicas=options.router_replicas,
+        ray_actor_options={"num_cpus": options.router_num_cpus},
+        graceful_shutdown_timeout_s=max(model.graceful_shutdown_timeout_s for model in options.models.values()),
+    )
+    return router.bind(options, models)
+
+
+def _deployment(name: str, model: ModelOptions, options: ClusterOptions) -> serve.Deployment:
+    """How Ray runs one model."""
+    n = model.tensor_parallel  # processes, all of them in the replica's own actor, so on one machine
+    actor = {"num_cpus": model.num_cpus * n, "num_gpus": model.num_gpus * n, "resources": dict(model.resources)}
+    routing = RequestRouterConfig(request_router_class=_AFFINE) if model.routing == "prefix" else RequestRouterConfig()
+    settings: dict[str, Any] = {
+        "name": name,
+        "ray_actor_options": actor,
+        "max_ongoing_requests": model.max_running,
+        "max_queued_requests": model.max_waiting,
+        "graceful_shutdown_timeout_s": model.graceful_shutdown_timeout_s,
+        "health_check_period_s": 5,
+        "request_router_config": routing,
+    }
+    if model.min_replicas == model.max_replicas:
+        settings["num_replicas"] = model.min_replicas
+    else:
+        settings["autoscaling_config"] = {
+            "min_replicas": model.min_replicas,
+            "initial_replicas": model.initial_replicas,
+            "max_replicas": model.max_replicas,
+            "target_ongoing_requests": model.target_ongoing_requests or 0.7 * model.max_running,
+            "upscale_delay_s": model.upscale_delay_s,
+            "downscale_delay_s": model.downscale_delay_s,
+        }
+    return serve.deployment(Model).options(**settings)
+
+
+# -- a model's replica ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Ticket:
+    """A lease on the replica's side."""
+
+    begun: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Model:
+    """One replica of one model: its engine, and its HTTP app for those who hold a lease."""
+
+    def __init__(self, name: str, model: ModelOptions, cluster: ClusterOptions) -> None:
+        set_up_logging()
+        _choose_threads(model, cluster)
+        self._name, self._cluster = name, cluster
+        self._endpoint = _open(name, model, cluster)
+        self._tickets: dict[str, _Ticket] = {}
+        self._token = secrets.token_hex(16)
+        self._listener, self._url = _listen(cluster.replica_host)
+        self._app: ASGIApp = self._make_app()
+        self._server: asyncio.Task[None] | None = None
+
+    async def lease(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Where to send one request; then, when it has been answered, what it cost."""
+        if adapter := serve.get_multiplexed_model_id():
+            await self._adapter(adapter)
+        self._start_server()
+        number, ticket = secrets.token_hex(8), _Ticket()
+        self._tickets[number] = ticket
+        try:
+            yield {"url": self._url, "token": self._token, "lease": number, "replica": _replica_id()}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ticket.ended.wait(), None if ticket.begun else _UNUSED_S)
+            if ticket.begun:
+                await ticket.ended.wait()
+            yield ticket.report
+        finally:
+            self._tickets.pop(number, None)
+
+    @serve.multiplexed(max_num_models_per_replica=MAX_LOADED)
+    async def _adapter(self, name: str) -> object:
+        """Tells Ray that this replica holds an adapter; one that does not exist is refused over HTTP."""
+        adapters = self._endpoint.adapters
+        with contextlib.suppress(MPTError):
+            return await adapters.get(name) if adapters is not None else None
+        return None
+
+    def exposition(self) -> tuple[str, str]:
+        """This replica's name and its metrics."""
+        from prometheus_client import generate_latest
+
+        return _replica_id(), generate_latest(self._metrics.registry).decode()
+
+    def check_health(self) -> None:
+        """Raises when the engine has stopped, so that Ray replaces this replica."""
+        if self._endpoint.engine.failed is not None:
+            raise RuntimeError(f"the engine of `{self._name}` has stopped: {self._endpoint.engine.failed}")
+
+    async def __del__(self) -> None:
+        """End what still runs with an error event; Ray has waited for it before."""
+        if hasattr(self, "_endpoint"):
+            await asyncio.to_thread(self._endpoint.engine.close)
+            await asyncio.sleep(0.1)  # the last events are on their way to the sockets
+
+    def _make_app(self) -> ASGIApp:
+        from serving.app import Serving, make_app
+
+        cluster = self._cluster
+        options = ServeOptions(
+            models={},
+            docs=False,
+            request_timeout_s=cluster.request_timeout_s,
+            max_body_bytes=cluster.max_body_bytes,
+            keep_alive_s=cluster.keep_alive_s,
+        )
+        app = make_app(Serving(options, endpoints={self._name: self._endpoint}), door=_LeaseDoor(self._token))
+        self._metrics = app.state.metrics
+        return _Leased(app, self._tickets)
+
+    def _start_server(self) -> None:
+        if self._server is None:
+            import uvicorn
+
+            config = uvicorn.Config(
+                self._app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                http="httptools",
+                ws="none",
+            )
+            self._server = asyncio.create_task(uvicorn.Server(config).serve(sockets=[self._listener]))
+
+
+class _LeaseDoor:
+    """Lets in the routers of this application, which have settled who asks."""
+
+    def __init__(self, token: str) -> None:
+        self._keys = Keys((token,), None)
+
+    def client(self, headers: Headers) -> Client:
+        self._keys.client(headers)
+        return Client("router", headers.get(b"x-mpt-salt", ""))
+
+
+class _Leased:
+    """Ends a lease with the request that came with it."""
+
+    def __init__(self, app: ASGIApp, tickets: Mapping[str, _Ticket]) -> None:
+        self._app, self._tickets = app, tickets
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        number = dict(scope.get("headers", ())).get(b"x-mpt-lease", b"").decode("latin-1")
+        ticket = self._tickets.get(number)
+        if ticket is not None:
+            ticket.begun = True
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if ticket is not None:
+                work = scope.get("state", {}).get("work")
+                fields = work.log_fields() if work is not None else {}
+                ticket.report = {key: value for key, value in fields.items() if key != "model"}
+                ticket.ended.set()
+
+
+def _open(name: str, model: ModelOptions, cluster: ClusterOptions) -> Any:
+    """The endpoint of a replica, ready. Raises MPTError."""
+    from mpt.engine.endpoint import open_endpoint
+
+    options = ServeOptions(
+        models={name: model.root},
+        device=model.device if model.device != "auto" or model.num_gpus else "cpu",
+        dtype=model.dtype,
+        quantize=model.quantize,
+        kv_cache=model.kv_cache,
+        speculate=model.speculate,
+        drafts={} if model.draft is None else {name: model.draft},
+        tensor_parallel=model.tensor_parallel,
+        kv_bytes=None if model.kv_gb is None else int(model.kv_gb * 1e9),
+        max_running=model.max_running,
+        prefill_chunk=model.prefill_chunk,
+        context_lengths={} if model.context_length is None else {name: model.context_length},
+        prompt_styles={} if model.prompt_style is None else {name: model.prompt_style},
+        adapter_folders={} if model.adapters is None else {name: Path(model.adapters)},
+    )
+    endpoint = open_endpoint(name, model.root, options, len(cluster.models))
+    until = time.monotonic() + model.startup_timeout_s
+    while not endpoint.engine.ready:
+        if endpoint.engine.failed is not None or time.monotonic() > until:
+            raise UserError(f"`{name}` cannot answer: {endpoint.engine.failed or 'no first token in time'}")
+        time.sleep(0.01)
+    return endpoint
+
+
+def _listen(host: str) -> tuple[socket.socket, str]:
+    address = "127.0.0.1" if host == "loopback" else ray.util.get_node_ip_address()
+    if host == "loopback" and len([node for node in ray.nodes() if node["Alive"]]) > 1:
+        raise UserError("replica_host is `loopback` and the cluster has several nodes; give replica_host: node")
+    listener = socket.socket()
+    listener.bind((address, 0))
+    listener.listen()  # connections wait here until the server is up
+    return listener, f"http://{address}:{listener.getsockname()[1]}"
+
+
+def _choose_threads(model: ModelOptions, cluster: ClusterOptions) -> None:
+    """Ray sets one thread for a share of a CPU; more threads than cores would wait for each other at every product."""
+    import torch
+
+    share = max(1, (os.cpu_count() or 1) // len(cluster.models))
+    torch.set_num_threads(model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
+
+
+def _replica_id() -> str:
+    return serve.get_replica_context().replica_id.unique_id
+
+
+# -- the front -----------------------------------------------------------------------------------------------------
+
+
+@serve.ingress()
+class Router:
+    """The ingress: `serving.cluster.router` over this application's handles."""
+
+    def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
+        set_up_logging()
+        self._options = options
+        self._fleet = RayFleet(options, models)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        options = self._options
+        limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
+        self._app = make_router(self._fleet, options, Keys(options.api_keys, options.api_key_file, limits))
+        return self._app
+
+    def exposition(self) -> tuple[str, str]:
+        """This router's name and its metrics."""
+        return _replica_id(), self._app.state.own_metrics()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let running answers end before everything is shut down."""
+        await self._app.state.traffic.drain(timeout_s)
+
+
+class RayFleet:
+    """The replicas of every model, by way of Ray Serve's handles."""
+
+    def __init__(self, options: ClusterOptions, handles: Mapping[str, DeploymentHandle]) -> None:
+        self._options, self._handles = options, handles
+        self._cards = {name: card_of(name, model) for name, model in options.models.items()}
+
+    def cards(self) -> dict[str, list[dict[str, Any]]]:
+        found = {}
+        for name, card in self._cards.items():
+            folder = self._options.models[name].adapters
+            found[name] = with_adapters(card, list(available({}, Path(folder))) if folder is not None else [])
+        return found
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model: str, adapter: str | None, beginning: str) -> AsyncIterator[Lease]:
+        handle = self._handles[model].options(
+            stream=True,
+            multiplexed_model_id=adapter or "",
+            session_id=beginning if self._options.models[model].routing == "prefix" else "",
+        )
+        stream = handle.lease.remote()
+        rest: asyncio.Future[Any] | None = None
+        try:
+            try:
+                first = await stream.__anext__()
+            except BackPressureError as error:
+                raise Unavailable("every replica is busy and the queue is full; try again later") from error
+            except (RayError, RayServeException, StopAsyncIteration) as error:
+                raise ReplicaLost(f"no lease: {type(error).__name__}") from error
+            rest = asyncio.ensure_future(_next(stream))
+
+            async def report() -> dict[str, Any]:
+                with contextlib.suppress(TimeoutError, ReplicaLost):
+                    return await asyncio.wait_for(asyncio.shield(rest), _REPORT_S)
+                return {}
+
+            headers = {"authorization": f"Bearer {first['token']}", "x-mpt-lease": first["lease"]}
+            lost = asyncio.get_running_loop().create_future()
+            rest.add_done_callback(lambda done: _tell(lost, done))
+            yield Lease(first["url"], headers, first["replica"], lost, report)
+        finally:
+            if rest is not None:  # else there is nothing to cancel, and cancelling would raise the error again
+                stream.cancel()
+                rest.cancel()
+                await asyncio.gather(rest, return_exceptions=True)
+
+    async def expositions(self) -> dict[str, str]:
+        own = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
+        asked = [handle.broadcast("exposition") for handle in (own, *self._handles.values())]
+        answers = await asyncio.gather(*(each.results_async(timeout_s=5) for each in asked), return_exceptions=True)
+        found: dict[str, str] = {}
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                log.warning("no metrics of a deployment: %r", answer)
+                continue
+            found.update(each for each in answer if not isinstance(each, BaseException))
+        return found
+
+    async def not_ready(self) -> str | None:
+        status = await asyncio.to_thread(serve.status)
+        deployments = status.applications[serve.get_replica_context().app_name].deployments
+        wanted = [name for name, model in self._options.models.items() if model.min_replicas]
+        waiting = [name for name in wanted if not deployments[name].replica_states.get("RUNNING")]
+        return f"no replica of {', '.join(waiting)}" if waiting else None
+
+
+async def _next(stream: Any) -> dict[str, Any]:
+    """The end of a lease: what its answer cost. Raises ReplicaLost when its replica died."""
+    try:
+        return await stream.__anext__()
+    except (RayError, RayServeException, StopAsyncIteration) as error:
+        raise ReplicaLost(type(error).__name__) from error
+
+
+def _tell(lost: "asyncio.Future[None]", done: "asyncio.Future[Any]") -> None:
+    if not lost.done() and not done.cancelled() and (error := done.exception()) is not None:
+        lost.set_exception(error)
+        lost.exception()  # it may be that nobody waits any more

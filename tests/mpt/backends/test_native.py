@@ -1,0 +1,475 @@
+"""The C step against the model in float32, and against itself: other company, other threads, other machines."""
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpt
+from mpt.backends.int8_cache import Int8Layer
+from mpt.backends.native import library
+from mpt.backends.native.step import NativeStep, RowMemory
+from mpt.backends.quantization import quantize_model
+from mpt.lora import Adapter, adaptable
+
+pytestmark = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+
+CAPACITY = 768
+FLAGS = [pytest.param((), id="as_this_machine_can"), pytest.param(("-DMPT_NO_AMX",), id="without_amx")]
+SHAPES = {
+    "mpt": {},
+    "storywriter": {"attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}},
+    "replit": {"attn_config": {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2}},
+    "one_key_head": {"attn_config": {"alibi": True, "attn_type": "multiquery_attention"}},
+    "normed": {"attn_config": {"alibi": True, "qk_ln": True}},
+    "biases_and_scaled_logits": {"no_bias": False, "logit_scale": "inv_sqrt_d_model"},
+    "positions": {"attn_config": {"alibi": False}, "learned_pos_emb": True},
+    "head_of_112": {"d_model": 448, "n_heads": 4},
+    "wide_mlp": {"no_bias": False, "expansion_ratio": 12},  # more inputs than prompts multiply at once
+}
+
+
+def make(shape: str) -> mpt.MPTForCausalLM:
+    """A small model whose weights are bfloat16 numbers, in bfloat16."""
+    torch.manual_seed(0)
+    settings = {"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "max_seq_len": 1024, **SHAPES[shape]}
+    settings["attn_config"] = {"alibi": True, **settings.get("attn_config", {})}
+    model = mpt.MPTForCausalLM(mpt.MPTConfig(**settings)).eval()
+    for name, weight in model.named_parameters():
+        if "ln" in name or "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+    return model.to(torch.bfloat16)
+
+
+class Runner:
+    """Rows that are fed to the step some tokens at a time."""
+
+    def __init__(self, model: mpt.MPTForCausalLM, *, int8_cache: bool = False, **options: object) -> None:
+        self.model, self.step, self.int8_cache = model, NativeStep(model, **options), int8_cache
+        attn = model.transformer.blocks[0].attn
+        self.shape = (2, attn.n_kv_heads, CAPACITY, attn.d_head)
+
+    def row(self) -> tuple[list[Tensor | Int8Layer], RowMemory]:
+        """A row in which what nobody has written is no number."""
+        kv = [self.layer() for _ in self.model.transformer.blocks]
+        return kv, RowMemory.of(kv, None)
+
+    def layer(self) -> Tensor | Int8Layer:
+        if self.int8_cache:
+            return Int8Layer(torch.full(self.shape, 99, dtype=torch.int8), torch.full(self.shape[:3], torch.nan))
+        return torch.full(self.shape, torch.nan, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def feed(
+        self,
+        rows: list[tuple],
+        lengths: list[int],
+        tokens: list[list[int]],
+        adapters: Sequence[Adapter | None] = (),
+    ) -> Tensor:
+        """Logits of every token; rows hold `lengths` already."""
+        flat = torch.tensor([token for row in tokens for token in row])
+        x = self.model.transformer.wte(flat).float()
+        if self.model.transformer.wpe is not None:
+            places = [place for n, row in zip(lengths, tokens, strict=True) for place in range(n, n + len(row))]
+            x += self.model.transformer.wpe(torch.tensor(places)).float()
+        counts = [len(row) for row in tokens]
+        few_or_many = (
+            self.step.run if max(counts) <= 16 else self.step.read_prompts
+        )  # as in mpt/backends/torch_backend.py
+        logits = few_or_many(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))), adapters)
+        factor = self.model.config.logit_factor
+        return logits if factor is None else logits * factor
+
+    def read(self, ids: list[int], at_once: int, row: tuple | None = None, adapter: Adapter | None = None) -> Tensor:
+        """Logits (T, V) of a text, read so many tokens at a time."""
+        row, out = row or self.row(), []
+        for start in range(0, len(ids), at_once):
+            out.append(self.feed([row], [start], [ids[start : start + at_once]], [adapter]))
+        return torch.cat(out)
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 512, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def truth(model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
+    """The same weights in float64, through the model's own forward."""
+    wide = mpt.MPTForCausalLM(model.config).double().eval()
+    state = {name: weight.double() for name, weight in model.state_dict().items()}
+    wide.load_state_dict(state)
+    return wide(torch.tensor([text])).logits[0].float()
+
+
+def skip_unless_read(runner: Runner, at_once: int) -> None:
+    if at_once > 16 and not runner.step.reads_prompts:
+        pytest.skip("prompts of this model, or on this machine, are read by torch")
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
+def test_it_computes_the_model(shape, at_once, flags):
+    model, text = make(shape), ids(200)
+    runner = Runner(model, extra_flags=flags)
+    skip_unless_read(runner, at_once)
+    expected, found = truth(model, text), runner.read(text, at_once)
+    with torch.inference_mode():
+        torchs = model(torch.tensor([text])).logits[0].float()
+    # Inputs of products are rounded to bfloat16 and nothing else: better than torch, which rounds everything.
+    assert (found - expected).abs().max() <= (torchs - expected).abs().max()
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", ["mpt", "replit"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
+def test_no_bit_depends_on_the_company(shape, is_int8, int8_cache):
+    model = make(shape)
+    if is_int8:
+        quantize_model(model)
+    runner = Runner(model, int8_cache=int8_cache)
+    texts = [ids(90 + 31 * k, seed=k) for k in range(20)]
+    rows = [runner.row() for _ in texts]
+    for row, text in zip(rows, texts, strict=True):
+        for start in range(0, len(text), 64):
+            runner.feed([row], [start], [text[start : start + 64]])
+    n = [len(text) for text in texts]
+    alone = [runner.feed([row], [at], [[5]])[0] for row, at in zip(rows, n, strict=True)]
+    together = runner.feed(rows, n, [[5]] * 20)
+    assert torch.equal(together, torch.stack(alone))
+    four = runner.feed(rows[:3], n[:3], [[5, 6, 7, 8]] * 3)  # of 12 tokens, and in 4 steps of one
+    one_by_one = [runner.feed(rows[:1], [n[0] + k], [[5 + k]])[0] for k in range(4)]
+    assert torch.equal(four[:4], torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize("shape", ["mpt", "storywriter", "replit", "head_of_112"])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+def test_no_bit_of_a_prompt_depends_on_its_chunks_or_its_company(shape, is_int8):
+    model, text, other = make(shape), ids(700), ids(77, seed=1)
+    if is_int8:
+        quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, len(text))
+    row, again, beside = runner.row(), runner.row(), runner.row()
+    expected = runner.feed([row], [0], [text])
+    pieces, start = [], 0
+    for n in (100, 17, 333):
+        pieces.append(runner.feed([beside, again], [0, start], [other, text[start : start + n]])[len(other) :])
+        start += n
+    pieces.append(runner.feed([again, beside], [start, 0], [text[start:], other])[: len(text) - start])
+    assert torch.equal(torch.cat(pieces), expected)
+    after = runner.feed([row], [len(text)], [[5]]), runner.feed([again], [len(text)], [[5]])
+    assert torch.equal(*after)  # what is stored is the same too
+
+
+def test_only_wanted_logits_are_given():
+    model, texts = make("mpt"), [ids(40), ids(60, seed=1)]
+    runner = Runner(model)
+    skip_unless_read(runner, 40)
+    every = runner.feed([runner.row(), runner.row()], [0, 0], texts)
+    with torch.inference_mode():
+        x = model.transformer.wte(torch.tensor(texts[0] + texts[1])).float()
+    rows = [runner.row() for _ in texts]
+    memories = [memory for _, memory in rows]
+    wanted = [39, 50, 99, 41]
+    assert torch.equal(runner.step.read_prompts(x, [40, 60], [0, 0], memories, wanted), every[wanted])
+    assert runner.step.read_prompts(x, [40, 60], [0, 0], memories, []).shape == (0, 512)
+
+
+def widened(model: mpt.MPTForCausalLM) -> mpt.MPTForCausalLM:
+    """The float32 model whose weights are a quantized model's int8 times their scales."""
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    for name in [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.int8]:
+        state[name] *= state.pop(name.replace("weight", "scale"))[:, None]
+    exact = mpt.MPTForCausalLM(model.config).eval()
+    exact.lm_head.weight = torch.nn.Parameter(state.pop("lm_head.weight"))
+    exact.load_state_dict(state, strict=False)
+    return exact
+
+
+def with_outlier() -> mpt.MPTForCausalLM:
+    """One input of the MLP 300 times the others: with one int8 number for each, the others would be zero."""
+    model = make("mpt")
+    with torch.no_grad():
+        for block in model.transformer.blocks:
+            block.norm_2.weight[3] = 300.0
+            block.ffn.up_proj.weight[:, 3] *= 1e-3
+    return model
+
+
+@pytest.mark.parametrize("build", [lambda: make("mpt"), with_outlier], ids=["plain", "outlier"])
+@pytest.mark.parametrize("at_once", [5, 70], ids=["few", "many"])
+@torch.inference_mode()
+def test_int8_is_the_int8_weights_own_function(build, at_once):
+    model, text = build(), ids(150)
+    quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, at_once)
+    expected, found = widened(model)(torch.tensor([text])).logits[0], runner.read(text, at_once)
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    torchs = model(torch.tensor([text])).logits[0].float()
+    assert (torchs - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
+@pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
+def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once, int8_cache):
+    """Steep heads forget, and no logit changes."""
+    model, text = make("mpt"), ids(600)
+    every, few = Runner(model, drop=0.0, int8_cache=int8_cache), Runner(model, int8_cache=int8_cache)
+    skip_unless_read(few, at_once)
+    expected, found = every.read(text, at_once), few.read(text, at_once)
+    assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
+    n_all = 2 * 4 * sum(range(1, 601))  # layers, heads, each token with all before it
+    assert every.step.keys_read == n_all
+    assert few.step.keys_read < 0.9 * n_all
+
+
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
+@pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
+def test_an_old_key_that_counts_is_found_at_any_distance(at_once, int8_cache):
+    """Keys are minus the queries, and the first token is minus the last: it alone is what the last one looks for."""
+    model, position = make("mpt"), 500
+    with torch.no_grad():
+        model.transformer.wte.weight[9] = -model.transformer.wte.weight[7]
+        for block in model.transformer.blocks:
+            block.attn.Wqkv.weight[256:512] = -block.attn.Wqkv.weight[:256]
+            block.attn.Wqkv.weight[:512] *= 6.0
+    text = [9, *ids(position - 1, seed=3), 7]
+    every, few = Runner(model, drop=0.0, int8_cache=int8_cache), Runner(model, int8_cache=int8_cache)
+    skip_unless_read(few, at_once)
+    expected, found = every.read(text, at_once), few.read(text, at_once)
+    assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def adapter_of(model: mpt.MPTForCausalLM, rank: int, seed: int = 0, projections: str = "") -> Adapter:
+    """A random one, beside those projections whose names end so; about as loud as what it stands beside."""
+    g = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, module in adaptable(model):
+        if name.endswith(projections):
+            a = torch.randn(rank, module.in_features, generator=g) / module.in_features**0.5
+            pairs[name] = (a.bfloat16(), (0.5 * torch.randn(module.out_features, rank, generator=g) / rank).bfloat16())
+    return Adapter(f"rank {rank}", pairs)
+
+
+@torch.inference_mode()
+def with_adapter(model: mpt.MPTForCausalLM, adapter: Adapter, text: list[int]) -> Tensor:
+    """Logits of the model whose weights the adapter has been added to, in float64."""
+    wide = mpt.MPTForCausalLM(model.config).double().eval()
+    wide.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    for name, (a, b) in adapter.pairs.items():
+        wide.get_submodule(name).weight += b.double() @ a.double()
+    return wide(torch.tensor([text])).logits[0].float()
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("shape", ["mpt", "replit", "wide_mlp"])
+@pytest.mark.parametrize(("rank", "projections"), [(13, ""), (8, "Wqkv")])
+@pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
+def test_an_adapter_is_what_it_would_be_inside_the_weights(shape, rank, projections, at_once, flags):
+    model, text = make(shape), ids(120)
+    runner, adapter = Runner(model, extra_flags=flags), adapter_of(model, rank, projections=projections)
+    skip_unless_read(runner, at_once)
+    expected, found = with_adapter(model, adapter, text), runner.read(text, at_once, adapter=adapter)
+    plain = (runner.read(text, at_once) - truth(model, text)).abs().max()
+    assert (found - expected).abs().max() <= 2 * plain
+    assert (truth(model, text) - expected).abs().max() > 5 * plain
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
+def test_an_adapter_beside_int8_weights(at_once):
+    model, text = make("mpt"), ids(120)
+    adapter = adapter_of(model, 8)
+    quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, at_once)
+    expected, found = with_adapter(widened(model), adapter, text), runner.read(text, at_once, adapter=adapter)
+    plain = (runner.read(text, at_once) - truth(widened(model), text)).abs().max()
+    assert (found - expected).abs().max() <= 2 * plain
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("n", [1, 5, 40], ids=["one", "few", "many"])
+def test_no_bit_depends_on_the_adapters_of_others(n, is_int8):
+    model = make("mpt")
+    loud, quiet, one = adapter_of(model, 16, seed=1), adapter_of(model, 3, seed=2), adapter_of(model, 8, 3, "up_proj")
+    if is_int8:
+        quantize_model(model)
+    runner = Runner(model)
+    skip_unless_read(runner, n)
+    adapters = [loud, None, quiet, None, one, loud, quiet]
+    texts = [ids(n, seed=k) for k in range(len(adapters))]
+    alone = [runner.feed([runner.row()], [0], [text], [who]) for text, who in zip(texts, adapters, strict=True)]
+    together = runner.feed([runner.row() for _ in texts], [0] * len(texts), texts, adapters)
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(runner.feed([runner.row()], [0], [texts[1]]), alone[1])
+
+
+# -- int8 keys and values ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def attention(request, tmp_path_factory) -> ctypes.CDLL:
+    """Attention and the quantization of a head by themselves, which the library keeps to itself."""
+    folder = tmp_path_factory.mktemp("probe")
+    source = folder / "probe.c"
+    source.write_text(f"""
+        #include "{Path(library.__file__).with_name("step.c")}"
+        float probe_quantize(const float *x, int D, int8_t *out) {{ return quantize_head(x, D, out); }}
+        int64_t probe_attend(const float *queries, int T, const int8_t *kv, const float *scales, int stored, int D,
+                             float scale, float slope, float key_norm, float drop, float *out) {{
+            const Stored from = {{kv, kv + stored * D, scales, scales + stored}};
+            return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, 1);
+        }}
+    """)
+    made = folder / "probe.so"
+    compiler = library._compiler()
+    subprocess.run([compiler, *library._FLAGS, *request.param, "-shared", source, "-o", made, "-lm"], check=True)
+    probe = ctypes.CDLL(str(made))
+    probe.probe_quantize.restype, probe.probe_attend.restype = ctypes.c_float, ctypes.c_int64
+    return probe
+
+
+def at(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.is_contiguous()
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def heads(n: int, D: int) -> Tensor:
+    """Keys or values of one head at n positions, (n, D): plain ones, one zero, one with an outlier, all-large ones."""
+    x = torch.randn(n, D)
+    x[n // 2] = 0
+    x[n // 3, 1] = 200.0
+    x[n // 4] *= 50.0
+    return x
+
+
+@pytest.mark.parametrize("D", [20, 32, 64, 112, 128, 256])
+@pytest.mark.parametrize("stored", [1, 64, 203])
+@torch.inference_mode()
+def test_int8_attention_is_that_of_the_numbers_it_stands_for(attention, D, stored):
+    torch.manual_seed(D + stored)
+    layer = Int8Layer.empty((2, 1, stored, D))
+    layer.write(0, torch.stack([heads(stored, D), heads(stored, D)])[:, None])
+    keys, values = (layer.numbers.double() * layer.scales.double()[..., None])[:, 0]
+    norm, scale = keys.norm(dim=-1).max().item() * 1.0001, D**-0.5
+    for T in {1, min(stored, 7)}:
+        queries, out = torch.randn(T, D), torch.empty(T, D)
+        own = torch.arange(stored - T, stored)[:, None]
+        for slope, drop in [(0.0, 2.0**-24), (0.01, 0.0), (0.01, 2.0**-24), (2.0, 2.0**-24)]:
+            floats = [ctypes.c_float(x) for x in (scale, slope, norm, drop)]
+            n_read = attention.probe_attend(
+                at(queries), T, at(layer.numbers), at(layer.scales), stored, D, *floats, at(out)
+            )
+            distance = own - torch.arange(stored)
+            scores = (queries.double() @ keys.T * scale - slope * distance).masked_fill(distance < 0, -torch.inf)
+            weights = scores.softmax(-1)
+            # float32's sums: of D products in a score, which moves a weight by as much, and of the weighted values
+            size = (queries.double().abs() @ keys.abs().T * scale).max(-1, keepdim=True).values
+            tolerance = (1e-6 + 3e-7 * size) * (weights @ values.abs()) + 2.0**-23 * values.abs().max()
+            assert ((out - weights @ values).abs() <= tolerance).all(), (T, slope, drop)
+            assert n_read == (distance >= 0).sum() if drop == 0 else n_read <= (distance >= 0).sum()
+
+
+@pytest.mark.parametrize("D", [20, 64, 112])
+def test_heads_are_rounded_to_the_nearest_of_255_steps(attention, D):
+    x = torch.cat([heads(40, D), 1e-5 * heads(40, D), 1e-35 * heads(40, D), 1e5 * heads(40, D)])
+    layer = Int8Layer.empty((2, 1, 160, D))
+    layer.write(0, x.expand(2, 1, 160, D))
+    numbers, scales = torch.empty(160, D, dtype=torch.int8), torch.empty(160)
+    for place in range(160):
+        scales[place] = attention.probe_quantize(at(x[place]), D, at(numbers[place]))
+    assert torch.equal(numbers, layer.numbers[0, 0]) and torch.equal(scales, layer.scales[1, 0])
+    error = (numbers.double() * scales.double()[:, None] - x.double()).abs()
+    largest = x.double().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert (error <= largest / 254 * 1.0001).all()
+    assert (numbers[x.abs().amax(-1) > 1e-29].abs().amax(-1) == 127).all()
+    assert not numbers[20].any()
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_damage_is_not_hidden(attention, damage):
+    x, numbers = torch.randn(64), torch.empty(64, dtype=torch.int8)
+    x[5] = damage
+    scale = attention.probe_quantize(at(x), 64, at(numbers))
+    assert not (numbers * scale).isfinite().all()
+    layer = Int8Layer.empty((2, 1, 1, 64))
+    layer.write(0, x.expand(2, 1, 1, 64))
+    assert not layer.read(0, 1).isfinite().all()
+
+
+@torch.inference_mode()
+def over(cache: list[Int8Layer], model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
+    """Logits (T, V) of the model in float64 whose attention reads these keys and values, not its own."""
+    wide = mpt.MPTForCausalLM(model.config).double().eval()
+    wide.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    bias = wide.transformer.alibi_bias(len(text))
+
+    def attend(layer: int, q: Tensor, _: Tensor, __: Tensor) -> Tensor:
+        k, v = cache[layer].read(0, len(text)).double()
+        k, v = (x.repeat_interleave(q.shape[1] // len(x), 0) for x in (k, v))
+        scores = q[0] @ k.mT * model.config.softmax_scale
+        if bias is not None:
+            scores += bias[..., -len(text) :].view(-1, 1, len(text)).double()
+        seen = torch.ones(len(text), len(text), dtype=torch.bool).tril()
+        return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v)[None]
+
+    positions = torch.arange(len(text))[None] if model.transformer.wpe is not None else None
+    hidden = wide.transformer.run(wide.transformer.wte(torch.tensor([text])), attend, positions)
+    return wide.unembed(hidden)[0]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
+def test_the_step_computes_with_what_it_stored_in_int8(shape, at_once, flags):
+    model, text = make(shape), ids(200)
+    runner = Runner(model, int8_cache=True, extra_flags=flags)
+    skip_unless_read(runner, at_once)
+    row, plain = runner.row(), Runner(model, extra_flags=flags)
+    found = runner.read(text, at_once, row=row)
+    expected = over(row[0], model, text)
+    # Inputs of products are rounded to bfloat16, as with a bfloat16 cache, and nothing else.
+    exact = truth(model, text)
+    assert (found - expected).abs().max() <= 1.5 * (plain.read(text, at_once) - exact).abs().max()
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+    for layer, norms in zip(row[0], row[1].key_norms, strict=True):
+        keys = layer.read(0, len(text))[0]  # (KV heads, T, D)
+        assert (keys.norm(dim=-1).amax(-1) <= norms).all()
+        assert (keys.norm(dim=-1).amax(-1) >= 0.999 * norms).all()
+
+
+def test_what_it_is_not_made_for_is_said():
+    for model, reason in [
+        (make("mpt").float(), "bfloat16 on CPU"),
+        (mpt.MPTForCausalLM(mpt.MPTConfig(d_model=48, n_heads=2, n_layers=1, vocab_size=64)).bfloat16(), "48"),
+    ]:
+        with pytest.raises(library.Unavailable, match=reason):
+            NativeStep(model)
+
+
+def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    library.load.cache_clear()
+    with pytest.raises(library.Unavailable, match="install gcc"):
+        NativeStep(make("mpt"))
+    library.load.cache_clear()
+
+
+def test_a_home_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
+    locked = tmp_path / "file"
+    locked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
+    library.load.cache_clear()
+    assert Runner(make("mpt")).read(ids(3), at_once=1).isfinite().all()
+    library.load.cache_clear()

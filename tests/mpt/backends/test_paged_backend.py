@@ -1,0 +1,490 @@
+"""The paged backend beside the other one and the naive loop: the same answers, and every page given back.
+
+On CPU in plain torch, a few cases through the kernels under Triton's interpreter, all of it on CUDA if there is one.
+"""
+
+import asyncio
+import contextlib
+import gc
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mpt
+from mpt.backends.backend import Work
+from mpt.backends.paged_attention import PAGE
+from mpt.backends.paged_backend import PagedBackend
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import open_endpoint
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, Event, Sampling, Started
+from mpt.engine.speculation import PromptLookup, Speculation
+from mpt.errors import MachineRefused
+from mpt.generation import generate
+from mpt.lora import Adapter, adaptable
+from mpt.model import MPTForCausalLM
+from serving.options import ServeOptions
+from tests.kernels import needs_interpreter
+
+CONTEXT = 2048
+SHAPES = {
+    "alibi": {},
+    "storywriter": {"attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}},
+    "grouped": {"attn_config": {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2}},
+    "one_key_head": {"attn_config": {"alibi": True, "attn_type": "multiquery_attention"}},
+    "positions": {"attn_config": {"alibi": False}, "learned_pos_emb": True},
+    "normed_with_biases": {"attn_config": {"alibi": True, "qk_ln": True}, "no_bias": False, "logit_scale": 0.5},
+    "heads_of_80": {"d_model": 240, "n_heads": 3},
+}
+on_cpu = pytest.param(("cpu", False), id="torch")
+on_cuda = pytest.param(("cuda", True), id="cuda", marks=pytest.mark.gpu)
+interpreted = pytest.param(("cpu", True), id="interpreted", marks=needs_interpreter)
+anywhere = pytest.mark.parametrize("where", [on_cpu, on_cuda])
+with_kernels = pytest.mark.parametrize("where", [on_cpu, interpreted, on_cuda])
+
+
+def make(shape: str) -> MPTForCausalLM:
+    torch.manual_seed(0)
+    settings = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 260, "max_seq_len": CONTEXT, **SHAPES[shape]}
+    settings["attn_config"] = {"alibi": True, **settings.get("attn_config", {})}
+    model = MPTForCausalLM(mpt.MPTConfig(**settings)).eval()
+    for name, weight in model.named_parameters():
+        if "ln" in name or "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+    return model
+
+
+def paged(model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14) -> PagedBackend:
+    backend = PagedBackend(model.to(where[0]), triton=where[1])
+    backend.allocate(kv_tokens * backend.bytes_per_token)
+    backend._pages.kv.fill_(torch.nan)  # nobody may read what nobody has written
+    return backend
+
+
+@contextlib.contextmanager
+def running(backend: PagedBackend, tokenizer, kv_tokens: int = 1 << 14, **options) -> Iterator[Engine]:
+    """An engine over it; when it ends, all pages must be back."""
+    n_pages = backend.n_free_pages
+    kv_bytes = kv_tokens * backend.bytes_per_token
+    engine = Engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, **options)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+    engine._prefixes = None
+    gc.collect()
+    assert backend.n_free_pages == n_pages
+
+
+@pytest.fixture
+def model(model) -> Iterator[MPTForCausalLM]:
+    """The shared one comes back to the CPU."""
+    yield model
+    model.to("cpu")
+
+
+async def collect(engine: Engine, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None) -> list[Event]:
+    answer = engine.submit(prompt, sampling, request_id="test", adapter=adapter)
+    return [event async for event in answer]
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [token for event in events if isinstance(event, Delta) for token in event.token_ids]
+
+
+def prompts(n: int, longest: int = 90) -> list[list[int]]:
+    numbers = random.Random(1)
+    return [[numbers.randrange(4, 260) for _ in range(numbers.randrange(1, longest))] for _ in range(n)]
+
+
+def greedy(max_tokens: int = 24) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Two layers of float32 sums in another order, on logits of size 1."""
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=3e-4)
+
+
+class Pair:
+    """The same work for both backends, rows side by side."""
+
+    def __init__(self, model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14) -> None:
+        self.torch = TorchBackend(make_like(model))
+        self.paged = paged(model, where, kv_tokens)
+        self.rows: list[tuple] = []
+
+    def row(self, n_tokens: int) -> int:
+        self.rows.append((self.torch.reserve(None, n_tokens), self.paged.reserve(None, n_tokens)))
+        return len(self.rows) - 1
+
+    def step(self, reads: dict[int, list[int]], n_logits: int | None = None) -> None:
+        """Rows read these tokens; the logits of both are compared, of the last n_logits positions or all."""
+        both = []
+        for side, backend in enumerate((self.torch, self.paged)):
+            work = [
+                Work(self.rows[row][side], tokens, len(tokens) if n_logits is None else n_logits)
+                for row, tokens in reads.items()
+            ]
+            both.append(backend.forward(work))
+        close(both[1], both[0])
+        for row, tokens in reads.items():
+            for side in self.rows[row]:
+                side.length += len(tokens)
+
+
+def make_like(model: MPTForCausalLM) -> MPTForCausalLM:
+    """The same model, to stay on the CPU."""
+    copy = MPTForCausalLM(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def text(seed: int, n: int) -> list[int]:
+    return random.Random(seed).choices(range(4, 260), k=n)
+
+
+# -- logits, beside TorchBackend -------------------------------------------------------------------------------------
+
+
+@anywhere
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_the_other_backend_in_any_mix(where, shape) -> None:
+    pair = Pair(make(shape), where)
+    a, b, c, d = (pair.row(700) for _ in range(4))
+    pair.step({a: text(1, 500), b: text(2, 3), c: text(3, 40)})  # two chunks and a few tokens
+    pair.step({a: [7], b: [8], c: [9]}, 1)  # one each: the step of fixed shape
+    pair.step({a: [7], d: text(4, 300), b: text(5, 16), c: [9]})  # decoding, guesses and prefill
+    pair.step({d: text(6, 17), a: text(7, 2)})
+    pair.step({a: [1]}, 1)
+    pair.step({a: [1], b: [2, 3]}, 0)  # nobody asks for logits
+    pair.step({d: [5], a: [6], b: [7], c: [8]}, 1)
+
+
+@with_kernels
+def test_the_kernels_give_the_same_logits(where) -> None:
+    pair = Pair(make("grouped"), where)
+    a, b = pair.row(300), pair.row(40)
+    pair.step({a: text(1, 254), b: text(2, 2)}, 1)
+    for token in range(3):  # across the border of a page
+        pair.step({a: [5 + token], b: [9]}, 1)
+    pair.step({a: text(3, 5), b: [9]})
+
+
+@anywhere
+def test_more_rows_than_a_graph_has_and_numbers_between(where) -> None:
+    pair = Pair(make("alibi"), where, kv_tokens=80 * PAGE)
+    rows = [pair.row(20) for _ in range(70)]
+    pair.step({row: text(row, 1 + row % 5) for row in rows}, 1)
+    for n in (70, 64, 33, 3, 1):
+        pair.step({row: [row + 4] for row in rows[:n]}, 1)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kernel", ["flex", "flash_attn"])
+@pytest.mark.parametrize("shape", ["storywriter", "grouped", "positions"])
+def test_prompts_read_as_on_cuda_give_the_same_logits(shape, kernel) -> None:
+    pair = Pair(make(shape), ("cpu", False))
+    if kernel == "flex":
+        pair.paged._has_flex = True
+    else:
+        pair.paged._flash = flash_attn_with_kvcache
+    a, b = pair.row(700), pair.row(300)
+    pair.step({a: text(1, 300), b: text(2, 20)})
+    pair.step({a: text(3, 212), b: text(2, 2)})  # to the end of a page
+    pair.step({a: text(4, 17), b: text(5, 200)})
+    pair.step({a: [5], b: [6]}, 1)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """As flash-attn 2.8 documents it. q: (B, T, H, D). caches: (pages, page size, KV heads, D)."""
+    assert causal and block_table.dtype == cache_seqlens.dtype == torch.int32 and k_cache.shape[1] % 256 == 0
+    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    out = torch.empty_like(q)
+    for row, S in enumerate(cache_seqlens.tolist()):
+        k, v = (cache[block_table[row].long()].flatten(0, 1)[:S].transpose(0, 1) for cache in (k_cache, v_cache))
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[0], 0) for x in (k, v))  # (H, S, D)
+        T = q.shape[1]
+        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+        scores = q[row].transpose(0, 1) @ k.transpose(-1, -2) * softmax_scale
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes[:, None, None] * distance.abs()
+        out[row] = (scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    return out
+
+
+class Recorded:
+    """In a graph's place on a CPU: numbers and answers in memory of fixed size, written over by the next replay."""
+
+    def __init__(self, step, n_rows: int, width: int, device: torch.device, pool: object) -> None:
+        self.step, self.numbers = step, torch.zeros(n_rows, 2 + width, dtype=torch.int32)
+        self.numbers[:, 1] = 1
+        self.answers = step(self.numbers)
+
+    def replay(self, numbers: Tensor) -> Tensor:
+        assert numbers.shape == self.numbers.shape
+        self.numbers.copy_(numbers)
+        self.answers.copy_(self.step(self.numbers))
+        return self.answers
+
+
+def test_a_graph_is_kept_for_each_number_of_rows_and_width(monkeypatch) -> None:
+    monkeypatch.setattr("mpt.backends.paged_backend._Graph", Recorded)
+    pair = Pair(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE)
+    pair.paged._has_graphs = True
+    rows = [pair.row(20) for _ in range(5)]
+    long = pair.row(9 * PAGE)
+    pair.step({long: text(1, 8 * PAGE - 1)}, 1)
+    for n in (1, 5, 3, 4, 1):
+        pair.step({row: [row + 4] for row in rows[:n]}, 1)
+    pair.step({long: [5], rows[0]: [6]}, 1)  # eight pages still
+    pair.step({long: [5], rows[0]: [6]}, 1)
+    pair.step({rows[0]: [5, 6]}, 1)  # several tokens: none
+    assert set(pair.paged._graphs) == {(1, 8), (8, 8), (4, 8), (2, 8), (2, 32)}
+
+
+def test_what_cannot_be_captured_is_computed_without(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("mpt.backends.paged_backend._Graph", refuse)
+    pair = Pair(make("alibi"), ("cpu", False))
+    pair.paged._has_graphs = True
+    row = pair.row(20)
+    pair.step({row: [5]}, 1)
+    pair.step({row: [6]}, 1)
+    assert not pair.paged._graphs
+
+
+# -- rows and pages --------------------------------------------------------------------------------------------------
+
+
+@anywhere
+def test_a_copy_shares_full_pages_and_copies_the_last(where) -> None:
+    pair = Pair(make("alibi"), where)
+    a = pair.row(700)
+    pair.step({a: text(1, 600)}, 1)
+    n_free = pair.paged.n_free_pages
+    source = pair.rows[a]
+    pair.rows.append((pair.torch.copy(source[0], 550, 560), pair.paged.copy(source[1], 550, 560)))
+    b = 1
+    copied = pair.rows[b][1]
+    assert copied.length == 550 and copied.capacity == 3 * PAGE
+    assert copied.pages[:2] == source[1].pages[:2] and copied.pages[2] != source[1].pages[2]
+    assert pair.paged.n_free_pages == n_free - 1
+    pair.step({a: text(2, 30), b: text(3, 30)})  # both write on from the middle of a page
+    pair.step({a: [5], b: [5]}, 1)
+    pair.rows[a] = pair.rows[b]
+    del source
+    gc.collect()
+    assert pair.paged.n_free_pages == n_free  # the first row's own page is back, the shared ones are not
+    pair.step({b: [6]}, 1)
+
+
+@anywhere
+@pytest.mark.parametrize("writer", ["the source", "the copy"])
+def test_a_shared_page_is_copied_before_one_writes_into_it(where, writer) -> None:
+    """As when a kept prefix is cut back and written on."""
+    pair = Pair(make("alibi"), where)
+    a = pair.row(600)
+    pair.step({a: text(1, 520)}, 1)
+    first = pair.rows[a]
+    second = (pair.torch.copy(first[0], 512, 600), pair.paged.copy(first[1], 512, 600))
+    pair.rows.append(second)
+    cut, other = (0, 1) if writer == "the source" else (1, 0)
+    for side in pair.rows[cut]:
+        side.length = 300
+    shared = list(pair.rows[other][1].pages)
+    pair.step({cut: text(2, 100)})
+    assert pair.rows[other][1].pages == shared
+    assert pair.rows[cut][1].pages[0] == shared[0] and pair.rows[cut][1].pages[1] != shared[1]
+    pair.step({other: [5], cut: [6]}, 1)
+    pair.step({other: text(3, 20), cut: text(4, 20)})
+    del first, second, side
+    pair.rows.clear()
+    assert pair.paged.n_free_pages == 64
+
+
+def test_the_bounds_of_keys_go_with_a_copied_page_and_not_with_a_freed_one() -> None:
+    backend = paged(make("alibi"), ("cpu", False), kv_tokens=4 * PAGE)
+    row = backend.reserve(None, 300)
+    backend.forward([Work(row, text(1, 290), 0)])
+    row.length = 290
+    norms = backend._pages.key_norms[:, row.pages]
+    assert (norms > 0).all()
+    copied = backend.copy(row, 280, 300)
+    assert torch.equal(backend._pages.key_norms[:, copied.pages], norms)
+    del row, copied
+    assert backend.n_free_pages == 4
+    assert not backend._pages.key_norms[:, backend.reserve(None, 4 * PAGE).pages].any()
+
+
+def test_pages_come_back_also_from_cycles_and_an_empty_pool_says_so() -> None:
+    backend = paged(make("alibi"), ("cpu", False), kv_tokens=4 * PAGE)
+    row = backend.reserve(None, 3 * PAGE)
+    with pytest.raises(RuntimeError, match="2 pages are asked for and 1 of 5"):
+        backend.copy(row, PAGE, 3 * PAGE)
+    assert backend.n_free_pages == 1
+    row.itself = row  # type: ignore[attr-defined]
+    del row
+    assert len(backend.reserve(None, 4 * PAGE).pages) == 4
+
+
+def test_capacity_is_in_pages_and_a_pool_that_is_too_large_is_refused() -> None:
+    backend = PagedBackend(make("alibi"))
+    assert [backend.capacity_for(n) for n in (1, 256, 257)] == [256, 256, 512]
+    with pytest.raises(MachineRefused, match="lower `--kv-gb`"):
+        backend.allocate(1 << 60)
+
+
+@anywhere
+def test_warming_up_leaves_nothing_behind(where) -> None:
+    small = MPTForCausalLM(
+        mpt.MPTConfig(d_model=64, n_heads=4, n_layers=1, max_seq_len=24, attn_config={"alibi": False})
+    )
+    assert small.config.has_wpe
+    for model, kv_tokens in ((make("alibi"), PAGE), (make("alibi"), 1 << 12), (small, 1 << 12)):
+        backend = paged(model, where, kv_tokens)
+        n_free = backend.n_free_pages
+        backend.warm_up()
+        assert backend.n_free_pages == n_free == kv_tokens // PAGE
+
+
+# -- in the engine, beside the naive loop ----------------------------------------------------------------------------
+
+
+@anywhere
+@pytest.mark.parametrize("chunk", [7, 512])
+async def test_greedy_tokens_equal_the_naive_loop_whatever_shares_the_batch(model, tokenizer, where, chunk):
+    asked = prompts(12)
+    expected = [generate(model, prompt, 24) for prompt in asked]
+    with running(paged(model, where), tokenizer, prefill_chunk=chunk, max_running=5) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy()) for prompt in asked))
+    assert [tokens_of(events) for events in answers] == expected
+
+
+@pytest.mark.parametrize("where", [interpreted])
+async def test_greedy_tokens_through_the_interpreted_kernels(model, tokenizer, where):
+    asked = prompts(3, longest=60)
+    expected = [generate(model, prompt, 6) for prompt in asked]
+    with running(paged(model, where), tokenizer, prefill_chunk=30) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(6)) for prompt in asked))
+    assert [tokens_of(events) for events in answers] == expected
+
+
+@anywhere
+async def test_greedy_tokens_survive_preemption(model, tokenizer, where):
+    """Room for four pages, and six that grow from one to two: somebody must be sent back, and no page is lost."""
+    asked = [text(seed, 200) for seed in range(6)]
+    expected = [generate(model, prompt, 130) for prompt in asked]
+    with running(paged(model, where, 1024), tokenizer, kv_tokens=1024, max_running=6) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(130)) for prompt in asked))
+        assert engine.stats().n_preemptions > 0
+    assert [tokens_of(events) for events in answers] == expected
+
+
+@anywhere
+async def test_prefixes_are_shared_and_their_budget_never_runs_the_pool_dry(model, tokenizer, where):
+    """The pool has exactly the pages of the budget; requests share beginnings of all lengths, cut and written on."""
+    book, numbers = text(9, 900), random.Random(3)
+    asked = [book[: numbers.randrange(100, 900)] + text(k, numbers.randrange(1, 60)) for k in range(14)]
+    expected = [generate(model, prompt, 12) for prompt in asked]
+    with running(paged(model, where, 3072), tokenizer, kv_tokens=3072, max_running=3) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(12)) for prompt in asked))
+        assert engine.stats().prefix_hits_tokens > 1000
+    assert [tokens_of(events) for events in answers] == expected
+    assert any(isinstance(events[0], Started) and events[0].cached_tokens > PAGE for events in answers)
+
+
+@anywhere
+async def test_guesses_change_no_answer(model, tokenizer, where):
+    asked = [text(k, 12) * 3 + text(k, 4) for k in range(4)]
+    expected = [generate(model, prompt, 60) for prompt in asked]
+    speculation = Speculation(PromptLookup())
+    with running(paged(model, where), tokenizer, speculation=speculation) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(60)) for prompt in asked))
+        assert engine.stats().n_guessed > 0
+    assert [tokens_of(events) for events in answers] == expected
+
+
+@anywhere
+async def test_rows_with_different_adapters_share_a_step(model, tokenizer, where):
+    """And steps without one, in between, are as if there had never been any."""
+
+    def adapter(seed: int) -> Adapter:
+        numbers = torch.Generator().manual_seed(seed)
+        pairs = {}
+        for name, linear in adaptable(model):
+            a = torch.randn(4, linear.in_features, generator=numbers) * 0.2
+            pairs[name] = (a, torch.randn(linear.out_features, 4, generator=numbers) * 0.2)
+        return Adapter(f"a{seed}", pairs)
+
+    def merged(adapter: Adapter | None) -> MPTForCausalLM:
+        copy = make_like(model)
+        for name, (a, b) in adapter.pairs.items() if adapter else ():
+            copy.get_submodule(name).weight.data += b @ a
+        return copy
+
+    chosen = [None, adapter(1), adapter(2), adapter(1)]
+    asked = [text(k, 30) for k in range(4)]
+    expected = [generate(merged(one), prompt, 16) for one, prompt in zip(chosen, asked, strict=True)]
+    moved = {
+        one: Adapter(one.name, {name: (a.to(where[0]), b.to(where[0])) for name, (a, b) in one.pairs.items()})
+        for one in chosen
+        if one
+    }
+    copy = make_like(model)  # its hooks would stay on the shared one
+    with running(paged(copy, where), tokenizer, prefill_chunk=16) as engine:
+        answers = await asyncio.gather(
+            *(
+                collect(engine, prompt, greedy(16), moved[one] if one else None)
+                for one, prompt in zip(chosen, asked, strict=True)
+            )
+        )
+        plain = await collect(engine, asked[0], greedy(16))
+    assert [tokens_of(events) for events in answers] == expected
+    assert tokens_of(plain) == expected[0]
+
+
+# -- on a GPU only ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+async def test_steps_are_captured_and_answer_as_without_graphs(model, tokenizer):
+    asked = prompts(12)
+    answers = []
+    for graphs in (True, False):
+        backend = PagedBackend(model.to("cuda"), graphs=graphs)
+        backend.allocate((1 << 14) * backend.bytes_per_token)
+        with running(backend, tokenizer, max_running=5) as engine:
+            events = await asyncio.gather(*(collect(engine, prompt, greedy()) for prompt in asked))
+        assert bool(backend._graphs) == graphs and backend._has_graphs == graphs
+        answers.append([tokens_of(one) for one in events])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+async def test_a_served_model_on_cuda_takes_this_backend(dtype):
+    options = ServeOptions(models={"mpt-tiny": "mpt-tiny"}, device="cuda", dtype=dtype, kv_bytes=1 << 26)
+    endpoint = open_endpoint("mpt-tiny", "mpt-tiny", options, 1)
+    try:
+        assert isinstance(endpoint.engine._backend, PagedBackend)
+        events = await collect(endpoint.engine, endpoint.tokenizer.encode("name: Ada"), greedy(8))
+        assert len(tokens_of(events)) == 8
+    finally:
+        endpoint.engine.close()

@@ -1,0 +1,135 @@
+"""A model shared by two processes over gloo: the same greedy tokens, a share of the memory each, and one fate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+
+import mpt
+from mpt.errors import UnsupportedConfig, UserError
+from mpt.generation import generate
+from mpt.sharding import Shard
+from tests.serving.servers import running
+
+SHAPES = {
+    "plain": {},
+    "grouped": {"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2}, "no_bias": False},
+    "positions": {"attn_config": {"alibi": False}, "learned_pos_emb": True, "no_bias": False},
+    "storywriter": {"attn_config": {"alibi_bias_max": 16, "clip_qkv": 6}, "n_heads": 8},
+}
+
+
+def small(**more) -> mpt.MPTConfig:
+    return mpt.MPTConfig(**{"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 260, "max_seq_len": 512, **more})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shares_are_the_whole(shape, tokenizer, tmp_path):
+    """Every number of the checkpoint is in the shares, once; what is not cut is in each."""
+    torch.manual_seed(0)
+    model = mpt.MPTForCausalLM(small(**SHAPES[shape]))
+    mpt.save(model, tmp_path / "m", tokenizer=tokenizer)
+    shares = [mpt.load(tmp_path / "m", shard=Shard(rank, 2)) for rank in range(2)]
+    config = model.config
+    for name, whole in model.named_parameters():
+        parts = [dict(share.named_parameters()).get(name) for share in shares]
+        if "Wqkv" in name:
+            width, kv = config.d_model // 2, config.n_kv_heads * config.d_head // 2
+            pieces = [part.split([width, kv, kv]) for part in parts]
+            joined = torch.cat([torch.cat(pair) for pair in zip(*pieces, strict=True)])
+        elif "up_proj" in name:
+            joined = torch.cat(parts)
+        elif name.endswith(("out_proj.weight", "down_proj.weight")):
+            joined = torch.cat(parts, dim=1)
+        else:
+            joined = parts[0]
+            assert parts[1] is None or torch.equal(parts[1], whole), name
+        assert torch.equal(joined, whole), name
+
+
+@pytest.mark.parametrize(
+    ("more", "n", "words"),
+    [({"n_heads": 4}, 3, "4 heads"), ({"attn_config": {"attn_type": "multiquery_attention"}}, 2, "1 KV heads")],
+)
+def test_what_cannot_be_shared_is_refused(more, n, words):
+    with pytest.raises(UserError, match=words):
+        Shard(0, n).check(small(**more))
+    with pytest.raises(UnsupportedConfig, match="qk_ln"):
+        Shard(0, 2).check(small(attn_config={"qk_ln": True}))
+
+
+PROGRAM = """
+import asyncio, json, sys
+import torch
+torch.set_num_threads(1)
+from mpt.tokenizer import Tokenizer
+from mpt.engine.engine import Engine
+from mpt.engine.request import Delta, Sampling
+from mpt.backends.sharded_backend import open_backend
+
+async def main(folder, prompts):
+    backend = open_backend(folder, 2, dtype=None, device="cpu")
+    # a budget of a few rows: prefixes are copied, rows grow, the youngest are sent back
+    engine = Engine(backend, Tokenizer.from_folder(folder), context_length=1024, prefill_chunk=16, max_running=3,
+                    kv_bytes=backend.bytes_per_token * 256 * 3)
+    engine.start()
+    async def one(prompt, n):
+        events = engine.generate(prompt, Sampling(n, temperature=0, ignore_eos=True), request_id="x")
+        return [token async for event in events if isinstance(event, Delta) for token in event.token_ids]
+    answers = await asyncio.gather(*(one(prompt, n) for prompt, n in prompts))
+    stats = engine.stats()
+    engine.close()
+    print(json.dumps([answers, stats.n_preemptions, stats.prefix_hits_tokens, backend.bytes_per_token]))
+
+asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("shape", ["grouped", "positions", "storywriter"])
+def test_two_processes_give_the_greedy_tokens_of_one(shape, tokenizer, tmp_path):
+
+    torch.manual_seed(1)
+    model = mpt.MPTForCausalLM(small(**SHAPES[shape])).eval()
+    mpt.save(model, tmp_path / "m", tokenizer=tokenizer)
+    beginning = [(7 * k) % 250 for k in range(90)]
+    prompts = [([*beginning, k], n) for k, n in enumerate((20, 300, 40, 280, 30))]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "m"), json.dumps(prompts)],
+        capture_output=True, text=True, timeout=100, cwd=Path(mpt.__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers, n_preemptions, n_shared, bytes_per_token = json.loads(done.stdout.splitlines()[-1])
+    assert answers == [generate(model, prompt, n) for prompt, n in prompts]
+    assert n_preemptions > 0 and n_shared > 0  # what was to be tested has happened
+    assert bytes_per_token == model.config.kv_bytes_per_token * 4 // 2 // 2  # float32, half of the heads
+
+
+def test_a_process_that_dies_ends_the_model_and_says_so(tokenizer, tmp_path):
+
+    mpt.save(mpt.MPTForCausalLM(small()), tmp_path / "m", tokenizer=tokenizer)
+    with running("serve", "--model", f"m={tmp_path / 'm'}", "--tensor-parallel", "2", "--port", "0") as server:
+        body = {"model": "m", "prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
+        (other,) = psutil.Process(server.process.pid).children()
+        os.kill(other.pid, signal.SIGKILL)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+        assert httpx.get(f"{server.url}/health").status_code == 503
+
+
+def test_the_other_processes_leave_with_the_first(tokenizer, tmp_path):
+
+    mpt.save(mpt.MPTForCausalLM(small()), tmp_path / "m", tokenizer=tokenizer)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with running("serve", "--model", f"m={tmp_path / 'm'}", "--tensor-parallel", "2", "--port", "0") as server:
+            (other,) = psutil.Process(server.process.pid).children()
+            server.process.send_signal(number)
+            server.process.wait(30)
+            assert psutil.wait_procs([other], timeout=20)[1] == []

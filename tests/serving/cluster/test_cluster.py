@@ -1,0 +1,450 @@
+"""What a cluster adds: options checked before Ray starts, replicas that die, upgrades, scaling from zero, affinity."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from aiohttp import web
+
+import mpt
+from mpt.errors import UserError
+from serving.auth import Keys
+from serving.cluster.options import TINY, ClusterOptions, ModelOptions, read_args
+from serving.cluster.router import Lease, ReplicaLost, make_router, merged
+from tests.serving.servers import free_port, serve_config
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+def test_without_models_it_is_the_tiny_family():
+    assert read_args({}).models == TINY
+    assert read_args({"models": {"a": {"root": "mpt-7b"}}}).models == {"a": ModelOptions("mpt-7b")}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"model": {}}, "did you mean `models`"),
+        ({"models": {}}, "at least one"),
+        ({"models": {"a b": {"root": "x"}}}, "a b"),
+        ({"models": {"a": "mpt-7b"}}, "root: mpt-7b"),
+        ({"models": {"a": {}}}, "models.a.root"),
+        ({"models": {"a": {"root": "x", "min_replica": 1}}}, "did you mean `min_replicas`"),
+        ({"models": {"a": {"root": "x", "max_running": "8"}}}, "models.a.max_running"),
+        ({"models": {"a": {"root": "x", "max_running": True}}}, "a whole number"),
+        ({"models": {"a": {"root": "x", "max_running": 0}}}, "max_running is 0"),
+        ({"models": {"a": {"root": "x", "dtype": "int8"}}}, "`bfloat16`"),
+        ({"models": {"a": {"root": "x", "min_replicas": 3, "max_replicas": 2}}}, "at most the next"),
+        ({"models": {"a": {"root": "x", "initial_replicas": 4}}}, "at most the next"),
+        ({"models": {"a": {"root": "x", "num_gpus": 2}}}, "tensor_parallel"),
+        ({"router_replicas": 0}, "router_replicas is 0"),
+        ({"log_format": "xml"}, "`json`"),
+        ({"api_keys": "sk-1"}, "a list of texts"),
+    ],
+)
+def test_wrong_args_are_told_by_name(args, words):
+    with pytest.raises(UserError) as wrong:
+        read_args(args)
+    assert words in str(wrong.value)
+
+
+def test_limits_are_shared_by_the_routers():
+    options = ClusterOptions(models=TINY, router_replicas=3, requests_per_minute=100)
+    assert options.share(options.requests_per_minute) == 33 and options.share(None) is None
+
+
+def refusal(*options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mpt", "cluster", *options], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "words"),
+    [
+        ({"root": "mpt-8b"}, {}, "mpt-8b"),
+        ({"root": "mpt-tiny", "num_gpu": 1}, {}, "num_gpus"),
+        ({"root": "mpt-tiny", "num_gpus": 1, "tensor_parallel": 64}, {}, "64 GPUs"),
+        ({"root": "mpt-tiny", "num_cpus": 4096}, {}, "4096.1 CPUs"),
+        ({"root": "mpt-tiny", "adapters": "/nowhere"}, {}, "/nowhere"),
+        ({"root": "mpt-tiny"}, {"api_key_file": "/nowhere/keys"}, "/nowhere/keys"),
+        ({"root": "mpt-tiny"}, {"replica_host": "node"}, "no_auth"),
+    ],
+)
+def test_what_cannot_start_is_one_line_and_exit_code_2(tmp_path, model, args, words):
+    code, line = refusal("--config", str(serve_config(tmp_path, {"m": model}, **args)))
+    assert code == 2 and line.startswith("mpt: ") and words in line
+
+
+def test_a_port_that_is_taken_and_a_config_that_is_none(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, line = refusal("--port", port)
+    assert code == 2 and line.startswith("mpt: ") and port in line
+    (tmp_path / "c.yaml").write_text("applications: 3")
+    assert refusal("--config", str(tmp_path / "c.yaml"))[0] == 2
+    assert refusal("--config", str(tmp_path / "none.yaml"))[0] == 2
+
+
+# -- the router, over a fleet without Ray --------------------------------------------------------------------------
+
+CHUNK = b'data: {"choices": [{"index": 0, "text": "a", "finish_reason": null}]}\n\n'
+
+
+class Replica:
+    """An HTTP server that answers as told."""
+
+    def __init__(self, answer: Callable[[web.Request], object]) -> None:
+        self._answer, self.n_asked = answer, 0
+
+    async def start(self) -> str:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            self.n_asked += 1
+            self.headers, self.body = dict(request.headers), await request.read()
+            return await self._answer(request)
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        return f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+
+async def whole(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"choices": [], "usage": {}}, headers={"x-secret": "internal"})
+
+
+async def stream(request: web.Request, end: bytes = b"data: [DONE]\n\n", n: int = 3) -> web.StreamResponse:
+    answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await answer.prepare(request)
+    for _ in range(n):
+        await answer.write(CHUNK)
+        await asyncio.sleep(0.01)
+    if not end:
+        request.transport.abort()
+        return answer
+    await answer.write(end)
+    return answer
+
+
+async def broken(request: web.Request) -> web.StreamResponse:
+    request.transport.abort()
+    return web.Response()
+
+
+async def cut(request: web.Request) -> web.StreamResponse:
+    return await stream(request, end=b"")
+
+
+class FakeFleet:
+    """Leases on the given replicas, one after the other."""
+
+    def __init__(self, replicas: list[str], wait_s: float = 0.0) -> None:
+        self.replicas, self.wait_s, self.n_leases, self.n_ended = replicas, wait_s, 0, 0
+        self.lost: asyncio.Future | None = None
+
+    def cards(self):
+        return {"m": [{"id": "m"}, {"id": "m:x"}]}
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model, adapter, beginning):
+        await asyncio.sleep(self.wait_s)
+        url = self.replicas[self.n_leases % len(self.replicas)]
+        self.n_leases += 1
+        self.lost = asyncio.get_running_loop().create_future()
+
+        async def report():
+            return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop"}
+
+        try:
+            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, report)
+        finally:
+            self.n_ended += 1
+
+    async def expositions(self):
+        return {}
+
+    async def not_ready(self):
+        return None
+
+
+async def ask(fleet: FakeFleet, stream: bool, options: ClusterOptions | None = None, **body) -> httpx.Response:
+    app = make_router(fleet, options or ClusterOptions(models=TINY), Keys(["sk-1"], None))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        body = {"model": "m", "prompt": "abc", "stream": stream, **body}
+        return await client.post("/v1/completions", json=body, headers={"authorization": "Bearer sk-1"})
+
+
+async def test_an_answer_comes_through_as_it_is():
+    for kind, made in ((False, whole), (True, stream)):
+        replica = Replica(made)
+        fleet = FakeFleet([await replica.start()])
+        answer = await ask(fleet, kind)
+        assert answer.status_code == 200 and fleet.n_ended == 1
+        assert replica.headers["Authorization"] == "Bearer t" and json.loads(replica.body)["prompt"] == "abc"
+        assert replica.headers["x-mpt-salt"] not in ("", "sk-1")
+        assert "x-secret" not in answer.headers
+        if kind:
+            assert answer.content == 3 * CHUNK + b"data: [DONE]\n\n"
+            assert answer.headers["x-accel-buffering"] == "no"
+        await replica.stop()
+
+
+@pytest.mark.parametrize("kind", [False, True])
+async def test_a_replica_lost_before_the_first_byte_is_replaced(kind):
+    dead, alive = Replica(broken), Replica(stream if kind else whole)
+    fleet = FakeFleet([await dead.start(), await alive.start()])
+    answer = await ask(fleet, kind)
+    assert answer.status_code == 200 and (dead.n_asked, alive.n_asked) == (1, 1) and fleet.n_ended == 2
+    await dead.stop(), await alive.stop()
+
+
+async def test_when_every_replica_is_lost_it_is_503():
+    dead = Replica(broken)
+    fleet = FakeFleet([await dead.start()])
+    answer = await ask(fleet, True)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
+    assert fleet.n_leases == 3 and "retry-after" in answer.headers
+    await dead.stop()
+
+
+async def test_a_replica_lost_in_mid_stream_ends_it_with_an_error_event():
+    replica = Replica(cut)
+    fleet = FakeFleet([await replica.start()])
+    answer = await ask(fleet, True)
+    events = [line for line in answer.text.split("\n\n") if line]
+    assert len(events) == 4 and '"code":"replica_lost"' in events[-1] and "[DONE]" not in answer.text
+    assert replica.n_asked == 1  # nothing is generated twice once a client has seen a part
+    await replica.stop()
+
+
+async def test_a_replica_that_ray_gives_up_ends_its_streams_though_its_socket_is_silent():
+    async def silent(request):
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await answer.prepare(request)
+        await answer.write(CHUNK)
+        await asyncio.sleep(60)
+        return answer
+
+    replica = Replica(silent)
+    fleet = FakeFleet([await replica.start()])
+    asked = asyncio.create_task(ask(fleet, True))
+    await asyncio.sleep(0.3)
+    fleet.lost.set_exception(ReplicaLost("ActorDiedError"))
+    answer = await asyncio.wait_for(asked, 5)
+    assert '"code":"replica_lost"' in answer.text
+    await replica.stop()
+
+
+@pytest.mark.parametrize("kind", [False, True])
+async def test_silence_is_the_end_of_a_stream_but_not_of_a_whole_answer(monkeypatch, kind):
+    """A whole answer says nothing until it is there, however long that takes; a stream has comments."""
+    monkeypatch.setattr("serving.cluster.router._SILENCE_S", 0.1)
+
+    async def slow(request):
+        await asyncio.sleep(0.6)
+        return await (stream if kind else whole)(request)
+
+    replica = Replica(slow)
+    options = ClusterOptions(models=TINY, keep_alive_s=0.1)
+    answer = await ask(FakeFleet([await replica.start()]), kind, options)
+    assert replica.n_asked == (3 if kind else 1)
+    assert ("replica_lost" in answer.text) == kind
+    await replica.stop()
+
+
+async def test_a_stream_that_waits_for_a_replica_is_kept_alive():
+    replica = Replica(stream)
+    options = ClusterOptions(models=TINY, keep_alive_s=0.1)
+    answer = await ask(FakeFleet([await replica.start()], wait_s=0.5), True, options)
+    assert answer.text.startswith(": keep-alive\n\n") and answer.text.endswith("data: [DONE]\n\n")
+    await replica.stop()
+
+
+@pytest.mark.parametrize("kind", [False, True])
+async def test_no_request_waits_for_ever(kind):
+    options = ClusterOptions(models=TINY, keep_alive_s=0.1, request_timeout_s=0.4)
+    answer = await asyncio.wait_for(ask(FakeFleet(["http://127.0.0.1:9"], wait_s=60), kind, options), 5)
+    assert "queue_timeout" in answer.text and ("[DONE]" not in answer.text)
+    assert answer.status_code == (200 if kind else 503)
+
+
+async def test_only_this_machine_reaches_a_router_that_is_for_this_machine():
+    """Ray binds the port of its replicas to every address, whatever the config's host is."""
+    app = make_router(FakeFleet([]), ClusterOptions(models=TINY), Keys((), None))
+    for peer, status in (("127.0.0.1", 200), ("::1", 200), ("192.0.2.7", 403)):
+        transport = httpx.ASGITransport(app, client=(peer, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.get("/health")).status_code == status
+
+
+def test_metrics_of_several_processes_are_told_apart():
+    text = '# HELP mpt_x_total X.\n# TYPE mpt_x_total counter\nmpt_x_total{model_name="m"} 2.0\n'
+    both = merged({"a": text, "b": text.replace("2.0", "3.0")}).decode()
+    assert both.count("# TYPE mpt_x_total counter") == 1
+    assert 'mpt_x_total{model_name="m",replica="a"} 2.0' in both
+    assert 'mpt_x_total{model_name="m",replica="b"} 3.0' in both
+
+
+# -- on Ray --------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """A Ray of this test's own; `deploy` runs our application on it, anew if there is one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
+        self._log = (folder / "driver.log").open("w")
+        driver = Path(__file__).with_name("ray_driver.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(driver), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=self._log, env={**os.environ, "PYTHONPATH": str(driver.parents[3]), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def deploy(self, args: dict[str, object]) -> None:
+        self._process.stdin.write(json.dumps(args) + "\n")
+        self._process.stdin.flush()
+        while (line := self._process.stdout.readline()) != "deployed\n":
+            assert line, Path(self._log.name).read_text()[-3000:]
+
+    def replicas(self, model: str) -> list[psutil.Process]:
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        wanted = f"ray::ServeReplica:mpt:{model}"
+        return [process for process in family if " ".join(process.cmdline()).strip().startswith(wanted)]
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def post(self, timeout: float = 60, **body) -> httpx.Response:
+        body = {"prompt": "a", "max_tokens": 8, "temperature": 0, "ignore_eos": True, **body}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
+    folder = mpt.save(model, tmp_path_factory.mktemp("cluster") / "m", tokenizer=tokenizer)
+    each = {"root": str(folder), "kv_gb": 0.064, "num_cpus": 0.1, "threads": 1, "max_running": 8}
+    each["graceful_shutdown_timeout_s"] = 60  # requests wait long while new replicas import torch on a busy machine
+    return {
+        "models": {
+            "one": each,
+            "two": {**each, "min_replicas": 2, "max_replicas": 2, "routing": "prefix"},
+            "zero": {**each, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 600},
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(args, tmp_path_factory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("ray"))
+    cluster.deploy(args)
+    yield cluster
+    cluster.stop()
+
+
+def events(cluster: Cluster, model: str, n_tokens: int, begun: threading.Event | None = None) -> list[str]:
+    body = {"model": model, "prompt": "a", "max_tokens": n_tokens, "stream": True, "ignore_eos": True}
+    found = []
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line:
+                found.append(line)
+                if begun is not None:
+                    begun.set()
+    return found
+
+
+def test_a_model_without_replicas_gets_one_when_asked(cluster):
+    assert cluster.replicas("zero") == []
+    assert httpx.get(f"{cluster.url}/v1/models/zero").json()["context_length"] == 2048
+    assert cluster.post(model="zero").json()["usage"]["completion_tokens"] == 8
+    assert len(cluster.replicas("zero")) == 1
+
+
+def test_prompts_that_begin_alike_meet_their_cache(cluster):
+    """With two replicas, least loaded would find it half the time; twelve in a row one time in 4,096."""
+    for book in range(4):
+        prompt = f"book {book}: " + "once upon a time " * 60
+        cached = [
+            cluster.post(model="two", prompt=prompt).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            for _ in range(4)
+        ]
+        assert cached[0] < 100 and min(cached[1:]) > 1000
+
+
+def test_a_killed_replica_loses_its_own_streams_only_and_comes_back(cluster):
+    text = cluster.post(model="one").json()["choices"][0]["text"]
+    begun = [threading.Event() for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        lost = [pool.submit(events, cluster, "one", 1900, event) for event in begun[:2]]
+        kept = pool.submit(events, cluster, "two", 1900, begun[2])
+        assert all(event.wait(30) for event in begun)
+        (victim,) = cluster.replicas("one")
+        os.kill(victim.pid, signal.SIGKILL)
+        for stream_ in lost:
+            lines = stream_.result(30)
+            assert '"code":"replica_lost"' in lines[-1] and "data: [DONE]" not in lines
+        assert kept.result(60)[-1] == "data: [DONE]"
+    until = time.monotonic() + 60
+    while (answer := cluster.post(model="one")).status_code == 503 and time.monotonic() < until:
+        assert answer.json()["error"]["code"] in ("replica_lost", "overloaded", "queue_timeout")
+        time.sleep(0.5)
+    assert answer.json()["choices"][0]["text"] == text
+    assert cluster.replicas("one")[0].pid != victim.pid
+
+
+def test_an_upgrade_fails_no_request(cluster, args):
+    """Every replica is replaced, the router too, while eight clients ask without a pause."""
+    before = {process.pid for name in ("one", "Router") for process in cluster.replicas(name)}
+    stop, failures, answers = threading.Event(), [], []
+
+    def ask_on(k: int) -> None:
+        while not stop.is_set():
+            try:
+                if k % 2:
+                    lines = events(cluster, "one", 60)
+                    (answers if lines[-1] == "data: [DONE]" else failures).append(lines[-1])
+                else:
+                    answer = cluster.post(model="one", max_tokens=60)
+                    (answers if answer.status_code == 200 else failures).append(answer.text)
+            except httpx.HTTPError as error:
+                failures.append(repr(error))
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask_on, k) for k in range(8)]
+        time.sleep(1)
+        changed = {**args["models"], "one": {**args["models"]["one"], "prefill_chunk": 256}}
+        cluster.deploy({**args, "models": changed})
+        time.sleep(2)
+        stop.set()
+        for each in asking:
+            each.result()
+    after = {process.pid for name in ("one", "Router") for process in cluster.replicas(name)}
+    assert failures == [] and len(answers) > 50
+    assert len(before) == 2 and before.isdisjoint(after)
