@@ -1,6 +1,7 @@
-"""The C code of this package: compiled once with the system's compiler, and loaded.
+"""The C code of this package: which variant of it runs here, compiled once with the system's compiler, and loaded.
 
-Without a compiler, or on another platform than Linux, everything runs through torch, only slower.
+Without a compiler, or on another platform than Linux, everything runs through torch, only slower. Not here: for which
+models it is made (`available.py`).
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
@@ -37,6 +39,108 @@ class Unavailable(Exception):
     """Why something cannot run in C here; it runs through torch then."""
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way to compile the C code: the branches of its `#if`s that a set of instructions selects."""
+
+    name: str
+    macros: tuple[str, ...]  # what the compiler predefines where this variant can be made; common.h asks for the same
+    processor_flags: tuple[str, ...]  # how /proc/cpuinfo calls these instructions
+    instructions: str  # how people call them
+    compilers: str  # the first that know them
+    without: tuple[str, ...]  # macros of faster variants, which must not be predefined when this one is made
+
+
+_AMX = ("__AMX_TILE__", "__AMX_BF16__", "__AMX_INT8__")
+_AVX512 = ("__AVX512BW__", "__AVX512DQ__")
+# From the fastest to the slowest; each needs less than the one before, and the last needs nothing.
+VARIANTS = (
+    Variant(
+        "amx", (*_AVX512, "__AVX512BF16__", *_AMX), ("amx_tile", "amx_bf16", "amx_int8"), "AMX", "gcc 11", without=()
+    ),
+    Variant("avx512_bf16", (*_AVX512, "__AVX512BF16__"), ("avx512_bf16",), "AVX-512 BF16", "gcc 10", without=_AMX),
+    Variant("avx512", _AVX512, ("avx512bw", "avx512dq"), "AVX-512", "gcc 5", without=(*_AMX, "__AVX512BF16__")),
+    Variant("portable", (), (), "", "", without=(*_AMX, "__AVX512F__")),
+)
+_SWITCHED_OFF_BY = {
+    "__AMX_TILE__": "-mno-amx-tile",
+    "__AMX_BF16__": "-mno-amx-bf16",
+    "__AMX_INT8__": "-mno-amx-int8",
+    "__AVX512BF16__": "-mno-avx512bf16",
+    "__AVX512F__": "-mno-avx512f",  # and with it all other kinds of AVX-512
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What this machine and its compiler can make of the C code."""
+
+    compiler: str  # its path
+    version: str  # the first line it says about itself
+    macros: frozenset[str]  # names it predefines for this processor
+    variants: tuple[str, ...]  # those that can run here, the fastest first; never empty
+    missing: dict[str, str]  # the others, each with the reason as a sentence fragment
+
+    @property
+    def variant(self) -> str:
+        """The variant that runs here."""
+        return self.variants[0]
+
+    @property
+    def why_not_faster(self) -> str | None:
+        """Why the next faster variant is not there; None where there is none."""
+        return next(reversed(self.missing.values()), None)
+
+
+def features() -> Features:
+    """What can be compiled and run here. Nothing is compiled for it. Raises Unavailable where nothing can."""
+    if os.environ.get("MPT_NATIVE") == "0":
+        raise Unavailable("MPT_NATIVE=0")
+    if sys.platform != "linux":
+        raise Unavailable(f"it is for Linux, and this is {platform.system()}")
+    compiler = _compiler()
+    if compiler is None:
+        raise Unavailable("there is no C compiler; install gcc (Debian: `apt install gcc libc6-dev`)")
+    version = _version(compiler)
+    macros = frozenset(line.split()[1] for line in _predefined(compiler, ("-march=native",)).splitlines())
+    if "__x86_64__" not in macros:  # the faster variants are for x86-64
+        return Features(compiler, version, macros, (VARIANTS[-1].name,), {})
+    runs, missing = [], {}
+    for variant in VARIANTS:
+        reason = _why_not(variant, macros, version)
+        if reason is None:
+            runs.append(variant.name)
+        else:
+            missing[variant.name] = reason
+    return Features(compiler, version, macros, tuple(runs), missing)
+
+
+def _why_not(variant: Variant, macros: frozenset[str], version: str) -> str | None:
+    """Why a variant cannot run on this x86-64, or None where it can."""
+    if not set(variant.macros) <= macros:
+        if set(variant.processor_flags) <= _processor_flags():
+            return (
+                f"`{version}` does not know this processor's {variant.instructions}; {variant.compilers} and newer do"
+            )
+        return f"this processor has no {variant.instructions}"
+    if variant.name == "amx" and not _may_use_amx():
+        return "the system does not let this process use AMX"
+    return None
+
+
+def _processor_flags() -> set[str]:
+    """The instruction sets of this x86-64, as Linux calls them."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _may_use_amx() -> bool:
+    """Ask the system for the tiles of AMX, as a process must before it uses them; asking again does no harm."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # SYS_arch_prctl and ARCH_REQ_XCOMP_PERM of x86-64
+    answer: int = ctypes.CDLL(None).syscall(*map(ctypes.c_long, (arch_prctl, request_permission, tile_data)))
+    return answer == 0
+
+
 def has_compiler() -> bool:
     """Whether the step can be compiled here."""
     return sys.platform == "linux" and _compiler() is not None
@@ -47,13 +151,26 @@ def _compiler() -> str | None:
 
 
 @functools.cache
+def _version(compiler: str) -> str:
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    return said.split("\n")[0]
+
+
+@functools.cache
+def _predefined(compiler: str, flags: tuple[str, ...]) -> str:
+    """The compiler's predefined macros with these flags, one `#define` a line. Raises Unavailable."""
+    command = [compiler, *flags, "-dM", "-E", "-x", "c", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Unavailable(f"`{compiler}` cannot compile for this processor: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+@functools.cache
 def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The compiled code. Raises Unavailable where there is no compiler, or the system refuses what it made."""
-    if os.environ.get("MPT_NATIVE") == "0":
-        raise Unavailable("MPT_NATIVE=0")
-    if sys.platform != "linux":
-        raise Unavailable(f"it is for Linux, and this is {platform.system()}")
-    path = _compiled(extra_flags)
+    found = features()
+    path = _compiled(found, (*_flags_of(found.variant, found), *extra_flags))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -63,18 +180,20 @@ def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     return library
 
 
-def _compiled(extra_flags: tuple[str, ...]) -> Path:
+def _flags_of(name: str, found: Features) -> tuple[str, ...]:
+    """What makes the compiler choose this variant on a processor that can do more; nothing for the fastest."""
+    variant = next(variant for variant in VARIANTS if variant.name == name)
+    return tuple(_SWITCHED_OFF_BY[macro] for macro in variant.without if macro in found.macros)
+
+
+def _compiled(found: Features, extra_flags: tuple[str, ...]) -> Path:
     """The library for this source, compiler and processor, made if it is not in the cache yet."""
-    compiler = _compiler()
-    if compiler is None:
-        raise Unavailable("there is no C compiler; install gcc (Debian: `apt install gcc libc6-dev`)")
-    flags = [*_FLAGS, *extra_flags]
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    compiler, flags = found.compiler, [*_FLAGS, *extra_flags]
     texts = [path.read_text() for path in SOURCES]
-    key = hashlib.sha256("\0".join([*texts, *flags, cpu, version]).encode()).hexdigest()[:16]
+    # What -march=native means is in the macros: two processors for which the compiler does the same share a library.
+    key = hashlib.sha256("\0".join([*texts, *flags, found.version, _predefined(compiler, tuple(flags))]).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpt"
-    path = cache / f"step-{key}.so"
+    path = cache / f"step-{key.hexdigest()[:16]}.so"
     if path.is_file() and path.stat().st_uid == os.getuid():  # code somebody else has put there is not ours to run
         return path
     try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mpt import attention
 from mpt.backends.int8_cache import Int8Layer
+from mpt.backends.native.available import ModelFacts, why_no_prompts, why_no_step
 from mpt.backends.native.library import LinearStruct, Pointer, Unavailable, load
 from mpt.backends.quantization import Int8Linear
 from mpt.lora import Adapter
@@ -90,9 +91,18 @@ class NativeStep:
 
     def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, extra_flags: Sequence[str] = ()) -> None:
         """drop: the share of a query's attention that may be left out with old keys. Raises Unavailable."""
-        _check(model)
-        self._library = load(tuple(extra_flags))
         config, transformer = model.config, model.transformer
+        weight = transformer.wte.weight
+        facts: ModelFacts = {
+            "dtype": weight.dtype,
+            "device": weight.device.type,
+            "int8_weights": isinstance(model.lm_head, Int8Linear),
+            "is_shared": transformer.heads != slice(None),
+        }
+        reason = why_no_step(config, **facts)
+        if reason is not None:
+            raise Unavailable(reason)
+        self._library = load(tuple(extra_flags))
         self.max_tokens: int = self._library.mpt_max_tokens()
         self._kept: list[object] = []  # what the structures point into
         layers = (_Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
@@ -112,9 +122,7 @@ class NativeStep:
         self._n_threads = torch.get_num_threads()
         n_floats = self._library.mpt_scratch_floats(ctypes.byref(self._model), self.max_tokens, self._n_threads)
         self._scratch = torch.empty(n_floats)
-        # Tiles of keys and values are as wide as heads; normalised queries and keys need whole tokens side by side.
-        is_made_for = config.d_head % 16 == 0 and config.d_model % 32 == 0 and first.q_ln is None
-        self.reads_prompts = bool(self._library.mpt_can_read_prompts()) and is_made_for
+        self.reads_prompts = bool(self._library.mpt_can_read_prompts()) and why_no_prompts(config, **facts) is None
         self._prompt_scratch = torch.empty(0)
         self._keys_read = torch.zeros(1, dtype=torch.int64)
         self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
@@ -257,18 +265,3 @@ class _Table:
                 kept += a, b
                 structs[place] = _Lora(a.data_ptr(), b.data_ptr(), len(a))
         return cls(bytes(structs), max((lora.rank for lora in structs), default=0), kept)
-
-
-def _check(model: MPTForCausalLM) -> None:
-    if model.transformer.heads != slice(None):
-        raise Unavailable("a model shared over processes adds up their parts between its layers")
-    weight = model.transformer.wte.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        raise Unavailable(f"it is for bfloat16 on CPU, and this model is {weight.dtype} on {weight.device.type}")
-    if model.config.d_head > 256:
-        raise Unavailable(f"heads of {model.config.d_head}; at most 256 are made for")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            n_out, n_in = module.weight.shape
-            if n_out % 16 or n_in % (64 if isinstance(module, Int8Linear) else 32):
-                raise Unavailable(f"`{name}` is {n_out} x {n_in}; multiples of 16 and 32 (int8: 64) are made for")

@@ -1,0 +1,79 @@
+"""Whether a model's steps can run in C on this machine, decided before the model has weights.
+
+Answers are reasons, as sentence fragments; None means that it can. Not here: which way is taken where more than one is
+open, and what to do where none is.
+"""
+
+from typing import TypedDict
+
+import torch
+
+from mpt.backends.native.library import Features, Unavailable, features, load
+from mpt.config import MPTConfig
+
+__all__ = ["Features", "ModelFacts", "Unavailable", "features", "why_no_prompts", "why_no_step"]
+
+MAX_HEAD = 256  # of common.h
+
+
+class ModelFacts(TypedDict):
+    """What the decision needs to know besides the config."""
+
+    dtype: torch.dtype
+    device: str
+    int8_weights: bool
+    is_shared: bool
+
+
+def why_no_step(
+    config: MPTConfig, *, dtype: torch.dtype, device: str, int8_weights: bool, is_shared: bool
+) -> str | None:
+    """Why a model's steps of few tokens cannot run in C here, or None where they can.
+
+    dtype: of all but int8 weights. is_shared: over processes, each with some of the heads. If only the machine is left
+    to ask, the C code is compiled (seconds, once).
+    """
+    if is_shared:
+        return "a model shared over processes adds up their parts between its layers"
+    device_type = torch.device(device).type
+    if device_type != "cpu" or dtype != torch.bfloat16:
+        return f"it is for bfloat16 on CPU, and this model is {dtype} on {device_type}"
+    if config.d_head > MAX_HEAD:
+        return f"heads of {config.d_head}; at most {MAX_HEAD} are made for"
+    for name, (n_out, n_in) in _products(config).items():
+        if n_out % 16 or n_in % (64 if int8_weights else 32):
+            return f"`{name}` is {n_out} x {n_in}; multiples of 16 and 32 (int8: 64) are made for"
+    try:
+        load()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def why_no_prompts(
+    config: MPTConfig, *, dtype: torch.dtype, device: str, int8_weights: bool, is_shared: bool
+) -> str | None:
+    """Why whole prompts cannot be read in C here, or None where they can. They need all that `why_no_step` asks for."""
+    reason = why_no_step(config, dtype=dtype, device=device, int8_weights=int8_weights, is_shared=is_shared)
+    if reason is not None:
+        return reason
+    if config.attention["qk_ln"]:  # which needs a token's heads side by side
+        return "queries and keys are normalised (qk_ln)"
+    if config.d_head % 16:  # tiles of keys and values are as wide as heads
+        return f"heads of {config.d_head} are no multiple of 16"
+    found = features()
+    if found.variant != "amx":
+        return found.missing.get("amx", "this processor has no AMX")
+    return None
+
+
+def _products(config: MPTConfig) -> dict[str, tuple[int, int]]:
+    """The outputs and inputs of a model's products, under their names."""
+    C, F, n_kv = config.d_model, config.d_ffn, config.n_kv_heads * config.d_head
+    return {
+        "attn.Wqkv": (C + 2 * n_kv, C),
+        "attn.out_proj": (C, C),
+        "ffn.up_proj": (F, C),
+        "ffn.down_proj": (C, F),
+        "lm_head": (config.vocab_size, C),
+    }
