@@ -4,14 +4,21 @@ ALiBi here is one float32 vector per head, slope * (j - (S - 1)) for key j of S:
 a row, so the query's own position drops out. The vector is anchored at the last key and stays float32: at 65,536 keys a
 bfloat16 bias is wrong by 0.15 in the output, float32 anchored at key 0 by 4.5e-3, this by 2e-6.
 
+`AttentionSpec` is what a config says of attention, made once; nothing else derives slopes or scales from a config.
+
 Letters as in `mpt/model.py`. Sources: Press et al. 2021 (ALiBi); llm-foundry `attention.py` for MPT's use of it.
 """
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from mpt.config import MPTConfig
 
 # What the CPU's flash kernel is called with directly: it also returns the log-sum-exp, which `F.scaled_dot_product_
 # attention` keeps to itself and two-part attention needs. Private in torch; test_attention compares it with float64.
@@ -19,6 +26,40 @@ _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 _BLOCK = 1024  # queries that share an anchor of the bias
 _GROUPS = 4  # runs of heads that may reach back differently far
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a model does to queries, keys and values: every option of attention that a config can ask for.
+
+    A backend claims or refuses each field by name (`mpt/backends/capabilities.py`). A new option, such as a window of
+    keys that a query may look back on, begins as a field here and is refused by every backend that does not claim it.
+    """
+
+    n_heads: int
+    n_kv_heads: int  # fewer than n_heads: each serves a group of heads
+    d_head: int
+    scale: float  # of q.k before the softmax
+    alibi_bias_max: float | None  # None: no ALiBi
+    clip_qkv: float | None  # queries, keys and values are clamped to plus and minus this, before qk_ln
+    qk_ln: bool  # LayerNorm over all queries and over all keys of a token
+
+    @classmethod
+    def of(cls, config: "MPTConfig") -> "AttentionSpec":
+        given = config.attention
+        return cls(
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            d_head=config.d_head,
+            scale=config.softmax_scale,
+            alibi_bias_max=given["alibi_bias_max"] if given["alibi"] else None,
+            clip_qkv=given["clip_qkv"] or None,
+            qk_ln=bool(given["qk_ln"]),
+        )
+
+    def slopes(self) -> Tensor | None:
+        """ALiBi's slope of each head, (H,) float32; None without ALiBi."""
+        return None if self.alibi_bias_max is None else alibi_slopes(self.n_heads, self.alibi_bias_max)
 
 
 def alibi_slopes(n_heads: int, bias_max: float = 8.0) -> Tensor:

@@ -110,7 +110,7 @@ def load(
     if shard is not None:
         shard.cut(model)
     if dtype is None:
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _common_dtype(weights)
+        dtype = stored_dtype(folder, config, weights)
     model.config.dtype = dtype
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
@@ -371,8 +371,11 @@ def place(file: Path, state: Any) -> Iterator[tuple[str, StoredTensor]]:
         yield name, found
 
 
-def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
-    dtypes = [tensor.dtype for tensor in stored.values()]
+def stored_dtype(folder: Path, config: MPTConfig, weights: Mapping[str, StoredTensor] | None = None) -> torch.dtype:
+    """What a checkpoint's weights are loaded as when nothing is asked for: what its config says, else most of them."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    dtypes = [tensor.dtype for tensor in (weights or stored_tensors(folder)).values()]
     return max(set(dtypes), key=dtypes.count)
 
 

@@ -1,19 +1,25 @@
 """The `mpt` command: serve, cluster, top, demo, chat, generate, convert, inspect, verify, train.
 
-Nothing heavy is imported before a command is chosen, so `--help` answers at once. The stages are named by string here,
-since `mpt` imports none of them.
+Nothing heavy is imported before a command is chosen, so `--help` answers at once. This is the one file of `mpt` that
+imports the stages: it is where their commands come together.
 """
 
 import platform
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpt.command_line import Device, DeviceOption, Dtype, DtypeOption, Quantization, QuantizeOption, Style
+from conversion.cli import convert, inspect, verify
+from demos.cli import demo
+from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style
 from mpt.errors import MPTError
+from mpt.options import ModelOptions
+from serving.cli import cluster, serve, top
+
+if TYPE_CHECKING:
+    from mpt.engine.local import LocalModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +95,7 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    with _load(model, device, dtype, quantize, style) as local:
+    with _load(ModelOptions(model, device, dtype, quantize, prompt_style=style)) as local:
         ids = local.encode_prompt(prompt)
         local.open(len(ids) + max_tokens)
         start, n_tokens, first = time.monotonic(), 0, 0.0
@@ -152,7 +158,7 @@ def chat(
 
     sampling = terminal.Sampling(max_tokens, temperature, top_p, seed)
     if url is None and model is not None:
-        with _load(model, device, dtype, quantize, None) as local:
+        with _load(ModelOptions(model, device, dtype, quantize)) as local:
             terminal.converse(terminal.LocalPartner(local, sampling), system)
     else:
         terminal.converse(terminal.ServerPartner(url or "http://127.0.0.1:8000/v1", model, api_key, sampling), system)
@@ -165,28 +171,24 @@ def chat(
 )
 def train(context: typer.Context) -> None:
     """Make checkpoints: all that the `train` command does."""
+    from training.cli import main as train_main
+
     sys.argv = ["mpt train", *context.args]
-    import_module("training.cli").main()
+    train_main()
 
 
-def _load(model: str, device: Device, dtype: Dtype, quantize: Quantization | None, style: Style | None) -> Any:
-    """The LocalModel of `mpt/engine/local.py`, or its error before the seconds that importing torch takes."""
+def _load(options: ModelOptions) -> "LocalModel":
+    """A model in this process, or its error before the seconds that importing torch takes."""
     from mpt.catalog import resolve
 
-    resolve(model)
-    make = import_module("mpt.engine.local").LocalModel
-    return make(model, device=device, dtype=dtype, quantize=quantize, style=style)
+    resolve(options.root)
+    from mpt.engine.local import LocalModel
+
+    return LocalModel(options)
 
 
-# The commands of the stages, named by string: `mpt` imports none of them.
-_STAGES = {
-    "serving.cli": ("serve", "cluster", "top"),
-    "demos.cli": ("demo",),
-    "conversion.cli": ("convert", "inspect", "verify"),
-}
-for _module, _names in _STAGES.items():
-    for _name in _names:
-        app.command()(getattr(import_module(_module), _name))
+for _command in (serve, cluster, top, demo, convert, inspect, verify):
+    app.command()(_command)
 
 
 if __name__ == "__main__":

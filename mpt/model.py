@@ -57,13 +57,14 @@ class MPTAttention(nn.Module):
     def __init__(self, config: MPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
-        self.clip_qkv = config.attention["clip_qkv"]
+        spec = attention.AttentionSpec.of(config)
+        self.n_heads, self.n_kv_heads, self.d_head = spec.n_heads, spec.n_kv_heads, spec.d_head
+        self.clip_qkv = spec.clip_qkv
         widths = [config.d_model, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head]
         self.widths = widths  # rows of Wqkv: all queries, then all keys, then all values
         self.Wqkv = Linear(config.d_model, sum(widths), bias=not config.no_bias)
         self.out_proj = Linear(config.d_model, config.d_model, bias=not config.no_bias)
-        if config.attention["qk_ln"]:  # over the whole width, not per head
+        if spec.qk_ln:  # over the whole width, not per head
             self.q_ln: nn.LayerNorm | None = nn.LayerNorm(widths[0], eps=config.norm_eps, bias=not config.no_bias)
             self.k_ln: nn.LayerNorm | None = nn.LayerNorm(widths[1], eps=config.norm_eps, bias=not config.no_bias)
         else:
@@ -72,7 +73,7 @@ class MPTAttention(nn.Module):
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         B, T, _ = x.shape
         qkv = self.Wqkv(x).contiguous()  # attention kernels need it, see Linear
-        if self.clip_qkv:
+        if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.q_ln is not None and self.k_ln is not None:
@@ -147,6 +148,7 @@ class MPTModel(MPTPreTrainedModel):
         self.blocks = nn.ModuleList(MPTBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
         self.gradient_checkpointing = False
+        self.attention = attention.AttentionSpec.of(config)
         self.heads = slice(None)  # those this process holds: all, unless the model is shared out (mpt/sharding.py)
         self._bias: Tensor | None = None
         self.post_init()
@@ -157,14 +159,18 @@ class MPTModel(MPTPreTrainedModel):
     def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
         self.wte = embeddings
 
+    def alibi_slopes(self) -> Tensor | None:
+        """ALiBi's slopes of the heads this process holds, (H,) float32 beside the weights; None without ALiBi."""
+        slopes = self.attention.slopes()
+        return None if slopes is None else slopes[self.heads].to(self.wte.weight.device)
+
     def alibi_bias(self, n_keys: int) -> Tensor | None:
         """ALiBi's bias for n_keys keys, (1, H, 1, S) float32, a view of a table that grows; None without ALiBi."""
-        if not self.config.attention["alibi"]:
-            return None
         device = self.wte.weight.device
         if self._bias is None or self._bias.shape[-1] < n_keys or self._bias.device != device:
-            slopes = attention.alibi_slopes(self.config.n_heads, self.config.attention["alibi_bias_max"])
-            slopes = slopes[self.heads].to(device)
+            slopes = self.alibi_slopes()
+            if slopes is None:
+                return None
             self._bias = attention.alibi_bias(slopes, max(n_keys, min(self.config.max_seq_len, 2 * n_keys)))
         return self._bias[..., -n_keys:]
 
@@ -224,7 +230,7 @@ class MPTModel(MPTPreTrainedModel):
         T: int,
     ) -> Attend:
         """Attention over transformers' cache, padding and packed documents."""
-        scale, S = self.config.softmax_scale, past + T
+        scale, S = self.attention.scale, past + T
         bias = self.alibi_bias(S)
         if sequence_id is not None and (cache is not None or attention_mask is not None):
             raise ValueError("sequence_id goes without a cache and without attention_mask; mark padding with -1")
@@ -264,7 +270,7 @@ class MPTModel(MPTPreTrainedModel):
             allowed = allowed & (sequence_id[:, None, :, None] == sequence_id[:, None, None, :])
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return attention.eager(q, k, v, scale=self.config.softmax_scale, bias=bias, allowed=allowed, dropout=dropout)
+        return attention.eager(q, k, v, scale=self.attention.scale, bias=bias, allowed=allowed, dropout=dropout)
 
     def _positions(self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int) -> Tensor:
         """Learned positions count real tokens from each row's (or document's) first, (B, T)."""

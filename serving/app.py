@@ -28,8 +28,10 @@ from mpt.engine.endpoint import Endpoint
 from mpt.engine.request import Sampling
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.lora import Adapter
+from mpt.options import MODEL_NAME
 from serving import answers
 from serving.auth import Door, keys_of
+from serving.cards import cards_of
 from serving.docs import add_docs, takes
 from serving.errors import (
     ApiError,
@@ -43,7 +45,7 @@ from serving.errors import (
 from serving.gate import Gate, respond
 from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
 from serving.metrics import HttpMetrics, Metrics
-from serving.options import MODEL_NAME, ServeOptions
+from serving.options import ServeOptions
 from serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -188,7 +190,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
         """The mean of the last hidden states of each text, scaled to length 1."""
         asked = parse(EmbeddingRequest, await read_body(request, limit))
         endpoint, adapter = await serving.chosen(asked.model)
-        if not endpoint.embeds:
+        if not endpoint.engine.capabilities.gives_embeddings:
             message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
             raise InvalidRequest(message, code="unsupported_value", param="model")
         texts_or_ids = prompts_of(asked.input, endpoint.vocab_size, "input")
@@ -216,14 +218,14 @@ def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
     async def models() -> Response:
         """The models served here."""
         return as_json(
-            {"object": "list", "data": [card for endpoint in serving.endpoints.values() for card in endpoint.cards()]}
+            {"object": "list", "data": [card for endpoint in serving.endpoints.values() for card in cards_of(endpoint)]}
         )
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> Response:
         """One model served here."""
         base, _ = split_name(model)
-        for card in serving.endpoint(base).cards():
+        for card in cards_of(serving.endpoint(base)):
             if card["id"] == model:
                 return as_json(card)
         raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")

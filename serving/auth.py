@@ -18,7 +18,7 @@ from typing import Protocol
 from mpt.errors import UserError
 from serving.errors import Unauthorized
 from serving.limits import NO_LIMITS, Limits
-from serving.options import ServeOptions
+from serving.options import HttpOptions
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Keys:
             raise UserError(f"the key file `{self._file}` holds no key; write one per line")
 
 
-def keys_of(options: ServeOptions) -> Keys:
+def keys_of(options: HttpOptions) -> Keys:
     """The keys a server was told to take. Raises UserError."""
     limits = Limits(options.requests_per_minute, options.tokens_per_minute)
     return Keys(options.api_keys, options.api_key_file, limits)

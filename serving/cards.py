@@ -5,11 +5,19 @@ from typing import Any
 
 from mpt.catalog import describe, resolve
 from mpt.checkpoint import read_config
-from serving.cluster.options import ModelOptions
+from mpt.engine.endpoint import Endpoint
+from mpt.options import ModelOptions
 
 
 def card(
-    name: str, root: str, *, context_length: int, prompt_style: str, licence: str, created: int | None = None
+    name: str,
+    root: str,
+    *,
+    context_length: int,
+    prompt_style: str,
+    licence: str,
+    created: int | None = None,
+    runs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The entry of one model."""
     return {
@@ -23,7 +31,22 @@ def card(
         "context_length": context_length,
         "prompt_style": prompt_style,
         "licence": licence,
+        "runs": runs,
     }
+
+
+def cards_of(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """The entries of a model that is loaded here, and of its adapters. `runs`: what computes it, and why not faster."""
+    own = card(
+        endpoint.name,
+        endpoint.root,
+        context_length=endpoint.context_length,
+        prompt_style=endpoint.prompt_style,
+        licence=endpoint.licence,
+        created=endpoint.created,
+        runs=None if endpoint.choice is None else endpoint.choice.as_json(),
+    )
+    return with_adapters(own, endpoint.adapters.names() if endpoint.adapters is not None else [])
 
 
 def with_adapters(base: dict[str, Any], adapters: list[str]) -> list[dict[str, Any]]:

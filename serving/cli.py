@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Collection, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -10,9 +9,9 @@ import typer
 
 from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style
 from mpt.errors import UserError
-from serving.options import MODEL_NAME, ServeOptions, is_loopback
+from mpt.options import MODEL_NAME, TINY, TRITON, ModelOptions
+from serving.options import ServeOptions, is_loopback
 
-TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
 CONFIG = Path(__file__).with_name("config.yaml")
 
 
@@ -157,41 +156,49 @@ def serve(
     from mpt.catalog import resolve
 
     for source in (*sources.values(), *drafts.values()):
-        if not source.startswith("triton://"):
+        if not source.startswith(TRITON):
             resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
+    models = {
+        name: ModelOptions(
+            source,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            kv_cache=kv_cache,
+            speculate=speculate,
+            draft=drafts.get(name),
+            tensor_parallel=tensor_parallel,
+            kv_gb=kv_gb,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            prefill_chunk=prefill_chunk,
+            context_length=lengths.get(name),
+            prompt_style=styles.get(name),
+            adapters=folders.get(name),
+            named_adapters=adapters.get(name, {}),
+            profile=profile,
+        )
+        for name, source in sources.items()
+    }
     options = ServeOptions(
-        models=sources,
+        models=models,
         host=host,
         port=port,
         api_keys=keys,
         api_key_file=api_key_file,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        kv_cache=kv_cache,
-        speculate=speculate,
-        drafts=drafts,
-        tensor_parallel=tensor_parallel,
-        kv_bytes=None if kv_gb is None else int(kv_gb * 1e9),
-        max_running=max_running,
-        max_waiting=max_waiting,
-        prefill_chunk=prefill_chunk,
-        context_lengths=lengths,
-        prompt_styles=styles,
-        adapters=adapters,
-        adapter_folders=folders,
         adapter_loading=allow_adapter_loading,
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
         demo=demo,
-        profile=profile,
         log_format=log_format,
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,
     )
-    import_module("serving.server").serve(options)
+    from serving import server
+
+    server.serve(options)
 
 
 def cluster(
@@ -220,7 +227,9 @@ def cluster(
       mpt cluster
       mpt cluster --config my-models.yaml --port 9000
     """
-    import_module("serving.cluster.local").run(config, port, cpus, drain_seconds)
+    from serving.cluster import local
+
+    local.run(config, port, cpus, drain_seconds)
 
 
 def top(
@@ -238,7 +247,9 @@ def top(
       mpt top
       mpt top --url http://gpu-box:8000 --every 2
     """
-    import_module("serving.cluster.top").run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
+    from serving.cluster import top
+
+    top.run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
 
 
 def _make_folder(folder: Path, option: str) -> None:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import socket
 import time
-from importlib import import_module
 from types import FrameType
 
 import uvicorn
@@ -69,8 +68,8 @@ class _Server(uvicorn.Server):
     async def _load(self, url: str) -> None:
         serving, started = self._serving, time.perf_counter()
         try:
-            for name, root in serving.options.models.items():
-                endpoint = await asyncio.to_thread(open_endpoint, name, root, serving.options, len(serving.loading))
+            for name, options in serving.options.models.items():
+                endpoint = await asyncio.to_thread(open_endpoint, name, options, len(serving.loading))
                 while not endpoint.engine.ready and endpoint.engine.failed is None:
                     await asyncio.sleep(0.005)
                 if endpoint.engine.failed is not None:
@@ -110,7 +109,7 @@ def _url_of(listener: socket.socket) -> str:
 def _mount_demos(app: FastAPI, url: str) -> None:
     """The Spaces under /demo, asking this server over HTTP as anybody would. Raises UserError without Gradio."""
     try:
-        demos = import_module("demos.server")  # by name: stages do not import each other
+        from demos import server as demos  # the command line's stage may compose others
     except ModuleNotFoundError as error:
         raise UserError(f"--demo needs `{error.name}`; install it with `pip install 'mpt-home[demos]'`") from error
     app.add_route("/demo", lambda _: RedirectResponse("/demo/"), include_in_schema=False)

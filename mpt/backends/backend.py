@@ -5,28 +5,29 @@ who runs when (`mpt/engine/`), which backend is taken (`choose.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
-from mpt.backends.native.step import RowMemory
+from mpt.backends.capabilities import Capabilities
 from mpt.lora import Adapter
+from mpt.model import MPTForCausalLM
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """One sequence's KV cache. `length` tokens of it are valid; a step writes behind them, the engine advances it."""
+    """One sequence's KV cache. `length` tokens of it are valid; a step writes behind them, the engine advances it.
 
-    kv: list[Any]  # per layer (2, KV heads, capacity, D): contiguous keys per head, as the attention kernel reads; or
-    # an Int8Layer of that shape
-    length: int = 0
-    memory: RowMemory | None = None  # where it lies and how large its keys are; the torch backend's
+    What it holds, and where, is each backend's own.
+    """
+
+    length: int = field(default=0, kw_only=True)
 
     @property
     def capacity(self) -> int:
         """Tokens it has memory for."""
-        return int(self.kv[0].shape[2])
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Work:
     tokens: Sequence[int]
     n_logits: int  # logits wanted of the last so many positions: 0, 1, or all when scoring a prompt
     adapter: Adapter | None = None
-    hidden: list[Tensor] | None = None  # gets the sum of its tokens' last hidden states, (C,) float32; torch only
+    hidden: list[Tensor] | None = None  # gets the sum of its last hidden states, (C,) float32, for an embedding
 
 
 class DeviceLost(Exception):
@@ -45,9 +46,19 @@ class DeviceLost(Exception):
 
 
 class Backend(Protocol):
+    capabilities: Capabilities
     vocab_size: int
     bytes_per_token: int  # of KV cache
     max_length: int | None  # positions that exist, None when only memory bounds them (ALiBi)
+
+    @property
+    def model(self) -> MPTForCausalLM | None:
+        """Whose projections adapters stand beside; None where this process has no modules."""
+        ...
+
+    def allocate(self, kv_bytes: int) -> None:
+        """Prepare for rows of so many bytes together, before the first one. Raises MachineRefused."""
+        ...
 
     def capacity_for(self, n_tokens: int) -> int:
         """Tokens a row really takes to hold n_tokens."""

@@ -12,17 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpt.attention import AttentionSpec
+from mpt.backends import capabilities
 from mpt.backends.backend import Row, Work
-from mpt.backends.onnx_session import Session
+from mpt.backends.onnx_session import Cache, Session
 
 _MASK_BYTES = 256_000_000  # most of the attention mask (H, T, S) of one run; longer chunks are cut
 
 
-@dataclass
+@dataclass(eq=False)
 class OnnxRow(Row):
-    """kv holds keys and values of each layer, (1, KV heads, P, D); `reserved` tokens are promised to it."""
+    """kv: keys and values of each layer, (1, KV heads, P, D). reserved: tokens that are promised to it."""
 
-    reserved: int = 0
+    kv: Cache
+    reserved: int
 
     @property
     def capacity(self) -> int:
@@ -32,27 +35,34 @@ class OnnxRow(Row):
 class OnnxBackend:
     """What the engine needs (`mpt.backends.torch_backend.Backend`), from an onnxruntime session."""
 
+    capabilities = capabilities.ONNX
+    model = None
+
     def __init__(self, folder: Path, device: str = "auto") -> None:
         self.session = Session(folder, device)
         config = self.session.config
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
         self.bytes_per_token: int = config.kv_bytes_per_token * self.session.dtype.itemsize // 2
-        self._n_heads: int = config.n_heads if config.attention["alibi"] else 1
+        self._n_heads: int = config.n_heads if AttentionSpec.of(config).alibi_bias_max is not None else 1
 
     def capacity_for(self, n_tokens: int) -> int:
         return n_tokens
 
-    def reserve(self, row: Row | None, n_tokens: int) -> Row:
+    def allocate(self, kv_bytes: int) -> None:
+        pass  # onnxruntime returns a new cache with every step
+
+    def reserve(self, row: Row | None, n_tokens: int) -> OnnxRow:
         if row is None:
             return OnnxRow(self.session.empty(), reserved=n_tokens)
         assert isinstance(row, OnnxRow)
         row.reserved = max(row.reserved, n_tokens)
         return row
 
-    def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> OnnxRow:
+        assert isinstance(source, OnnxRow)
         kv = [part[:, :, :n_tokens].copy() for part in source.kv]
-        return OnnxRow(kv, n_tokens, reserved=capacity)
+        return OnnxRow(kv, reserved=capacity, length=n_tokens)
 
     def close(self) -> None:
         pass
@@ -63,6 +73,7 @@ class OnnxBackend:
     def _extend(self, item: Work) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
         """Logits (n_logits, V) of one row, whose cache grows by its tokens."""
         row, tokens = item.row, item.tokens
+        assert isinstance(row, OnnxRow)
         cache = row.kv if row.kv[0].shape[2] == row.length else [part[:, :, : row.length] for part in row.kv]
         n_stored = row.length + len(tokens)
         at_once = max(1, _MASK_BYTES // (4 * self._n_heads * n_stored))

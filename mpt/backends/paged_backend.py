@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mpt import attention
+from mpt.backends import capabilities
 from mpt.backends.backend import Row, Work
 from mpt.backends.packed import PackedModel
 from mpt.backends.paged_attention import DROP, PAGE, Chunk, Pages, gather, paged_decode, store
@@ -46,7 +47,7 @@ _capturing = threading.Lock()  # models that share a process capture one after a
 
 @dataclass(eq=False)
 class PagedRow(Row):
-    """A row whose cache lies in `pages` of the pool; `kv` stays empty."""
+    """A row whose cache lies in `pages` of the pool."""
 
     pages: list[int] = field(default_factory=list)
 
@@ -58,6 +59,8 @@ class PagedRow(Row):
 class PagedBackend:
     """An MPTForCausalLM over paged rows. `allocate` its pool before the first row."""
 
+    capabilities = capabilities.PAGED
+
     def __init__(
         self, model: MPTForCausalLM, *, graphs: bool | None = None, triton: bool | None = None, drop: float = DROP
     ) -> None:
@@ -68,14 +71,10 @@ class PagedBackend:
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
         weight = model.transformer.wte.weight
         self._device, self._dtype = weight.device, weight.dtype
-        attn: Any = model.transformer.blocks[0].attn
-        self._n_layers, self._n_kv, self._d_head = config.n_layers, int(attn.n_kv_heads), config.d_head
+        spec = model.transformer.attention
+        self._n_layers, self._n_kv, self._d_head = config.n_layers, spec.n_kv_heads, spec.d_head
         self.bytes_per_token = 2 * self._n_layers * self._n_kv * self._d_head * weight.itemsize
-        self._scale = config.softmax_scale
-        self._slopes: Tensor | None = None
-        if config.attention["alibi"]:
-            slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])
-            self._slopes = slopes[model.transformer.heads].to(self._device)
+        self._scale, self._slopes = spec.scale, model.transformer.alibi_slopes()
         self._packed = PackedModel(model)
         self._triton, self._drop = triton, drop
         self._flash = _flash_attention(self._device, self._dtype)
@@ -122,7 +121,7 @@ class PagedBackend:
 
     def reserve(self, row: Row | None, n_tokens: int) -> PagedRow:
         if row is None:
-            row = PagedRow([])
+            row = PagedRow()
             weakref.finalize(row, self._returned.append, row.pages).atexit = False
         assert isinstance(row, PagedRow)
         row.pages += self._take(_n_pages(n_tokens) - len(row.pages))

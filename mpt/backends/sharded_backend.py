@@ -12,16 +12,16 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpt.backends import capabilities
 from mpt.backends.backend import DeviceLost, Row, Work
-from mpt.backends.torch_backend import TorchBackend
-from mpt.catalog import resolve
+from mpt.backends.torch_backend import TorchBackend, TorchRow
 from mpt.checkpoint import load, read_config
 from mpt.errors import UserError
 from mpt.sharding import Shard
@@ -33,13 +33,21 @@ _IDLE = datetime.timedelta(days=365)  # the others wait for work as long as it t
 
 @dataclass(eq=False)
 class _Numbered(Row):
-    """A row that the other processes know by a number."""
+    """A row that the other processes know by a number. local: this process's share, None until it has memory."""
 
-    number: int = 0
+    number: int
+    local: TorchRow | None = None
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.local is None else self.local.capacity
 
 
-class TensorParallelBackend:
+class ShardedBackend:
     """The first process's side; `close` ends the others."""
+
+    capabilities = capabilities.SHARDED
+    model = None
 
     def __init__(self, local: TorchBackend, others: Sequence[subprocess.Popen[bytes]]) -> None:
         self.vocab_size, self.bytes_per_token, self.max_length = (
@@ -47,40 +55,44 @@ class TensorParallelBackend:
             local.bytes_per_token,
             local.max_length,
         )
-        self.config = local.model.config
-        self.dtype = str(local.model.dtype).removeprefix("torch.")
         self._local, self._others = local, others
         self._n_rows, self._freed = 0, list[int]()
 
     def capacity_for(self, n_tokens: int) -> int:
         return self._local.capacity_for(n_tokens)
 
-    def reserve(self, row: Row | None, n_tokens: int) -> Row:
-        if row is None:
-            row = self._number(Row([]))
-        elif n_tokens <= row.capacity:
-            return row
+    def allocate(self, kv_bytes: int) -> None:
+        self._local.allocate(kv_bytes)
+
+    def reserve(self, row: Row | None, n_tokens: int) -> _Numbered:
+        row = self._number() if row is None else row
         assert isinstance(row, _Numbered)
+        if row.local is not None and n_tokens <= row.capacity:
+            return row
         self._tell(_RESERVE, [row.number, row.length, n_tokens])
-        row.kv = self._local.reserve(row if row.kv else None, n_tokens).kv
+        if row.local is not None:
+            row.local.length = row.length
+        row.local = self._local.reserve(row.local, n_tokens)
         return row
 
-    def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
-        assert isinstance(source, _Numbered)
-        made = self._number(Row([]))
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> _Numbered:
+        assert isinstance(source, _Numbered) and source.local is not None
+        made = self._number()
         self._tell(_COPY, [source.number, made.number, n_tokens, capacity])
-        copied = self._local.copy(source, n_tokens, capacity)
-        made.kv, made.length = copied.kv, copied.length
+        made.local = self._local.copy(source.local, n_tokens, capacity)
+        made.length = n_tokens
         return made
 
     def forward(self, work: Sequence[Work]) -> Tensor:
-        numbers = []
+        numbers, here = [], []
         for item in work:
-            assert isinstance(item.row, _Numbered)
+            assert isinstance(item.row, _Numbered) and item.row.local is not None
             numbers += [item.row.number, item.row.length, len(item.tokens), *item.tokens]
+            item.row.local.length = item.row.length
+            here.append(replace(item, row=item.row.local))
         try:
             self._tell(_FORWARD, numbers)
-            return self._local.forward(work)
+            return self._local.forward(here)
         except Exception as error:  # the others may be in the middle of a step that will not end
             raise DeviceLost(f"a process of the model has failed: {error}") from error
 
@@ -91,9 +103,9 @@ class TensorParallelBackend:
         for other in self._others:
             other.wait()
 
-    def _number(self, row: Row) -> _Numbered:
+    def _number(self) -> _Numbered:
         self._n_rows += 1
-        made = _Numbered(row.kv, row.length, number=self._n_rows)
+        made = _Numbered(self._n_rows)
         weakref.finalize(made, self._freed.append, made.number)
         return made
 
@@ -147,13 +159,12 @@ def _do(backend: TorchBackend, rows: dict[int, Row], what: int, numbers: list[in
         backend.forward(work)
 
 
-def open_backend(root: str, n: int, *, dtype: torch.dtype | None, device: str) -> TensorParallelBackend:
+def open_sharded(folder: Path, n: int, *, dtype: torch.dtype | None, device: str) -> ShardedBackend:
     """The model shared by this process and n - 1 new ones, loaded. Raises UserError and what `load` raises."""
     if dist.is_initialized():
         raise UserError("one process serves one tensor parallel model; run `mpt serve` once for each, or `mpt cluster`")
     if device == "cuda" and torch.cuda.device_count() < n:
         raise UserError(f"{n} GPUs are asked for and {torch.cuda.device_count()} are here; lower tensor_parallel")
-    folder = resolve(root)
     Shard(0, n).check(read_config(folder))
     meeting = Path(tempfile.mkdtemp(prefix="mpt-tensor-parallel-")) / "store"
     name = "none" if dtype is None else str(dtype).removeprefix("torch.")
@@ -176,7 +187,7 @@ def open_backend(root: str, n: int, *, dtype: torch.dtype | None, device: str) -
     ]
     try:
         _join(meeting, 0, n, device)
-        return TensorParallelBackend(_load(folder, 0, n, dtype, device), others)
+        return ShardedBackend(_load(folder, 0, n, dtype, device), others)
     except BaseException:
         for other in others:
             other.kill()

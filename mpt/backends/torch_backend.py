@@ -10,15 +10,17 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpt import attention
+from mpt.backends import capabilities
 from mpt.backends.backend import Row, Work
 from mpt.backends.int8_cache import Int8Layer
-from mpt.backends.native.library import Unavailable
+from mpt.backends.native.available import Unavailable
 from mpt.backends.native.step import NativeStep, RowMemory
 from mpt.backends.packed import PackedModel
 from mpt.errors import MachineRefused
@@ -35,6 +37,19 @@ _FEW_TOKENS = 16  # rows with at most so many tokens in a step go through the C 
 _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs about 1 % of what decode reads meanwhile
 
 
+@dataclass(eq=False)
+class TorchRow(Row):
+    """kv: for each layer (2, KV heads, capacity, D), contiguous keys per head, as the attention kernels read; or an
+    Int8Layer of that shape."""
+
+    kv: list[Any]
+    memory: RowMemory  # where it lies, and how large its keys are
+
+    @property
+    def capacity(self) -> int:
+        return int(self.kv[0].shape[2])
+
+
 class TorchBackend:
     """An MPTForCausalLM. Rows that read a few tokens, decoding above all, go through the C step where there is one;
     the others in one packed pass of torch, attention row by row over exact slices.
@@ -45,7 +60,7 @@ class TorchBackend:
     def __init__(self, model: MPTForCausalLM, *, int8_cache: bool = False) -> None:
         """int8_cache: keys and values in int8. Raises MachineRefused where the C step, which reads them, cannot run."""
         config = model.config
-        self.model = model
+        self.model: MPTForCausalLM = model
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
         self._weight = model.transformer.wte.weight
@@ -58,11 +73,8 @@ class TorchBackend:
         self._packed = PackedModel(model)
         self._rounds = self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu"
         self._n_steps = 0
-        self._slopes: Tensor | None = None  # where keys out of reach are left out
-        if config.attention["alibi"] and self._weight.device.type == "cpu":
-            self._slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])[
-                model.transformer.heads
-            ]
+        is_on_cpu = self._weight.device.type == "cpu"
+        self._slopes = model.transformer.alibi_slopes() if is_on_cpu else None  # where keys out of reach are left out
         self.native: NativeStep | None = None
         try:
             self.native = NativeStep(model)
@@ -71,24 +83,29 @@ class TorchBackend:
                 raise MachineRefused(
                     f"`--kv-cache int8` is for the C step, which cannot run here ({reason}); leave `--kv-cache` out"
                 ) from reason
-            log.info("decoding runs through torch, not through the faster C step: %s", reason)
+            log.debug("no step in C: %s", reason)
+        self.capabilities = replace(capabilities.TORCH, exact_guesses=self.native is not None)
 
     def capacity_for(self, n_tokens: int) -> int:
         return -(-n_tokens // _BLOCK) * _BLOCK
 
-    def reserve(self, row: Row | None, n_tokens: int) -> Row:
+    def allocate(self, kv_bytes: int) -> None:
+        pass  # rows grow one by one, out of what the system has
+
+    def reserve(self, row: Row | None, n_tokens: int) -> TorchRow:
         if row is None:
-            row = Row([self._empty(n_tokens) for _ in range(self._n_layers)])
-        elif n_tokens > row.capacity:
+            kv = [self._empty(n_tokens) for _ in range(self._n_layers)]
+            return TorchRow(kv, RowMemory.of(kv, None))
+        assert isinstance(row, TorchRow)
+        if n_tokens > row.capacity:
             for layer, old in enumerate(row.kv):  # one layer at a time: the old one is free before the next grows
                 row.kv[layer] = self._empty(n_tokens)
                 _copy(old, row.kv[layer], row.length)
-        else:
-            return row
-        row.memory = RowMemory.of(row.kv, row.memory)
+            row.memory = RowMemory.of(row.kv, row.memory)
         return row
 
-    def copy(self, source: Row, n_tokens: int, capacity: int) -> Row:
+    def copy(self, source: Row, n_tokens: int, capacity: int) -> TorchRow:
+        assert isinstance(source, TorchRow)
         row = self.reserve(None, capacity)
         for new, old in zip(row.kv, source.kv, strict=True):
             _copy(old, new, n_tokens)
@@ -135,13 +152,13 @@ class TorchBackend:
         """One of the steps in C: logits as `forward` gives them."""
         transformer, n_tokens = self.model.transformer, [len(item.tokens) for item in work]
         embeddings = transformer.wte(torch.tensor([token for item in work for token in item.tokens])).float()
-        rows = [item.row for item in work]
+        rows = list(map(_own_row, work))
         if transformer.wpe is not None:
             places = [torch.arange(row.length, row.length + n) for row, n in zip(rows, n_tokens, strict=True)]
             embeddings += transformer.wpe(torch.cat(places))
         ends = itertools.accumulate(n_tokens)
         wanted = [at for item, end in zip(work, ends, strict=True) for at in range(end - item.n_logits, end)]
-        memories = [row.memory for row in rows if row.memory is not None]
+        memories = [row.memory for row in rows]
         adapters = [item.adapter for item in work]
         logits = run(embeddings, n_tokens, [row.length for row in rows], memories, wanted, adapters)
         factor = self.model.config.logit_factor
@@ -155,10 +172,11 @@ class TorchBackend:
         start = 0
         for item in work:
             end = start + len(item.tokens)
-            spans.append((item.row, start, end, item.row.length + end - start))
+            row = _own_row(item)
+            spans.append((row, start, end, row.length + end - start))
             start = end
         bias = self.model.transformer.alibi_bias(max(stored for *_, stored in spans))
-        scale = self.model.config.softmax_scale
+        scale = self.model.transformer.attention.scale
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             fresh = torch.cat([k, v])  # (2, KV heads, N, D), as rows store them
@@ -173,12 +191,11 @@ class TorchBackend:
                 else:
                     kv[:, :, row.length : stored] = fresh[:, :, start:end]
                 reach = None
-                if row.memory is not None:
-                    row.memory.note_keys(layer, new_norms)
-                    if self._slopes is not None and end - start > 1 and stored >= _LONG:
-                        largest = row.memory.key_norms[layer].repeat_interleave(q.shape[1] // k.shape[1])
-                        bound = q[0, :, start:end].float().norm(dim=-1).amax(-1) * largest * scale
-                        reach = attention.alibi_reach(self._slopes, bound)
+                row.memory.note_keys(layer, new_norms)
+                if self._slopes is not None and end - start > 1 and stored >= _LONG:
+                    largest = row.memory.key_norms[layer].repeat_interleave(q.shape[1] // k.shape[1])
+                    bound = q[0, :, start:end].float().norm(dim=-1).amax(-1) * largest * scale
+                    reach = attention.alibi_reach(self._slopes, bound)
                 keys, values = kv[:, :, :stored].split(1)
                 answers.append(attention.attend(q[:, :, start:end], keys, values, scale=scale, bias=bias, reach=reach))
             if n_extra:
@@ -196,6 +213,11 @@ class TorchBackend:
         if self._int8_cache:
             return Int8Layer.empty(shape)
         return torch.empty(shape, dtype=self._weight.dtype, device=self._weight.device)
+
+
+def _own_row(item: Work) -> TorchRow:
+    assert isinstance(item.row, TorchRow)
+    return item.row
 
 
 def _copy(source: Any, to: Any, n_tokens: int) -> None:

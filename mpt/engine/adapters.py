@@ -13,7 +13,7 @@ from torch import nn
 
 from mpt.errors import CheckpointNotFound, MPTError, UserError
 from mpt.lora import Adapter, load_adapter, open_lora
-from serving.options import MODEL_NAME
+from mpt.options import MODEL_NAME
 
 MAX_LOADED = 8  # adapters of rank 16 on all projections of a 7B take about 80 MB each in bfloat16
 

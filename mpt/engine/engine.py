@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mpt.backends.backend import Backend, DeviceLost, Work
+from mpt.backends.capabilities import Capabilities
 from mpt.engine.drawing import Draws, token_logprobs
 from mpt.engine.prefixes import Kept, Prefixes, common_length
 from mpt.engine.profile import StepProfile
@@ -122,6 +123,11 @@ class Engine:
     # -- for askers, from any thread -----------------------------------------------------------------------------
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What its backend honours."""
+        return self._backend.capabilities
+
+    @property
     def longest_request(self) -> int:
         """Most tokens, prompt and answer, one request can have: the context, or what the KV budget holds."""
         block = self._backend.capacity_for(1)
@@ -144,8 +150,10 @@ class Engine:
         """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
         salt: whose request it is; cached beginnings are shared within one, and they leave the queue in turns. Raises
-        Overloaded, PromptTooLong, ShuttingDown.
+        Overloaded, PromptTooLong, ShuttingDown, and Unsupported for a field that the backend does not honour.
         """
+        if (why := self._backend.capabilities.refusal(sampling)) is not None:
+            raise Unsupported(why)
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()

@@ -5,19 +5,19 @@ One request at a time through the engine that serves many: as fast as a server, 
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
 from mpt.catalog import describe, resolve
 from mpt.checkpoint import read_config
-from mpt.command_line import Device, Dtype, Quantization
 from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Progress, Sampling
 from mpt.errors import UserError
+from mpt.options import ModelOptions
 from mpt.prompts import Message, PromptStyle, encode_chat
 from mpt.tokenizer import Tokenizer
-from serving.options import ServeOptions
 
 T = TypeVar("T")
 
@@ -27,20 +27,15 @@ class LocalModel:
 
     def __init__(
         self,
-        name_or_path: str,
-        *,
-        device: Device = "auto",
-        dtype: Dtype = "auto",
-        quantize: Quantization | None = None,
-        style: PromptStyle | None = None,
+        options: ModelOptions,
     ) -> None:
-        """dtype `auto` keeps the checkpoint's; device `auto` is CUDA where there is one."""
-        folder = resolve(name_or_path)
-        self.entry = describe(name_or_path)
-        self.style: PromptStyle = style or self.entry.prompt_style
+        """Raises MPTError for a checkpoint that is not there."""
+        folder = resolve(options.root)
+        self.entry = describe(options.root)
+        self.style: PromptStyle = options.prompt_style or self.entry.prompt_style
         self.tokenizer = Tokenizer.from_folder(folder)
         self._config = read_config(folder)
-        self._root, self._device, self._dtype, self._quantize = name_or_path, device, dtype, quantize
+        self._options = options
         self._endpoint: Endpoint | None = None
 
     def __enter__(self) -> "LocalModel":
@@ -56,15 +51,9 @@ class LocalModel:
         """
         if self._endpoint is None:
             length = self._config.max_seq_len if self._config.has_wpe else max(n_tokens, self._config.max_seq_len)
-            options = ServeOptions(
-                models={},
-                device=self._device,
-                dtype=self._dtype,
-                quantize=self._quantize,
-                max_running=1,
-                context_lengths={self.entry.name: length},
+            self._endpoint = open_endpoint(
+                self.entry.name, replace(self._options, max_running=1, context_length=length)
             )
-            self._endpoint = open_endpoint(self.entry.name, self._root, options, 1)
         return self._endpoint
 
     def close(self) -> None:

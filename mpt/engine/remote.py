@@ -2,7 +2,7 @@
 
 The address is `triton://HOST:PORT/MODEL?checkpoint=NAME`: the checkpoint, a folder or a name of the catalog, gives the
 tokenizer, the prompt style and the context. A decoupled model is streamed token by token, another answers at once.
-What those tensors cannot say (log-probabilities, OpenAI's penalties, biases) is refused by name. The rest of the server
+What those tensors cannot say is refused by name (`mpt/backends/capabilities.py`). The rest of the server
 sees the same interface as `mpt.engine.engine.Engine`.
 """
 
@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
+from mpt.backends import capabilities
 from mpt.engine.engine import EngineStats
 from mpt.engine.request import (
     EngineError,
@@ -37,14 +38,7 @@ from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-SCHEME = "triton://"
 _TYPES = {"uint32": "UINT32", "uint64": "UINT64", "float32": "FP32"}
-# Fields of a request these tensors cannot express, and the values at which they ask for nothing.
-_OFF: dict[str, tuple[Any, ...]] = {
-    "min_tokens": (0,), "min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
-    "logprobs": (None,), "prompt_logprobs": (None,), "ignore_eos": (False,),
-    "progress": (False,), "grammar": (None,), "priority": (0,), "embed": (False,),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,8 @@ class Address:
 
 class TritonEngine:
     """One model of a Triton server behind the engine's interface."""
+
+    capabilities = capabilities.TRITON
 
     def __init__(
         self, address: Address, tokenizer: Tokenizer, *, context_length: int, vocab_size: int, max_waiting: int = 256
@@ -122,10 +118,8 @@ class TritonEngine:
         """As Engine.submit; raises Unsupported too."""
         if adapter is not None:
             raise Unsupported(f"adapter `{adapter.name}` cannot be used: the Triton server holds the model")
-        for field, off in _OFF.items():
-            if getattr(sampling, field) not in off:
-                name = "response_format` or `structured_outputs" if field == "grammar" else field
-                raise Unsupported(f"`{name}` cannot be passed to a Triton model; leave it out")
+        if (why := self.capabilities.refusal(sampling)) is not None:
+            raise Unsupported(why)
         if len(prompt) + sampling.max_tokens > self.context_length:
             raise PromptTooLong(
                 f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) is over the limit of "

@@ -16,8 +16,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -30,9 +29,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpt.engine.adapters import MAX_LOADED, available
 from mpt.errors import MPTError, UserError
+from mpt.options import ModelOptions
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
-from serving.cluster.options import NO_KEYS, ClusterOptions, ModelOptions, read_args
+from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.router import Lease, ReplicaLost, make_router
 from serving.errors import Unavailable
 from serving.limits import Limits
@@ -65,7 +65,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return router.bind(options, models)
 
 
-def _deployment(name: str, model: ModelOptions, options: ClusterOptions) -> serve.Deployment:
+def _deployment(name: str, model: ReplicaOptions, options: ClusterOptions) -> serve.Deployment:
     """How Ray runs one model."""
     n = model.tensor_parallel  # processes, all of them in the replica's own actor, so on one machine
     actor = {"num_cpus": model.num_cpus * n, "num_gpus": model.num_gpus * n, "resources": dict(model.resources)}
@@ -108,7 +108,7 @@ class _Ticket:
 class Model:
     """One replica of one model: its engine, and its HTTP app for those who hold a lease."""
 
-    def __init__(self, name: str, model: ModelOptions, cluster: ClusterOptions) -> None:
+    def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
         _choose_threads(model, cluster)
         self._name, self._cluster = name, cluster
@@ -224,27 +224,15 @@ class _Leased:
                 ticket.ended.set()
 
 
-def _open(name: str, model: ModelOptions, cluster: ClusterOptions) -> Any:
+def _open(name: str, model: ReplicaOptions, cluster: ClusterOptions) -> Any:
     """The endpoint of a replica, ready. Raises MPTError."""
     from mpt.engine.endpoint import open_endpoint
 
-    options = ServeOptions(
-        models={name: model.root},
-        device=model.device if model.device != "auto" or model.num_gpus else "cpu",
-        dtype=model.dtype,
-        quantize=model.quantize,
-        kv_cache=model.kv_cache,
-        speculate=model.speculate,
-        drafts={} if model.draft is None else {name: model.draft},
-        tensor_parallel=model.tensor_parallel,
-        kv_bytes=None if model.kv_gb is None else int(model.kv_gb * 1e9),
-        max_running=model.max_running,
-        prefill_chunk=model.prefill_chunk,
-        context_lengths={} if model.context_length is None else {name: model.context_length},
-        prompt_styles={} if model.prompt_style is None else {name: model.prompt_style},
-        adapter_folders={} if model.adapters is None else {name: Path(model.adapters)},
-    )
-    endpoint = open_endpoint(name, model.root, options, len(cluster.models))
+    if model.device == "auto" and not model.num_gpus and not model.is_remote:  # Ray has given it no GPU
+        model = replace(model, device="cpu")
+    # The engine's own queue holds a request's samples; how many requests may wait is counted at the routers.
+    model = replace(model, max_waiting=ModelOptions.max_waiting)
+    endpoint = open_endpoint(name, model, len(cluster.models))
     until = time.monotonic() + model.startup_timeout_s
     while not endpoint.engine.ready:
         if endpoint.engine.failed is not None or time.monotonic() > until:
@@ -263,7 +251,7 @@ def _listen(host: str) -> tuple[socket.socket, str]:
     return listener, f"http://{address}:{listener.getsockname()[1]}"
 
 
-def _choose_threads(model: ModelOptions, cluster: ClusterOptions) -> None:
+def _choose_threads(model: ReplicaOptions, cluster: ClusterOptions) -> None:
     """Ray sets one thread for a share of a CPU; more threads than cores would wait for each other at every product."""
     import torch
 
@@ -312,8 +300,8 @@ class RayFleet:
     def cards(self) -> dict[str, list[dict[str, Any]]]:
         found = {}
         for name, card in self._cards.items():
-            folder = self._options.models[name].adapters
-            found[name] = with_adapters(card, list(available({}, Path(folder))) if folder is not None else [])
+            model = self._options.models[name]
+            found[name] = with_adapters(card, list(available(model.named_adapters, model.adapters)))
         return found
 
     @contextlib.asynccontextmanager

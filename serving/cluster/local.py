@@ -21,7 +21,7 @@ from serving.auth import keys_of
 from serving.cluster import haproxy
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
 from serving.logs import set_up_logging
-from serving.options import ServeOptions, is_loopback
+from serving.options import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
     """Everything that would fail later and less clearly. Raises UserError."""
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
-    keys = keys_of(ServeOptions(models={}, api_keys=options.api_keys, api_key_file=options.api_key_file))
+    keys = keys_of(options)
     if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
         raise UserError(
             f"`{http['host']}` can be reached from other machines and there are no keys; give `api_key_file` in "

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mpt.command_line import Device, Dtype, KVCache, Quantization, Style
 from mpt.errors import UserError
-from serving.options import MODEL_NAME
+from mpt.options import MODEL_NAME, ModelOptions, at_least
+from serving.options import HttpOptions
 
 Routing = Literal["least_loaded", "prefix"]
-
-
 NO_KEYS = (
     "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, or "
     "`no_auth: true` to serve everybody who reaches it"
@@ -24,25 +22,11 @@ NO_KEYS = (
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """One model and how many replicas of it may run. Only `root` has no default."""
+class ReplicaOptions(ModelOptions):
+    """One model and how many replicas of it may run."""
 
-    root: str  # catalog name, folder or hub repository
-    dtype: Dtype = "auto"
-    quantize: Quantization | None = None  # of the weights
-    kv_cache: KVCache = "auto"  # precision of the KV cache, the weights' or int8
-    speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
-    draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
-    device: Device = "auto"
-    context_length: int | None = None  # None is the trained one
-    prompt_style: Style | None = None
-    kv_gb: float | None = None  # KV cache of a replica, 1e9 bytes; None shares what memory is free
-    max_running: int = 32  # sequences computed at once, and requests a replica takes
     max_waiting: int = 64  # requests that may wait for a replica, at each router; more get 503
-    prefill_chunk: int = 512
-    adapters: str | None = None  # folder of LoRA adapters, served as `model:adapter`
     routing: Routing = "least_loaded"  # `prefix`: prompts that begin alike go to the same replica, and find its cache
-    tensor_parallel: int = 1  # processes, each with num_gpus, that hold a share of the weights
     num_gpus: float = 0  # of each process of a replica
     num_cpus: float = 0.25
     threads: int | None = None  # of a replica on CPU; None is num_cpus from 1 on, else the cores over the models
@@ -57,11 +41,11 @@ class ModelOptions:
     startup_timeout_s: float = 600  # reading the weights, a first token
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "context_length", "max_running", "tensor_parallel", "max_replicas", "threads")
-        _at_least(self, 0, "max_waiting", "num_gpus", "num_cpus", "min_replicas", "upscale_delay_s")
-        _at_least(self, 0, "downscale_delay_s", "graceful_shutdown_timeout_s")
-        _at_least(self, 16, "prefill_chunk")
-        _at_least(self, 1e-3, "kv_gb", "target_ongoing_requests")
+        super().__post_init__()
+        at_least(self, 1, "max_replicas", "threads")
+        at_least(self, 0, "num_gpus", "num_cpus", "min_replicas", "upscale_delay_s")
+        at_least(self, 0, "downscale_delay_s", "graceful_shutdown_timeout_s")
+        at_least(self, 1e-3, "target_ongoing_requests")
         first = self.min_replicas if self.initial_replicas is None else self.initial_replicas
         if not self.min_replicas <= first <= self.max_replicas:
             raise UserError(
@@ -84,31 +68,21 @@ class ModelOptions:
         return self.num_gpus * self.tensor_parallel * (self.initial_replicas or self.min_replicas)
 
 
-@dataclass(frozen=True)
-class ClusterOptions:
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(HttpOptions):
     """Everything `args` may say. Without models, the four of the mpt-tiny family."""
 
-    models: Mapping[str, ModelOptions]
-    api_keys: tuple[str, ...] = ()
-    api_key_file: Path | None = None
+    models: Mapping[str, ReplicaOptions]
     no_auth: bool = False  # serve without keys, also beyond this machine
-    requests_per_minute: int | None = None  # of each client; each router counts its share
-    tokens_per_minute: int | None = None
     router_replicas: int = 1
     router_num_cpus: float = 0.1
-    replica_host: Literal["loopback", "node"] = (
-        "loopback"  # where replicas listen for routers; `node` for several nodes
-    )
-    max_body_bytes: int = 32 << 20
-    request_timeout_s: float = 600.0
-    keep_alive_s: float = 15.0
+    # Where replicas listen for routers; `node` for several nodes.
+    replica_host: Literal["loopback", "node"] = "loopback"
     docs: bool = False
-    log_format: Literal["text", "json"] = "text"
-    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
-        _at_least(self, 0.1, "request_timeout_s", "keep_alive_s")
+        at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 0.1, "request_timeout_s", "keep_alive_s")
 
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""
@@ -121,7 +95,7 @@ def read_args(args: Mapping[str, Any]) -> ClusterOptions:
     models = raw.pop("models", None)
     if models is not None and (not isinstance(models, Mapping) or not models):
         raise UserError("`models` maps each served name to its options; give at least one: {chat: {root: mpt-7b-chat}}")
-    found: dict[str, ModelOptions] = dict(TINY)
+    found: dict[str, ReplicaOptions] = dict(TINY)
     if models is not None:
         found = {}
         for name, given in models.items():
@@ -129,7 +103,7 @@ def read_args(args: Mapping[str, Any]) -> ClusterOptions:
                 raise UserError(f"`{name}` cannot be a served name: letters, digits, `.`, `_`, `-`, at most 64")
             if not isinstance(given, Mapping):
                 raise UserError(f"`models.{name}` is {given!r}; write its options: {{root: mpt-7b}}")
-            found[name] = _read(ModelOptions, given, f"models.{name}.")
+            found[name] = _read(ReplicaOptions, given, f"models.{name}.")
     return _read(ClusterOptions, {**raw, "models": found}, "")
 
 
@@ -182,25 +156,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
         wanted = "a list of texts"
-    else:  # models, already read, and resources
+    else:
         if isinstance(value, Mapping):
-            return dict(value)
+            kind = get_args(hint)[1]
+            is_plain = kind in (float, Path)  # the others are models, read already
+            return {name: _convert(kind, item, f"{where}.{name}") if is_plain else item for name, item in value.items()}
         wanted = "a mapping"
     raise UserError(f"`{where}` is {value!r}; it takes {wanted}")
 
 
-def _at_least(options: Any, low: float, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= low:
-            raise UserError(f"{name} is {value}; the least is {low:g}")
-
-
 TINY = {
-    "mpt-tiny": ModelOptions("mpt-tiny"),
-    "mpt-tiny-instruct": ModelOptions("mpt-tiny-instruct"),
-    "mpt-tiny-chat": ModelOptions("mpt-tiny-chat", routing="prefix"),
-    "mpt-tiny-storywriter": ModelOptions(
+    "mpt-tiny": ReplicaOptions("mpt-tiny"),
+    "mpt-tiny-instruct": ReplicaOptions("mpt-tiny-instruct"),
+    "mpt-tiny-chat": ReplicaOptions("mpt-tiny-chat", routing="prefix"),
+    "mpt-tiny-storywriter": ReplicaOptions(
         "mpt-tiny-storywriter", routing="prefix", max_running=8, graceful_shutdown_timeout_s=600
     ),
 }

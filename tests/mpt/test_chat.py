@@ -24,6 +24,7 @@ from mpt.chat import LocalPartner, Sampling, ServerPartner, converse, sse_data
 from mpt.checkpoint import MANIFEST
 from mpt.engine.local import LocalModel
 from mpt.errors import UserError
+from mpt.options import ModelOptions
 from mpt.prompts import Message
 from mpt.tokenizer import Tokenizer
 
@@ -314,7 +315,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_not_the_session(api: Api) -> None
 def test_local_chat_is_the_naive_loop_on_the_chatml_prompt(tiny_folders: Path) -> None:
     """The same tokens as the model gives when the prompt is written out by hand."""
     folder = tiny_folders / "chat"
-    with LocalModel(str(folder)) as model:
+    with LocalModel(ModelOptions(str(folder))) as model:
         said = "".join(LocalPartner(model, GREEDY).answer([Message(role="user", content="hello")]))
     written = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     tokenizer = Tokenizer.from_folder(folder)
@@ -327,7 +328,7 @@ def test_local_chat_is_the_naive_loop_on_the_chatml_prompt(tiny_folders: Path) -
 @pytest.mark.parametrize("max_tokens", [None, 500])
 def test_local_chat_minds_the_context(tiny_folders: Path, max_tokens: int | None) -> None:
     message = [Message(role="user", content="hello" + " 7" * 116)]
-    with LocalModel(str(tiny_folders / "chat")) as model:
+    with LocalModel(ModelOptions(str(tiny_folders / "chat"))) as model:
         partner = LocalPartner(model, Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=None))
         n_prompt = len(model.encode_messages(message))
         assert 230 < n_prompt < 256
@@ -338,7 +339,7 @@ def test_local_chat_minds_the_context(tiny_folders: Path, max_tokens: int | None
 
 def test_base_model_is_refused_for_chat(tiny_folders: Path) -> None:
     with pytest.raises(UserError, match="`test-base` was not trained on chat"):
-        LocalPartner(LocalModel(str(tiny_folders / "base")), GREEDY)
+        LocalPartner(LocalModel(ModelOptions(str(tiny_folders / "base"))), GREEDY)
 
 
 def test_the_token_that_ends_an_answer_is_not_shown(tiny_folders: Path, tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_the_token_that_ends_an_answer_is_not_shown(tiny_folders: Path, tmp_path
     ids = generation.generate(mpt.load(folder), prompt, 2)
     assert not tokenizer.special_ids.intersection(ids) and ids[0] != ids[1]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[1]]}))
-    with LocalModel(str(folder)) as model:
+    with LocalModel(ModelOptions(str(folder))) as model:
         deltas = list(model.stream(prompt, 5))
     assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids[:1])
     assert deltas[-1].finish_reason == "stop"
@@ -362,7 +363,7 @@ def test_a_text_may_be_longer_than_the_trained_context(tiny_folders: Path) -> No
     prompt = random.Random(0).choices(range(3, 200), k=300)
     expected = generation.generate(mpt.load(folder), prompt, 12)
     read: list[int] = []
-    with LocalModel(str(folder), style="none") as model:
+    with LocalModel(ModelOptions(str(folder), prompt_style="none")) as model:
         tokens = [t for delta in model.stream(prompt, 12, on_read=read.append) for t in delta.token_ids]
     assert tokens == expected
     assert read[-1] == 300
@@ -370,7 +371,7 @@ def test_a_text_may_be_longer_than_the_trained_context(tiny_folders: Path) -> No
 
 def test_an_interrupted_answer_leaves_the_model_ready(tiny_folders: Path) -> None:
     """Ctrl-C in the middle of an answer, then another question."""
-    with LocalModel(str(tiny_folders / "base")) as model:
+    with LocalModel(ModelOptions(str(tiny_folders / "base"))) as model:
         prompt = model.tokenizer.encode("The")
 
         def answer_for_ever() -> None:

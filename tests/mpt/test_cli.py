@@ -7,15 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
 import mpt
-import serving.cli
 from mpt import catalog, cli, generation
 from mpt.engine.local import LocalModel
+from mpt.options import ModelOptions
 from mpt.prompts import PROMPT_STYLES
 from mpt.tokenizer import Tokenizer
 from serving.options import ServeOptions
@@ -130,10 +129,10 @@ def test_generate_prints_what_the_naive_loop_gives(
 
 
 def test_generate_puts_the_prompt_in_the_model_s_template(tiny_folders: Path) -> None:
-    chat = LocalModel(str(tiny_folders / "chat"))
+    chat = LocalModel(ModelOptions(str(tiny_folders / "chat")))
     written = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert chat.encode_prompt("hi") == chat.tokenizer.encode(written, allow_special=True)
-    plain = LocalModel(str(tiny_folders / "chat"), style="none")
+    plain = LocalModel(ModelOptions(str(tiny_folders / "chat"), prompt_style="none"))
     assert plain.encode_prompt("hi") == plain.tokenizer.encode("hi")
     assert plain.encode_prompt("") == [plain.tokenizer.eos_id]
 
@@ -176,7 +175,6 @@ def served(
 ) -> Callable[..., ServeOptions]:
     """What `mpt serve` would start, with the models found in the folder of the test's two."""
     started: list[ServeOptions] = []
-    stages = {"serving.server": SimpleNamespace(serve=started.append)}
 
     def serve(*arguments: str) -> ServeOptions:
         code, out, err = run("serve", *arguments)
@@ -184,7 +182,7 @@ def served(
         return started.pop()
 
     monkeypatch.setenv("MPT_HOME", str(tiny_folders))
-    monkeypatch.setattr(serving.cli, "import_module", stages.__getitem__)
+    monkeypatch.setattr("serving.server.serve", started.append)
     return serve
 
 
@@ -193,7 +191,8 @@ def test_serve_without_arguments_is_the_tiny_family_on_loopback(
 ) -> None:
     monkeypatch.setattr(catalog, "resolve", lambda name: Path(name))
     options = served()
-    assert dict(options.models) == {name: name for name in catalog.CATALOG if name.startswith("mpt-tiny")}
+    tiny = [name for name in catalog.CATALOG if name.startswith("mpt-tiny")]
+    assert options.models == {name: ModelOptions(name) for name in tiny}  # the help shows the engine's own defaults
     assert (options.host, options.port, options.docs, options.api_keys) == ("127.0.0.1", 8000, True, ())
     assert options == ServeOptions(models=options.models)  # the help shows the server's own defaults
 
@@ -201,11 +200,15 @@ def test_serve_without_arguments_is_the_tiny_family_on_loopback(
 def test_serve_names_models(served: Callable[..., ServeOptions], tiny_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "a=b").symlink_to(tiny_folders)
     folder = str(tiny_folders / "chat")
-    assert dict(served("--model", "base").models) == {"base": "base"}
-    assert dict(served("--model", folder + "/").models) == {"chat": folder + "/"}
-    assert dict(served("--model", f"x={folder}", "--model", "base").models) == {"x": folder, "base": "base"}
-    assert dict(served("--model", f"{tmp_path}/a=b/chat").models) == {"chat": f"{tmp_path}/a=b/chat"}
-    assert dict(served("--model", f"x={tmp_path}/a=b/chat").models) == {"x": f"{tmp_path}/a=b/chat"}
+
+    def roots(*arguments: str) -> dict[str, str]:
+        return {name: model.root for name, model in served(*arguments).models.items()}
+
+    assert roots("--model", "base") == {"base": "base"}
+    assert roots("--model", folder + "/") == {"chat": folder + "/"}
+    assert roots("--model", f"x={folder}", "--model", "base") == {"x": folder, "base": "base"}
+    assert roots("--model", f"{tmp_path}/a=b/chat") == {"chat": f"{tmp_path}/a=b/chat"}
+    assert roots("--model", f"x={tmp_path}/a=b/chat") == {"x": f"{tmp_path}/a=b/chat"}
 
 
 def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp_path: Path) -> None:
@@ -220,9 +223,10 @@ def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp
     )
     assert (options.host, options.port, options.docs) == ("0.0.0.0", 0, False)
     assert (options.api_keys, options.api_key_file) == ((), keys)
-    assert (options.device, options.dtype, options.kv_bytes) == ("cpu", "bfloat16", 1_500_000_000)
-    assert (options.max_running, options.max_waiting, options.prefill_chunk) == (3, 4, 64)
-    assert (dict(options.context_lengths), dict(options.prompt_styles)) == ({"base": 84000}, {"base": "instruct"})
+    both = {"device": "cpu", "dtype": "bfloat16", "kv_gb": 1.5, "max_running": 3, "max_waiting": 4, "prefill_chunk": 64}
+    assert options.models["chat"] == ModelOptions("chat", **both)
+    assert options.models["base"] == ModelOptions("base", **both, context_length=84000, prompt_style="instruct")
+    assert options.models["base"].kv_bytes == 1_500_000_000
     assert (options.cors_origins, options.log_format) == (("https://a", "https://b"), "json")
     assert (options.drain_s, options.request_timeout_s) == (5, 7.5)
     assert served("--model", "base", "--host", "0.0.0.0", "--no-auth", "--docs").docs

@@ -11,6 +11,7 @@ import openai
 import pytest
 import torch
 
+from mpt.backends.capabilities import ONNX
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
@@ -24,8 +25,11 @@ def serving(model, tokenizer, request) -> Iterator[Serving]:
     options = {"kv_bytes": 1 << 24, "prefill_chunk": 16, "max_running": 4} | getattr(request, "param", {})
     engine = Engine(TorchBackend(model), tokenizer, context_length=2048, **options)
     engine.start()
-    endpoint = Endpoint("base", "base", engine, tokenizer, "none", None, "Apache-2.0", 260, 2048, embeds=True)
-    other = Endpoint("other", "other", engine, tokenizer, "none", None, "Apache-2.0", 260, 2048)
+    endpoint = Endpoint("base", "base", engine, tokenizer, "none", None, "Apache-2.0", 260, 2048)
+    logits_only = TorchBackend(model)
+    logits_only.capabilities = ONNX  # as onnxruntime: logits and nothing else
+    without = Engine(logits_only, tokenizer, context_length=2048, kv_bytes=1 << 20)
+    other = Endpoint("other", "other", without, tokenizer, "none", None, "Apache-2.0", 260, 2048)
     yield Serving(ServeOptions(models={}), endpoints={"base": endpoint, "other": other})
     engine.close()
 

@@ -27,6 +27,7 @@ from mpt.engine.grammar import BadGrammar, Grammars
 from mpt.engine.request import Delta, EngineError, Sampling, Unsupported
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
+from mpt.options import ModelOptions
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
 from tests.mpt.engine.test_engine import collect, greedy, last, prompts, running, text_of, tokens_of
@@ -349,9 +350,8 @@ async def test_a_minute_without_time_is_503_and_is_not_remembered(serving, monke
 def tiny() -> Iterator[Serving]:
     if find_local("mpt-tiny-instruct") is None:
         pytest.skip("the mpt-tiny weights are not in mpt/tiny; run `make tiny`")
-    options = ServeOptions(models={}, kv_bytes=1 << 28)
-    endpoint = open_endpoint("base", "mpt-tiny-instruct", options, 1)
-    yield Serving(options, endpoints={"base": endpoint})
+    endpoint = open_endpoint("base", ModelOptions("mpt-tiny-instruct", kv_gb=0.25))
+    yield Serving(ServeOptions(models={}), endpoints={"base": endpoint})
     endpoint.engine.close()
 
 

@@ -13,6 +13,7 @@ import yaml
 from mpt.catalog import find_local
 from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.generation import generate
+from mpt.options import ModelOptions
 from mpt.prompts import encode_chat
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
@@ -38,8 +39,8 @@ address:
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[Serving]:
-    options = ServeOptions(models={name: name for name in NAMES}, kv_bytes=1 << 30)
-    endpoints = {name: open_endpoint(name, name, options, len(NAMES)) for name in NAMES}
+    options = ServeOptions(models={name: ModelOptions(name, kv_gb=1.0) for name in NAMES})
+    endpoints = {name: open_endpoint(name, model, len(NAMES)) for name, model in options.models.items()}
     yield Serving(options, endpoints=endpoints)
     for endpoint in endpoints.values():
         endpoint.engine.close()

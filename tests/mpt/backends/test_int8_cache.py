@@ -25,9 +25,10 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Event, Sampling, Started
 from mpt.engine.speculation import PromptLookup, Speculation
 from mpt.errors import MachineRefused, UserError
+from mpt.options import ModelOptions
 from mpt.tokenizer import Tokenizer
-from serving.cluster.options import ModelOptions, deployment, read_args
-from serving.options import ServeOptions
+from serving.cluster import deployment
+from serving.cluster.options import ReplicaOptions, read_args
 from tests.serving import servers
 
 CONTEXT = 1024
@@ -220,8 +221,8 @@ def folder(small, tokenizer, tmp_path_factory) -> Path:
 
 
 def opened(folder: Path, **options: object) -> endpoints.Endpoint:
-    asked = ServeOptions(models={"base": str(folder)}, kv_bytes=1 << 22, kv_cache="int8", **options)  # type: ignore[arg-type]
-    endpoint = open_endpoint("base", str(folder), asked, 1)
+    asked = ModelOptions(str(folder), kv_gb=0.004, kv_cache="int8", **options)  # type: ignore[arg-type]
+    endpoint = open_endpoint("base", asked)
     endpoint.engine.close()
     return endpoint
 
@@ -239,10 +240,10 @@ def test_a_server_answers(folder):
 @pytest.mark.parametrize(
     ("options", "environment", "reason"),
     [
-        (["--dtype", "float32"], {}, "asked for in float32 on cpu"),
+        (["--dtype", "float32"], {}, "asked for in float32"),
         ([], {"MPT_NATIVE": "0"}, "cannot run here (MPT_NATIVE=0)"),
         ([], {"PATH": ""}, "install gcc"),
-        (["--tensor-parallel", "2"], {}, "shared by 2 processes"),
+        (["--tensor-parallel", "2"], {}, "shared by several processes"),
     ],
 )
 def test_where_it_cannot_be_had_one_line_says_so(folder, options, environment, reason):
@@ -264,10 +265,10 @@ def test_where_it_cannot_be_had_one_line_says_so(folder, options, environment, r
 def test_onnx_and_cuda_are_refused(folder, monkeypatch, tmp_path):
     (tmp_path / "model.onnx").touch()
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(UserError, match=r"`--kv-cache int8`.*`base` is an ONNX folder"):
+    with pytest.raises(UserError, match=r"`base` is an ONNX folder.*`--kv-cache int8`"):
         opened(tmp_path)
-    monkeypatch.setattr(endpoints, "choose_device", lambda _: "cuda")
-    with pytest.raises(UserError, match=r"`--kv-cache int8`.*in auto on cuda"):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match=r"`base` is a model .* on a GPU.*`--kv-cache int8`"):
         opened(folder)
 
 
@@ -284,4 +285,4 @@ def test_a_clusters_model_gets_it_too(folder):
     assert endpoint.engine._backend.bytes_per_token == 8 * 68
     with pytest.raises(UserError, match=r"`models.base.kv_cache` is 'int4'; it takes `auto` or `int8`"):
         read_args({"models": {"base": {"root": "x", "kv_cache": "int4"}}})
-    assert ModelOptions("x").kv_cache == "auto"
+    assert ReplicaOptions("x").kv_cache == "auto"

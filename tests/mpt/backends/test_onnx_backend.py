@@ -16,7 +16,7 @@ from mpt.engine.request import PromptScored, Started
 from mpt.errors import DamagedFile, UserError
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
-from serving.options import ServeOptions
+from mpt.options import ModelOptions
 from tests.mpt.engine.test_engine import collect, greedy, prompts, tokens_of
 
 CONTEXT = 2048
@@ -85,7 +85,7 @@ async def test_scoring_a_prompt_gives_every_tokens_logprob(engine, model: MPTFor
 
 
 async def test_an_endpoint_recognises_the_folder_and_keeps_its_precision(folder, model, tmp_path):
-    endpoint = open_endpoint("base", str(folder), ServeOptions({}), 1)
+    endpoint = open_endpoint("base", ModelOptions(str(folder)))
     try:
         (prompt,) = prompts(1)
         assert tokens_of(await collect(endpoint.engine, prompt, greedy())) == generate(model, prompt, 24)
@@ -93,16 +93,16 @@ async def test_an_endpoint_recognises_the_folder_and_keeps_its_precision(folder,
     finally:
         endpoint.engine.close()
     with pytest.raises(UserError, match="was converted to float32; --dtype bfloat16 needs another conversion"):
-        open_endpoint("base", str(folder), ServeOptions({}, dtype="bfloat16"), 1)
+        open_endpoint("base", ModelOptions(str(folder), dtype="bfloat16"))
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in folder.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(DamagedFile, match="sha256"):
-        open_endpoint("base", str(broken), ServeOptions({}), 1)
+        open_endpoint("base", ModelOptions(str(broken)))
     manifest = json.loads((broken / "manifest.json").read_text())
     del manifest["files"]["model.onnx"]
     (broken / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DamagedFile, match=r"model\.onnx` cannot be loaded"):
-        open_endpoint("base", str(broken), ServeOptions({}), 1)
+        open_endpoint("base", ModelOptions(str(broken)))

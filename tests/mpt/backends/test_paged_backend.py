@@ -26,7 +26,7 @@ from mpt.errors import MachineRefused
 from mpt.generation import generate
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
-from serving.options import ServeOptions
+from mpt.options import ModelOptions
 from tests.kernels import needs_interpreter
 
 CONTEXT = 2048
@@ -480,8 +480,7 @@ async def test_steps_are_captured_and_answer_as_without_graphs(model, tokenizer)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 async def test_a_served_model_on_cuda_takes_this_backend(dtype):
-    options = ServeOptions(models={"mpt-tiny": "mpt-tiny"}, device="cuda", dtype=dtype, kv_bytes=1 << 26)
-    endpoint = open_endpoint("mpt-tiny", "mpt-tiny", options, 1)
+    endpoint = open_endpoint("mpt-tiny", ModelOptions("mpt-tiny", device="cuda", dtype=dtype, kv_gb=0.064))
     try:
         assert isinstance(endpoint.engine._backend, PagedBackend)
         events = await collect(endpoint.engine, endpoint.tokenizer.encode("name: Ada"), greedy(8))

@@ -13,7 +13,7 @@ from mpt.engine.remote import Address
 from mpt.engine.request import EngineFailed, Event, PromptTooLong, RequestTimeout, Sampling, ShuttingDown, Unsupported
 from mpt.errors import MachineRefused, UserError
 from mpt.generation import generate
-from serving.options import ServeOptions
+from mpt.options import ModelOptions
 from tests.conversion import triton_server
 from tests.conversion.conftest import make
 from tests.mpt.engine.test_engine import last, text_of, tokens_of
@@ -38,7 +38,7 @@ def address(source, tmp_path_factory, request) -> Iterator[str]:
 
 @pytest.fixture
 def endpoint(address) -> Endpoint:
-    return open_endpoint("base", address, ServeOptions({}), 1)
+    return open_endpoint("base", ModelOptions(address))
 
 
 async def collect(engine, prompt, sampling, **options) -> list[Event]:
@@ -91,7 +91,7 @@ async def test_a_deadline_and_a_lost_server_end_the_request(endpoint, address, s
     with pytest.raises(RequestTimeout):
         await collect(endpoint.engine, ROWS[0], greedy(400), deadline_s=0.001)
     await endpoint.engine.drain(5)
-    gone = open_endpoint("base", address, ServeOptions({}), 1)
+    gone = open_endpoint("base", ModelOptions(address))
     gone.engine._address = Address("127.0.0.1:1", "fastertransformer", str(source))
     with pytest.raises(EngineFailed, match="is lost: failed to connect"):
         await collect(gone.engine, ROWS[0], greedy(4))
@@ -108,9 +108,9 @@ def test_addresses_that_are_none(text):
 
 def test_no_server_and_no_model(source):
     with pytest.raises(MachineRefused, match=r"no Triton server answers at `127\.0\.0\.1:1`"):
-        open_endpoint("base", f"triton://127.0.0.1:1/m?checkpoint={source}", ServeOptions({}), 1)
+        open_endpoint("base", ModelOptions(f"triton://127.0.0.1:1/m?checkpoint={source}"))
 
 
 def test_options_of_the_server_are_refused(source):
     with pytest.raises(UserError, match="--dtype"):
-        open_endpoint("base", f"triton://127.0.0.1:1/m?checkpoint={source}", ServeOptions({}, dtype="bfloat16"), 1)
+        open_endpoint("base", ModelOptions(f"triton://127.0.0.1:1/m?checkpoint={source}", dtype="bfloat16"))

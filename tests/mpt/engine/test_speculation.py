@@ -23,8 +23,8 @@ from mpt.engine.request import Delta, EngineFailed, Sampling
 from mpt.engine.speculation import MAX_GUESS, DraftModel, Pace, PromptLookup, Speculation
 from mpt.errors import UserError
 from mpt.lora import Adapter, adaptable
+from mpt.options import ModelOptions
 from mpt.tokenizer import Tokenizer
-from serving.options import ServeOptions
 
 CONTEXT = 1024
 needs_native = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
@@ -366,7 +366,7 @@ def test_wrong_guesses_grow_rare_and_right_ones_long():
 
 
 def opened(name: str, **options: object) -> Speculation | None:
-    endpoint = open_endpoint(name, name, ServeOptions(models={name: name}, kv_bytes=1 << 24, **options), 1)
+    endpoint = open_endpoint(name, ModelOptions(name, kv_gb=0.016, **options))
     endpoint.engine.close()
     return endpoint.engine.speculation
 
@@ -376,18 +376,18 @@ def test_a_server_guesses_where_that_changes_no_answer():
     assert isinstance(opened("mpt-tiny", dtype="bfloat16").guesser, PromptLookup)
     assert opened("mpt-tiny", dtype="float32") is None
     assert opened("mpt-tiny", dtype="bfloat16", speculate=False) is None
-    drafted = opened("mpt-tiny-chat", dtype="bfloat16", drafts={"mpt-tiny-chat": "mpt-tiny"})
+    drafted = opened("mpt-tiny-chat", dtype="bfloat16", draft="mpt-tiny")
     assert isinstance(drafted.guesser, DraftModel)
 
 
 @needs_native
 def test_drafts_that_cannot_be_used_are_refused(small, tmp_path):
     with pytest.raises(UserError, match="bfloat16 model on CPU"):
-        opened("mpt-tiny", dtype="float32", drafts={"mpt-tiny": "mpt-tiny"})
+        opened("mpt-tiny", dtype="float32", draft="mpt-tiny")
     raw = Raw(models.BPE(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens(["<|endoftext|>"])
     raw.save(str(tmp_path / "tokenizer.json"))
     other = mpt.save(small, tmp_path / "other", tokenizer=Tokenizer.from_file(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="another tokenizer"):
-        opened("mpt-tiny", dtype="bfloat16", drafts={"mpt-tiny": str(other)})
+        opened("mpt-tiny", dtype="bfloat16", draft=str(other))

@@ -9,7 +9,7 @@ import os
 import sys
 
 from serving.cluster.local import ENVIRONMENT, _free_port
-from serving.cluster.options import haproxy
+from serving.cluster import haproxy
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from aiohttp import web
 import mpt
 from mpt.errors import UserError
 from serving.auth import Keys
-from serving.cluster.options import TINY, ClusterOptions, ModelOptions, read_args
+from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.router import Lease, ReplicaLost, make_router, merged
 from tests.serving.servers import free_port, serve_config
 
@@ -31,7 +31,7 @@ from tests.serving.servers import free_port, serve_config
 
 def test_without_models_it_is_the_tiny_family():
     assert read_args({}).models == TINY
-    assert read_args({"models": {"a": {"root": "mpt-7b"}}}).models == {"a": ModelOptions("mpt-7b")}
+    assert read_args({"models": {"a": {"root": "mpt-7b"}}}).models == {"a": ReplicaOptions("mpt-7b")}
 
 
 @pytest.mark.parametrize(

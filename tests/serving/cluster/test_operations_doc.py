@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpt import MPTConfig
-from serving.cluster.options import ClusterOptions, ModelOptions
+from serving.cluster.options import ClusterOptions, ReplicaOptions
 
 TEXT = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
 # d_model, heads and layers as published (hub configs; reference: MosaicML's launch posts)
@@ -19,7 +19,7 @@ ROWS = re.findall(
 )
 
 
-@pytest.mark.parametrize("options", [ModelOptions, ClusterOptions])
+@pytest.mark.parametrize("options", [ReplicaOptions, ClusterOptions])
 def test_every_option_is_told(options):
     told = set(re.findall(r"`(\w+)`", TEXT))
     assert {field.name for field in fields(options)} <= told

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mpt.errors import UserError
-from serving.cluster.options import top
+from serving.cluster import top
 
 FIRST = """# TYPE mpt_engine_up gauge
 mpt_engine_up{model_name="m",replica="a"} 1.0

@@ -1,0 +1,274 @@
+"""The one place that decides what computes a model: which backend, and which code runs each kind of step, and why.
+
+`choose` decides from the config, the options and the machine, before any weights are read; `open_backend` makes what
+was chosen. A server shows the choice at start, in /v1/models, in /metrics and in `mpt top`; `mpt inspect --run` shows
+it without a server. Not here: what a backend can do (`capabilities.py`), how much memory it gets (`mpt/engine/`).
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mpt.attention import AttentionSpec
+from mpt.backends import capabilities
+from mpt.backends.backend import Backend
+from mpt.backends.capabilities import Capabilities
+from mpt.backends.native.available import ModelFacts, Unavailable, features, why_no_prompts, why_no_step
+from mpt.backends.native.library import load as load_c
+from mpt.checkpoint import load, read_config, read_manifest, stored_dtype, verify_manifest
+from mpt.config import MPTConfig
+from mpt.errors import MachineRefused, UserError
+from mpt.options import ModelOptions
+
+Kind = Literal["one token", "few tokens", "prompt", "draw"]
+_SUBJECTS: dict[Kind, str] = {
+    "one token": "steps of one token run",
+    "few tokens": "steps of few tokens run",
+    "prompt": "prompts run",
+    "draw": "draws run",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which code runs one kind of step, and why the next faster one does not."""
+
+    kind: Kind
+    runs: str
+    why_not_faster: str | None = None
+
+    def __str__(self) -> str:
+        reason = "" if self.why_not_faster is None else f": {self.why_not_faster}"
+        return f"{_SUBJECTS[self.kind]} through {self.runs}{reason}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a model. precision: of weights and cache, in words; dtype: of weights that torch reads, or None."""
+
+    backend: Literal["torch", "paged", "sharded", "onnx", "triton"]
+    device: str
+    precision: str
+    steps: tuple[Step, ...]
+    capabilities: Capabilities
+    dtype: torch.dtype | None = None
+
+    def sentences(self) -> Iterator[str]:
+        """One for each kind of step, those that run alike in one."""
+        for step in self.steps:
+            if step.kind == "few tokens" and replace(step, kind="one token") == self.steps[0]:
+                continue
+            yield str(step)
+
+    def as_json(self) -> dict[str, Any]:
+        steps = {step.kind: {"runs": step.runs, "why_not_faster": step.why_not_faster} for step in self.steps}
+        return {"backend": self.backend, "device": self.device, "precision": self.precision, "steps": steps}
+
+
+def choose(name: str, folder: Path, options: ModelOptions) -> Choice:
+    """What computes the checkpoint in a folder here. name: how errors call the model.
+
+    Raises UserError for an option that the backend does not honour, UnsupportedConfig for attention that it cannot
+    compute, MachineRefused for what this machine lacks.
+    """
+    if options.is_remote:
+        choice = _triton(options)
+        choice.capabilities.check_options(name, options)
+        return choice
+    config = read_config(folder)
+    device = _device(options)
+    if (folder / "model.onnx").is_file():
+        choice = _onnx(folder, options)
+    elif options.tensor_parallel > 1:
+        choice = _sharded(folder, config, options, device)
+    elif device == "cuda":
+        choice = _paged(folder, options)
+    else:
+        choice = _torch(folder, config, options)
+    choice.capabilities.check_options(name, options)
+    choice.capabilities.check_attention(AttentionSpec.of(config))
+    return choice
+
+
+def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend:
+    """The backend that was chosen, its weights read. Raises what `mpt.checkpoint.load` raises, and MachineRefused."""
+    if choice.backend == "onnx":
+        from mpt.backends.onnx_backend import OnnxBackend
+
+        verify_manifest(folder)
+        return OnnxBackend(folder, options.device)
+    if choice.backend == "sharded":
+        from mpt.backends.sharded_backend import open_sharded
+
+        return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device)
+    assert choice.backend in ("torch", "paged"), choice
+    model = load(folder, dtype=choice.dtype, device=choice.device)
+    if choice.backend == "paged":
+        from mpt.backends.paged_backend import PagedBackend
+
+        return PagedBackend(model)
+    from mpt.backends.quantization import quantize_model
+    from mpt.backends.torch_backend import TorchBackend
+
+    if options.quantize:
+        quantize_model(model)
+    return TorchBackend(model, int8_cache=options.kv_cache == "int8")
+
+
+# -- one function a backend ------------------------------------------------------------------------------------------
+
+
+def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
+    """A model in this process on CPU: C where it can, torch elsewhere."""
+    dtype = _dtype(folder, config, options)
+    int8_weights, int8_cache = options.quantize == "int8", options.kv_cache == "int8"
+    if (int8_weights or int8_cache) and dtype != torch.bfloat16:
+        flag = "--quantize" if int8_weights else "--kv-cache"
+        raise UserError(
+            f"`{flag} int8` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
+            f"`--dtype bfloat16`, or leave `{flag}` out"
+        )
+    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False)
+    why_not = why_no_step(config, **facts)
+    if int8_cache and why_not is not None:
+        raise MachineRefused(
+            f"`--kv-cache int8` is for the C step, which cannot run here ({why_not}); leave `--kv-cache` out"
+        )
+    few = Step("few tokens", "torch", why_not) if why_not else Step("few tokens", *_in_c())
+    why_not = why_no_prompts(config, **facts)
+    prompt = Step("prompt", "torch", why_not) if why_not else Step("prompt", *_in_c())
+    precision = "int8 weights, bfloat16" if int8_weights else _name(dtype)
+    return Choice(
+        backend="torch",
+        device="cpu",
+        precision=precision + (", int8 KV cache" if int8_cache else ""),
+        steps=(replace(few, kind="one token"), few, prompt, _draw("cpu")),
+        capabilities=replace(capabilities.TORCH, exact_guesses=few.runs != "torch"),
+        dtype=dtype,
+    )
+
+
+def _paged(folder: Path, options: ModelOptions) -> Choice:
+    """A model in this process on CUDA, its cache in pages."""
+    from mpt.backends.paged_attention import has_triton
+
+    dtype = _dtype(folder, read_config(folder), options)
+    no_triton = None if has_triton() else "Triton is not installed"
+    if no_triton is None:
+        one, few = Step("one token", "Triton inside CUDA graphs"), Step("few tokens", "Triton")
+    else:
+        one, few = Step("one token", "torch inside CUDA graphs", no_triton), Step("few tokens", "torch", no_triton)
+    return Choice(
+        backend="paged",
+        device="cuda",
+        precision=_name(dtype),
+        steps=(one, few, Step("prompt", *_gpu_prompts(dtype)), _draw("cuda")),
+        capabilities=capabilities.PAGED,
+        dtype=dtype,
+    )
+
+
+def _gpu_prompts(dtype: torch.dtype) -> tuple[str, str | None]:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "FlexAttention", f"flash-attn is for bfloat16 and float16, and this model is {_name(dtype)}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "FlexAttention", "flash-attn is not installed"
+    return "flash-attn", None
+
+
+def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> Choice:
+    """A model over several processes, each with a share of the heads."""
+    dtype = _dtype(folder, config, options)
+    why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True)
+    return Choice(
+        backend="sharded",
+        device=device,
+        precision=f"{_name(dtype)} in {options.tensor_parallel} processes",
+        steps=(
+            Step("one token", "torch", why_not),
+            Step("few tokens", "torch", why_not),
+            Step("prompt", "torch", why_not),
+            _draw(device),
+        ),
+        capabilities=capabilities.SHARDED,
+        dtype=None if options.dtype == "auto" else dtype,
+    )
+
+
+def _onnx(folder: Path, options: ModelOptions) -> Choice:
+    """A folder of `mpt convert --to onnx`. Raises UserError for a dtype it was not converted to."""
+    manifest = read_manifest(folder) or {}
+    stored = str(manifest.get("dtype", "its own"))
+    if options.dtype not in ("auto", stored):
+        raise UserError(f"`{folder}` was converted to {stored}; --dtype {options.dtype} needs another conversion")
+    alone = "its graph returns a longer cache, so each step copies it and sequences are computed one by one"
+    return Choice(
+        backend="onnx",
+        device="cpu" if options.device == "cpu" else "cuda where onnxruntime has it, else cpu",
+        precision=stored,
+        steps=(
+            Step("one token", "onnxruntime", alone),
+            Step("few tokens", "onnxruntime", alone),
+            Step("prompt", "onnxruntime", alone),
+            _draw("cpu"),
+        ),
+        capabilities=capabilities.ONNX,
+    )
+
+
+def _triton(options: ModelOptions) -> Choice:
+    """A model that a Triton server computes."""
+    kinds: tuple[Kind, ...] = ("one token", "few tokens", "prompt", "draw")
+    return Choice(
+        backend="triton",
+        device="the Triton server's",
+        precision="the Triton server's",
+        steps=tuple(Step(kind, "the Triton server") for kind in kinds),
+        capabilities=capabilities.TRITON,
+    )
+
+
+# -- what they ask ---------------------------------------------------------------------------------------------------
+
+
+def _device(options: ModelOptions) -> str:
+    """`cuda` or `cpu`. Raises MachineRefused where CUDA was asked for and is not there."""
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise MachineRefused("no CUDA device is available to torch; use `--device cpu`")
+    return options.device
+
+
+def _dtype(folder: Path, config: MPTConfig, options: ModelOptions) -> torch.dtype:
+    """What was asked for; else bfloat16 where int8 is computed beside it; else what the checkpoint stores."""
+    if options.dtype != "auto":
+        found = getattr(torch, options.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+    if options.quantize or options.kv_cache == "int8":
+        return torch.bfloat16
+    return stored_dtype(folder, config)
+
+
+def _in_c() -> tuple[str, str | None]:
+    found = features()
+    return f"C ({found.variant})", found.why_not_faster
+
+
+def _draw(device: str) -> Step:
+    if device != "cpu":
+        return Step("draw", "torch", "draws in C are for logits on CPU")
+    try:
+        load_c()
+    except Unavailable as reason:
+        return Step("draw", "torch", str(reason))
+    return Step("draw", *_in_c())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,66 @@
+"""What one model is told, wherever it runs: `mpt serve`, `mpt cluster`, `mpt generate` and `mpt chat` fill this row.
+
+Light enough to make before torch is imported. Not here: what a server is told (`serving/options.py`), how many replicas
+a cluster keeps (`serving/cluster/options.py`), which backend honours which field (`mpt/backends/capabilities.py`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpt.command_line import Device, Dtype, KVCache, Quantization, Style
+from mpt.errors import UserError
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of models and of adapters; the colon stands between
+TRITON = "triton://"  # begins the address of a model in a Triton server
+TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")  # served when nothing is asked for
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A checkpoint and how to run it. Only `root` has no default. Raises UserError for a value out of range."""
+
+    root: str  # catalog name, folder, hub repository, or a Triton address
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    quantize: Quantization | None = None  # of the weights
+    kv_cache: KVCache = "auto"  # precision of the KV cache, the weights' or int8
+    speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
+    draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
+    tensor_parallel: int = 1  # processes that share the model, one GPU each
+    kv_gb: float | None = None  # KV cache, 1e9 bytes; None shares what memory is free
+    max_running: int = 32  # sequences computed at once
+    max_waiting: int = 256  # requests that may wait
+    prefill_chunk: int = 512  # prompt tokens read in a step that others wait for
+    context_length: int | None = None  # None is the trained one
+    prompt_style: Style | None = None  # None is the checkpoint's own
+    adapters: Path | None = None  # folder of LoRA adapters, served as `model:adapter`
+    named_adapters: Mapping[str, Path] = field(default_factory=dict)  # single ones, by the name they are served under
+    profile: Path | None = None  # folder that gets a trace of the first busy steps
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "context_length", "max_running", "tensor_parallel")
+        at_least(self, 0, "max_waiting")
+        at_least(self, 16, "prefill_chunk")
+        at_least(self, 1e-3, "kv_gb")
+        if self.draft is not None and not self.speculate:
+            raise UserError("`draft` is given and `speculate` is off; leave one of them out")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model is computed by a Triton server."""
+        return self.root.startswith(TRITON)
+
+    @property
+    def kv_bytes(self) -> int | None:
+        return None if self.kv_gb is None else round(self.kv_gb * 1e9)
+
+
+def at_least(options: Any, low: float, *names: str) -> None:
+    """Raises UserError for the first of these fields that is set and under `low`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= low:
+            raise UserError(f"{name} is {value}; the least is {low:g}")
