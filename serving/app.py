@@ -8,7 +8,7 @@ unknown fields; the OpenAPI schema is given by hand instead.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ from mpt.options import MODEL_NAME
 from serving import answers
 from serving.auth import Door, keys_of
 from serving.cards import cards_of
-from serving.docs import add_docs, takes
+from serving.docs import add_docs
 from serving.errors import (
     ApiError,
     Forbidden,
@@ -47,6 +47,7 @@ from serving.intake import chat_tokens, check_room, check_scores, check_size, ma
 from serving.metrics import HttpMetrics, Metrics
 from serving.options import ServeOptions
 from serving.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -57,11 +58,12 @@ from serving.protocol import (
     parse,
     prompts_of,
 )
+from serving.routes import BODIES, add_routes
 from serving.sse import EventStream, until_disconnected
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+Functions = dict[str, Callable[..., Any]]  # what answers each route, by its name in `routes.py`
 Result = TypeVar("Result")
 
 
@@ -120,14 +122,11 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    _add_generation(app, serving, metrics)
-    _add_models_and_tokens(app, serving)
-    _add_adapter_loading(app, serving)
-    _add_operations(app, serving, metrics)
+    functions = _generation(serving, metrics) | _models_and_tokens(serving) | _adapter_loading(serving)
+    add_routes(app, functions | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
-        generation, tokens = (CompletionRequest, ChatRequest, EmbeddingRequest), (TokenizeRequest, DetokenizeRequest)
-        add_docs(app, *generation, *tokens, LoadAdapterRequest, UnloadAdapterRequest)
+        add_docs(app, *BODIES)
     log_format = options.log_format if door is None else None
     app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
@@ -137,19 +136,17 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     return app
 
 
-def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
+def _generation(serving: Serving, metrics: Metrics) -> Functions:
     limit = serving.options.max_body_bytes
 
-    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
-        """Continue prompts: text, texts, token ids or lists of those."""
         asked = parse(CompletionRequest, await read_body(request, limit))
         endpoint, adapter = await serving.chosen(asked.model)
         texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
         prompts = [await prompt_tokens(endpoint, prompt) for prompt in texts_or_ids]
         longest = max(map(len, prompts))
         room = endpoint.context_length - longest
-        wanted = min(_DEFAULT_COMPLETION_TOKENS, max(room, 1)) if asked.max_tokens is None else asked.max_tokens
+        wanted = min(DEFAULT_COMPLETION_TOKENS, max(room, 1)) if asked.max_tokens is None else asked.max_tokens
         check_room(endpoint, longest, wanted, "prompt")
         texts = []
         if asked.echo:
@@ -166,9 +163,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             lambda events: answers.completion(job, events, logprobs=asked.logprobs),
         )
 
-    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        """Answer a conversation, in the model's own prompt style."""
         asked = parse(ChatRequest, await read_body(request, limit))
         endpoint, adapter = await serving.chosen(asked.model)
         prompt = await chat_tokens(endpoint, asked.messages)
@@ -185,9 +180,7 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             lambda events: answers.chat(job, events, logprobs=logprobs),
         )
 
-    @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
-        """The mean of the last hidden states of each text, scaled to length 1."""
         asked = parse(EmbeddingRequest, await read_body(request, limit))
         endpoint, adapter = await serving.chosen(asked.model)
         if not endpoint.engine.capabilities.gives_embeddings:
@@ -210,29 +203,25 @@ def _add_generation(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
             return EventStream(chunks(events), request_id=job.id, keep_alive_s=serving.options.keep_alive_s)
         return as_json(await _unless_disconnected(request, whole(events)))
 
+    return {"completions": completions, "chat_completions": chat_completions, "embeddings": embeddings}
 
-def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
+
+def _models_and_tokens(serving: Serving) -> Functions:
     limit = serving.options.max_body_bytes
 
-    @app.get("/v1/models")
     async def models() -> Response:
-        """The models served here."""
         return as_json(
             {"object": "list", "data": [card for endpoint in serving.endpoints.values() for card in cards_of(endpoint)]}
         )
 
-    @app.get("/v1/models/{model}")
     async def model(model: str) -> Response:
-        """One model served here."""
         base, _ = split_name(model)
         for card in cards_of(serving.endpoint(base)):
             if card["id"] == model:
                 return as_json(card)
         raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
 
-    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
-        """The token ids of a text, or of messages in the model's prompt style."""
         asked = parse(TokenizeRequest, await read_body(request, limit))
         endpoint, _ = await serving.chosen(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
@@ -244,16 +233,16 @@ def _add_models_and_tokens(app: FastAPI, serving: Serving) -> None:
             ids = await asyncio.to_thread(endpoint.tokenizer.encode, asked.prompt or "")
         return as_json({"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length})
 
-    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
-        """The text of token ids, control tokens included."""
         asked = parse(DetokenizeRequest, await read_body(request, limit))
         endpoint, _ = await serving.chosen(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
 
+    return {"models": models, "model": model, "tokenize": tokenize, "detokenize": detokenize}
 
-def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
+
+def _adapter_loading(serving: Serving) -> Functions:
     limit, folder = serving.options.max_body_bytes, serving.options.adapter_loading
 
     def named(lora_name: str) -> tuple[Adapters, str, str]:
@@ -279,9 +268,7 @@ def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
             raise Forbidden("this server loads no adapters; start it with --allow-adapter-loading FOLDER")
         return folder
 
-    @app.post("/v1/load_lora_adapter", openapi_extra=takes(LoadAdapterRequest))
     async def load_lora_adapter(request: Request) -> Response:
-        """Serve one more LoRA adapter, where the server was started to allow it."""
         within = allowed()
         asked = parse(LoadAdapterRequest, await read_body(request, limit))
         adapters, whole, name = named(asked.lora_name)
@@ -299,9 +286,7 @@ def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
         log.info("adapter %s %s", whole, "loaded" if is_new else "was loaded already")
         return as_json({"id": whole, "object": "model", "loaded": True})
 
-    @app.post("/v1/unload_lora_adapter", openapi_extra=takes(UnloadAdapterRequest))
     async def unload_lora_adapter(request: Request) -> Response:
-        """Serve a loaded adapter no longer; its running requests finish with it."""
         allowed()
         asked = parse(UnloadAdapterRequest, await read_body(request, limit))
         adapters, whole, name = named(asked.lora_name)
@@ -312,30 +297,27 @@ def _add_adapter_loading(app: FastAPI, serving: Serving) -> None:
         log.info("adapter %s unloaded", whole)
         return as_json({"id": whole, "object": "model", "loaded": False})
 
+    return {"load_lora_adapter": load_lora_adapter, "unload_lora_adapter": unload_lora_adapter}
 
-def _add_operations(app: FastAPI, serving: Serving, metrics: Metrics) -> None:
-    @app.get("/health")
+
+def _operations(serving: Serving, metrics: Metrics) -> Functions:
     async def health() -> Response:
-        """200 while the process and its engines live; 503 when an engine has stopped for good."""
         failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
         return as_json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
 
-    @app.get("/ready")
     async def ready() -> Response:
-        """200 once every model has computed a token and the server takes requests."""
         why = serving.not_ready()
         if why is None:
             return as_json({"status": "ready"})
         return respond(Unavailable(why, code="shutting_down" if serving.draining else "model_loading"))
 
-    @app.get("/version")
     async def version() -> Response:
         return as_json(versions())
 
-    @app.get("/metrics")
     async def scrape() -> Response:
-        """Prometheus metrics."""
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    return {"health": health, "ready": ready, "version": version, "metrics": scrape}
 
 
 def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:

@@ -116,6 +116,8 @@ class _EngineCollector(Collector):
         step_seconds = CounterMetricFamily("mpt_model_step_seconds", "Time spent in the model.", labels=labels)
         guessed = CounterMetricFamily("mpt_speculation_guessed_tokens", "Tokens guessed ahead.", labels=labels)
         right = CounterMetricFamily("mpt_speculation_accepted_tokens", "Those that were right.", labels=labels)
+        labels = ["model_name", "backend", "device", "precision", "step", "runs", "why_not_faster"]
+        runs = GaugeMetricFamily("mpt_model_runs_info", "What computes each kind of step.", labels=labels)
         for endpoint in self._endpoints():
             stats, name = endpoint.engine.stats(), [endpoint.name]
             running.add_metric(name, stats.n_running)
@@ -129,6 +131,25 @@ class _EngineCollector(Collector):
             guessed.add_metric(name, stats.n_guessed)
             right.add_metric(name, stats.n_guessed_right)
             step_seconds.add_metric(name, stats.step_seconds)
+            if endpoint.choice is not None:
+                choice = endpoint.choice
+                for step in choice.steps:
+                    what = [step.kind, step.runs, step.why_not_faster or ""]
+                    runs.add_metric([*name, choice.backend, choice.device, choice.precision, *what], 1)
         info = GaugeMetricFamily("mpt_build_info", "The version that runs.", labels=["version"])
         info.add_metric([mpt.__version__], 1)
-        yield from (running, waiting, usage, up, queries, hits, preemptions, steps, step_seconds, guessed, right, info)
+        yield from (
+            running,
+            waiting,
+            usage,
+            up,
+            queries,
+            hits,
+            preemptions,
+            steps,
+            step_seconds,
+            guessed,
+            right,
+            runs,
+            info,
+        )

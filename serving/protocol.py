@@ -15,6 +15,7 @@ from mpt.engine.grammar import ANY_OBJECT, Grammar, Kind
 from mpt.engine.request import Sampling
 from serving.errors import InvalidRequest
 
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 MAX_SAMPLES = 8  # n and best_of: each is a sequence in the batch
 MAX_PROMPTS = 64
 MAX_STOPS = 16  # OpenAI's limit is 4

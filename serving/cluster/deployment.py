@@ -15,7 +15,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,6 +149,11 @@ class Model:
         from prometheus_client import generate_latest
 
         return _replica_id(), generate_latest(self._metrics.registry).decode()
+
+    def runs(self) -> tuple[str, dict[str, Any]]:
+        """The model's name, and what computes it here."""
+        assert self._endpoint.choice is not None
+        return self._name, self._endpoint.choice.as_json()
 
     def check_health(self) -> None:
         """Raises when the engine has stopped, so that Ray replaces this replica."""
@@ -337,16 +342,23 @@ class RayFleet:
                 rest.cancel()
                 await asyncio.gather(rest, return_exceptions=True)
 
+    async def runs(self) -> dict[str, dict[str, Any]]:
+        return dict(await self._ask(self._handles.values(), "runs"))
+
     async def expositions(self) -> dict[str, str]:
         own = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
-        asked = [handle.broadcast("exposition") for handle in (own, *self._handles.values())]
+        return dict(await self._ask((own, *self._handles.values()), "exposition"))
+
+    async def _ask(self, handles: Iterable[DeploymentHandle], method: str) -> list[tuple[str, Any]]:
+        """What a method of every replica says; those that do not answer are left out."""
+        asked = [handle.broadcast(method) for handle in handles]
         answers = await asyncio.gather(*(each.results_async(timeout_s=5) for each in asked), return_exceptions=True)
-        found: dict[str, str] = {}
+        found: list[tuple[str, Any]] = []
         for answer in answers:
             if isinstance(answer, BaseException):
-                log.warning("no metrics of a deployment: %r", answer)
+                log.warning("no %s of a deployment: %r", method, answer)
                 continue
-            found.update(each for each in answer if not isinstance(each, BaseException))
+            found += [each for each in answer if not isinstance(each, BaseException)]
         return found
 
     async def not_ready(self) -> str | None:

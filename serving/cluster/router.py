@@ -22,6 +22,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -31,21 +32,21 @@ from mpt.engine.adapters import split_name
 from serving.app import add_errors, as_json, versions
 from serving.auth import Door
 from serving.cluster.options import ClusterOptions
-from serving.docs import add_docs, takes
+from serving.docs import add_docs
 from serving.errors import ApiError, Forbidden, NotFound, Unavailable
 from serving.gate import Gate, respond
 from serving.intake import read_body
 from serving.metrics import HttpMetrics
 from serving.options import is_loopback
 from serving.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     EmbeddingRequest,
-    TokenizeRequest,
     parse,
     prompts_of,
 )
+from serving.routes import BODIES, ROUTES, add_routes
 from serving.sse import KEEP_ALIVE, UNBUFFERED, event, until_disconnected
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,10 @@ class Fleet(Protocol):
 
     def lease(self, model: str, adapter: str | None, beginning: str) -> AbstractAsyncContextManager[Lease]:
         """A replica of a model. Raises Unavailable when too many wait already, and ReplicaLost."""
+        ...
+
+    async def runs(self) -> dict[str, dict[str, Any]]:
+        """What computes each model that has a replica now, as its replica says (`Choice.as_json`)."""
         ...
 
     async def expositions(self) -> dict[str, str]:
@@ -137,89 +142,65 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
             raise NotFound(f"no model `{model[:100]}` here; served: {known}", code="model_not_found", param="model")
         return base, adapter
 
-    async def relay(request: Request, kind: Any, estimate: Callable[[Any], int]) -> Response:
+    async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options.max_body_bytes)
-        asked = parse(kind, raw)
+        asked: Any = parse(kind, raw)
         base, adapter = find(asked.model)
-        work = Relayed(asked.model, estimate(asked))
+        work = Relayed(asked.model, _tokens(asked))
         request.state.admission.reserve(work.estimate)
         request.state.work = work
         streamed = bool(getattr(asked, "stream", False))
         lease = _Lessor(fleet, base, adapter, _beginning(asked), request.state.salt)
         return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, streamed)
 
-    @app.post("/v1/completions", openapi_extra=takes(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        """Continue prompts: text, texts, token ids or lists of those."""
-        return await relay(request, CompletionRequest, _completion_tokens)
+    def relayed(kind: type[BaseModel]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def answer(request: Request) -> Response:
+            return await relay(request, kind)
 
-    @app.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        """Answer a conversation, in the model's own prompt style."""
-        return await relay(request, ChatRequest, _chat_tokens)
+        return answer
 
-    @app.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest))
-    async def embeddings(request: Request) -> Response:
-        """The mean of the last hidden states of each text, scaled to length 1."""
-        return await relay(request, EmbeddingRequest, _embedding_tokens)
-
-    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
-    async def tokenize(request: Request) -> Response:
-        """The token ids of a text, or of messages in the model's prompt style."""
-        return await relay(request, TokenizeRequest, lambda _: 0)
-
-    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
-    async def detokenize(request: Request) -> Response:
-        """The text of token ids, control tokens included."""
-        return await relay(request, DetokenizeRequest, lambda _: 0)
-
-    @app.post("/v1/load_lora_adapter")
-    @app.post("/v1/unload_lora_adapter")
-    async def adapter_loading() -> Response:
-        """Not in a cluster: its adapters come from folders."""
+    async def adapter_loading(_: Request) -> Response:
         raise NotFound("a cluster loads no adapters by request; put them into the folder `adapters` of their model")
 
-    @app.get("/v1/models")
     async def models() -> Response:
-        """The models served here."""
-        return as_json({"object": "list", "data": [card for entries in cards().values() for card in entries]})
+        runs = await fleet.runs()
+        entries = [{**card, "runs": runs.get(name)} for name, found in cards().items() for card in found]
+        return as_json({"object": "list", "data": entries})
 
-    @app.get("/v1/models/{model}")
     async def model(model: str) -> Response:
-        """One model served here."""
         base, _ = find(model)
         for card in cards()[base]:
             if card["id"] == model:
-                return as_json(card)
+                return as_json({**card, "runs": (await fleet.runs()).get(base)})
         raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
 
-    @app.get("/health")
     async def health() -> Response:
-        """200 while this router lives."""
         return as_json({"status": "ok"})
 
-    @app.get("/ready")
     async def ready() -> Response:
-        """200 once every model that keeps a replica has one."""
         why = await fleet.not_ready()
         return as_json({"status": "ready"}) if why is None else respond(Unavailable(why, code="model_loading"))
 
-    @app.get("/version")
     async def version() -> Response:
         return as_json(versions())
 
-    @app.get("/metrics")
     async def scrape() -> Response:
         """Prometheus metrics of every router and replica, told apart by the label `replica`."""
         return Response(merged(await fleet.expositions()), headers={"content-type": CONTENT_TYPE_LATEST})
 
+    functions: dict[str, Callable[..., Any]] = {
+        "models": models, "model": model, "health": health, "ready": ready, "version": version, "metrics": scrape,
+        "load_lora_adapter": adapter_loading, "unload_lora_adapter": adapter_loading,
+    }  # fmt: skip
+    functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
+    add_routes(app, functions)
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
     add_errors(app, metrics)
     if options.replica_host == "loopback":
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
+        add_docs(app, *BODIES)
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
     )
@@ -456,20 +437,22 @@ def merged(expositions: Mapping[str, str]) -> bytes:
     return generate_latest(registry)
 
 
-def _completion_tokens(asked: CompletionRequest) -> int:
-    prompts = prompts_of(asked.prompt, _ANY_TOKEN)
-    answers = (asked.best_of or asked.n or 1) * (16 if asked.max_tokens is None else asked.max_tokens)
-    return sum(_text_tokens(p) if isinstance(p, str) else len(p) for p in prompts) + len(prompts) * answers
+def _tokens(asked: Any) -> int:
+    """What a client is charged for a request until a replica has counted."""
+    if isinstance(asked, ChatRequest):
+        wanted = asked.max_completion_tokens or asked.max_tokens or _UNKNOWN_LENGTH
+        return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
+    if isinstance(asked, CompletionRequest):
+        prompts = prompts_of(asked.prompt, _ANY_TOKEN)
+        wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        return _prompt_tokens(prompts) + len(prompts) * (asked.best_of or asked.n or 1) * wanted
+    if isinstance(asked, EmbeddingRequest):
+        return _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
+    return 0
 
 
-def _chat_tokens(asked: ChatRequest) -> int:
-    wanted = asked.max_completion_tokens or asked.max_tokens or _UNKNOWN_LENGTH
-    return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
-
-
-def _embedding_tokens(asked: EmbeddingRequest) -> int:
-    prompts = prompts_of(asked.input, _ANY_TOKEN, "input")
-    return sum(_text_tokens(p) if isinstance(p, str) else len(p) for p in prompts)
+def _prompt_tokens(prompts: list[str | list[int]]) -> int:
+    return sum(_text_tokens(prompt) if isinstance(prompt, str) else len(prompt) for prompt in prompts)
 
 
 def _text_tokens(text: str) -> int:

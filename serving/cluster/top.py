@@ -1,6 +1,7 @@
 """`mpt top`: a table of a running server, made from two looks at its /metrics.
 
 up: replicas. run, wait: sequences. in/s, out/s: prompt and answer tokens per second. cached: of the prompt tokens.
+Below the table: what computes each model, and why nothing faster does.
 """
 
 import time
@@ -11,13 +12,23 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from mpt.errors import UserError
 
 Samples = Mapping[tuple[str, str], float]  # by the metric's name and the model's, summed over replicas
+_RUNS = "mpt_model_runs_info"
+
+
+@dataclass(frozen=True)
+class Look:
+    """One answer of /metrics. runs: a line for each kind of step, of each model."""
+
+    samples: Samples
+    runs: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,21 +54,22 @@ def run(url: str, api_key: str | None, every_s: float, once: bool) -> None:
     console = Console()
     if once:
         time.sleep(every_s)
-        console.print(table(rows(before, look(url, api_key), time.monotonic() - at), url))
+        now = look(url, api_key)
+        console.print(shown(before, now, time.monotonic() - at, url))
         return
     try:
-        with Live(table(rows(before, before, every_s), url), console=console, screen=console.is_terminal) as live:
+        with Live(shown(before, before, every_s, url), console=console, screen=console.is_terminal) as live:
             while True:
                 time.sleep(every_s)
                 now, seen = time.monotonic(), look(url, api_key)
-                live.update(table(rows(before, seen, now - at), url))
+                live.update(shown(before, seen, now - at, url))
                 before, at = seen, now
     except KeyboardInterrupt:
         pass
 
 
-def look(url: str, api_key: str | None) -> Samples:
-    """Every sample of /metrics that belongs to a model."""
+def look(url: str, api_key: str | None) -> Look:
+    """Everything in /metrics that belongs to a model. Raises UserError where there is no server of ours."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         answer = httpx.get(f"{url}/metrics", headers=headers, timeout=10)
@@ -67,7 +79,7 @@ def look(url: str, api_key: str | None) -> Samples:
         raise UserError(f"`{url}` wants a key; give --api-key or set MPT_API_KEY")
     if answer.status_code != 200 or "mpt_" not in answer.text:
         raise UserError(f"`{url}/metrics` is not a server of ours (status {answer.status_code}); give --url")
-    return read(answer.text)
+    return Look(read(answer.text), read_runs(answer.text))
 
 
 def read(exposition: str) -> Samples:
@@ -76,9 +88,26 @@ def read(exposition: str) -> Samples:
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
             model = sample.labels.get("model_name")
-            if model is not None and "le" not in sample.labels:
+            if model is not None and "le" not in sample.labels and sample.name != _RUNS:
                 samples[sample.name, model] += sample.value
     return samples
+
+
+def read_runs(exposition: str) -> dict[str, tuple[str, ...]]:
+    """What computes each model, a line for all kinds of steps that run alike; replicas that differ show side by side."""
+    found: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name == _RUNS:
+                steps = found[sample.labels["model_name"]][sample.labels["runs"], sample.labels["why_not_faster"]]
+                if sample.labels["step"] not in steps:
+                    steps.append(sample.labels["step"])
+    return {
+        model: tuple(
+            f"{', '.join(steps)}: {runs}" + (f" ({why})" if why else "") for (runs, why), steps in ways.items()
+        )
+        for model, ways in found.items()
+    }
 
 
 def rows(before: Samples, after: Samples, seconds: float) -> list[Row]:
@@ -113,6 +142,12 @@ def rows(before: Samples, after: Samples, seconds: float) -> list[Row]:
         )
 
     return [one(model) for model in dict.fromkeys(model for name, model in after if name == "mpt_engine_up")]
+
+
+def shown(before: Look, after: Look, seconds: float, url: str) -> Group:
+    """The table of an interval, and below it what computes each model."""
+    lines = [f"{model}  {'; '.join(ways)}" for model, ways in after.runs.items()]
+    return Group(table(rows(before.samples, after.samples, seconds), url), *(Text(line) for line in lines))
 
 
 def table(found: list[Row], url: str) -> Table:

@@ -8,8 +8,8 @@ import logging
 import os
 import sys
 
-from serving.cluster.local import ENVIRONMENT, _free_port
 from serving.cluster import haproxy
+from serving.cluster.local import ENVIRONMENT, _free_port
 
 
 def main() -> None:

@@ -182,6 +182,9 @@ class FakeFleet:
         finally:
             self.n_ended += 1
 
+    async def runs(self):
+        return {"m": {"backend": "torch"}}
+
     async def expositions(self):
         return {}
 

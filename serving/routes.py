@@ -1,0 +1,73 @@
+"""The API's routes, stated once for the app of one process and for the router of a cluster.
+
+A route is a line in `ROUTES`. Both give a function for each; `add_routes` refuses to leave one out. Not here: what the
+bodies may say (`protocol.py`), how a route answers (`app.py`, `cluster/router.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from serving.docs import takes
+from serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    LoadAdapterRequest,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """name: of the function that answers. is_relayed: in a cluster a replica answers it, as the body says which."""
+
+    name: str
+    path: str
+    description: str
+    body: type[BaseModel] | None = None  # a POST with this body; None is a GET
+    is_relayed: bool = False
+
+
+ROUTES = (
+    Route("completions", "/v1/completions", "Continue prompts: text, texts, token ids or lists of those.",
+          CompletionRequest, is_relayed=True),
+    Route("chat_completions", "/v1/chat/completions", "Answer a conversation, in the model's own prompt style.",
+          ChatRequest, is_relayed=True),
+    Route("embeddings", "/v1/embeddings", "The mean of the last hidden states of each text, scaled to length 1.",
+          EmbeddingRequest, is_relayed=True),
+    Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
+          TokenizeRequest, is_relayed=True),
+    Route("detokenize", "/detokenize", "The text of token ids, control tokens included.",
+          DetokenizeRequest, is_relayed=True),
+    Route("models", "/v1/models", "The models served here, and what computes each."),
+    Route("model", "/v1/models/{model}", "One model served here."),
+    Route("load_lora_adapter", "/v1/load_lora_adapter",
+          "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
+    Route("unload_lora_adapter", "/v1/unload_lora_adapter",
+          "Serve a loaded adapter no longer; its running requests finish with it.", UnloadAdapterRequest),
+    Route("health", "/health", "200 while this process answers; 503 when an engine has stopped for good."),
+    Route("ready", "/ready", "200 once every model can answer and the server takes requests."),
+    Route("version", "/version", "The versions that run here."),
+    Route("metrics", "/metrics", "Prometheus metrics."),
+)  # fmt: skip
+BODIES = tuple(route.body for route in ROUTES if route.body is not None)
+
+
+def add_routes(app: FastAPI, functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Add every route of the table to an app. functions: what answers each, by the route's name, all of them."""
+    names = {route.name for route in ROUTES}
+    assert functions.keys() == names, f"routes without a function or a place: {functions.keys() ^ names}"
+    for route in ROUTES:
+        app.add_api_route(
+            route.path,
+            functions[route.name],
+            methods=["GET" if route.body is None else "POST"],
+            description=route.description,
+            openapi_extra=None if route.body is None else takes(route.body),
+        )
