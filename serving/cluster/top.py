@@ -54,8 +54,8 @@ def run(url: str, api_key: str | None, every_s: float, once: bool) -> None:
     console = Console()
     if once:
         time.sleep(every_s)
-        now = look(url, api_key)
-        console.print(shown(before, now, time.monotonic() - at, url))
+        after = look(url, api_key)
+        console.print(shown(before, after, time.monotonic() - at, url))
         return
     try:
         with Live(shown(before, before, every_s, url), console=console, screen=console.is_terminal) as live:
@@ -94,7 +94,7 @@ def read(exposition: str) -> Samples:
 
 
 def read_runs(exposition: str) -> dict[str, tuple[str, ...]]:
-    """What computes each model, a line for all kinds of steps that run alike; replicas that differ show side by side."""
+    """What computes each model, one text for the kinds of steps that run alike, whatever the replica."""
     found: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
@@ -103,9 +103,7 @@ def read_runs(exposition: str) -> dict[str, tuple[str, ...]]:
                 if sample.labels["step"] not in steps:
                     steps.append(sample.labels["step"])
     return {
-        model: tuple(
-            f"{', '.join(steps)}: {runs}" + (f" ({why})" if why else "") for (runs, why), steps in ways.items()
-        )
+        model: tuple(f"{', '.join(steps)}: {runs}{why and f' ({why})'}" for (runs, why), steps in ways.items())
         for model, ways in found.items()
     }
 
