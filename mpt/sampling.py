@@ -84,7 +84,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, mi
     if not bool((temperature > 0).any()):
         return greedy(logits)
     if logits.device.type == "cpu" and _draws_in_c():
-        return draw(logits, temperature, top_p, top_k, min_p, uniform)
+        return draw(logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, uniform=uniform)
     return sample_in_torch(logits, temperature, top_p, top_k, min_p, uniform)
 
 

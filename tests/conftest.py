@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from mpt.backends.native.library import Unavailable, features
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
@@ -27,6 +28,19 @@ def byte_tokenizer() -> RawTokenizer:
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(list(SPECIALS))
     return raw
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which variants of the C code this machine could not run, where their tests were to run."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    if not any(getattr(report, "nodeid", "").startswith("tests/mpt/backends/test_native.py") for report in reports):
+        return
+    try:
+        missing = [f"{variant} ({reason})" for variant, reason in features().missing.items()]
+    except Unavailable as reason:
+        missing = [f"all of it ({reason})"]
+    if missing:
+        terminalreporter.write_line(f"C code not tested here: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="session")

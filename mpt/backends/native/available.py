@@ -9,11 +9,10 @@ from typing import TypedDict
 import torch
 
 from mpt.backends.native.library import Features, Unavailable, features, load
+from mpt.backends.native.structures import MAX_HEAD, N_IN_MULTIPLE, N_IN_MULTIPLE_INT8, N_OUT_MULTIPLE, PANEL
 from mpt.config import MPTConfig
 
 __all__ = ["Features", "ModelFacts", "Unavailable", "features", "why_no_prompts", "why_no_step"]
-
-MAX_HEAD = 256  # of common.h
 
 
 class ModelFacts(TypedDict):
@@ -26,12 +25,18 @@ class ModelFacts(TypedDict):
 
 
 def why_no_step(
-    config: MPTConfig, *, dtype: torch.dtype, device: str, int8_weights: bool, is_shared: bool
+    config: MPTConfig,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    int8_weights: bool,
+    is_shared: bool,
+    variant: str | None = None,
 ) -> str | None:
     """Why a model's steps of few tokens cannot run in C here, or None where they can.
 
-    dtype: of all but int8 weights. is_shared: over processes, each with some of the heads. If only the machine is left
-    to ask, the C code is compiled (seconds, once).
+    dtype: of all but int8 weights. is_shared: over processes, each with some of the heads. variant: another one than
+    the fastest that runs here. If only the machine is left to ask, the C code is compiled (seconds, once).
     """
     if is_shared:
         return "a model shared over processes adds up their parts between its layers"
@@ -41,28 +46,36 @@ def why_no_step(
     if config.d_head > MAX_HEAD:
         return f"heads of {config.d_head}; at most {MAX_HEAD} are made for"
     for name, (n_out, n_in) in _products(config).items():
-        if n_out % 16 or n_in % (64 if int8_weights else 32):
-            return f"`{name}` is {n_out} x {n_in}; multiples of 16 and 32 (int8: 64) are made for"
+        if n_out % N_OUT_MULTIPLE or n_in % (N_IN_MULTIPLE_INT8 if int8_weights else N_IN_MULTIPLE):
+            multiples = f"multiples of {N_OUT_MULTIPLE} and {N_IN_MULTIPLE} (int8: {N_IN_MULTIPLE_INT8})"
+            return f"`{name}` is {n_out} x {n_in}; {multiples} are made for"
     try:
-        load()
+        load(variant)
     except Unavailable as reason:
         return str(reason)
     return None
 
 
 def why_no_prompts(
-    config: MPTConfig, *, dtype: torch.dtype, device: str, int8_weights: bool, is_shared: bool
+    config: MPTConfig,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    int8_weights: bool,
+    is_shared: bool,
+    variant: str | None = None,
 ) -> str | None:
     """Why whole prompts cannot be read in C here, or None where they can. They need all that `why_no_step` asks for."""
-    reason = why_no_step(config, dtype=dtype, device=device, int8_weights=int8_weights, is_shared=is_shared)
+    facts = ModelFacts(dtype=dtype, device=device, int8_weights=int8_weights, is_shared=is_shared)
+    reason = why_no_step(config, **facts, variant=variant)
     if reason is not None:
         return reason
     if config.attention["qk_ln"]:  # which needs a token's heads side by side
         return "queries and keys are normalised (qk_ln)"
-    if config.d_head % 16:  # tiles of keys and values are as wide as heads
-        return f"heads of {config.d_head} are no multiple of 16"
+    if config.d_head % PANEL:  # heads are made of whole tiles
+        return f"heads of {config.d_head} are no multiple of {PANEL}"
     found = features()
-    if found.variant != "amx":
+    if (variant or found.variant) != "amx":
         return found.missing.get("amx", "this processor has no AMX")
     return None
 

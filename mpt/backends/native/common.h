@@ -13,18 +13,34 @@
 #include <string.h>
 #include <omp.h>
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && !defined(MPT_NO_AMX)
-#define AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
+/* The variants of this code, by what the compiler predefines; VARIANTS in library.py says the same in Python, and the
+ * loader compares. Everything else is plain C, of which the compiler makes the vectors it has. */
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define AVX512 1 /* attention's vectors are written out */
+#include <immintrin.h>
+#else
+#define AVX512 0
+#endif
+#if AVX512 && defined(__AVX512BF16__)
+#define AVX512_BF16 1 /* and its products of bfloat16 */
+#else
+#define AVX512_BF16 0
+#endif
+#if AVX512_BF16 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define AMX 1 /* and products with weights are made of tiles, and whole prompts are read: prompt.c */
 #else
 #define AMX 0
 #endif
-#if defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
 
-enum { PANEL = 16, MAX_TOKENS = 64, KEYS = 64, MAX_HEAD = 256 };
+/* `structures.py` has the same numbers, and the loader compares. */
+enum {
+    PANEL = 16,              /* tokens side by side: a cache line of float32, the width of a tile */
+    MAX_TOKENS = 64,         /* of one call of mpt_step */
+    MAX_HEAD = 256,          /* of D in mpt_step */
+    N_OUT_MULTIPLE = 16,     /* of each Linear's n_out: the outputs of a tile */
+    N_IN_MULTIPLE = 32,      /* of its n_in, where weights are bfloat16: the inputs a tile adds up */
+    N_IN_MULTIPLE_INT8 = 64, /* where they are int8 */
+};
 
 typedef uint16_t bf16;
 
@@ -44,6 +60,7 @@ typedef struct { /* an adapter's part of one projection: y += b a x */
     int32_t rank;      /* 0: it leaves this one alone */
 } Lora;
 
+/* In the order of `PROJECTIONS` in structures.py. */
 enum { WQKV, OUT_PROJ, UP_PROJ, DOWN_PROJ, N_PROJECTIONS };
 
 typedef struct {

@@ -9,9 +9,20 @@
 
 enum { PART = 512, LEVELS = 3, BINS = 1 << 11 };
 
-typedef struct { /* of one row; float64, as Python hands them over */
-    double temperature, top_p, top_k, min_p, uniform;
+/* What a row asks of its draw, each a column of float64 in this order. Python asks for the names, so a new one is added
+ * here, where it is used, and in mpt/sampling.py. */
+#define WISHES(WISH) WISH(temperature) WISH(top_p) WISH(top_k) WISH(min_p) WISH(uniform)
+typedef struct {
+#define FIELD(name) double name;
+    WISHES(FIELD)
+#undef FIELD
 } Wish;
+
+const char *mpt_wish_names(void) {
+#define NAME(name) #name " "
+    return WISHES(NAME);
+#undef NAME
+}
 
 typedef struct { /* what stays: tokens whose key is larger, and the first n_stay of the n_equal that have it */
     uint32_t key;

@@ -1,25 +1,28 @@
 """Draws of tokens in C, for many rows of a large vocabulary."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from mpt.backends.native.library import load
 
 
-def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    """What `mpt.sampling.sample` gives, for logits (B, V) float32 on CPU. Raises Unavailable."""
+def draw(logits: Tensor, *, uniform: Tensor, **columns: Tensor) -> Tensor:
+    """What `mpt.sampling.sample` gives, for logits (B, V) float32 on CPU. Raises Unavailable.
+
+    columns: what each row asks for, (B,) each, under the names draw.c has for them: all of them, in any order.
+    """
     library = load()
-    library.mpt_draw_scratch_doubles.restype = ctypes.c_size_t
+    columns["uniform"] = uniform
+    names = library.mpt_wish_names().decode().split()
+    assert columns.keys() == set(names), f"draw.c draws by {names}, not by {list(columns)}"
     n_rows, n_vocab = logits.shape
     assert logits.dtype == torch.float32 and logits.device.type == "cpu"
     logits = logits.contiguous()
-    wishes = torch.stack([column.double() for column in (temperature, top_p, top_k, min_p, uniform)], dim=-1)
+    wishes = torch.stack([columns[name].double() for name in names], dim=-1)
     n_threads = min(torch.get_num_threads(), n_rows)
-    sizes = ctypes.c_int64(n_vocab), ctypes.c_int32(n_threads)
-    scratch = torch.empty(library.mpt_draw_scratch_doubles(*sizes), dtype=torch.float64)
+    scratch = torch.empty(library.mpt_draw_scratch_doubles(n_vocab, n_threads), dtype=torch.float64)
     tokens = torch.empty(n_rows, dtype=torch.int64)
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (logits, wishes, tokens, scratch)]
-    library.mpt_draw(pointers[0], ctypes.c_int64(n_rows), sizes[0], *pointers[1:], sizes[1])
+    library.mpt_draw(
+        logits.data_ptr(), n_rows, n_vocab, wishes.data_ptr(), tokens.data_ptr(), scratch.data_ptr(), n_threads
+    )
     return tokens

@@ -13,8 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mpt.backends.native import structures
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # Sums may be reordered, once and for all when compiling; infinities and NaN stay what they are.
@@ -22,17 +25,6 @@ _FLAGS = [
     *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
 ]
-Pointer = ctypes.c_void_p
-
-
-class LinearStruct(ctypes.Structure):
-    _fields_ = (
-        ("weight", Pointer),
-        ("scale", Pointer),
-        ("bias", Pointer),
-        ("n_out", ctypes.c_int32),
-        ("n_in", ctypes.c_int32),
-    )
 
 
 class Unavailable(Exception):
@@ -167,29 +159,36 @@ def _predefined(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def load(extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The compiled code. Raises Unavailable where there is no compiler, or the system refuses what it made."""
+def load(variant: str | None = None) -> ctypes.CDLL:
+    """The compiled code: the fastest variant that runs here, or one of the others that do.
+
+    Raises Unavailable where there is no compiler, or the system refuses what it made.
+    """
+    import torch  # noqa: F401  the code calls the libgomp that torch brings
+
     found = features()
-    path = _compiled(found, (*_flags_of(found.variant, found), *extra_flags))
+    variant = variant or found.variant
+    assert variant in found.variants, f"{variant} is not one of {found.variants}"
+    path = build(found, flags_of(variant, found), [path for path in SOURCES if path.suffix == ".c"])
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"`{path}` cannot be loaded: {error}") from error
-    if library.mpt_prepare() < 0:
-        raise Unavailable("the system does not let this process use AMX")
+    structures.declare(library)
+    structures.check(library, variant)
     return library
 
 
-def _flags_of(name: str, found: Features) -> tuple[str, ...]:
-    """What makes the compiler choose this variant on a processor that can do more; nothing for the fastest."""
+def flags_of(name: str, found: Features) -> list[str]:
+    """What a variant is compiled with. The fastest one that runs here takes all that the processor has."""
     variant = next(variant for variant in VARIANTS if variant.name == name)
-    return tuple(_SWITCHED_OFF_BY[macro] for macro in variant.without if macro in found.macros)
+    return [*_FLAGS, *(_SWITCHED_OFF_BY[macro] for macro in variant.without if macro in found.macros)]
 
 
-def _compiled(found: Features, extra_flags: tuple[str, ...]) -> Path:
-    """The library for this source, compiler and processor, made if it is not in the cache yet."""
-    compiler, flags = found.compiler, [*_FLAGS, *extra_flags]
-    texts = [path.read_text() for path in SOURCES]
+def build(found: Features, flags: Sequence[str], files: Sequence[Path]) -> Path:
+    """The library made of these C files, compiled if it is not in the cache yet. Raises Unavailable."""
+    compiler = found.compiler
+    texts = [path.read_text() for path in [*SOURCES, *files]]
     # What -march=native means is in the macros: two processors for which the compiler does the same share a library.
     key = hashlib.sha256("\0".join([*texts, *flags, found.version, _predefined(compiler, tuple(flags))]).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpt"
@@ -203,16 +202,24 @@ def _compiled(found: Features, extra_flags: tuple[str, ...]) -> Path:
         folder = tempfile.mkdtemp()
         path = Path(folder) / path.name
     made = Path(folder) / "made.so"
-    # Not linked with a libgomp of its own: two pools of spinning threads would fight for the cores. torch's is there.
-    sources = [path for path in SOURCES if path.suffix == ".c"]
-    objects = [f"{folder}/{path.stem}.o" for path in sources]
-    commands = [[compiler, *flags, "-c", str(path), "-o", to] for path, to in zip(sources, objects, strict=True)]
-    for step in (*commands, [compiler, "-shared", *objects, "-o", str(made), "-lm"]):
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        if done.returncode:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise Unavailable(f"`{compiler}` cannot compile it: {done.stderr.strip().splitlines()[-1:]}")
+    objects = [f"{folder}/{file.stem}.o" for file in files]
+    try:
+        _run_all([[compiler, *flags, "-c", str(file), "-o", to] for file, to in zip(files, objects, strict=True)])
+        # Not linked with a libgomp of its own, for torch's is there: two pools of threads would fight for the cores.
+        _run_all([[compiler, "-shared", *objects, "-o", str(made), "-lm"]])
+    except Unavailable:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     os.replace(made, path)
     if path.parent != Path(folder):
         shutil.rmtree(folder, ignore_errors=True)
     return path
+
+
+def _run_all(commands: Sequence[Sequence[str]]) -> None:
+    """Run compilers side by side. Raises Unavailable with the last line of the first that fails."""
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [process.communicate()[1] for process in running]
+    for process, errors in zip(running, said, strict=True):
+        if process.returncode:
+            raise Unavailable(f"`{commands[0][0]}` cannot compile it: {errors.strip().splitlines()[-1:]}")

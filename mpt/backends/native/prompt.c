@@ -20,7 +20,7 @@
 #if AMX
 
 enum {
-    STEP = 32,    /* inputs k that one tile product adds up */
+    STEP = N_IN_MULTIPLE, /* inputs k that one tile product adds up */
     GROUP = 32,   /* tokens multiplied at once: two panels */
     STRIP = 32,   /* outputs multiplied at once */
     CHUNK = 256,  /* inputs k of a strip's weights that wait in the first-level cache: 16 KB */
@@ -802,6 +802,3 @@ void mpt_prompt(const Model *model, const Step *step) {
 }
 
 #endif
-
-/* Whether this was compiled with mpt_prompt. */
-int32_t mpt_can_read_prompts(void) { return AMX; }

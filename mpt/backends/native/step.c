@@ -146,34 +146,51 @@ static inline void begin_to_fetch(const char *rows, size_t stride) {
         for (int line = 0; line < 2; line++) _mm_prefetch(rows + i * stride + 64 * line, _MM_HINT_T1);
 }
 
+/* Sums (32 outputs, 32 tokens), float32 or with int8 weights int32, of two blocks of 16 rows of weights, `stride` bytes
+ * each, and one or two panels of inputs. Where there is one block, `more` is the first again. */
+static inline __attribute__((always_inline)) void multiply_tiles(const char *rows, const char *more, size_t stride,
+                                                                 const char *panel, const char *next, int has_next,
+                                                                 int soon, void *sums, const int is_int8) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t k = 0; k < stride; k += 64) { /* bytes: 32 inputs of bfloat16, 64 of int8 */
+        _tile_loadd(4, rows + k, stride);
+        _tile_loadd(5, more + k, stride);
+        _tile_loadd(6, panel + k * PANEL, 64);
+        if (is_int8) {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(2, 5, 6);
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (has_next) {
+            _tile_loadd(7, next + k * PANEL, 64);
+            if (is_int8) {
+                _tile_dpbssd(1, 4, 7);
+                _tile_dpbssd(3, 5, 7);
+            } else {
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    begin_to_fetch(rows + soon * stride, stride);
+    _tile_stored(0, (float *)sums, 128); /* numbers of four bytes, whichever */
+    _tile_stored(1, (float *)sums + 16, 128);
+    _tile_stored(2, (float *)sums + 512, 128);
+    _tile_stored(3, (float *)sums + 528, 128);
+}
+
 /* Sums (32 outputs, 32 tokens) of outputs n0 and on, n_blocks of 16, and tokens `first` and on, n_here of them. */
 static void multiply(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first, int n_here,
                      float *sums) {
     const size_t stride = (size_t)linear->n_in * 2;
     const char *rows = (const char *)linear->weight + n0 * stride, *more = rows + (n_blocks > 1 ? 16 * stride : 0);
     const char *panel = (const char *)inputs->packed + first * stride, *next = panel + PANEL * stride;
-    const int n_panels = n_here > PANEL ? 2 : 1;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (size_t k = 0; k < stride; k += 64) { /* 32 of them, in bytes */
-        _tile_loadd(4, rows + k, stride);
-        _tile_loadd(5, more + k, stride);
-        _tile_loadd(6, panel + k * PANEL, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        if (n_panels > 1) {
-            _tile_loadd(7, next + k * PANEL, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    begin_to_fetch(rows + soon * stride, stride);
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 512, 128);
-    _tile_stored(3, sums + 528, 128);
+    multiply_tiles(rows, more, stride, panel, next, n_here > PANEL, soon, sums, 0);
 }
 
 /* The same with int8 weights, for up to 16 tokens; all sums are exact. */
@@ -184,27 +201,7 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
     const char *panel = (const char *)inputs->packed + first * 2 * stride, *next = panel + PANEL * stride;
     const int n_panels = inputs->columns > PANEL || n_here > 8 ? 2 : 1;
     int32_t exact[1024];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (size_t k = 0; k < stride; k += 64) {
-        _tile_loadd(4, rows + k, stride);
-        _tile_loadd(5, more + k, stride);
-        _tile_loadd(6, panel + k * PANEL, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(2, 5, 6);
-        if (n_panels > 1) {
-            _tile_loadd(7, next + k * PANEL, 64);
-            _tile_dpbssd(1, 4, 7);
-            _tile_dpbssd(3, 5, 7);
-        }
-    }
-    begin_to_fetch(rows + soon * stride, stride);
-    _tile_stored(0, exact, 128);
-    _tile_stored(1, exact + 16, 128);
-    _tile_stored(2, exact + 512, 128);
-    _tile_stored(3, exact + 528, 128);
+    multiply_tiles(rows, more, stride, panel, next, n_panels > 1, soon, exact, 1);
     const int to_low = n_panels > 1 ? PANEL : 8;
     for (int r = 0; r < 16 * n_blocks; r++)
         for (int c = 0; c < to_low; c++) {
@@ -399,13 +396,9 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
 
 /* -- attention ------------------------------------------------------------------------------------------------------ */
 
-#if defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(MPT_NO_AMX)
-#define WIDE 1 /* vectors written out; elsewhere the compiler makes them */
-#else
-#define WIDE 0
-#endif
+enum { KEYS = 64 }; /* weighed at once */
 
-#if WIDE
+#if AVX512
 /* Four sums, each over 16 lanes, into four lanes. */
 static inline __m128 sums_of(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
     const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
@@ -423,7 +416,7 @@ static inline __m512 widened(const int8_t *from) { /* 16 of them */
 
 /* q.k of one query and n <= KEYS keys (n, D); `out` has room for a multiple of four. */
 static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float *out) {
-#if WIDE && defined(__AVX512BF16__)
+#if AVX512_BF16
     for (int j = 0; j < n; j += 4) { /* four sums at a time hide the latency of each */
         const bf16 *k0 = keys + (size_t)j * D, *k1 = j + 1 < n ? k0 + D : k0, *k2 = j + 2 < n ? k1 + D : k0,
                    *k3 = j + 3 < n ? k2 + D : k0;
@@ -449,7 +442,7 @@ static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float
 
 /* The same for int8 keys without their scales; the query as it is. */
 static inline void dots_int8(const float *query, const int8_t *keys, int n, int D, float *out) {
-#if WIDE
+#if AVX512
     if (D % 16 == 0) {
         for (int j = 0; j < n; j += 4) {
             const int8_t *k0 = keys + (size_t)j * D, *k1 = j + 1 < n ? k0 + D : k0, *k2 = j + 2 < n ? k1 + D : k0,
@@ -488,7 +481,7 @@ static inline void add_int8(const float *weights, const int8_t *values, int n, i
                      *v3 = j + 3 < n ? v2 + D : v0;
         const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
         int d = 0;
-#if WIDE
+#if AVX512
         for (; d + 16 <= D; d += 16) {
             __m512 sum = _mm512_mul_ps(_mm512_set1_ps(w0), widened(v0 + d));
             sum = _mm512_fmadd_ps(_mm512_set1_ps(w1), widened(v1 + d), sum);
@@ -673,17 +666,6 @@ static size_t carve(const Model *model, int T, int n_threads, float *block, Scra
 size_t mpt_scratch_floats(const Model *model, int32_t n_tokens, int32_t n_threads) {
     Scratch scratch;
     return carve(model, n_tokens, n_threads, NULL, &scratch);
-}
-
-int32_t mpt_max_tokens(void) { return MAX_TOKENS; }
-
-/* 1 where the tiles of AMX are used, 0 where they are not, -1 where the system refuses them. */
-int32_t mpt_prepare(void) {
-#if AMX
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0 ? 1 : -1;
-#else
-    return 0;
-#endif
 }
 
 /* LayerNorm of the residual stream into the inputs of a product. */

@@ -15,51 +15,13 @@ from torch import Tensor, nn
 
 from mpt import attention
 from mpt.backends.int8_cache import Int8Layer
+from mpt.backends.native import structures
 from mpt.backends.native.available import ModelFacts, why_no_prompts, why_no_step
-from mpt.backends.native.library import LinearStruct, Pointer, Unavailable, load
+from mpt.backends.native.library import Unavailable, load
+from mpt.backends.native.structures import PANEL, PROJECTIONS
 from mpt.backends.quantization import Int8Linear
 from mpt.lora import Adapter
 from mpt.model import MPTForCausalLM
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", Pointer), ("bias", Pointer))
-
-
-class _Lora(ctypes.Structure):
-    _fields_ = (("a", Pointer), ("b", Pointer), ("rank", ctypes.c_int32))
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Norm) for name in ("norm_1", "norm_2", "q_ln", "k_ln")),
-        *((name, LinearStruct) for name in ("wqkv", "out_proj", "up_proj", "down_proj")),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ffn")),
-        *((name, ctypes.c_float) for name in ("eps", "softmax_scale", "clip_qkv")),
-        ("slopes", Pointer),
-        ("layers", ctypes.POINTER(_Layer)),
-        ("norm_f", _Norm),
-        ("head", LinearStruct),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("n_tokens", "n_rows", "n_logits", "n_threads")),
-        *((name, ctypes.c_int32) for name in ("n_adapters", "max_rank")),
-        *((name, Pointer) for name in ("x", "row_tokens", "row_length", "row_capacity", "kv", "kv_scale", "key_norm")),
-        *((name, Pointer) for name in ("adapters", "row_adapter", "low")),
-        *((name, Pointer) for name in ("logit_tokens", "logits", "scratch", "keys_read")),
-        ("drop", ctypes.c_float),
-    )
-
-
-_PROJECTIONS = ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")  # in the order of common.h
 
 
 @dataclass
@@ -89,8 +51,9 @@ class RowMemory:
 class NativeStep:
     """A model's step for few tokens. Holds pointers into the model's tensors, which must stay where they are."""
 
-    def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, extra_flags: Sequence[str] = ()) -> None:
-        """drop: the share of a query's attention that may be left out with old keys. Raises Unavailable."""
+    def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, variant: str | None = None) -> None:
+        """drop: the share of a query's attention that may be left out with old keys. variant: another one of those that
+        can run here than the fastest. Raises Unavailable."""
         config, transformer = model.config, model.transformer
         weight = transformer.wte.weight
         facts: ModelFacts = {
@@ -99,18 +62,18 @@ class NativeStep:
             "int8_weights": isinstance(model.lm_head, Int8Linear),
             "is_shared": transformer.heads != slice(None),
         }
-        reason = why_no_step(config, **facts)
+        reason = why_no_step(config, **facts, variant=variant)
         if reason is not None:
             raise Unavailable(reason)
-        self._library = load(tuple(extra_flags))
-        self.max_tokens: int = self._library.mpt_max_tokens()
+        self._library = load(variant)
+        self.max_tokens = structures.MAX_TOKENS
         self._kept: list[object] = []  # what the structures point into
-        layers = (_Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
+        layers = (structures.Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
         first: Any = transformer.blocks[0].attn
         slopes = None
         if config.attention["alibi"]:
             slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])
-        self._model = _Model(
+        self._model = structures.Model(
             n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_kv_heads=first.n_kv_heads,
             d_head=config.d_head, d_ffn=config.d_ffn, eps=config.norm_eps, softmax_scale=config.softmax_scale,
             clip_qkv=config.attention["clip_qkv"] or 0.0, slopes=self._pointer(slopes), layers=layers,
@@ -118,11 +81,10 @@ class NativeStep:
         )  # fmt: skip
         self._kept.append(layers)
         self._drop, self._n_layers, self._vocab_size = drop, config.n_layers, config.vocab_size
-        self._library.mpt_scratch_floats.restype = ctypes.c_size_t
         self._n_threads = torch.get_num_threads()
         n_floats = self._library.mpt_scratch_floats(ctypes.byref(self._model), self.max_tokens, self._n_threads)
         self._scratch = torch.empty(n_floats)
-        self.reads_prompts = bool(self._library.mpt_can_read_prompts()) and why_no_prompts(config, **facts) is None
+        self.reads_prompts = why_no_prompts(config, **facts, variant=variant) is None
         self._prompt_scratch = torch.empty(0)
         self._keys_read = torch.zeros(1, dtype=torch.int64)
         self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
@@ -162,8 +124,7 @@ class NativeStep:
     ) -> Tensor:
         """The same as `run` for any number of tokens, the faster the more; only where `reads_prompts`."""
         assert self.reads_prompts
-        self._library.mpt_prompt_scratch_floats.restype = ctypes.c_size_t
-        n_panels = sum(-(-n // 16) for n in row_tokens)
+        n_panels = sum(-(-n // PANEL) for n in row_tokens)
         n_floats = self._library.mpt_prompt_scratch_floats(
             ctypes.byref(self._model), n_panels, len(wanted), self._n_threads, memories[0].scale_addresses is not None
         )
@@ -200,11 +161,11 @@ class NativeStep:
         logits = torch.empty(len(wanted), self._vocab_size)
         tables = [self._table(adapter) for adapter in present]
         max_rank = max((table.max_rank for table in tables), default=0)
-        n_columns = sum(-(-tokens // 16) for tokens in row_tokens) * 16  # no fewer than either way to compute has
+        n_columns = sum(-(-tokens // PANEL) for tokens in row_tokens) * PANEL  # no fewer than either step has
         low = torch.empty(len(tables) * max_rank * n_columns)
         loras = ctypes.create_string_buffer(b"".join(table.structs for table in tables))
         at = numbers.data_ptr()
-        step = _Step(
+        step = structures.Step(
             n_tokens=T, n_rows=n, n_logits=len(wanted), n_threads=self._n_threads, x=embeddings.data_ptr(),
             row_tokens=at, row_length=at + 4 * n, row_capacity=at + 8 * n, kv=addresses.data_ptr(),
             kv_scale=None if scales is None else scales.data_ptr(), key_norm=norms.data_ptr(),
@@ -228,21 +189,21 @@ class NativeStep:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _norm(self, norm: nn.LayerNorm | None) -> _Norm:
+    def _norm(self, norm: nn.LayerNorm | None) -> structures.Norm:
         if norm is None:
-            return _Norm()
-        return _Norm(self._pointer(norm.weight), self._pointer(norm.bias))
+            return structures.Norm()
+        return structures.Norm(self._pointer(norm.weight), self._pointer(norm.bias))
 
-    def _linear(self, linear: nn.Module) -> LinearStruct:
+    def _linear(self, linear: nn.Module) -> structures.Linear:
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
         scale = linear.scale if isinstance(linear, Int8Linear) else None
-        return LinearStruct(self._pointer(weight), self._pointer(scale), self._pointer(bias), *weight.shape)
+        return structures.Linear(self._pointer(weight), self._pointer(scale), self._pointer(bias), *weight.shape)
 
-    def _layer(self, block: Any) -> _Layer:
+    def _layer(self, block: Any) -> structures.Layer:
         attn, ffn = block.attn, block.ffn
         norms = map(self._norm, (block.norm_1, block.norm_2, attn.q_ln, attn.k_ln))
-        return _Layer(*norms, *map(self._linear, (attn.Wqkv, attn.out_proj, ffn.up_proj, ffn.down_proj)))
+        return structures.Layer(*norms, *map(self._linear, (attn.Wqkv, attn.out_proj, ffn.up_proj, ffn.down_proj)))
 
 
 @dataclass
@@ -255,13 +216,13 @@ class _Table:
 
     @classmethod
     def of(cls, adapter: Adapter, n_layers: int) -> "_Table":
-        structs = (_Lora * (n_layers * len(_PROJECTIONS)))()
+        structs = (structures.Lora * (n_layers * len(PROJECTIONS)))()
         kept: list[Tensor] = []
         for place in range(len(structs)):
-            layer, which = divmod(place, len(_PROJECTIONS))
-            pair = adapter.pairs.get(f"transformer.blocks.{layer}.{_PROJECTIONS[which]}")
+            layer, which = divmod(place, len(PROJECTIONS))
+            pair = adapter.pairs.get(f"transformer.blocks.{layer}.{PROJECTIONS[which]}")
             if pair is not None:
                 a, b = (matrix.to(torch.bfloat16).contiguous() for matrix in (pair[0], pair[1].T))
                 kept += a, b
-                structs[place] = _Lora(a.data_ptr(), b.data_ptr(), len(a))
+                structs[place] = structures.Lora(a.data_ptr(), b.data_ptr(), len(a))
         return cls(bytes(structs), max((lora.rank for lora in structs), default=0), kept)

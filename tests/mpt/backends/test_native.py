@@ -1,6 +1,10 @@
-"""The C step against the model in float32, and against itself: other company, other threads, other machines."""
+"""The C steps against the model in float64, and against themselves: other rows beside, other chunks.
+
+Every variant of the C code that can run on this machine is tested, and those of others are compiled at least.
+"""
 
 import ctypes
+import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +15,8 @@ from torch import Tensor
 
 import mpt
 from mpt.backends.int8_cache import Int8Layer
-from mpt.backends.native import library
+from mpt.backends.native import available, library, structures
+from mpt.backends.native.draw import draw
 from mpt.backends.native.step import NativeStep, RowMemory
 from mpt.backends.quantization import quantize_model
 from mpt.lora import Adapter, adaptable
@@ -19,7 +24,24 @@ from mpt.lora import Adapter, adaptable
 pytestmark = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
 
 CAPACITY = 768
-FLAGS = [pytest.param((), id="as_this_machine_can"), pytest.param(("-DMPT_NO_AMX",), id="without_amx")]
+FOUND = library.features() if library.has_compiler() else library.Features("", "", frozenset(), ("portable",), {})
+needs_amx = pytest.mark.skipif(
+    "amx" not in FOUND.variants, reason=FOUND.missing.get("amx", "this processor has no AMX")
+)
+every_variant = pytest.mark.parametrize("variant", FOUND.variants)
+
+
+def every_variant_and(**at_once: int) -> pytest.MarkDecorator:
+    """Each way to read a text: some tokens at a time with each variant, and `many` with the one that reads prompts."""
+    ways = []
+    for name, n_tokens in at_once.items():
+        if n_tokens > structures.PANEL:
+            ways.append(pytest.param("amx", n_tokens, id=f"amx-{name}", marks=needs_amx))
+        else:
+            ways += [pytest.param(variant, n_tokens, id=f"{variant}-{name}") for variant in FOUND.variants]
+    return pytest.mark.parametrize(("variant", "at_once"), ways)
+
+
 SHAPES = {
     "mpt": {},
     "storywriter": {"attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}},
@@ -78,9 +100,8 @@ class Runner:
             places = [place for n, row in zip(lengths, tokens, strict=True) for place in range(n, n + len(row))]
             x += self.model.transformer.wpe(torch.tensor(places)).float()
         counts = [len(row) for row in tokens]
-        few_or_many = (
-            self.step.run if max(counts) <= 16 else self.step.read_prompts
-        )  # as in mpt/backends/torch_backend.py
+        # As in mpt/backends/torch_backend.py.
+        few_or_many = self.step.run if max(counts) <= structures.PANEL else self.step.read_prompts
         logits = few_or_many(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))), adapters)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits * factor
@@ -106,19 +127,25 @@ def truth(model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
     return wide(torch.tensor([text])).logits[0].float()
 
 
+@functools.cache
+def truth_of(shape: str, n: int) -> Tensor:
+    """Logits of the first tokens, for every test that asks; nobody writes into it."""
+    return truth(make(shape), ids(n))
+
+
 def skip_unless_read(runner: Runner, at_once: int) -> None:
-    if at_once > 16 and not runner.step.reads_prompts:
-        pytest.skip("prompts of this model, or on this machine, are read by torch")
+    """Prompts of some models are read by torch."""
+    if at_once > structures.PANEL and not runner.step.reads_prompts:
+        pytest.skip("queries and keys are normalised (qk_ln)")
 
 
-@pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
-def test_it_computes_the_model(shape, at_once, flags):
+@every_variant_and(few=7, many=90)
+def test_it_computes_the_model(shape, variant, at_once):
     model, text = make(shape), ids(200)
-    runner = Runner(model, extra_flags=flags)
+    runner = Runner(model, variant=variant)
     skip_unless_read(runner, at_once)
-    expected, found = truth(model, text), runner.read(text, at_once)
+    expected, found = truth_of(shape, 200), runner.read(text, at_once)
     with torch.inference_mode():
         torchs = model(torch.tensor([text])).logits[0].float()
     # Inputs of products are rounded to bfloat16 and nothing else: better than torch, which rounds everything.
@@ -129,16 +156,16 @@ def test_it_computes_the_model(shape, at_once, flags):
 @pytest.mark.parametrize("shape", ["mpt", "replit"])
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
-def test_no_bit_depends_on_the_company(shape, is_int8, int8_cache):
+@every_variant
+def test_no_bit_depends_on_the_other_rows(shape, is_int8, int8_cache, variant):
     model = make(shape)
     if is_int8:
         quantize_model(model)
-    runner = Runner(model, int8_cache=int8_cache)
-    texts = [ids(90 + 31 * k, seed=k) for k in range(20)]
+    runner = Runner(model, int8_cache=int8_cache, variant=variant)
+    texts = [ids(10 + 7 * k, seed=k) for k in range(20)]  # 64 keys are weighed at once
     rows = [runner.row() for _ in texts]
     for row, text in zip(rows, texts, strict=True):
-        for start in range(0, len(text), 64):
-            runner.feed([row], [start], [text[start : start + 64]])
+        runner.read(text, structures.PANEL, row=row)
     n = [len(text) for text in texts]
     alone = [runner.feed([row], [at], [[5]])[0] for row, at in zip(rows, n, strict=True)]
     together = runner.feed(rows, n, [[5]] * 20)
@@ -150,12 +177,12 @@ def test_no_bit_depends_on_the_company(shape, is_int8, int8_cache):
 
 @pytest.mark.parametrize("shape", ["mpt", "storywriter", "replit", "head_of_112"])
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
-def test_no_bit_of_a_prompt_depends_on_its_chunks_or_its_company(shape, is_int8):
+@needs_amx
+def test_no_bit_of_a_prompt_depends_on_its_chunks_or_other_rows(shape, is_int8):
     model, text, other = make(shape), ids(700), ids(77, seed=1)
     if is_int8:
         quantize_model(model)
-    runner = Runner(model)
-    skip_unless_read(runner, len(text))
+    runner = Runner(model, variant="amx")
     row, again, beside = runner.row(), runner.row(), runner.row()
     expected = runner.feed([row], [0], [text])
     pieces, start = [], 0
@@ -168,18 +195,19 @@ def test_no_bit_of_a_prompt_depends_on_its_chunks_or_its_company(shape, is_int8)
     assert torch.equal(*after)  # what is stored is the same too
 
 
-def test_only_wanted_logits_are_given():
-    model, texts = make("mpt"), [ids(40), ids(60, seed=1)]
-    runner = Runner(model)
-    skip_unless_read(runner, 40)
+@every_variant_and(few=12, many=60)
+def test_only_wanted_logits_are_given(variant, at_once):
+    model, texts = make("mpt"), [ids(10), ids(at_once, seed=1)]
+    runner = Runner(model, variant=variant)
     every = runner.feed([runner.row(), runner.row()], [0, 0], texts)
     with torch.inference_mode():
         x = model.transformer.wte(torch.tensor(texts[0] + texts[1])).float()
-    rows = [runner.row() for _ in texts]
-    memories = [memory for _, memory in rows]
-    wanted = [39, 50, 99, 41]
-    assert torch.equal(runner.step.read_prompts(x, [40, 60], [0, 0], memories, wanted), every[wanted])
-    assert runner.step.read_prompts(x, [40, 60], [0, 0], memories, []).shape == (0, 512)
+    kept = [runner.row() for _ in texts]
+    memories = [memory for _, memory in kept]
+    wanted = [9, 15, 10 + at_once - 1, 11]
+    read = runner.step.run if at_once <= structures.PANEL else runner.step.read_prompts
+    assert torch.equal(read(x, [10, at_once], [0, 0], memories, wanted), every[wanted])
+    assert read(x, [10, at_once], [0, 0], memories, []).shape == (0, 512)
 
 
 def widened(model: mpt.MPTForCausalLM) -> mpt.MPTForCausalLM:
@@ -204,13 +232,12 @@ def with_outlier() -> mpt.MPTForCausalLM:
 
 
 @pytest.mark.parametrize("build", [lambda: make("mpt"), with_outlier], ids=["plain", "outlier"])
-@pytest.mark.parametrize("at_once", [5, 70], ids=["few", "many"])
+@every_variant_and(few=5, many=70)
 @torch.inference_mode()
-def test_int8_is_the_int8_weights_own_function(build, at_once):
+def test_int8_is_the_int8_weights_own_function(build, variant, at_once):
     model, text = build(), ids(150)
     quantize_model(model)
-    runner = Runner(model)
-    skip_unless_read(runner, at_once)
+    runner = Runner(model, variant=variant)
     expected, found = widened(model)(torch.tensor([text])).logits[0], runner.read(text, at_once)
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
     torchs = model(torch.tensor([text])).logits[0].float()
@@ -218,12 +245,12 @@ def test_int8_is_the_int8_weights_own_function(build, at_once):
 
 
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
-@pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
-def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once, int8_cache):
+@every_variant_and(few=6, many=250)
+def test_old_keys_are_left_out_only_where_they_weigh_nothing(variant, at_once, int8_cache):
     """Steep heads forget, and no logit changes."""
     model, text = make("mpt"), ids(600)
-    every, few = Runner(model, drop=0.0, int8_cache=int8_cache), Runner(model, int8_cache=int8_cache)
-    skip_unless_read(few, at_once)
+    every = Runner(model, drop=0.0, int8_cache=int8_cache, variant=variant)
+    few = Runner(model, int8_cache=int8_cache, variant=variant)
     expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
     n_all = 2 * 4 * sum(range(1, 601))  # layers, heads, each token with all before it
@@ -232,8 +259,8 @@ def test_old_keys_are_left_out_only_where_they_weigh_nothing(at_once, int8_cache
 
 
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
-@pytest.mark.parametrize("at_once", [1, 250], ids=["few", "many"])
-def test_an_old_key_that_counts_is_found_at_any_distance(at_once, int8_cache):
+@every_variant_and(few=6, many=250)
+def test_an_old_key_that_counts_is_found_at_any_distance(variant, at_once, int8_cache):
     """Keys are minus the queries, and the first token is minus the last: it alone is what the last one looks for."""
     model, position = make("mpt"), 500
     with torch.no_grad():
@@ -242,8 +269,8 @@ def test_an_old_key_that_counts_is_found_at_any_distance(at_once, int8_cache):
             block.attn.Wqkv.weight[256:512] = -block.attn.Wqkv.weight[:256]
             block.attn.Wqkv.weight[:512] *= 6.0
     text = [9, *ids(position - 1, seed=3), 7]
-    every, few = Runner(model, drop=0.0, int8_cache=int8_cache), Runner(model, int8_cache=int8_cache)
-    skip_unless_read(few, at_once)
+    every = Runner(model, drop=0.0, int8_cache=int8_cache, variant=variant)
+    few = Runner(model, int8_cache=int8_cache, variant=variant)
     expected, found = every.read(text, at_once), few.read(text, at_once)
     assert (expected - found).abs().max() < 2e-4 * expected.abs().max()
 
@@ -272,43 +299,45 @@ def with_adapter(model: mpt.MPTForCausalLM, adapter: Adapter, text: list[int]) -
     return wide(torch.tensor([text])).logits[0].float()
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+@functools.cache
+def truth_with_adapter(shape: str, rank: int, projections: str, n: int) -> Tensor:
+    model = make(shape)
+    return with_adapter(model, adapter_of(model, rank, projections=projections), ids(n))
+
+
 @pytest.mark.parametrize("shape", ["mpt", "replit", "wide_mlp"])
 @pytest.mark.parametrize(("rank", "projections"), [(13, ""), (8, "Wqkv")])
-@pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
-def test_an_adapter_is_what_it_would_be_inside_the_weights(shape, rank, projections, at_once, flags):
-    model, text = make(shape), ids(120)
-    runner, adapter = Runner(model, extra_flags=flags), adapter_of(model, rank, projections=projections)
-    skip_unless_read(runner, at_once)
-    expected, found = with_adapter(model, adapter, text), runner.read(text, at_once, adapter=adapter)
-    plain = (runner.read(text, at_once) - truth(model, text)).abs().max()
+@every_variant_and(one=1, few=7, many=90)
+def test_an_adapter_is_what_it_would_be_inside_the_weights(shape, rank, projections, variant, at_once):
+    model, text = make(shape), ids(80)
+    runner, adapter = Runner(model, variant=variant), adapter_of(model, rank, projections=projections)
+    expected, found = truth_with_adapter(shape, rank, projections, 80), runner.read(text, at_once, adapter=adapter)
+    plain = (runner.read(text, at_once) - truth_of(shape, 80)).abs().max()
     assert (found - expected).abs().max() <= 2 * plain
-    assert (truth(model, text) - expected).abs().max() > 5 * plain
+    assert (truth_of(shape, 80) - expected).abs().max() > 5 * plain
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 90], ids=["one", "few", "many"])
-def test_an_adapter_beside_int8_weights(at_once):
-    model, text = make("mpt"), ids(120)
+@every_variant_and(one=1, few=7, many=90)
+def test_an_adapter_beside_int8_weights(variant, at_once):
+    model, text = make("mpt"), ids(80)
     adapter = adapter_of(model, 8)
     quantize_model(model)
-    runner = Runner(model)
-    skip_unless_read(runner, at_once)
+    runner = Runner(model, variant=variant)
     expected, found = with_adapter(widened(model), adapter, text), runner.read(text, at_once, adapter=adapter)
     plain = (runner.read(text, at_once) - truth(widened(model), text)).abs().max()
     assert (found - expected).abs().max() <= 2 * plain
 
 
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
-@pytest.mark.parametrize("n", [1, 5, 40], ids=["one", "few", "many"])
-def test_no_bit_depends_on_the_adapters_of_others(n, is_int8):
+@every_variant_and(one=1, few=5, many=40)
+def test_no_bit_depends_on_the_adapters_of_others(variant, at_once, is_int8):
     model = make("mpt")
     loud, quiet, one = adapter_of(model, 16, seed=1), adapter_of(model, 3, seed=2), adapter_of(model, 8, 3, "up_proj")
     if is_int8:
         quantize_model(model)
-    runner = Runner(model)
-    skip_unless_read(runner, n)
+    runner = Runner(model, variant=variant)
     adapters = [loud, None, quiet, None, one, loud, quiet]
-    texts = [ids(n, seed=k) for k in range(len(adapters))]
+    texts = [ids(at_once, seed=k) for k in range(len(adapters))]
     alone = [runner.feed([runner.row()], [0], [text], [who]) for text, who in zip(texts, adapters, strict=True)]
     together = runner.feed([runner.row() for _ in texts], [0] * len(texts), texts, adapters)
     assert torch.equal(together, torch.cat(alone))
@@ -318,11 +347,10 @@ def test_no_bit_depends_on_the_adapters_of_others(n, is_int8):
 # -- int8 keys and values ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=FLAGS)
+@pytest.fixture(scope="module", params=FOUND.variants)
 def attention(request, tmp_path_factory) -> ctypes.CDLL:
     """Attention and the quantization of a head by themselves, which the library keeps to itself."""
-    folder = tmp_path_factory.mktemp("probe")
-    source = folder / "probe.c"
+    source = tmp_path_factory.mktemp("probe") / "probe.c"
     source.write_text(f"""
         #include "{Path(library.__file__).with_name("step.c")}"
         float probe_quantize(const float *x, int D, int8_t *out) {{ return quantize_head(x, D, out); }}
@@ -332,10 +360,7 @@ def attention(request, tmp_path_factory) -> ctypes.CDLL:
             return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, 1);
         }}
     """)
-    made = folder / "probe.so"
-    compiler = library._compiler()
-    subprocess.run([compiler, *library._FLAGS, *request.param, "-shared", source, "-o", made, "-lm"], check=True)
-    probe = ctypes.CDLL(str(made))
+    probe = ctypes.CDLL(str(library.build(FOUND, library.flags_of(request.param, FOUND), [source])))
     probe.probe_quantize.restype, probe.probe_attend.restype = ctypes.c_float, ctypes.c_int64
     return probe
 
@@ -429,18 +454,17 @@ def over(cache: list[Int8Layer], model: mpt.MPTForCausalLM, text: list[int]) -> 
     return wide.unembed(hidden)[0]
 
 
-@pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("at_once", [7, 90], ids=["few", "many"])
-def test_the_step_computes_with_what_it_stored_in_int8(shape, at_once, flags):
+@every_variant_and(few=7, many=90)
+def test_the_step_computes_with_what_it_stored_in_int8(shape, variant, at_once):
     model, text = make(shape), ids(200)
-    runner = Runner(model, int8_cache=True, extra_flags=flags)
+    runner = Runner(model, int8_cache=True, variant=variant)
     skip_unless_read(runner, at_once)
-    row, plain = runner.row(), Runner(model, extra_flags=flags)
+    row, plain = runner.row(), Runner(model, variant=variant)
     found = runner.read(text, at_once, row=row)
     expected = over(row[0], model, text)
     # Inputs of products are rounded to bfloat16, as with a bfloat16 cache, and nothing else.
-    exact = truth(model, text)
+    exact = truth_of(shape, 200)
     assert (found - expected).abs().max() <= 1.5 * (plain.read(text, at_once) - exact).abs().max()
     assert (found - exact).abs().max() < 0.03 * exact.abs().max()
     for layer, norms in zip(row[0], row[1].key_norms, strict=True):
@@ -449,20 +473,146 @@ def test_the_step_computes_with_what_it_stored_in_int8(shape, at_once, flags):
         assert (keys.norm(dim=-1).amax(-1) >= 0.999 * norms).all()
 
 
+# -- what runs where ---------------------------------------------------------------------------------------------------
+
+
+def config(**settings: object) -> mpt.MPTConfig:
+    return mpt.MPTConfig(**{"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 512, **settings})
+
+
+FACTS = available.ModelFacts(dtype=torch.bfloat16, device="cpu", int8_weights=False, is_shared=False)
+
+
 def test_what_it_is_not_made_for_is_said():
-    for model, reason in [
-        (make("mpt").float(), "bfloat16 on CPU"),
-        (mpt.MPTForCausalLM(mpt.MPTConfig(d_model=48, n_heads=2, n_layers=1, vocab_size=64)).bfloat16(), "48"),
+    for settings, facts, reason in [
+        ({}, {"dtype": torch.float32}, "it is for bfloat16 on CPU, and this model is torch.float32 on cpu"),
+        ({}, {"device": "cuda:0"}, "it is for bfloat16 on CPU, and this model is torch.bfloat16 on cuda"),
+        ({}, {"is_shared": True}, "a model shared over processes adds up their parts between its layers"),
+        ({"d_model": 544, "n_heads": 2}, {}, "heads of 272; at most 256 are made for"),
+        ({"d_model": 48, "n_heads": 2}, {}, "`attn.Wqkv` is 144 x 48; multiples of 16 and 32"),
+        ({"vocab_size": 500}, {}, "`lm_head` is 500 x 256; multiples"),
+        (
+            {"d_model": 96, "n_heads": 2},
+            {"int8_weights": True},
+            "`attn.Wqkv` is 288 x 96; multiples of 16 and 32 (int8",
+        ),
     ]:
-        with pytest.raises(library.Unavailable, match=reason):
-            NativeStep(model)
+        for why in (available.why_no_step, available.why_no_prompts):
+            said = why(config(**settings), **{**FACTS, **facts})
+            assert said is not None and said.startswith(reason)
+    assert available.why_no_step(config(), **FACTS) is None
+    assert available.why_no_step(config(d_model=96, n_heads=2), **FACTS) is None
+
+
+def test_what_prompts_are_not_made_for_is_said():
+    normed = config(attn_config={"alibi": True, "qk_ln": True})
+    for settings, reason in [
+        (normed, "queries and keys are normalised (qk_ln)"),
+        (config(d_model=160, n_heads=8), "heads of 20 are no multiple of 16"),
+    ]:
+        assert available.why_no_step(settings, **FACTS) is None
+        assert available.why_no_prompts(settings, **FACTS) == reason
+    no_amx = None if "amx" in FOUND.variants else FOUND.missing.get("amx", "this processor has no AMX")
+    assert available.why_no_prompts(config(), **FACTS) == no_amx
+
+
+@every_variant
+def test_a_decision_is_what_happens(variant):
+    for shape in ("mpt", "normed"):
+        model = make(shape)
+        why = available.why_no_prompts(model.config, **FACTS, variant=variant)
+        assert Runner(model, variant=variant).step.reads_prompts == (why is None)
+    with pytest.raises(library.Unavailable, match="bfloat16 on CPU"):
+        NativeStep(make("mpt").float(), variant=variant)
+
+
+def predefined(*flags: str) -> str:
+    """What the compiler predefines for a processor that is not here."""
+    done = subprocess.run(
+        [FOUND.compiler, *flags, "-dM", "-E", "-x", "c", "/dev/null"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"{FOUND.version} knows no {flags[0]}")
+    return done.stdout
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """`features()` on another processor, whose instructions Linux calls so."""
+
+    def features(march: str, flags: str = "", *, may_use_amx: bool = True) -> library.Features:
+        macros = predefined(f"-march={march}")
+        monkeypatch.setattr(library, "_predefined", lambda *_: macros)
+        monkeypatch.setattr(library, "_processor_flags", lambda: set(flags.split()))
+        monkeypatch.setattr(library, "_may_use_amx", lambda: may_use_amx)
+        return library.features()
+
+    return features
+
+
+x86_64 = pytest.mark.skipif("__x86_64__" not in FOUND.macros, reason="asks a compiler for x86-64 about its processors")
+
+
+@x86_64
+@pytest.mark.parametrize(
+    ("march", "variants", "reason"),
+    [
+        ("sapphirerapids", ("amx", "avx512_bf16", "avx512", "portable"), None),
+        ("cooperlake", ("avx512_bf16", "avx512", "portable"), "this processor has no AMX"),
+        ("cascadelake", ("avx512", "portable"), "this processor has no AVX-512 BF16"),
+        ("x86-64-v3", ("portable",), "this processor has no AVX-512"),
+        ("x86-64", ("portable",), "this processor has no AVX-512"),
+    ],
+)
+def test_each_processor_runs_what_it_can(elsewhere, march, variants, reason):
+    found = elsewhere(march)
+    assert (found.variant, found.variants, found.why_not_faster) == (variants[0], variants, reason)
+
+
+@x86_64
+def test_an_old_compiler_and_a_system_that_refuses_are_said(elsewhere):
+    refused = elsewhere("sapphirerapids", may_use_amx=False)
+    assert refused.variant == "avx512_bf16"
+    assert refused.why_not_faster == "the system does not let this process use AMX"
+    old = elsewhere("cascadelake", flags="avx512bw avx512dq avx512_bf16")
+    assert old.why_not_faster == f"`{FOUND.version}` does not know this processor's AVX-512 BF16; gcc 10 and newer do"
+    assert old.missing["amx"] == "this processor has no AMX"
+
+
+@x86_64
+@pytest.mark.parametrize("variant", [variant.name for variant in library.VARIANTS])
+def test_flags_choose_the_variant_in_c(elsewhere, variant, tmp_path):
+    """On the processor that can do most, by the compiler's own preprocessor: common.h and library.py agree."""
+    flags = library.flags_of(variant, elsewhere("sapphirerapids"))[len(library._FLAGS) :]
+    source = tmp_path / "which.c"
+    source.write_text(f'#include "{Path(library.__file__).with_name("common.h")}"\nAMX AVX512_BF16 AVX512')
+    command = [FOUND.compiler, "-fopenmp", "-march=sapphirerapids", *flags, "-E", str(source)]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert seen == {"amx": "1 1 1", "avx512_bf16": "0 1 1", "avx512": "0 0 1", "portable": "0 0 0"}[variant]
+
+
+@x86_64
+def test_code_for_other_processors_compiles():
+    predefined("-march=sapphirerapids")
+    sources = [str(source) for source in library.SOURCES if source.suffix == ".c"]
+    command = [FOUND.compiler, *library._FLAGS, "-march=sapphirerapids", "-Werror", "-fsyntax-only"]
+    subprocess.run([*command, *sources], check=True)
 
 
 def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     library.load.cache_clear()
+    said = available.why_no_step(config(), **FACTS)
+    assert said is not None and said.startswith("there is no C compiler; install gcc")
     with pytest.raises(library.Unavailable, match="install gcc"):
         NativeStep(make("mpt"))
+    library.load.cache_clear()
+
+
+def test_it_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("MPT_NATIVE", "0")
+    library.load.cache_clear()
+    assert available.why_no_step(config(), **FACTS) == "MPT_NATIVE=0"
     library.load.cache_clear()
 
 
@@ -470,6 +620,49 @@ def test_a_home_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
     locked = tmp_path / "file"
     locked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
+    monkeypatch.setattr(library, "_FLAGS", [*library._FLAGS, "-O0"])  # it is compiled at each run of this test
     library.load.cache_clear()
     assert Runner(make("mpt")).read(ids(3), at_once=1).isfinite().all()
     library.load.cache_clear()
+
+
+# -- the boundary ------------------------------------------------------------------------------------------------------
+
+
+def changed(name: str, *fields: tuple[str, type]) -> dict[str, type[ctypes.Structure]]:
+    """The structures with other fields in one of them."""
+    return {**structures.STRUCTURES, name: type(name, (ctypes.Structure,), {"_fields_": fields})}
+
+
+def test_a_structure_that_differs_from_c_is_refused(monkeypatch):
+    compiled = library.load()
+    norm, lora = structures.Norm._fields_, structures.Lora._fields_
+    for wrong, reason in [
+        (changed("Norm", norm[1], norm[0]), "Norm.bias: .0, 8. in structures.py, .8, 8. in the compiled C"),
+        (changed("Norm", *norm, ("eps", ctypes.c_float)), "Norm.eps: .16, 4. in structures.py, None"),
+        (changed("Norm", norm[0]), "Norm: .0, 8. in structures.py, .0, 16."),
+        (changed("Lora", *lora[:2], ("rank", ctypes.c_int64)), "Lora.rank: .16, 8. in structures.py, .16, 4."),
+        (changed("Lora", *lora[:2], ("ranks", ctypes.c_int32)), "Lora.ranks: .* in structures.py, None"),
+    ]:
+        monkeypatch.setattr(structures, "STRUCTURES", wrong)
+        with pytest.raises(structures.Mismatch, match=reason):
+            structures.check(compiled, FOUND.variant)
+
+
+def test_a_constant_or_variant_that_differs_from_c_is_refused(monkeypatch):
+    compiled = library.load()
+    structures.check(compiled, FOUND.variant)
+    with pytest.raises(structures.Mismatch, match=f"variant: other in structures.py, {FOUND.variant} in"):
+        structures.check(compiled, "other")
+    monkeypatch.setattr(structures, "CONSTANTS", {**structures.CONSTANTS, "MAX_HEAD": 512})
+    with pytest.raises(structures.Mismatch, match=r"MAX_HEAD: 512 in structures.py, 256 in the compiled C"):
+        structures.check(compiled, FOUND.variant)
+
+
+def test_a_draw_is_asked_for_by_the_names_c_has():
+    logits, one = torch.zeros(2, 100), torch.ones(2)
+    columns = {"min_p": one * 0, "top_k": one * 0, "top_p": one, "temperature": one}  # another order than C's
+    assert draw(logits, uniform=torch.tensor([0.105, 0.995]), **columns).tolist() == [10, 99]
+    del columns["top_k"]
+    with pytest.raises(AssertionError, match="top_k"):
+        draw(logits, uniform=one * 0, **columns)
