@@ -22,6 +22,7 @@ from mpt.backends.backend import Row, Work
 from mpt.backends.int8_cache import Int8Layer
 from mpt.backends.native.available import Unavailable
 from mpt.backends.native.step import NativeStep, RowMemory
+from mpt.backends.native.structures import PANEL
 from mpt.backends.packed import PackedModel
 from mpt.errors import MachineRefused
 from mpt.model import MPTForCausalLM
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 _ROUND_ROWS, _FEW_ROWS = 32, 32  # few rows go another way (mpt.model.Linear)
 _STEPS_BETWEEN_TRIMS = 500  # a trim takes 20 ms
 _LONG = 2048  # stored positions from which it pays to ask how far each head reaches
-_FEW_TOKENS = 16  # rows with at most so many tokens in a step go through the C step, where there is one
+_FEW_TOKENS = PANEL  # rows with at most so many tokens in a step go through the C step, where there is one
 _BLOCK = 256  # rows grow by this many tokens: a copy every 256 steps costs about 1 % of what decode reads meanwhile
 
 
