@@ -40,9 +40,9 @@ class AttentionSpec:
     n_kv_heads: int  # fewer than n_heads: each serves a group of heads
     d_head: int
     scale: float  # of q.k before the softmax
-    alibi_bias_max: float | None  # None: no ALiBi
-    clip_qkv: float | None  # queries, keys and values are clamped to plus and minus this, before qk_ln
-    qk_ln: bool  # LayerNorm over all queries and over all keys of a token
+    alibi_bias_max: float | None = None  # None: no ALiBi
+    clip_qkv: float | None = None  # queries, keys and values are clamped to plus and minus this, before qk_ln
+    qk_ln: bool = False  # LayerNorm over all queries and over all keys of a token
 
     @classmethod
     def of(cls, config: "MPTConfig") -> "AttentionSpec":

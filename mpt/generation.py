@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
-from mpt.sampling import sample
+from mpt.sampling import DrawParameters, columns, sample
 
 _PREFILL_CHUNK = 4096  # bounds the MLP's activations of a long prompt; attention needs no bound
 
@@ -58,21 +58,14 @@ def stream(
     cache = DynamicCache()
     device = model.transformer.wte.weight.device
     unread = list(ids)
+    wanted = columns([DrawParameters(temperature, top_p, top_k)])
     for _ in range(max_new_tokens):
         while unread:
             chunk, unread = unread[:_PREFILL_CHUNK], unread[_PREFILL_CHUNK:]
             rows = torch.tensor([chunk], device=device)
             logits = model(rows, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        token = int(
-            sample(
-                logits.float().cpu(),
-                temperature=torch.tensor([temperature]),
-                top_p=torch.tensor([top_p]),
-                top_k=torch.tensor([top_k]),
-                min_p=torch.zeros(1),
-                uniform=torch.tensor([random_numbers.random()], dtype=torch.float64),
-            )
-        )
+        uniform = torch.tensor([random_numbers.random()], dtype=torch.float64)
+        token = int(sample(logits.float().cpu(), uniform=uniform, **wanted))
         yield token
         if token in end_ids:
             return

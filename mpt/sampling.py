@@ -8,12 +8,39 @@ the same tokens in a twentieth of the time.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpt.backends.native.draw import draw
 from mpt.backends.native.library import Unavailable, load
+
+
+def asked_over_http(default: Any, **limits: float) -> Any:
+    """A field of a dataclass that requests may set, within these limits (ge, gt, le, lt of pydantic's Field)."""
+    return field(default=default, metadata={"http": limits})
+
+
+@dataclass(frozen=True)
+class DrawParameters:
+    """How a token is drawn from its logits, declared here for Python, C and HTTP.
+
+    Each field is a column of `sample`, a number of draw.c's `Wish` under the same name, and a field of OpenAI's bodies.
+    """
+
+    temperature: float = asked_over_http(1.0, ge=0, le=2)  # 0 is greedy
+    top_p: float = asked_over_http(1.0, ge=0, le=1)
+    top_k: int = asked_over_http(0, ge=-1)  # 0 and -1 are off
+    min_p: float = asked_over_http(0.0, ge=0, le=1)
+
+
+def columns(rows: Sequence[DrawParameters], device: torch.device | None = None) -> dict[str, Tensor]:
+    """What `sample` takes for these rows, (B,) float64 each, by name."""
+    names = [each.name for each in fields(DrawParameters)]
+    numbers = torch.tensor([[getattr(row, name) for name in names] for row in rows], dtype=torch.float64, device=device)
+    return dict(zip(names, numbers.unbind(-1), strict=True))
 
 
 class TokenCounts:
@@ -75,21 +102,21 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.max(-1).indices  # the first of equals, like argmax, at a third of its time
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token per row, (B,). logits: (B, V) float32; the others: (B,), `uniform` float64 in [0, 1).
+def sample(logits: Tensor, *, uniform: Tensor, **columns: Tensor) -> Tensor:
+    """Draw one token per row, (B,). logits: (B, V) float32; uniform: (B,) float64 in [0, 1); columns: from `columns`.
 
     Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
     reaches it, min_p those with at least that share of the best one's probability; never fewer than one token stays.
     """
-    if not bool((temperature > 0).any()):
+    if not bool((columns["temperature"] > 0).any()):
         return greedy(logits)
     if logits.device.type == "cpu" and _draws_in_c():
-        return draw(logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, uniform=uniform)
-    return sample_in_torch(logits, temperature, top_p, top_k, min_p, uniform)
+        return draw(logits, uniform=uniform, **columns)
+    return sample_in_torch(logits, uniform=uniform, **columns)
 
 
 def sample_in_torch(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
+    logits: Tensor, *, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor
 ) -> Tensor:
     """What `sample` gives, on any device."""
     out, drawn = greedy(logits), temperature > 0

@@ -5,11 +5,11 @@ Sources: OpenAI's API reference; vLLM's names for the extensions clients send in
 """
 
 import difflib
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from mpt.engine.grammar import ANY_OBJECT, Grammar, Kind
 from mpt.engine.request import Sampling
@@ -41,7 +41,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # vLLM's names before 0.12, and what they are called in `structured_outputs` since.
 _RENAMED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
-MAX_PRIORITY = 100  # and as many below 0
 
 
 class _Strict(BaseModel):
@@ -81,29 +80,32 @@ class StructuredOutputs(_Strict):
     json_object: bool | None = None
 
 
-class _Generation(_Strict):
+def _declared() -> dict[str, Any]:
+    """The fields of a body that `Sampling` declares, each of them null for its default."""
+    hints = get_type_hints(Sampling)
+    found = {each.name: each for each in fields(Sampling) if "http" in each.metadata}
+    return {
+        name: (Annotated[hints[name], Field(**each.metadata["http"])] | None, each.default)
+        for name, each in found.items()
+    }
+
+
+class _Given(_Strict):
+    """What a body says beside the fields of `Sampling`, or in other words than it."""
+
     model: str
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = 1
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     logit_bias: dict[str, float] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
     stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
-    ignore_eos: bool | None = False
-    min_tokens: Annotated[int, Field(ge=0)] | None = 0
-    skip_special_tokens: bool | None = True
-    include_stop_str_in_output: bool | None = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = 0  # lower leaves the queue first
+
+
+_DEFAULTS = {name: default for name, (_, default) in _declared().items()}
+_Generation: Any = create_model("_Generation", __base__=_Given, **_declared())
 
 
 class CompletionRequest(_Generation):
@@ -315,28 +317,18 @@ def sampling_of(
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    given = {name: getattr(body, name) for name in _DEFAULTS}
+    declared = {name: _DEFAULTS[name] if value is None else value for name, value in given.items()}
     return Sampling(
+        **declared | {"top_k": max(declared["top_k"], 0)},
         max_tokens=max_tokens,
-        min_tokens=min_tokens,
         n=n,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
         logit_bias=_bias(body.logit_bias or {}, vocab_size),
-        seed=body.seed,
         stop=tuple(stops),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos),
-        include_stop_str_in_output=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
-        priority=body.priority or 0,
     )
 
 

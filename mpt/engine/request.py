@@ -9,35 +9,36 @@ from typing import Literal
 
 from mpt.engine.grammar import Grammar
 from mpt.errors import MPTError
+from mpt.sampling import DrawParameters, asked_over_http
 
 FinishReason = Literal["stop", "length"]
+MAX_PRIORITY = 100  # and as many below 0
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to continue one prompt. Ranges are checked by the HTTP layer and asserted by the engine."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling(DrawParameters):
+    """How to continue one prompt. A field made by `asked_over_http` is a field of OpenAI's bodies too, which check its
+    range; the others come from what several fields of a body say together.
+    """
 
     max_tokens: int  # 0 is allowed: score the prompt and generate nothing
-    min_tokens: int = 0  # end-of-text and stop ids cannot be drawn before
+    min_tokens: int = asked_over_http(0, ge=0)  # end-of-text and stop ids cannot be drawn before
     n: int = 1  # samples; they share the prompt's cache
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 is off
-    min_p: float = 0.0
-    presence_penalty: float = 0.0  # OpenAI: subtracted once for a token already generated
-    frequency_penalty: float = 0.0  # OpenAI: subtracted for each time it was generated
-    repetition_penalty: float = 1.0  # CTRL (Keskar et al. 2019): prompt and answer, divides or multiplies
+    presence_penalty: float = asked_over_http(0.0, ge=-2, le=2)  # OpenAI: subtracted once for a token generated before
+    frequency_penalty: float = asked_over_http(0.0, ge=-2, le=2)  # OpenAI: subtracted for each time it was generated
+    # CTRL (Keskar et al. 2019): prompt and answer, divides or multiplies
+    repetition_penalty: float = asked_over_http(1.0, gt=0, le=100)
     logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int | None = None  # sample k of n draws from seed + k
+    seed: int | None = asked_over_http(None, ge=-(2**63), lt=2**63)  # sample k of n draws from seed + k
     stop: tuple[str, ...] = ()  # found in the text, also across token borders
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-text ids
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    ignore_eos: bool = asked_over_http(False)
+    include_stop_str_in_output: bool = asked_over_http(False)
+    skip_special_tokens: bool = asked_over_http(True)
     logprobs: int | None = None  # top alternatives per generated token; 0 gives the token's own only
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
     grammar: Grammar | None = None  # what the answer must be; it ends where that is complete
-    priority: int = 0  # lower leaves the queue first
+    priority: int = asked_over_http(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # lower leaves the queue first
     embed: bool = False  # give the mean of the prompt's last hidden states; with max_tokens 0
     progress: bool = False  # tell how far the prompt has been read
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpt.backends.native import library
 from mpt.backends.native.draw import draw as draw_in_c
-from mpt.sampling import TokenCounts, penalize, sample, sample_in_torch
+from mpt.sampling import DrawParameters, TokenCounts, columns, penalize, sample, sample_in_torch
 
 EIGHTHS = [4 / 8, 2 / 8, 1 / 8, 1 / 8]  # probabilities of tokens 0 to 3
 NO = -math.inf
@@ -207,8 +207,8 @@ def test_a_row_does_not_depend_on_its_batch(sample: Callable[..., Tensor]) -> No
 def test_inputs_are_left_alone() -> None:
     logits = torch.arange(18.0).view(2, 9) % 7
     before = logits.clone()
-    one = torch.ones(2)
-    sample(logits, one, one * 0.5, torch.tensor([3, 3]), one * 0.1, one.double() * 0.3)
+    wanted = columns([DrawParameters(top_p=0.5, top_k=3, min_p=0.1)] * 2)
+    sample(logits, uniform=torch.tensor([0.3, 0.3]).double(), **wanted)
     assert torch.equal(logits, before)
 
 

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import torch
 
+from mpt.attention import AttentionSpec
 from mpt.backends.native.library import Features, Unavailable, features, load
 from mpt.backends.native.structures import MAX_HEAD, N_IN_MULTIPLE, N_IN_MULTIPLE_INT8, N_OUT_MULTIPLE, PANEL
 from mpt.config import MPTConfig
@@ -70,7 +71,7 @@ def why_no_prompts(
     reason = why_no_step(config, **facts, variant=variant)
     if reason is not None:
         return reason
-    if config.attention["qk_ln"]:  # which needs a token's heads side by side
+    if AttentionSpec.of(config).qk_ln:  # which needs a token's heads side by side
         return "queries and keys are normalised (qk_ln)"
     if config.d_head % PANEL:  # heads are made of whole tiles
         return f"heads of {config.d_head} are no multiple of {PANEL}"

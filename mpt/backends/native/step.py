@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mpt import attention
 from mpt.backends.int8_cache import Int8Layer
 from mpt.backends.native import structures
 from mpt.backends.native.available import ModelFacts, why_no_prompts, why_no_step
@@ -70,13 +69,11 @@ class NativeStep:
         self._kept: list[object] = []  # what the structures point into
         layers = (structures.Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
         first: Any = transformer.blocks[0].attn
-        slopes = None
-        if config.attention["alibi"]:
-            slopes = attention.alibi_slopes(config.n_heads, config.attention["alibi_bias_max"])
+        spec = transformer.attention
         self._model = structures.Model(
             n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_kv_heads=first.n_kv_heads,
-            d_head=config.d_head, d_ffn=config.d_ffn, eps=config.norm_eps, softmax_scale=config.softmax_scale,
-            clip_qkv=config.attention["clip_qkv"] or 0.0, slopes=self._pointer(slopes), layers=layers,
+            d_head=config.d_head, d_ffn=config.d_ffn, eps=config.norm_eps, softmax_scale=spec.scale,
+            clip_qkv=spec.clip_qkv or 0.0, slopes=self._pointer(spec.slopes()), layers=layers,
             norm_f=self._norm(transformer.norm_f), head=self._linear(model.lm_head),
         )  # fmt: skip
         self._kept.append(layers)

@@ -75,7 +75,7 @@ def running(backend: PagedBackend, tokenizer, kv_tokens: int = 1 << 14, **option
         yield engine
     finally:
         engine.close()
-    engine._prefixes = None
+    engine._scheduler.prefixes = None
     gc.collect()
     assert backend.n_free_pages == n_pages
 

@@ -1,0 +1,59 @@
+"""Events on their way from the engine's thread to those who asked: collected during a step, handed over at its end."""
+
+import asyncio
+
+from mpt.engine.request import Delta, EngineError, Event
+from mpt.engine.sequence import Request
+
+Told = tuple[Request, Event | EngineError]
+
+
+class Outbox:
+    """What a step has to tell. The engine's thread only."""
+
+    def __init__(self) -> None:
+        self._told: list[Told] = []
+
+    def tell(self, request: Request, event: Event | EngineError) -> None:
+        """Tell a request something, unless nobody waits for it any more."""
+        if not request.cancelled:
+            self._told.append((request, event))
+
+    def fail(self, request: Request, error: EngineError) -> None:
+        """End a request with an error; the scheduler lets go of its sequences at the next step."""
+        self.tell(request, error)
+        request.cancelled = True
+
+    def hand_out(self) -> None:
+        """Wake each event loop once with all events of its requests."""
+        told, self._told = _joined(self._told), []
+        by_loop: dict[asyncio.AbstractEventLoop, list[Told]] = {}
+        for request, event in told:
+            by_loop.setdefault(request.loop, []).append((request, event))
+        for loop, events in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, events)
+            except RuntimeError:  # that loop is closed: nobody is left to tell
+                for request, _ in events:
+                    request.cancelled = True
+
+
+def _joined(told: list[Told]) -> list[Told]:
+    """The events of a step with one Delta for each sample, whatever number of tokens it gained."""
+    joined: list[Told] = []
+    places: dict[tuple[int, int], int] = {}  # of each sample's delta
+    for request, event in told:
+        if isinstance(event, Delta):
+            place = places.setdefault((id(request), event.index), len(joined))
+            if place < len(joined):
+                before = joined[place][1]
+                assert isinstance(before, Delta)
+                joined[place] = (request, before.then(event))
+                continue
+        joined.append((request, event))
+    return joined
+
+
+def _deliver(events: list[Told]) -> None:
+    for request, event in events:
+        request.deliver(event)
