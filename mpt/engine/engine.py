@@ -353,7 +353,7 @@ class Engine:
                     self.speculation.note(sequence, work.n_logits - 1, n_right[sequence])
 
     def _note_read(self, sequence: Sequence, work: Work, logits: Tensor) -> Tokens[int]:
-        """A sequence's own tokens of the step are in its cache now; those behind them, which were guessed, are returned.
+        """A sequence's own tokens of the step are in its cache now; returned are those behind them, which were guessed.
 
         logits: those it asked for.
         """
