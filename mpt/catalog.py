@@ -128,8 +128,8 @@ def find_local(name_or_path: str | Path) -> Path | None:
 def describe(name_or_path: str | Path) -> Entry:
     """What is known of a checkpoint: its catalog entry, corrected by the folder on this machine, if there is one.
 
-    A folder's manifest.json and config.json come before the catalog. A folder no one described is taken for a chat
-    model when its tokenizer has ChatML tokens, for an instruct model when its name says so. Never downloads.
+    A folder's manifest.json and config.json come before the catalog. A folder that states no prompt style is taken for
+    an instruct model when its name says so. Never downloads.
     """
     given = str(name_or_path)
     folder = find_local(given)
@@ -141,29 +141,61 @@ def describe(name_or_path: str | Path) -> Entry:
     manifest, config = _read_object(folder / "manifest.json"), _read_object(folder / "config.json")
     if entry is None:
         name = str(manifest.get("name") or folder.resolve().name)
-        entry = Entry(name, None, 2048, _guess_style(folder, name), UNKNOWN_LICENCE)
-    style = manifest.get("prompt_style", entry.prompt_style)
-    if style not in PROMPT_STYLES:
-        raise UserError(f"`{folder / 'manifest.json'}` has prompt_style `{style}`; known: {', '.join(PROMPT_STYLES)}")
+        entry = Entry(name, None, 2048, "instruct" if "instruct" in name.lower() else "none", UNKNOWN_LICENCE)
+    stated = stated_style(given)
     context_length = manifest.get("context_length") or config.get("max_seq_len") or entry.context_length
     return replace(
         entry,
         context_length=int(context_length),
-        prompt_style=style,
+        prompt_style=stated[0] if stated else entry.prompt_style,
         licence=str(manifest.get("licence") or entry.licence),
         system_prompt=manifest.get("system_prompt", entry.system_prompt),
     )
 
 
-def _known(name_or_path: str) -> Entry | None:
-    return CATALOG.get(name_or_path) or _BY_REPO_ID.get(name_or_path)
+def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
+    """A checkpoint's prompt style and what states it, or None where nothing does; a name is never read for hints.
 
-
-def _guess_style(folder: Path, name: str) -> PromptStyle:
+    The folder's manifest.json comes first, then the catalog, the tokenizer's chat template and its ChatML tokens. Never
+    downloads.
+    """
+    given = str(name_or_path)
+    folder = find_local(given)
+    manifest = _read_object(folder / "manifest.json") if folder else {}
+    if folder and "prompt_style" in manifest:
+        style = manifest["prompt_style"]
+        if style not in PROMPT_STYLES:
+            known = ", ".join(PROMPT_STYLES)
+            raise UserError(f"`{folder / 'manifest.json'}` has prompt_style `{style}`; known: {known}")
+        return style, "its manifest.json"
+    entry = _known(given) or (_known(folder.name) if folder else None)
+    if entry is not None:
+        return entry.prompt_style, "the catalog"
+    if folder is None:
+        raise CheckpointNotFound(_not_found(given))
+    template = _chat_template(folder)
+    if "### Instruction:" in template and "### Response:" in template:
+        return "instruct", "its chat template"
     has_tokenizer = (folder / "tokenizer.json").is_file()
     if has_tokenizer and Tokenizer.from_folder(folder).special_id(CHATML_START) is not None:
-        return "chatml"
-    return "instruct" if "instruct" in name.lower() else "none"
+        return "chatml", f"its tokenizer has `{CHATML_START}`"
+    return None
+
+
+def _chat_template(folder: Path) -> str:
+    """The tokenizer's chat template, of several the default one; empty where there is none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # transformers 4 keeps several so
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def _known(name_or_path: str) -> Entry | None:
+    return CATALOG.get(name_or_path) or _BY_REPO_ID.get(name_or_path)
 
 
 def _cached(repo_id: str) -> Path | None:
