@@ -111,8 +111,8 @@ def shape_of_base(name: str) -> Shape:
     folder = find_local(name)
     if folder is not None:
         return Shape.of(read_config(folder))
-    describe(name)  # a name nobody knows is refused
-    published = next((shape for prefix, shape in _CATALOG.items() if name.startswith(prefix)), None)
+    entry = describe(name)  # a name nobody knows is refused
+    published = next((shape for prefix, shape in _CATALOG.items() if entry.name.startswith(prefix)), None)
     if published is None:
         raise UserError(f"`{name}` is not on this machine; give a folder, or one of {', '.join(_CATALOG)}")
     return published
@@ -141,10 +141,10 @@ def step_flops(shape: Shape, n_tokens: int, squared_lengths: int) -> float:
 
 def peak_tflops(device_name: str) -> float | None:
     """The dense bfloat16 peak of a GPU by the name CUDA gives it; None for one that is not in the table."""
-    squeezed = device_name.lower().replace(" ", "").replace("-", "")
-    known = {"a10080gb": "a100-80", "a100": "a100-40", "h100": "h100", "h200": "h200", "l40s": "l40s", "a10g": "a10g",
-             "4090": "rtx4090"}  # fmt: skip
-    return next((GPUS[name].peak_tflops for key, name in known.items() if key in squeezed), None)
+    # By whole words: "NVIDIA RTX A1000" is no A100. The 40 and the 80 GB A100 have the same peak.
+    known = {"a100": "a100-40", "h100": "h100", "h200": "h200", "l40s": "l40s", "a10g": "a10g", "4090": "rtx4090"}
+    words = device_name.lower().replace("-", " ").split()
+    return next((GPUS[name].peak_tflops for word, name in known.items() if word in words), None)
 
 
 @dataclass(frozen=True)

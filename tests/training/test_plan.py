@@ -95,6 +95,7 @@ def test_a_steps_flops_count_useful_tokens_and_their_own_attention() -> None:
     assert plan.peak_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert plan.peak_tflops("NVIDIA H200") == 989.5
     assert plan.peak_tflops("NVIDIA GeForce GTX 1080") is None
+    assert plan.peak_tflops("NVIDIA RTX A1000 Laptop GPU") is None  # no A100, though its letters say so
 
 
 def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
