@@ -37,6 +37,9 @@ print(json.dumps({"seconds": seconds, "accuracy": accuracy}))
 """
 
 
+DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
+
+
 def ours(model: str, names: list[str], folder: Path, limit: int, dtype: str) -> dict[str, object]:
     import torch
 
@@ -97,9 +100,7 @@ def main() -> None:
     python = os.environ.get("LM_EVAL_PYTHON")
     if not python:
         sys.exit("set LM_EVAL_PYTHON to the python of an environment with lm_eval")
-    from training.datasets import test_data
-
-    folder, names = test_data() / "icl", options.tasks.split(",")
+    folder, names = DATA / "icl", options.tasks.split(",")
     mine = ours(options.model, names, folder, options.limit, options.dtype)
     theirs = harness(python, options.model, names, folder, options.limit, options.dtype)
     print(f"{options.model}, {options.limit} rows of each task, {options.dtype}, {THREADS} threads\n")

@@ -209,7 +209,10 @@ def evaluate_command(
     strict: Annotated[bool, typer.Option(help="Generated answers must equal an alias.")] = False,
     tokenizer: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="For a URL: whose tokenizer it has.")] = "",
     data_folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the tasks' .jsonl files are.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where the tasks' .jsonl files are.", show_default="$MPT_HOME/datasets/icl"
+        ),
     ] = None,
     form: Annotated[FormatChoice, typer.Option("--format", help="How the table is printed.")] = "text",
     task: Annotated[list[str] | None, typer.Option(help="Of the tiny family's own tasks; once per task.")] = None,
@@ -262,11 +265,11 @@ def _evaluate_suite(
     form: "FormatChoice",
 ) -> None:
     from training import distributed, show
-    from training.datasets import test_data
+    from training.data import hub
     from training.evaluation import models, report, suite
     from training.evaluation.tasks import select
 
-    folder = data_folder or test_data() / "icl"
+    folder = data_folder or hub.home() / "icl"
     chosen = select(tasks, folder)
     is_url = name.startswith(("http://", "https://"))
     if is_url and not (model and tokenizer):
@@ -294,7 +297,12 @@ def tiny(
     only: Annotated[list[str] | None, typer.Option(help="Once per model; default: all four.")] = None,
     work: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go.")] = Path("runs/tiny"),
     novels: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Public-domain novels as .txt or .txt.gz.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Public-domain novels as .txt or .txt.gz.",
+            show_default="$MPT_NOVELS or $MPT_HOME/datasets/novels",
+        ),
     ] = None,
 ) -> None:
     """Make the mpt-tiny family, score it, and write docs/tiny.md."""

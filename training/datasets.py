@@ -5,7 +5,6 @@ A finite set is visited in a new order each epoch; a generated one never ends. W
 """
 
 import logging
-import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,6 @@ from training.data.rows import Learn, Sample, sample_of, text_sample
 
 log = logging.getLogger(__name__)
 
-_SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _ROWS_BETWEEN_NEWS = 10_000
 _BAD_ROWS_SHOWN = 5
 _BAD_ROWS_ALLOWED = 0.01  # of all rows; more look like a mistake about the file
@@ -99,7 +97,7 @@ def load(
     if path.exists():
         found = files.rows(str(path), is_strict=False)
     elif hub.is_known(name):
-        found = hub.rows(name, test_data())
+        found = hub.rows(name)
     else:
         known = [*DATASETS, *hub.SETS]
         close = get_close_matches(name, known, n=1)
@@ -146,11 +144,6 @@ def _samples(
         )
     if not n_kept:
         raise UserError(f"`{name}` has no row with anything to learn within {max_seq_len} tokens")
-
-
-def test_data() -> Path:
-    """The folder of real files that tests, demos and evaluation read: $MPT_TEST_DATA, or ../shared/data."""
-    return Path(os.environ.get("MPT_TEST_DATA", _SHARED_DATA))
 
 
 def _yaml_to_json(

@@ -1,5 +1,7 @@
 """A byte-level tokenizer made on the spot, and a run small enough for a test."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from mpt.tokenizer import Tokenizer
 from training import vocabulary
 from training.run import Run
 
+DATA = Path(os.environ.get("MPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SHAPE: dict[str, Any] = {
     "d_model": 32,
     "n_heads": 2,
@@ -19,6 +22,25 @@ SHAPE: dict[str, Any] = {
     "no_bias": True,
     "attn_config": {"alibi": True},
 }
+
+
+@pytest.fixture
+def data_file() -> Callable[[str], Path]:
+    """Finds a file of the shared data folder; skips the test where it is absent."""
+
+    def find(name: str) -> Path:
+        path = DATA / name
+        if not path.is_file():
+            pytest.skip(f"{path} is not in MPT_TEST_DATA ({DATA})")
+        return path
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def no_sets_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test trains on, it makes or names."""
+    monkeypatch.setenv("MPT_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="session")

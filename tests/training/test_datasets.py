@@ -2,7 +2,8 @@
 
 import gzip
 import json
-import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ from mpt.tokenizer import Tokenizer
 from training import datasets
 from training.data.rows import Sample, sample_of
 from training.datasets import Rows
-
-DATA = Path(os.environ.get("MPT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -112,7 +111,16 @@ def test_unknown_names_get_a_suggestion(tokenizer: Tokenizer) -> None:
         datasets.load("dolly_hhrlf", tokenizer, "instruct", 100, 0)
 
 
-@pytest.mark.skipif(not (DATA / "instruct").is_dir(), reason="needs MPT_TEST_DATA with instruct/")
-def test_dolly_hhrlhf_is_read_whole(tokenizer: Tokenizer) -> None:
+def test_a_missing_file_is_not_looked_for_on_the_hub(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"no dataset `sets/rows\.jsonl\.gz`.*give a file"):
+        datasets.load("sets/rows.jsonl.gz", tokenizer, "instruct", 100, 0)
+
+
+def test_dolly_hhrlhf_is_read_whole_from_home(
+    tokenizer: Tokenizer, tmp_path: Path, data_file: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "home" / "datasets" / "dolly_hhrlhf"
+    folder.mkdir(parents=True)
+    shutil.copy(data_file("instruct/dolly_hhrlhf_train_small.jsonl"), folder)
     data = datasets.load("dolly_hhrlhf", tokenizer, "instruct", 4096, 0)
     assert data.n_samples is not None and 900 < data.n_samples <= 1000

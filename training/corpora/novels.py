@@ -1,7 +1,7 @@
 """Public-domain novels from a folder of plain-text files, and passkeys planted in them.
 
-The novels are not part of the repository: they are read from a folder named by --novels or, by default, from
-`$MPT_TEST_DATA/novels`. The Great Gatsby is never trained on: the storywriter is scored with it.
+The novels are not part of the repository: they are read from the folder that --novels or `$MPT_NOVELS` names, or from
+`$MPT_HOME/datasets/novels`. The Great Gatsby is never trained on: the storywriter is scored with it.
 """
 
 import gzip
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from mpt.errors import UserError
 from training.corpora import words
+from training.data import hub
 
 HELD_OUT = "gatsby"
-_DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def folder() -> Path:
-    """Where the novels are: `$MPT_NOVELS`, or the folder `novels` of `$MPT_TEST_DATA` (default `../shared/data`)."""
+    """Where the novels are: `$MPT_NOVELS`, or the folder `novels` of the datasets."""
     if novels := os.environ.get("MPT_NOVELS"):
         return Path(novels)
-    return Path(os.environ.get("MPT_TEST_DATA", _DEFAULT_DATA)) / "novels"
+    return hub.home() / "novels"
 
 
 def read(path: Path) -> str:

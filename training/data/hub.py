@@ -1,7 +1,6 @@
 """Finetuning sets by name: where each comes from, and the rebuilding of dolly_hhrlhf.
 
-A set is looked for in $MPT_HOME/datasets/<name>/, among the files for tests and demos, then on the hub. `owner/name`
-names any set of the hub.
+A set is looked for in $MPT_HOME/datasets/<name>/, then on the hub. `owner/name` names any set of the hub.
 """
 
 import contextlib
@@ -43,20 +42,28 @@ SETS = {
 
 
 def is_known(name: str) -> bool:
-    """Whether --data names a set of the hub: one of ours, or `owner/name` that is no path here."""
-    return name in SETS or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists())
+    """Whether --data names a set of the hub: one of ours, or `owner/name` that is no path here, nor a file's."""
+    if name in SETS:
+        return True
+    is_path = Path(name).exists() or files.kind(Path(name)) in files.FILES
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not is_path
 
 
-def rows(name: str, test_data: Path) -> Iterator[tuple[str, Any]]:
+def home() -> Path:
+    """Where copies of sets lie, each in a folder of its name: $MPT_HOME/datasets, by default ~/.cache/mpt/datasets."""
+    return Path(os.environ.get("MPT_HOME", "~/.cache/mpt")).expanduser() / "datasets"
+
+
+def rows(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a set, each with where it stands. Raises UserError when it is nowhere."""
     try:
-        found = locate(name, test_data)
+        found = locate(name)
     except UserError:
         if name != "dolly_hhrlhf":
             raise
         parts = []
         with contextlib.suppress(UserError):
-            parts = [_rows_of(locate(part, test_data)) for part in ("dolly", "hh_rlhf")]
+            parts = [_rows_of(locate(part)) for part in ("dolly", "hh_rlhf")]
         if len(parts) < 2:
             raise
         dolly, hh = parts
@@ -67,23 +74,19 @@ def rows(name: str, test_data: Path) -> Iterator[tuple[str, Any]]:
     yield from _rows_of(found)
 
 
-def locate(name: str, test_data: Path) -> list[Path]:
+def locate(name: str) -> list[Path]:
     """The files of a set, fetched if need be. Raises UserError that says where to put a copy."""
-    home = Path(os.environ.get("MPT_HOME", "~/.cache/mpt")).expanduser() / "datasets" / name.replace("/", "--")
-    found = sorted(path for path in home.glob("*") if files.kind(path) in files.FILES)
+    folder = home() / name.replace("/", "--")
+    found = sorted(path for path in folder.glob("*") if files.kind(path) in files.FILES)
     if found:
         return found
-    wanted = SETS.get(name, HubSet(name, "unknown"))
-    sample = sorted(path for path in test_data.glob(f"instruct/{name}_train*") if files.kind(path) in files.FILES)
-    if sample:
-        log.warning(
-            "`%s` is read from `%s`, a part of the published set; put the whole into `%s`", name, sample[0].name, home
-        )
-        return sample
     try:
-        return _fetch(wanted)
+        return _fetch(SETS.get(name, HubSet(name, "unknown")))
     except UserError as error:
-        raise UserError(f"{error}; put its files into `{home}`, or give --data a file you have") from None
+        raise UserError(
+            f"{error}; put a copy of its files ({', '.join(files.FILES)}) into `{folder}`, or name a file with "
+            "`--data FILE`"
+        ) from None
 
 
 def _fetch(wanted: HubSet) -> list[Path]:

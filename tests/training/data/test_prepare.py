@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -171,10 +172,10 @@ def test_duplicates_near_and_equal() -> None:
     assert near.seen(" ".join(reversed(WORDS))) is None  # the same words in another order
 
 
-def test_real_text_is_prepared(tmp_path: Path, tiny: Path, tokenizer: Tokenizer) -> None:
-    source = datasets.test_data() / "pretrain" / "c4_demo_300.jsonl.gz"
-    if not source.is_file():
-        pytest.skip(f"{source} is not there; set MPT_TEST_DATA")
+def test_real_text_is_prepared(
+    tmp_path: Path, tiny: Path, tokenizer: Tokenizer, data_file: Callable[[str], Path]
+) -> None:
+    source = data_file("pretrain/c4_demo_300.jsonl.gz")
     found = prepare([str(source)], tmp_path / "c4", tiny, 256, quality="mc4", duplicates=0.8)
     assert found.n_documents == 300
     assert found.n_kept + sum(found.dropped.values()) == 300

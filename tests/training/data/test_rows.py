@@ -1,6 +1,7 @@
 """Every shape of row becomes the same conversation, and the conversation what the server would render."""
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,8 @@ def test_control_tokens_in_a_row_stay_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["oasst_en_100_tree.jsonl", "fastchat_dummy_conversation.json.gz"])
-def test_real_conversations_are_read(name: str) -> None:
-    path = datasets.test_data() / "chat" / name
-    if not path.is_file():
-        pytest.skip(f"{path} is not there; set MPT_TEST_DATA")
+def test_real_conversations_are_read(name: str, data_file: Callable[[str], Path]) -> None:
+    path = data_file(f"chat/{name}")
     tokenizer = Tokenizer.from_folder(resolve("mpt-tiny-chat"))
     data = datasets.load(str(path), tokenizer, "chatml", 4096, 0)
     n_rows = sum(1 for _ in files.rows(str(path)))
@@ -115,8 +114,8 @@ def test_a_set_is_found_in_home_and_its_absence_says_where_to_put_it(
         raise OSError("404 Client Error")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"tatsu-lab/alpaca.*404.*datasets/alpaca"):
-        hub.locate("alpaca", tmp_path)
+    with pytest.raises(UserError, match=r"tatsu-lab/alpaca.*404.*datasets/alpaca.*--data FILE"):
+        hub.locate("alpaca")
     (tmp_path / "datasets" / "alpaca").mkdir(parents=True)
     (tmp_path / "datasets" / "alpaca" / "train.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
