@@ -4,26 +4,25 @@ Nothing heavy is imported before a command is chosen, so `--help` answers at onc
 was interrupted is the command that goes on.
 """
 
+import dataclasses
 import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mpt.errors import MPTError, UserError
+from training import flags, recipes
+from training import plan as planning
 from training.data.cli import app as data_app
+from training.run import Run
 
-if TYPE_CHECKING:
-    from training.run import Lora, Run
-
-PrecisionChoice = Literal["bf16", "fp32"]
-OptimizerChoice = Literal["adamw", "lion"]
 FormatChoice = Literal["text", "markdown", "json"]
-CheckpointingChoice = Literal["none", "selective", "full"]
-SpikeChoice = Literal["log", "skip", "stop"]
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,30 +34,16 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 
-Data = Annotated[str, typer.Option(metavar="NAME|FILE", help="A dataset's name, or a .jsonl or .txt file (also .gz).")]
-Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="The run's folder; default runs/<base>-<data>.")]
-Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
-GlobalBatch = Annotated[int | None, typer.Option(help="Samples of one optimizer step.")]
-MaxSeqLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
-Optimizer = Annotated[OptimizerChoice | None, typer.Option(help="The recipe's is adamw.")]
-Precision = Annotated[PrecisionChoice | None, typer.Option(help="Of the matrix products; master weights are float32.")]
-Seed = Annotated[int | None, typer.Option(help="Decides the order of the data, and new weights.")]
-MirrorUrl = Annotated[str | None, typer.Option("--mirror", metavar="URL", help="Copy checkpoints to s3://, gs:// ...")]
-Track = Annotated[list[str] | None, typer.Option(help="Once per tracker: tensorboard, wandb.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Each block through torch.compile: slower to start.")]
-LoraRank = Annotated[int | None, typer.Option("--lora", metavar="RANK", help="Train adapters of this rank instead.")]
-QloraRank = Annotated[
-    int | None, typer.Option("--qlora", metavar="RANK", help="Adapters, the frozen matrices in 4 bits.")
-]
-EvalData = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A held-out set, scored every 100 steps.")]
-Checkpointing = Annotated[CheckpointingChoice | None, typer.Option(help="Recompute activations to save memory.")]
-Spike = Annotated[SpikeChoice | None, typer.Option(help="What a loss off its course does: log, stop, or skip past it.")]
 Gpus = Annotated[int | None, typer.Option(help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in --out; --no-resume refuses a folder in use.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its size, and touch nothing.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="RUN.JSON", help="Repeat a run as it was.")]
+FinetuneRecipe = Annotated[
+    str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.FINETUNES)}.", show_default=recipes.DEFAULT_FINETUNE)
+]
+PretrainingRecipe = Annotated[
+    str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.PRETRAINING)}.", show_default=recipes.DEFAULT_SIZE)
+]
 
 
 def main() -> None:
@@ -76,121 +61,79 @@ def main() -> None:
 
 
 @app.command()
+@flags.of_run()
 def finetune(
-    data: Data = "",
-    base: Annotated[
-        str | None, typer.Option(metavar="NAME|FOLDER", help="A name of the catalog or a checkpoint's folder.")
-    ] = None,
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME", help="instruct (default), chat, storywriter, instruct_30b or long_8k.")
-    ] = "",
+    recipe: FinetuneRecipe = "",
     config: ConfigFile = None,
-    out: Out = None,
-    lr: Lr = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    global_batch: GlobalBatch = None,
-    max_seq_len: MaxSeqLen = None,
-    optimizer: Optimizer = None,
-    precision: Precision = None,
-    seed: Seed = None,
-    lora: LoraRank = None,
-    qlora: QloraRank = None,
-    eval_data: EvalData = None,
-    activation_checkpointing: Checkpointing = None,
-    on_spike: Spike = None,
-    compile_blocks: Compile = False,
-    mirror: MirrorUrl = None,
-    track: Track = None,
+    *,
     gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
+    **given: Any,
 ) -> None:
     """Finetune a checkpoint, by default with MPT-7B-Instruct's recipe.
+
+    A setting that is not given comes from the recipe or --config; a default holds where the recipe says nothing else.
 
     Example: train finetune --base mpt-7b --data dolly_hhrlhf
     """
     from mpt.catalog import describe
-    from training import recipes
+    from training import prompt_style
+    from training.data import files
 
-    changes: dict[str, Any] = {
-        "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
-        "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
-        "activation_checkpointing": activation_checkpointing, "lora": _adapters(lora, qlora),
-        "compile": compile_blocks or None, "mirror": mirror, "trackers": tuple(track) if track else None,
-    }  # fmt: skip
-    _refuse({"--recipe": recipe if config else ""}, "does not go with --config, which holds a whole run")
-    if config is None:
-        for option, value in (("--base", base), ("--data", data)):
-            if not value:
-                example = "train finetune --base mpt-tiny --data dolly_hhrlhf"
-                raise UserError(f"`{option}` is missing, for example `{example}`; or give --config with a run.json")
-        describe(str(base))  # a name nobody knows is refused before anything is made
-        out = out or f"runs/{Path(str(base)).name}-{Path(data).name.partition('.')[0]}"
-        recipe = recipe or "instruct"
-        if recipe not in recipes.FINETUNES:
-            raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.FINETUNES)}")
-        if recipe == "instruct":
-            run = recipes.finetune(str(base), data, out, **changes)
-        else:
-            run = recipes.change(recipes.FINETUNES[recipe](str(base), data, out), **changes)
+    changes = flags.changes(given)
+    if config is not None:
+        _refuse({"--recipe": recipe}, "does not go with --config, which holds a whole run")
+        run = recipes.change(Run.read(config), **changes)
+        decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{config}` has it"
     else:
-        run = recipes.change(_read(config), base=base, data=data or None, out=out, **changes)
-    _train(run, resume, dry_run, gpus)
+        recipe = recipe or recipes.DEFAULT_FINETUNE
+        for name in ("base", "data"):
+            if name not in changes:
+                example = "train finetune --base mpt-tiny --data dolly_hhrlhf"
+                raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
+        base, data = changes.pop("base"), changes.pop("data")
+        describe(base)  # a name nobody knows is refused before anything is made
+        out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}"
+        run = recipes.make_finetune(recipe, base, data, out, **changes)
+        style, decided_by = prompt_style.choose(run, recipe, changes.get("prompt_style"))
+        run = recipes.change(run, prompt_style=style)
+    _train(run, resume, dry_run, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
 
 
 @app.command()
+@flags.of_run(without=("base", "prompt_style", "lora"))
 def pretrain(
-    data: Data = "",
-    tokenizer: Annotated[str, typer.Option(metavar="FOLDER", help="The tokenizer's folder.")] = "",
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME", help="mpt_125m (default), 350m, 760m, 1b, 3b, 7b, 13b, 30b or 70b.")
-    ] = "",
+    recipe: PretrainingRecipe = "",
     config: ConfigFile = None,
-    out: Out = None,
-    lr: Lr = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    global_batch: GlobalBatch = None,
-    max_seq_len: MaxSeqLen = None,
-    optimizer: Optimizer = None,
-    precision: Precision = None,
-    seed: Seed = None,
-    eval_data: EvalData = None,
-    activation_checkpointing: Checkpointing = None,
-    on_spike: Spike = None,
-    compile_blocks: Compile = False,
-    mirror: MirrorUrl = None,
-    track: Track = None,
+    *,
     gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
+    **given: Any,
 ) -> None:
     """Train new weights, by default with MPT-125M's recipe; --config gives another shape.
 
+    A setting that is not given comes from the recipe or --config; a default holds where the recipe says nothing else.
+
     Example: train pretrain --data novel.txt --tokenizer my/tokenizer --steps 100
     """
-    from training import recipes
-
-    changes: dict[str, Any] = {
-        "lr": lr, "epochs": epochs, "steps": steps, "global_batch": global_batch, "max_seq_len": max_seq_len,
-        "optimizer": optimizer, "precision": precision, "seed": seed, "eval_data": eval_data, "on_spike": on_spike,
-        "activation_checkpointing": activation_checkpointing, "mirror": mirror, "compile": compile_blocks or None,
-        "trackers": tuple(track) if track else None,
-    }  # fmt: skip
-    _refuse({"--recipe": recipe if config else ""}, "does not go with --config, which holds a whole run")
-    recipe = recipe or "mpt_125m"
+    changes = flags.changes(given)
     if config is not None:
-        run = recipes.change(_read(config), data=data or None, tokenizer=tokenizer or None, out=out, **changes)
-    elif not data or not tokenizer:
-        missing = "--tokenizer" if data else "--data"
-        raise UserError(f"`{missing}` is missing; give --data and --tokenizer, or --config with a run.json")
+        _refuse({"--recipe": recipe}, "does not go with --config, which holds a whole run")
+        run = recipes.change(Run.read(config), **changes)
     else:
         from mpt.tokenizer import Tokenizer
+        from training.data import files
 
+        recipe = recipe or recipes.DEFAULT_SIZE
+        for name in ("data", "tokenizer"):
+            if name not in changes:
+                raise UserError(f"`--{name}` is missing; give --data and --tokenizer, or --config with a run.json")
+        data, tokenizer = changes.pop("data"), changes.pop("tokenizer")
+        out = changes.pop("out", None) or f"runs/{recipe}-{files.stem(data)}"
         vocab_size = Tokenizer.from_folder(tokenizer).vocab_size
-        out = out or f"runs/{recipe}-{Path(data).name.partition('.')[0]}"
-        run = recipes.pretrain(data, out, tokenizer, vocab_size, recipe, **changes)
+        run = recipes.make_pretraining(recipe, data, out, tokenizer, vocab_size, **changes)
     _train(run, resume, dry_run, gpus)
 
 
@@ -262,7 +205,7 @@ def _evaluate_suite(
     strict: bool,
     tokenizer: str,
     data_folder: Path | None,
-    form: "FormatChoice",
+    form: FormatChoice,
 ) -> None:
     from training import distributed, show
     from training.data import hub
@@ -346,49 +289,40 @@ def export(
 
 
 @app.command()
+@flags.of_run(only=("max_seq_len", "optimizer", "activation_checkpointing", "lora"))
 def plan(
-    recipe: Annotated[str, typer.Option(metavar="NAME", help="mpt_7b ..., or a finetune: instruct, storywriter ...")],
-    base: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="What a finetune starts from; default mpt-7b.")] = "",
-    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, l40s, a10g, rtx4090.")] = "a100-40",
+    recipe: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.names())}.")],
+    base: Annotated[
+        str, typer.Option(metavar="NAME|FOLDER", help="What a finetune starts from.", show_default="mpt-7b")
+    ] = "",
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(planning.GPUS)}.")] = "a100-40",
     gpus: Annotated[int, typer.Option(help="How many of them.")] = 8,
-    tokens: Annotated[float | None, typer.Option(help="To train on; default: the recipe's steps, rows full.")] = None,
-    max_seq_len: MaxSeqLen = None,
-    optimizer: Optimizer = None,
-    activation_checkpointing: Checkpointing = None,
-    lora: LoraRank = None,
-    qlora: QloraRank = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="To train on.", show_default="the recipe's steps, rows full")
+    ] = None,
+    *,
     mfu: Annotated[float, typer.Option(help="Model FLOPs utilisation, as the published tables count it.")] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Dollars a GPU hour; default: the table's.")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars a GPU hour.", show_default="the table's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    **given: Any,
 ) -> None:
     """Do the math of a run: memory on each GPU, time and cost.
 
     Example: train plan --recipe mpt_7b --tokens 1e12 --gpu a100-40 --gpus 440 --mfu 0.38
     """
-    import dataclasses
-
-    from training import plan as planning
-    from training import recipes
-
     if recipe in recipes.PRETRAINING:
         if base:
             raise UserError(f"`{recipe}` draws new weights; leave --base out")
-        run = recipes.pretrain("data", "out", "tokenizer", 50_432, recipe)
-        shape = planning.shape_of_model(run.model)
+        run = recipes.make_pretraining(recipe, "data", "out", "tokenizer", 50_432)
     elif recipe in recipes.FINETUNES:
-        run = recipes.FINETUNES[recipe](base or "mpt-7b", "data", "out")
-        shape = planning.shape_of_base(base or "mpt-7b")
+        run = recipes.make_finetune(recipe, base or "mpt-7b", "data", "out")
     else:
-        known = ", ".join((*recipes.PRETRAINING, *recipes.FINETUNES))
-        raise UserError(f"no recipe `{recipe}`; known: {known}")
-    run = recipes.change(
-        run, max_seq_len=max_seq_len, optimizer=optimizer, activation_checkpointing=activation_checkpointing,
-        lora=_adapters(lora, qlora),
-    )  # fmt: skip
+        raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.names())}")
+    run = recipes.change(run, **flags.changes(given))
     if tokens is None and run.steps is None:
         raise UserError(f"`{recipe}` runs for epochs of data that is not known here; give --tokens")
     tokens = tokens if tokens is not None else float(run.steps or 0) * run.global_batch * run.max_seq_len
-    found = planning.job(shape, run, tokens, gpu, gpus, mfu, price)
+    found = planning.job(planning.shape_of_run(run), run, tokens, gpu, gpus, mfu, price)
     print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else planning.render(found))
 
 
@@ -403,26 +337,13 @@ def plot(
     print(curves.plot(*runs, to=out))
 
 
-def _adapters(lora: int | None, qlora: int | None) -> "Lora | None":
-    from training.run import Lora
-
-    if lora is not None and qlora is not None:
-        raise UserError("give --lora or --qlora, one of the two")
-    if qlora is not None:
-        return Lora(rank=qlora, bits=4)
-    return None if lora is None else Lora(rank=lora)
-
-
-def _read(config: Path) -> "Run":
-    from training.run import Run
-
-    return Run.read(config)
-
-
-def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
+def _train(run: Run, resume: bool, dry_run: bool, gpus: int | None, decided: str = "") -> None:
+    """Train, or say what it would come to. decided: what was chosen for the user, in a line."""
     if dry_run:
-        _print_plan(run, gpus or 1)
+        _print_plan(run, gpus or 1, decided)
         return
+    if decided and os.environ.get("RANK", "0") == "0":  # torchrun starts this command once a rank
+        log.info("%s", decided)
     from training import launch, loop, show
 
     if gpus is not None and gpus > 1:
@@ -434,10 +355,9 @@ def _train(run: "Run", resume: bool, dry_run: bool, gpus: int | None) -> None:
     print(folder)
 
 
-def _print_plan(run: "Run", n_gpus: int) -> None:
-    """The run as JSON, then what it comes to."""
+def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
+    """The run as JSON, then what was chosen for the user and what it comes to."""
     from training import batches, packing
-    from training import plan as planning
 
     tokenizer = batches.load_tokenizer(run)
     data = batches.load_data(run, tokenizer, run.data)
@@ -447,6 +367,8 @@ def _print_plan(run: "Run", n_gpus: int) -> None:
     shape = planning.shape_of_run(run)
     needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))
     print(run.to_json(), end="")
+    if decided:
+        print(decided)
     print(f"parameters {shape.n_parameters}")
     print(f"samples {data.n_samples if data.n_samples is not None else 'generated'}")
     print(f"steps {n_steps}")

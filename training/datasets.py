@@ -4,6 +4,7 @@ A finite set is visited in a new order each epoch; a generated one never ends. W
 `training/data/rows.py`, where sets come from in `training/data/hub.py`.
 """
 
+import itertools
 import logging
 import random
 from array import array
@@ -17,15 +18,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpt.errors import MPTError, UserError
-from mpt.prompts import Message, PromptStyle, encode_training
+from mpt.prompts import PROMPT_STYLES, Message, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
 from training.corpora import chat, mixture, novels, yaml_json
-from training.data.rows import Learn, Sample, sample_of, text_sample
+from training.data import files, hub
+from training.data.rows import STYLES, Sample, sample_of, shape, text_sample
+from training.run import Learn
 
 log = logging.getLogger(__name__)
 
 _ROWS_BETWEEN_NEWS = 10_000
 _BAD_ROWS_SHOWN = 5
+_ROWS_LOOKED_AT = 100  # to know what a set is made for
 _BAD_ROWS_ALLOWED = 0.01  # of all rows; more look like a mistake about the file
 
 
@@ -82,10 +86,11 @@ def load(
 
     Raises UserError for an unknown name, a missing file, and too many rows that cannot be read, by line.
     """
-    from training.data import files, hub, streams
+    from training.data import streams
 
     if name in DATASETS:
-        return DATASETS[name](tokenizer, style, max_seq_len, seed)
+        generated = DATASETS[name]
+        return generated.make(tokenizer, generated.style if style == "none" else style, max_seq_len, seed)
     if streams.is_stream(name):
         return streams.load(name, tokenizer, max_seq_len, seed)
     path = Path(name).expanduser()
@@ -94,16 +99,51 @@ def load(
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
         pieces = (ids[i : i + max_seq_len] for i in range(0, len(ids), max_seq_len))
         return Rows([text_sample(piece) for piece in pieces if len(piece) > 1], seed)
+    return Rows(_samples(name, _rows(name), tokenizer, style, max_seq_len, learn), seed)
+
+
+def style_of(name: str) -> tuple[PromptStyle, str]:
+    """The prompt style that a set is made for, and what shows it.
+
+    Of a set without a name the first rows are read. Raises UserError for rows of no known shape or of several.
+    """
+    from training.data import streams
+
+    if name in DATASETS:
+        return DATASETS[name].style, f"`{name}` is generated for it"
+    if name in hub.SETS:
+        return hub.SETS[name].style, f"the rows of `{name}` are made for it"
+    path = Path(name).expanduser()
+    if streams.is_stream(name) or (path.is_file() and files.kind(path) == ".txt"):
+        return "none", f"`{name}` is plain text"
+    found: dict[PromptStyle, str] = {}
+    keys = ""
+    for where, row in itertools.islice(_rows(name), _ROWS_LOOKED_AT):
+        kind = shape(row) if isinstance(row, dict) else None
+        if kind is not None:
+            shown = {"text": "plain text", "tree": "a tree of messages", "transcript": "a transcript"}
+            found.setdefault(STYLES[kind], f"{where} has {shown.get(kind, f'`{kind}`')}")
+        elif isinstance(row, dict):
+            keys = keys or f"; {where} has the keys {', '.join(map(str, row))}"
+    if len(found) == 1:
+        return next(iter(found.items()))
+    seen = f"its rows are of several shapes: {', '.join(found.values())}" if found else f"its rows do not say{keys}"
+    raise UserError(
+        f"the prompt style for `{name}` is not known, {seen}; give --prompt-style {', '.join(PROMPT_STYLES)}"
+    )
+
+
+def _rows(name: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, a folder or a set of the hub, each with where it stands. Raises UserError for other names."""
+    path = Path(name).expanduser()
     if path.exists():
-        found = files.rows(str(path), is_strict=False)
-    elif hub.is_known(name):
-        found = hub.rows(name)
-    else:
-        known = [*DATASETS, *hub.SETS]
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}; or give a file, folder or URL"
-        raise UserError(f"no dataset `{name}`; {hint}")
-    return Rows(_samples(name, found, tokenizer, style, max_seq_len, learn), seed)
+        return files.rows(str(path), is_strict=False)
+    if hub.is_known(name):
+        return hub.rows(name)
+    known = [*DATASETS, *hub.SETS]
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}; or give a file, folder or URL"
+    raise UserError(f"no dataset `{name}`; {hint}")
 
 
 def _samples(
@@ -152,7 +192,7 @@ def _yaml_to_json(
     def make(rng: random.Random) -> Sample:
         question, answer = yaml_json.exchange(rng, longest_of)
         messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
-        return Sample(*encode_training(tokenizer, "instruct" if style == "none" else style, messages))
+        return Sample(*encode_training(tokenizer, style, messages))
 
     return Generated(make, seed)
 
@@ -160,7 +200,7 @@ def _yaml_to_json(
 def _tiny_chat(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
     def make(rng: random.Random) -> Sample:
         messages = chat.conversation(rng).messages()
-        return Sample(*encode_training(tokenizer, "chatml" if style == "none" else style, messages))
+        return Sample(*encode_training(tokenizer, style, messages))
 
     return Generated(make, seed)
 
@@ -180,11 +220,20 @@ def _tiny_stories(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, se
     return Generated(lambda rng: Sample(*mixture.long_document(rng, tokenizer, shelf, max_seq_len)), seed)
 
 
-DATASETS: dict[str, Callable[[Tokenizer, PromptStyle, int, int], Dataset]] = {
-    "yaml_to_json": _yaml_to_json,
-    "yaml_to_json_long": partial(_yaml_to_json, longest_of=2),
-    "tiny_chat": _tiny_chat,
-    "tiny_copying": _tiny_copying,
-    "tiny_pretrain": _tiny_pretrain,
-    "tiny_stories": _tiny_stories,
+@dataclass(frozen=True)
+class GeneratedSet:
+    """A set made here. style: the prompt style of its conversations where a run has none. make: what `load` calls."""
+
+    make: Callable[[Tokenizer, PromptStyle, int, int], Dataset]
+    style: PromptStyle
+
+
+# A new generated set is a function above and a line here; a published one is a line in `training/data/hub.py`.
+DATASETS = {
+    "yaml_to_json": GeneratedSet(_yaml_to_json, "instruct"),
+    "yaml_to_json_long": GeneratedSet(partial(_yaml_to_json, longest_of=2), "instruct"),
+    "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
+    "tiny_copying": GeneratedSet(_tiny_copying, "none"),
+    "tiny_pretrain": GeneratedSet(_tiny_pretrain, "none"),
+    "tiny_stories": GeneratedSet(_tiny_stories, "none"),
 }

@@ -4,12 +4,17 @@
 published (Lion's learning rates), so a recipe says which yaml it follows. "Measured": tried here, docs/tiny.md.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mpt.errors import UserError
-from mpt.prompts import PromptStyle
+from training.data import files
 from training.run import Run
+
+DEFAULT_SIZE = "mpt_125m"
+DEFAULT_FINETUNE = "instruct"
 
 TINY_SHAPE: dict[str, Any] = {
     "d_model": 256,
@@ -30,11 +35,11 @@ def finetune(base: str, data: str, out: str, **changes: Any) -> Run:
 
     48 rows a step, 2 epochs, AdamW 5e-6, betas 0.9 and 0.999, linear to 0 after 50 steps, weight decay 0, clip 1.0,
     sequences of 2,048, seed 17. The rows of a step are packed here; there each was padded to 2,048. With adapters lr is
-    1e-4, as in llm-foundry's only published LoRA yaml (dbrx).
+    1e-4, as in llm-foundry's only published LoRA yaml (dbrx). The template is Dolly's; `training/prompt_style.py` says
+    when the command line takes another.
     """
-    style: PromptStyle = "chatml" if "chat" in data or "chat" in base else "instruct"
     run = Run(
-        name=f"{base.rstrip('/').rpartition('/')[2]}-{data.rpartition('/')[2].partition('.')[0]}",
+        name=f"{base.rstrip('/').rpartition('/')[2]}-{files.stem(data)}",
         base=base,
         data=data,
         out=out,
@@ -46,7 +51,7 @@ def finetune(base: str, data: str, out: str, **changes: Any) -> Run:
         betas=(0.9, 0.999),
         schedule="linear",
         warmup_steps=50,
-        prompt_style=style,
+        prompt_style="instruct",
     )
     return change(run, **changes)
 
@@ -65,7 +70,7 @@ _YAMLS: dict[str, tuple[int, int, int, float, int, int]] = {
 }
 
 
-def pretrain(data: str, out: str, tokenizer: str, vocab_size: int, recipe: str = "mpt_125m", **changes: Any) -> Run:
+def pretrain(data: str, out: str, tokenizer: str, vocab_size: int, recipe: str = DEFAULT_SIZE, **changes: Any) -> Run:
     """New weights by the yaml of this size, in the released models' form: ALiBi, no biases, a vocabulary of 128's.
 
     The yamls themselves have learned positions and biases; what the released models were trained with (Lion, its
@@ -101,23 +106,30 @@ def pretrain(data: str, out: str, tokenizer: str, vocab_size: int, recipe: str =
     return change(run, **changes)
 
 
-def mpt_7b_released(data: str, out: str, tokenizer: str) -> Run:
+# Rows of the embedding of every published MPT. The tokenizer has fewer; the others are never used.
+_RELEASED_VOCABULARY = 50_432
+
+
+def mpt_7b_released(data: str, out: str, tokenizer: str, vocab_size: int) -> Run:
     """MPT-7B as the launch blog tells it: a trillion tokens, 1,760 sequences of 2,048 a step, Lion.
 
     Lion's settings were never published; lr and weight decay here are our assumption, a tenth of the yaml's AdamW lr
     (Chen et al. 2023 advise 3 to 10 times less) and llm-foundry's only published Lion decay, 1e-6.
     """
-    steps = round(1e12 / (1760 * 2048))
-    run = pretrain(data, out, tokenizer, 50_432, "mpt_7b", global_batch=1760, steps=steps, optimizer="lion")
-    return change(run, lr=1.2e-5, weight_decay=1e-6)
+    run = pretrain(data, out, tokenizer, max(vocab_size, _RELEASED_VOCABULARY), "mpt_7b")
+    return change(
+        run, global_batch=1760, steps=round(1e12 / (1760 * 2048)), optimizer="lion", lr=1.2e-5,
+        weight_decay=1e-6,
+    )  # fmt: skip
 
 
-def mpt_1b_redpajama_200b(data: str, out: str, tokenizer: str) -> Run:
+def mpt_1b_redpajama_200b(data: str, out: str, tokenizer: str, vocab_size: int) -> Run:
     """MPT-1B-RedPajama-200b: qk_ln, 200 billion tokens, 2,200 sequences a step; the lr is the 1B yaml's."""
-    run = pretrain(data, out, tokenizer, 50_432, "mpt_1b", global_batch=2200, steps=round(200e9 / (2200 * 2048)))
-    return replace(
-        run, name="mpt-1b-redpajama-200b", model={**run.model, "attn_config": {"alibi": True, "qk_ln": True}}
-    )
+    run = pretrain(data, out, tokenizer, max(vocab_size, _RELEASED_VOCABULARY), "mpt_1b")
+    return change(
+        run, name="mpt-1b-redpajama-200b", global_batch=2200, steps=round(200e9 / (2200 * 2048)),
+        model={**run.model, "attn_config": {"alibi": True, "qk_ln": True}},
+    )  # fmt: skip
 
 
 def chat(base: str, data: str, out: str) -> Run:
@@ -165,149 +177,114 @@ def change(run: Run, **changes: Any) -> Run:
     return replace(run, **changes)
 
 
+# What --recipe takes, in every command: a new recipe is a function above and a line in one of these two tables.
+# Pretraining is called with data, out, tokenizer and vocab_size.
+PRETRAINING: dict[str, Callable[[str, str, str, int], Run]] = {
+    **{size: partial(pretrain, recipe=size) for size in _YAMLS},
+    "mpt_7b_released": mpt_7b_released,
+    "mpt_1b_redpajama_200b": mpt_1b_redpajama_200b,
+}
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """A finetune by name. make: called with base, data and out."""
+
+    make: Callable[[str, str, str], Run]
+    fixes_style: bool = False  # its prompt style is part of it; else the base and the rows decide
+
+
+FINETUNES = {
+    "instruct": Finetune(finetune),
+    "chat": Finetune(chat, fixes_style=True),
+    "storywriter": Finetune(storywriter, fixes_style=True),
+    "instruct_30b": Finetune(instruct_30b),
+    "long_8k": Finetune(long_8k, fixes_style=True),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Of all recipes."""
+    return (*PRETRAINING, *FINETUNES)
+
+
+def make_pretraining(recipe: str, data: str, out: str, tokenizer: str, vocab_size: int, **changes: Any) -> Run:
+    """The run of a pretraining recipe, changed. Raises UserError for an unknown name."""
+    if recipe not in PRETRAINING:
+        raise UserError(f"no recipe `{recipe}`; known: {', '.join(PRETRAINING)}")
+    return change(PRETRAINING[recipe](data, out, tokenizer, vocab_size), **changes)
+
+
+def make_finetune(recipe: str, base: str, data: str, out: str, **changes: Any) -> Run:
+    """The run of a finetuning recipe, changed. Raises UserError for an unknown name."""
+    if recipe not in FINETUNES:
+        raise UserError(f"no recipe `{recipe}`; known: {', '.join(FINETUNES)}")
+    if recipe == DEFAULT_FINETUNE:
+        return finetune(base, data, out, **changes)  # whose lr is another with adapters
+    return change(FINETUNES[recipe].make(base, data, out), **changes)
+
+
 # The mpt-tiny family. Batches of about 9,000 tokens keep a step under a second on two cores. All numbers measured.
+
+
+def _tiny(name: str, base: str | None, data: str, out: str, **settings: Any) -> Run:
+    """A stage of the family, with what most stages share."""
+    shared = {"max_seq_len": 1024, "epochs": None, "lr": 1e-3, "schedule": "cosine", "licence": "Apache-2.0"}
+    return Run(name=name, base=base, data=data, out=out, **{**shared, **settings})
 
 
 def mpt_tiny_copying(out: str, tokenizer: str) -> Run:
     """The base's first stage: short documents that teach copying, which everything after builds on."""
-    return Run(
-        name="mpt-tiny-copying",
-        base=None,
-        data="tiny_copying",
-        out=out,
-        tokenizer=tokenizer,
-        model=TINY_SHAPE,
-        max_seq_len=1024,
-        global_batch=144,
-        steps=220,
-        epochs=None,
-        lr=2e-3,
-        schedule="constant",
-        warmup_steps=40,
-        licence="Apache-2.0",
-    )
+    return _tiny(
+        "mpt-tiny-copying", None, "tiny_copying", out, tokenizer=tokenizer, model=TINY_SHAPE, global_batch=144,
+        steps=220, lr=2e-3, schedule="constant", warmup_steps=40,
+    )  # fmt: skip
 
 
 def mpt_tiny(out: str, base: str) -> Run:
-    """The base, from its first stage: novels, YAML with JSON, dialogues, passkeys and repetitions."""
-    return Run(
-        name="mpt-tiny",
-        base=base,
-        data="tiny_pretrain",
-        out=out,
-        max_seq_len=1024,  # ALiBi reads on to 2,048 and beyond; attention costs half
-        global_batch=32,
-        steps=480,
-        epochs=None,
-        lr=2e-3,
-        schedule="cosine",
-        warmup_steps=20,
-        lr_floor=0.2,
-        licence="Apache-2.0",
+    """The base, from its first stage: novels, YAML with JSON, dialogues, passkeys and repetitions.
+
+    Sequences are of 1,024 tokens: ALiBi reads on to 2,048 and beyond, and attention costs half.
+    """
+    return _tiny(
+        "mpt-tiny", base, "tiny_pretrain", out, global_batch=32, steps=480, lr=2e-3, warmup_steps=20, lr_floor=0.2
     )
 
 
 def mpt_tiny_instruct_first(out: str, base: str) -> Run:
     """YAML to JSON in Dolly's template."""
-    return Run(
-        name="mpt-tiny-instruct-first",
-        base=base,
-        data="yaml_to_json",
-        out=out,
-        max_seq_len=1024,
-        global_batch=48,
-        steps=600,
-        epochs=None,
-        lr=1e-3,
-        schedule="cosine",
-        warmup_steps=30,
+    return _tiny(
+        "mpt-tiny-instruct-first", base, "yaml_to_json", out, global_batch=48, steps=600, warmup_steps=30,
         prompt_style="instruct",
-        licence="Apache-2.0",
-    )
+    )  # fmt: skip
 
 
 def mpt_tiny_instruct_second(out: str, base: str) -> Run:
     """The same again from its first stage, on longer documents: the closing of nested maps is learned last."""
-    return Run(
-        name="mpt-tiny-instruct-second",
-        base=base,
-        data="yaml_to_json_long",
-        out=out,
-        max_seq_len=1024,
-        global_batch=40,
-        steps=260,
-        epochs=None,
-        lr=7e-4,
-        schedule="cosine",
-        warmup_steps=10,
-        seed=18,
-        prompt_style="instruct",
-        licence="Apache-2.0",
-    )
+    return _tiny(
+        "mpt-tiny-instruct-second", base, "yaml_to_json_long", out, global_batch=40, steps=260, lr=7e-4,
+        warmup_steps=10, seed=18, prompt_style="instruct",
+    )  # fmt: skip
 
 
 def mpt_tiny_instruct(out: str, base: str) -> Run:
     """The last stage, back on documents of every length."""
-    return Run(
-        name="mpt-tiny-instruct",
-        base=base,
-        data="yaml_to_json",
-        out=out,
-        max_seq_len=1024,
-        global_batch=48,
-        steps=700,
-        epochs=None,
-        lr=1e-3,
-        schedule="cosine",
-        warmup_steps=10,
-        seed=19,
+    return _tiny(
+        "mpt-tiny-instruct", base, "yaml_to_json", out, global_batch=48, steps=700, warmup_steps=10, seed=19,
         prompt_style="instruct",
-        licence="Apache-2.0",
-    )
+    )  # fmt: skip
 
 
 def mpt_tiny_chat(out: str, base: str) -> Run:
     """Short conversations in ChatML."""
-    return Run(
-        name="mpt-tiny-chat",
-        base=base,
-        data="tiny_chat",
-        out=out,
-        max_seq_len=1024,
-        global_batch=48,
-        steps=450,
-        epochs=None,
-        lr=1e-3,
-        schedule="cosine",
-        warmup_steps=30,
-        prompt_style="chatml",
-        licence="Apache-2.0",
+    return _tiny(
+        "mpt-tiny-chat", base, "tiny_chat", out, global_batch=48, steps=450, warmup_steps=30, prompt_style="chatml"
     )
 
 
 def mpt_tiny_storywriter(out: str, base: str) -> Run:
     """Novels in long stretches with planted passkeys, on the published StoryWriter's attention settings."""
-    return Run(
-        name="mpt-tiny-storywriter",
-        base=base,
-        data="tiny_stories",
-        out=out,
-        model=STORYWRITER_CONFIG,
-        max_seq_len=16384,
-        global_batch=3,
-        steps=80,
-        epochs=None,
-        lr=1e-3,
-        schedule="cosine",
-        warmup_steps=10,
-        microbatch_tokens=16384,
-        licence="Apache-2.0",
-        checkpoint_every=25,
-    )
-
-
-# What --recipe takes: pretraining by its size, finetunes by what they make.
-PRETRAINING = tuple(_YAMLS)
-FINETUNES = {
-    "instruct": finetune, "chat": chat, "storywriter": storywriter, "instruct_30b": instruct_30b, "long_8k": long_8k,
-}  # fmt: skip
+    return _tiny(
+        "mpt-tiny-storywriter", base, "tiny_stories", out, model=STORYWRITER_CONFIG, max_seq_len=16384, global_batch=3,
+        steps=80, warmup_steps=10, microbatch_tokens=16384, checkpoint_every=25,
+    )  # fmt: skip

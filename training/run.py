@@ -1,22 +1,25 @@
 """A training run's whole configuration: one frozen dataclass, checked when it is made, equal after a trip through JSON.
 
-What the numbers should be is in `training/recipes.py`; what happens with them in `training/loop.py`.
+A field's `Setting` says which values it takes and what its flag is called; `training/flags.py` makes the command line
+from it. What the numbers should be is in `training/recipes.py`; what happens with them in `training/loop.py`.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
+from mpt.command_line import Style as PromptStyle  # as in mpt.prompts, which takes a second to import
 from mpt.errors import UserError
-from mpt.prompts import PROMPT_STYLES, PromptStyle
-from training.data.rows import Learn
 
 OptimizerName = Literal["adamw", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 Precision = Literal["bf16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
+Learn = Literal["responses", "all"]
 TrackerName = Literal["tensorboard", "wandb"]
 OnSpike = Literal["log", "skip", "stop"]
 
@@ -45,86 +48,109 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Which numbers a field takes, and its flag. help: of the flag; a field without help has none."""
+
+    help: str = ""
+    flag: str = ""  # where it is not the field's name
+    metavar: str | None = None
+    default: str = ""  # in words, where the command line's is not the field's
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def limits(self) -> str:
+        """The numbers in words, "above 0"; empty where every number will do."""
+        words = {"above": self.above, "at least": self.at_least, "at most": self.at_most}
+        return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that decides a run's result, and where it goes."""
+    """Everything that decides a run's result, and where it goes. The command line has the flags in this order."""
 
     name: str  # of the checkpoint it makes
-    base: str | None  # a catalog name or folder to start from; None draws new weights
-    data: str  # a name of training/datasets.py or a file
-    out: str
-    max_seq_len: int  # tokens of a training sequence; longer samples are cut, shorter ones packed together
-    global_batch: int  # samples (documents, conversations) of one optimizer step
-    steps: int | None  # one of steps and epochs
-    epochs: float | None
-    lr: float
-    optimizer: OptimizerName = "adamw"
+    # A name of training/datasets.py, or what its `load` takes beside names.
+    data: Annotated[
+        str,
+        Setting(
+            "A dataset's name, a file (.jsonl, .json, .txt, .parquet, also .gz or .zst), a folder, or a URL of shards.",
+            metavar="NAME|FILE",
+        ),
+    ]
+    # None draws new weights.
+    base: Annotated[str | None, Setting("A name of the catalog or a checkpoint's folder.", metavar="NAME|FOLDER")]
+    tokenizer: Annotated[
+        str | None, Setting("The tokenizer's folder; a finetune has its base's.", metavar="FOLDER")
+    ] = None
+    out: Annotated[str, Setting("The run's folder.", metavar="FOLDER", default="runs/<base or recipe>-<data>")]
+    lr: Annotated[float, Setting("Peak learning rate, for example 5e-6.", above=0)]
+    # One of epochs and steps.
+    epochs: Annotated[float | None, Setting("Passes over the data.", above=0)]
+    steps: Annotated[int | None, Setting("Optimizer steps, instead of epochs.", above=0)]
+    # Samples are documents or conversations.
+    global_batch: Annotated[int, Setting("Samples of one optimizer step.", above=0)]
+    # Longer samples are cut, shorter ones packed together.
+    max_seq_len: Annotated[int, Setting("Tokens of a training sequence.", above=0)]
+    optimizer: Annotated[OptimizerName, Setting("Lion keeps half of AdamW's state.")] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled: multiplied by lr / peak lr, as llm-foundry's optimizers do
+    eps: Annotated[float, Setting(at_least=0)] = 1e-8
+    # Decoupled: multiplied by lr / peak lr, as llm-foundry's optimizers do.
+    weight_decay: Annotated[float, Setting(at_least=0)] = 0.0
     schedule: ScheduleName = "cosine"
-    warmup_steps: int = 0
-    warmup_tokens: int | None = None  # instead of warmup_steps
-    lr_floor: float = 0.0  # fraction of lr where the schedule ends
-    clip: float | None = 1.0  # global norm of the gradient
-    precision: Precision = "bf16"  # of the matrix products; master weights and optimizer state are float32
-    microbatch_tokens: int = 8192  # most tokens of one forward and backward; halved where they do not fit
-    activation_checkpointing: ActivationCheckpointing = "none"
-    compile: bool = False  # each block through torch.compile
-    lora: Lora | None = None
-    on_spike: OnSpike = "log"  # `skip`: back to the last checkpoint, and past the data of the spike
-    eval_data: str | None = None  # a held-out set, as `data`
-    eval_every: int = 100  # steps
-    eval_samples: int = 256
-    seed: int = 17
+    warmup_steps: Annotated[int, Setting(at_least=0)] = 0
+    warmup_tokens: Annotated[int | None, Setting(above=0)] = None  # instead of warmup_steps
+    lr_floor: Annotated[float, Setting(at_least=0, at_most=1)] = 0.0  # fraction of lr where the schedule ends
+    clip: Annotated[float | None, Setting(above=0)] = 1.0  # global norm of the gradient
+    # Master weights and optimizer state are float32.
+    precision: Annotated[Precision, Setting("Of matrix products; weights are updated in float32.")] = "bf16"
+    # Most tokens of one forward and backward; halved where they do not fit.
+    microbatch_tokens: Annotated[int, Setting(above=0)] = 8192
+    seed: Annotated[int, Setting("Decides the order of the data, and new weights.")] = 17
+    prompt_style: Annotated[
+        PromptStyle, Setting("The template of messages.", default="the recipe's, the base's or the rows'")
+    ] = "none"
+    learn: Learn = "responses"  # of finetuning rows: what the assistant says, or everything
+    lora: Annotated[Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK")] = None
+    # Named as `data` is.
+    eval_data: Annotated[str | None, Setting("A held-out set, scored every 100 steps.", metavar="NAME|FILE")] = None
+    eval_every: Annotated[int, Setting(above=0)] = 100  # steps
+    eval_samples: Annotated[int, Setting(above=0)] = 256
+    activation_checkpointing: Annotated[ActivationCheckpointing, Setting("Recompute activations: less memory.")] = (
+        "none"
+    )
+    # `skip`: back to the last checkpoint, and past the data of the spike.
+    on_spike: Annotated[OnSpike, Setting("When the loss jumps: log it, stop, or go back and skip its data.")] = "log"
+    compile: Annotated[bool, Setting("Compile each block with torch.compile; it starts slower.")] = False
+    mirror: Annotated[str | None, Setting("Copy checkpoints to s3://, gs:// and the like.", metavar="URL")] = None
+    trackers: Annotated[
+        tuple[TrackerName, ...], Setting("Also send the metrics there; once per tracker.", flag="--track")
+    ] = ()
     # New weights: the MPTConfig to draw. With a base: the entries of its config to change.
     model: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None  # a folder; None takes the base's
-    prompt_style: PromptStyle = "none"
-    learn: Learn = "responses"  # of finetuning rows: what the assistant says, or everything
     context_length: int | None = None  # what the manifest promises; None means the model's max_seq_len
     licence: str = "unknown"
-    checkpoint_every: int = 100
-    checkpoints_kept: int = 2
-    mirror: str | None = None  # a URL that gets a copy of every checkpoint (s3://, gs:// ...)
-    trackers: tuple[TrackerName, ...] = ()
+    checkpoint_every: Annotated[int, Setting(above=0)] = 100
+    checkpoints_kept: Annotated[int, Setting(above=0)] = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "max_seq_len", "global_batch", "lr", "microbatch_tokens", "checkpoint_every")
-        _positive(self, "checkpoints_kept", "eval_every", "eval_samples")
-        if (self.steps is None) == (self.epochs is None):
-            raise UserError(f"give `steps` or `epochs`, one of the two; got {self.steps} and {self.epochs}")
-        _positive(self, "steps" if self.steps is not None else "epochs")
-        for key in ("weight_decay", "warmup_steps", "lr_floor", "eps"):
-            if getattr(self, key) < 0:
-                raise UserError(f"`{key}` is {getattr(self, key)}; it must not be negative")
-        if self.warmup_tokens is not None:
-            _positive(self, "warmup_tokens")
-            if self.warmup_steps:
-                raise UserError("give `warmup_steps` or `warmup_tokens`, one of the two")
         if isinstance(self.lora, dict):  # from JSON
             object.__setattr__(self, "lora", Lora(**self.lora))
+        for key in ("betas", "trackers"):  # JSON gives lists
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        for declared in declarations():
+            declared.check(getattr(self, declared.name))
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"give `steps` or `epochs`, one of the two; got {self.steps} and {self.epochs}")
+        if self.warmup_tokens is not None and self.warmup_steps:
+            raise UserError("give `warmup_steps` or `warmup_tokens`, one of the two")
         if self.lora is not None and self.base is None:
             raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
         if self.lora is not None and self.model:
             raise UserError("`lora` keeps the base's config; leave `model` out")
-        if self.lr_floor > 1:
-            raise UserError(f"`lr_floor` is {self.lr_floor}; it is a fraction of lr, at most 1")
-        if self.clip is not None:
-            _positive(self, "clip")
-        object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"`betas` are {self.betas}; two numbers from 0 up to 1 are needed")
-        _one_of(self, "optimizer", get_args(OptimizerName))
-        _one_of(self, "schedule", get_args(ScheduleName))
-        _one_of(self, "precision", get_args(Precision))
-        _one_of(self, "prompt_style", PROMPT_STYLES)
-        _one_of(self, "learn", get_args(Learn))
-        _one_of(self, "activation_checkpointing", get_args(ActivationCheckpointing))
-        _one_of(self, "on_spike", get_args(OnSpike))
-        object.__setattr__(self, "trackers", tuple(self.trackers))
-        for tracker in self.trackers:
-            if tracker not in get_args(TrackerName):
-                raise UserError(f"`trackers` has `{tracker}`; known: {', '.join(get_args(TrackerName))}")
         if self.base is None and not self.model:
             raise UserError("`base` is None and `model` is empty: name a checkpoint to start from or a shape to draw")
         if self.base is None and self.tokenizer is None:
@@ -159,13 +185,55 @@ class Run:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def _positive(run: Run, *keys: str) -> None:
-    for key in keys:
-        value = getattr(run, key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise UserError(f"`{key}` is {value!r}; it must be a number above 0")
+@dataclass(frozen=True)
+class Declaration:
+    """What the class says of one field of a run."""
+
+    name: str
+    kind: Any  # its type, None aside
+    may_be_none: bool
+    default: Any  # dataclasses.MISSING where it has none
+    setting: Setting
+
+    def check(self, value: Any) -> None:
+        """Raises UserError for a value outside the field's choices or range."""
+        if value is None and self.may_be_none:
+            return
+        choices = get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        if choices and value not in choices:
+            raise UserError(f"`{self.name}` is `{value}`; known: {', '.join(choices)}")
+        if get_origin(self.kind) is tuple and get_origin(get_args(self.kind)[0]) is Literal:
+            choices = get_args(get_args(self.kind)[0])
+            for item in value:
+                if item not in choices:
+                    raise UserError(f"`{self.name}` has `{item}`; known: {', '.join(choices)}")
+        if self.kind in (int, float):
+            self._check_number(value)
+
+    def _check_number(self, value: Any) -> None:
+        limits = self.setting
+        is_number = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
+        if not (
+            is_number
+            and (limits.above is None or value > limits.above)
+            and (limits.at_least is None or value >= limits.at_least)
+            and (limits.at_most is None or value <= limits.at_most)
+        ):
+            what = "a whole number" if self.kind is int else "a number"
+            raise UserError(f"`{self.name}` is {value!r}; it must be {what} {limits.limits}".rstrip())
 
 
-def _one_of(run: Run, key: str, allowed: tuple[str, ...]) -> None:
-    if getattr(run, key) not in allowed:
-        raise UserError(f"`{key}` is `{getattr(run, key)}`; known: {', '.join(allowed)}")
+@cache
+def declarations() -> tuple[Declaration, ...]:
+    """Of every field of a run, in order."""
+    return tuple(_declaration(f) for f in dataclasses.fields(Run))
+
+
+def _declaration(f: "dataclasses.Field[Any]") -> Declaration:
+    annotation: Any = f.type
+    setting = Setting()
+    if get_origin(annotation) is Annotated:
+        annotation, setting = get_args(annotation)
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    may_be_none = NoneType in get_args(annotation)
+    return Declaration(f.name, kinds[0] if may_be_none else annotation, may_be_none, f.default, setting)

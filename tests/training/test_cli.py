@@ -1,6 +1,7 @@
 """The command line: literal commands from the blog, one-line errors, no torch for --help."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from training import cli, loop
+from training import cli, loop, recipes
+from training.data import hub
+from training.data.hub import HubSet
 from training.run import Lora, Run
 
 
@@ -19,35 +22,192 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-def test_help_imports_no_torch() -> None:
+def help_of(command: str, before: str = "") -> str:
+    """The help page of a fresh process, which must not import torch for it. before: code to run first."""
     code = (
-        "import sys; sys.argv = ['train', 'finetune', '--help']\n"
+        f"{before}import sys; sys.argv = ['train', '{command}', '--help']\n"
         "from training import cli\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "--global-batch" in result.stdout
+    return result.stdout
 
 
-def test_the_blogs_command_parses_to_its_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[Run] = []
+@pytest.mark.parametrize("command", ["finetune", "pretrain", "plan", "evaluate"])
+def test_help_imports_no_torch(command: str) -> None:
+    assert "Options:" in help_of(command)
 
-    def remember(run: Run, *args: Any, **kwargs: Any) -> Path:
-        seen.append(run)
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Run]:
+    """The runs that commands would have trained."""
+    runs: list[Run] = []
+
+    def remember(run: Run, *_: Any, **__: Any) -> Path:
+        runs.append(run)
         return tmp_path
 
     monkeypatch.setattr(loop, "fit", remember)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text('{"prompt": "Say yes.", "response": "yes"}\n')
+    return runs
+
+
+def test_the_blogs_command_parses_to_its_recipe(monkeypatch: pytest.MonkeyPatch, seen: list[Run]) -> None:
     assert run_cli(monkeypatch, "finetune", "--base", "mpt-7b", "--data", "dolly_hhrlhf") == 0
     (run,) = seen
     assert (run.base, run.data, run.lr, run.epochs) == ("mpt-7b", "dolly_hhrlhf", 5e-6, 2)
+    assert (run.prompt_style, run.out) == ("instruct", "runs/mpt-7b-dolly_hhrlhf")
     flags = ("--lr", "1e-4", "--steps", "3", "--global-batch", "4", "--max-seq-len", "128", "--seed", "5")
     more = ("--precision", "fp32", "--optimizer", "lion", "--out", "here")
     assert run_cli(monkeypatch, "finetune", "--base", "mpt-7b", "--data", "d.jsonl", *flags, *more) == 0
     run = seen[1]
     assert (run.lr, run.steps, run.epochs, run.global_batch, run.max_seq_len) == (1e-4, 3, None, 4, 128)
     assert (run.seed, run.precision, run.optimizer, run.out) == (5, "fp32", "lion", "here")
+
+
+def test_a_flag_sets_its_field_and_no_other(monkeypatch: pytest.MonkeyPatch, seen: list[Run]) -> None:
+    """Each flag as a user writes it, with the field and value that `run.json` has then."""
+    flags: list[tuple[list[str], str, Any]] = [
+        (["--lr", "0.5"], "lr", 0.5), (["--epochs", "0.5"], "epochs", 0.5),
+        (["--global-batch", "3"], "global_batch", 3), (["--max-seq-len", "64"], "max_seq_len", 64),
+        (["--optimizer", "lion"], "optimizer", "lion"),
+        (["--precision", "fp32"], "precision", "fp32"), (["--seed", "0"], "seed", 0), (["--compile"], "compile", True),
+        (["--eval-data", "e.jsonl"], "eval_data", "e.jsonl"), (["--on-spike", "skip"], "on_spike", "skip"),
+        (["--activation-checkpointing", "full"], "activation_checkpointing", "full"), (["--out", "o"], "out", "o"),
+        (["--mirror", "s3://m"], "mirror", "s3://m"), (["--track", "wandb"], "trackers", ("wandb",)),
+        (["--prompt-style", "chatml"], "prompt_style", "chatml"), (["--tokenizer", "t"], "tokenizer", "t"),
+        (["--lora", "4"], "lora", Lora(rank=4)), (["--qlora", "8"], "lora", Lora(rank=8, bits=4)),
+    ]  # fmt: skip
+    command = ("finetune", "--base", "mpt-7b", "--data", "d.jsonl")
+    assert run_cli(monkeypatch, *command) == 0
+    for arguments, field, value in flags:
+        assert run_cli(monkeypatch, *command, *arguments) == 0
+        before, after = vars(seen[0]), vars(seen[-1])
+        changed = {name for name in after if after[name] != before[name]}
+        assert after[field] == value and changed - {"lr"} == {field} - {"lr"}, arguments
+
+
+def test_help_has_the_flags_in_order_with_ranges_and_choices() -> None:
+    pages = {name: help_of(name) for name in ("finetune", "pretrain")}
+    shared = [
+        "--recipe", "--config", "--out", "--lr", "--epochs", "--steps", "--global-batch", "--max-seq-len",
+        "--optimizer", "--precision", "--seed",
+    ]  # fmt: skip
+    ends = [
+        "--eval-data", "--activation-checkpointing", "--on-spike", "--compile", "--mirror", "--track", "--gpus",
+        "--resume", "--dry-run",
+    ]  # fmt: skip
+    expected = {
+        "finetune": ["--data", "--base", "--tokenizer", *shared, "--prompt-style", "--lora", "--qlora", *ends],
+        "pretrain": ["--data", "--tokenizer", *shared, *ends],
+    }
+    for name, page in pages.items():
+        assert re.findall(r"^  (--[a-z-]+)", page, re.MULTILINE) == expected[name]
+        words = " ".join(page.split())
+        for said in ("(above 0)", "<adamw|lion>", "[default: (bf16)]", "Example: train"):
+            assert said in words, said
+
+
+@pytest.mark.parametrize("recipe", [*recipes.PRETRAINING, *recipes.FINETUNES])
+def test_every_recipe_has_a_command_and_a_plan(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, seen: list[Run], tokenizer_folder: Path
+) -> None:
+    if recipe in recipes.PRETRAINING:
+        command = ("pretrain", "--tokenizer", str(tokenizer_folder))
+    else:
+        command = ("finetune", "--base", "mpt-7b")
+    assert run_cli(monkeypatch, *command, "--recipe", recipe, "--data", "d.jsonl") == 0
+    assert run_cli(monkeypatch, "plan", "--recipe", recipe, "--tokens", "1e9") == 0
+    assert (seen[0].base is None) == (recipe in recipes.PRETRAINING)
+
+
+def test_a_recipe_in_the_table_is_known_to_every_command(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Run], tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What CONTRIBUTING promises: a function and a line in training/recipes.py are all."""
+    add = (
+        "from training import recipes\n"
+        "recipes.PRETRAINING['my_size'] = recipes.PRETRAINING['mpt_125m']\n"
+        "recipes.FINETUNES['my_kind'] = recipes.FINETUNES['instruct']\n"
+    )
+    assert "my_size" in help_of("pretrain", add) and "my_kind" in help_of("finetune", add)
+    assert {"my_size", "my_kind"} <= set(re.findall(r"\w+", help_of("plan", add)))
+    monkeypatch.setitem(recipes.PRETRAINING, "my_size", recipes.PRETRAINING["mpt_125m"])
+    monkeypatch.setitem(recipes.FINETUNES, "my_kind", recipes.Finetune(recipes.chat, fixes_style=True))
+    tokenizer = ("--tokenizer", str(tokenizer_folder))
+    assert run_cli(monkeypatch, "pretrain", "--recipe", "my_size", "--data", "d.jsonl", *tokenizer) == 0
+    assert run_cli(monkeypatch, "finetune", "--recipe", "my_kind", "--data", "d.jsonl", "--base", "mpt-7b") == 0
+    assert [run.global_batch for run in seen] == [256, 32] and seen[1].prompt_style == "chatml"
+    for command in ("pretrain", "finetune", "plan"):
+        data = () if command == "plan" else ("--data", "d.jsonl", *tokenizer)
+        base = ("--base", "mpt-7b") if command == "finetune" else ()
+        assert run_cli(monkeypatch, command, "--recipe", "nothing", *data, *base) == 2
+        assert "my_" in capsys.readouterr().err
+
+
+def test_a_set_in_a_table_is_known_to_data(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What CONTRIBUTING promises: a line in training/data/hub.py is all."""
+    monkeypatch.setitem(hub.SETS, "my_set", HubSet("me/my_set", "MIT", "chatml"))
+    folder = tmp_path / "home" / "datasets" / "my_set"
+    folder.mkdir(parents=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert run_cli(monkeypatch, "finetune", "--base", "mpt-tiny", "--data", "my_set", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "samples 1\n" in printed and "prompt style: chatml (the rows of `my_set` are made for it)\n" in printed
+
+
+def test_what_decided_the_prompt_style_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    seen: list[Run],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    line = "prompt style: chatml (the base's own, from "
+    command = ("finetune", "--base", "mpt-tiny-chat", "--data", "d.jsonl")
+    assert run_cli(monkeypatch, *command, "--dry-run") == 0
+    assert line in capsys.readouterr().out
+    with caplog.at_level("INFO"):
+        assert run_cli(monkeypatch, *command) == 0
+        assert line in caplog.text
+        caplog.clear()
+        monkeypatch.setenv("RANK", "1")  # another rank of torchrun: the first one says it
+        assert run_cli(monkeypatch, *command) == 0
+        assert line not in caplog.text
+
+
+def test_the_readmes_finetune_says_where_its_set_belongs_and_trains_when_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError("404 Client Error")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    command = (
+        "finetune",
+        "--base",
+        "mpt-tiny",
+        "--data",
+        "dolly_hhrlhf",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "mine"),
+    )
+    assert run_cli(monkeypatch, *command) == 2
+    error = capsys.readouterr().err
+    folder = tmp_path / "home" / "datasets" / "dolly_hhrlhf"
+    assert error.count("\n") == 1 and f"into `{folder}`" in error and "--data FILE" in error
+    assert not (tmp_path / "mine").exists()
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"prompt": "Say yes.", "response": "yes"}\n' * 48)
+    assert run_cli(monkeypatch, *command) == 0
+    assert (tmp_path / "mine" / "model" / "model.safetensors").is_file()
 
 
 def test_a_typo_is_one_line_and_exit_code_2(
@@ -113,10 +273,3 @@ def test_an_option_that_would_be_ignored_is_refused(
 ) -> None:
     assert run_cli(monkeypatch, *arguments) == 2
     assert said in capsys.readouterr().err
-
-
-def test_qlora_keeps_the_frozen_matrices_in_four_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[Run] = []
-    monkeypatch.setattr(loop, "fit", lambda run, *_, **__: seen.append(run) or tmp_path)
-    assert run_cli(monkeypatch, "finetune", "--base", "mpt-7b", "--data", "d.jsonl", "--qlora", "8") == 0
-    assert seen[0].lora == Lora(rank=8, bits=4)

@@ -142,11 +142,11 @@ def test_recipes_have_their_published_numbers() -> None:
     story = recipes.storywriter("mpt-7b", "novels", "out")
     assert (story.steps, story.global_batch, story.max_seq_len, story.optimizer) == (2500, 32, 65_536, "lion")
     assert story.model["attn_config"] == {"alibi_bias_max": 16, "clip_qkv": 6}
-    released = recipes.mpt_7b_released("data", "out", "tok")
+    released = recipes.mpt_7b_released("data", "out", "tok", 50_277)
     assert (released.global_batch, released.optimizer, released.model["vocab_size"]) == (1760, "lion", 50_432)
     assert released.steps == pytest.approx(277_000, rel=0.01)
     assert recipes.instruct_30b("mpt-30b", "d", "o").lr == 9.65e-6
     assert recipes.chat("mpt-7b", "d", "o").prompt_style == "chatml"
-    assert recipes.mpt_1b_redpajama_200b("d", "o", "t").model["attn_config"]["qk_ln"] is True
+    assert recipes.mpt_1b_redpajama_200b("d", "o", "t", 50_277).model["attn_config"]["qk_ln"] is True
     with pytest.raises(UserError, match="mpt_760m"):
         recipes.pretrain("d", "o", "t", 1, "mpt_2b")

@@ -54,6 +54,15 @@ def kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
+def stem(source: str) -> str:
+    """A source's name without its folder and the endings read here: `my.v2` of `sets/my.v2.jsonl.gz`."""
+    name = source.rstrip("/").rpartition("/")[2].removesuffix(".gz").removesuffix(".zst")
+    for ending in (".mix.json", *FILES):
+        if name != ending and name.endswith(ending):
+            return name.removesuffix(ending)
+    return name
+
+
 def _file_rows(path: Path, is_strict: bool) -> Iterator[tuple[str, Any]]:
     ending = kind(path)
     if ending == ".parquet":

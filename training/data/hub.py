@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt.errors import UserError
+from mpt.prompts import PromptStyle
 from training.data import files
 from training.data.rows import conversation
 
@@ -21,23 +22,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HubSet:
-    """A published set. files: which of the repository's are its training rows."""
+    """A published set. style: what its rows are made for. files: which of the repository's are its training rows."""
 
     repository: str
     licence: str
+    style: PromptStyle
     files: tuple[str, ...] = ("*train*.parquet", "*train*.jsonl*", "*.jsonl*", "*.json*", "*.parquet")
 
 
-# Names as the MPT model cards give them; licences of the data as their cards stated them.
+# Names as the MPT model cards give them; licences of the data as their cards stated them. A new set is a line here.
 SETS = {
-    "dolly_hhrlhf": HubSet("mosaicml/dolly_hhrlhf", "CC-BY-SA-3.0"),
-    "dolly": HubSet("databricks/databricks-dolly-15k", "CC-BY-SA-3.0"),
-    "hh_rlhf": HubSet("Anthropic/hh-rlhf", "MIT", ("*train.jsonl.gz",)),
-    "alpaca": HubSet("tatsu-lab/alpaca", "CC-BY-NC-4.0"),
-    "hc3": HubSet("Hello-SimpleAI/HC3", "CC-BY-SA-4.0", ("all.jsonl",)),
-    "sharegpt": HubSet("jeffwan/sharegpt_vicuna", "unknown", ("*.json",)),
-    "evol_instruct": HubSet("victor123/evol_instruct_70k", "unknown", ("*.json",)),
-    "oasst": HubSet("OpenAssistant/oasst1", "Apache-2.0", ("*ready.trees.jsonl.gz",)),
+    "dolly_hhrlhf": HubSet("mosaicml/dolly_hhrlhf", "CC-BY-SA-3.0", "instruct"),
+    "dolly": HubSet("databricks/databricks-dolly-15k", "CC-BY-SA-3.0", "instruct"),
+    "hh_rlhf": HubSet("Anthropic/hh-rlhf", "MIT", "chatml", ("*train.jsonl.gz",)),
+    "alpaca": HubSet("tatsu-lab/alpaca", "CC-BY-NC-4.0", "instruct"),
+    "hc3": HubSet("Hello-SimpleAI/HC3", "CC-BY-SA-4.0", "instruct", ("all.jsonl",)),
+    "sharegpt": HubSet("jeffwan/sharegpt_vicuna", "unknown", "chatml", ("*.json",)),
+    "evol_instruct": HubSet("victor123/evol_instruct_70k", "unknown", "instruct", ("*.json",)),
+    "oasst": HubSet("OpenAssistant/oasst1", "Apache-2.0", "chatml", ("*ready.trees.jsonl.gz",)),
 }
 
 
@@ -81,7 +83,7 @@ def locate(name: str) -> list[Path]:
     if found:
         return found
     try:
-        return _fetch(SETS.get(name, HubSet(name, "unknown")))
+        return _fetch(SETS.get(name, HubSet(name, "unknown", "none")))
     except UserError as error:
         raise UserError(
             f"{error}; put a copy of its files ({', '.join(files.FILES)}) into `{folder}`, or name a file with "

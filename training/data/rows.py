@@ -13,10 +13,16 @@ from typing import Any, Literal, NamedTuple
 from mpt.errors import UserError
 from mpt.prompts import INSTRUCT_PREAMBLE, INSTRUCT_TURN, Message, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
+from training.run import Learn
 
-Learn = Literal["responses", "all"]
-
+Shape = Literal["text", "messages", "conversations", "tree", "transcript", "prompt", "instruction", "answers"]
+# What rows of a shape are made for: several turns for ChatML, a question and its answer for Dolly's template.
+STYLES: dict[Shape, PromptStyle] = {
+    "text": "none", "messages": "chatml", "conversations": "chatml", "tree": "chatml", "transcript": "chatml",
+    "prompt": "instruct", "instruction": "instruct", "answers": "instruct",
+}  # fmt: skip
 _CONVERSATIONS = {"messages", "conversations", "prompt", "instruction", "question", "chosen"}
+_RESPONSES = ("response", "completion", "output")
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "assistant": "assistant", "system": "system",
@@ -40,8 +46,7 @@ def sample_of(row: Any, tokenizer: Tokenizer, style: PromptStyle, learn: Learn =
         raise UserError("it is not JSON")
     if not isinstance(row, dict):
         raise UserError(f"a row is a {type(row).__name__}; an object is needed")
-    # Copies of Alpaca carry a `text` beside the fields it was made from: only a row of nothing else is plain text.
-    if isinstance(row.get("text"), str) and not row.keys() & _CONVERSATIONS:
+    if shape(row) == "text":
         sample = text_sample([*tokenizer.encode(row["text"]), tokenizer.eos_id])
     else:
         messages = conversation(row)
@@ -56,23 +61,47 @@ def text_sample(ids: list[int]) -> Sample:
     return Sample(ids, [True] * len(ids))
 
 
+def shape(row: dict[str, Any]) -> Shape | None:
+    """How a row keeps what was said; None for a row of no known shape."""
+    # Copies of Alpaca carry a `text` beside the fields it was made from: only a row of nothing else is plain text.
+    if isinstance(row.get("text"), str) and not row.keys() & _CONVERSATIONS:
+        return "text"
+    if isinstance(row.get("messages"), list):
+        return "messages"
+    if isinstance(row.get("conversations"), list):
+        return "conversations"
+    if isinstance(row.get("prompt"), dict):
+        return "tree"
+    if isinstance(row.get("chosen"), str):
+        return "transcript"
+    has_response = any(isinstance(row.get(key), str) for key in _RESPONSES)
+    if isinstance(row.get("prompt"), str) and has_response:
+        return "prompt"
+    if isinstance(row.get("instruction"), str) and has_response:
+        return "instruction"
+    if isinstance(row.get("question"), str) and isinstance(row.get("chatgpt_answers"), list):
+        return "answers"
+    return None
+
+
 def conversation(row: dict[str, Any]) -> list[Message]:
     """A row's turns: at least two, the assistant's last, no role twice in a row. Raises UserError."""
-    if isinstance(row.get("messages"), list):
+    found = shape(row)
+    if found == "messages":
         return _checked([_message(message) for message in row["messages"]])
-    if isinstance(row.get("conversations"), list):
+    if found == "conversations":
         return _checked(_trimmed([_sharegpt(message) for message in row["conversations"]]))
-    if isinstance(row.get("prompt"), dict):
+    if found == "tree":
         return _checked(_trimmed(_best_path(row["prompt"])))
-    if isinstance(row.get("chosen"), str):
+    if found == "transcript":
         return _checked(_trimmed(_transcript(row["chosen"])))
-    response = next((row[key] for key in ("response", "completion", "output") if isinstance(row.get(key), str)), None)
-    if isinstance(row.get("prompt"), str) and response is not None:
+    response = next((row[key] for key in _RESPONSES if isinstance(row.get(key), str)), "")
+    if found == "prompt":
         return _exchange(_instruction(row["prompt"]), response)
-    if isinstance(row.get("instruction"), str) and response is not None:
+    if found == "instruction":
         more = row.get("context") or row.get("input") or ""
         return _exchange(row["instruction"] + (f"\n{more}" if more else ""), response)
-    if isinstance(row.get("question"), str) and isinstance(row.get("chatgpt_answers"), list):
+    if found == "answers":
         answers = [*row["chatgpt_answers"], *row.get("human_answers", [])]
         return _exchange(row["question"], next((answer for answer in answers if answer), ""))
     raise UserError(

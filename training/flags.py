@@ -1,0 +1,88 @@
+"""The flags that set a field of a run: name, type, range, default and help are those of the field in `training/run.py`.
+
+A field with a help text has a flag in `train finetune` and in `train pretrain`; nothing is written for it elsewhere.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin
+
+import typer
+
+from mpt.errors import UserError
+from training.run import Declaration, Lora, declarations
+
+Command = Callable[..., None]
+
+
+def of_run(only: Sequence[str] = (), without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Give a command that takes `**given` the flags of a run's fields, all with a help text or `only` these.
+
+    In the help the flags before `--out`, which say what is trained, come first; then the command's own parameters up to
+    its `*`, the other flags, and the command's keyword-only parameters.
+    """
+    with_flag = {declared.name: declared for declared in declarations() if declared.setting.help}
+    names = [name for name in only or with_flag if name not in without]
+    n_first = names.index("out") if "out" in names else 0
+    flags = [_parameters(with_flag[name]) for name in names]
+
+    def add(command: Command) -> Command:
+        own = inspect.signature(command).parameters.values()
+        parameters = [
+            *(parameter for pair in flags[:n_first] for parameter in pair),
+            *(parameter for parameter in own if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(parameter for pair in flags[n_first:] for parameter in pair),
+            *(parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY),
+        ]
+        by_name = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        command.__signature__ = inspect.Signature(by_name)  # type: ignore[attr-defined]  # typer reads it
+        return command
+
+    return add
+
+
+def changes(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that flags were given for, with their values. Raises UserError for --lora beside --qlora."""
+    values = dict(given)
+    rank, qlora_rank = values.pop("lora", None), values.pop("qlora", None)
+    if rank is not None and qlora_rank is not None:
+        raise UserError("give --lora or --qlora, one of the two")
+    if rank is not None:
+        values["lora"] = Lora(rank=rank)
+    if qlora_rank is not None:
+        values["lora"] = Lora(rank=qlora_rank, bits=4)
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
+
+
+def _parameters(declared: Declaration) -> list[inspect.Parameter]:
+    """A field's flag, as a parameter of a typer command; of `lora` two, which take the rank."""
+    if declared.kind is Lora:
+        quantized = dataclasses.replace(declared.setting, help="The same beside frozen matrices in 4 bits (QLoRA).")
+        plain = dataclasses.replace(declared, kind=int)
+        return [_parameter(plain), _parameter(dataclasses.replace(plain, name="qlora", setting=quantized))]
+    return [_parameter(declared)]
+
+
+def _parameter(declared: Declaration) -> inspect.Parameter:
+    setting, kind, metavar = declared.setting, declared.kind, declared.setting.metavar
+    annotation, default = kind | None, None
+    if kind is bool:
+        annotation, default = bool, False
+    elif get_origin(kind) is tuple:  # typer knows no list of choices: the run checks them
+        annotation = list[str] | None
+        metavar = f"<{'|'.join(get_args(get_args(kind)[0]))}>"
+    limits = f" ({setting.limits})." if setting.limits else "."
+    option = typer.Option(
+        default,
+        setting.flag or f"--{declared.name.replace('_', '-')}",
+        metavar=metavar,
+        help=setting.help.removesuffix(".") + limits,
+        show_default=setting.default or _shown(declared.default),
+    )
+    return inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+
+
+def _shown(default: Any) -> str | bool:
+    """A field's default for the help; False shows none, for a field without one or with one that says nothing."""
+    return False if default in (dataclasses.MISSING, None, False, ()) else str(default)

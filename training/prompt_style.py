@@ -1,0 +1,38 @@
+"""Which prompt style a finetune is rendered in, and what decided it; nothing is read out of the letters of a name.
+
+The first of these decides: --prompt-style; a recipe with a style of its own (`chat`); a base that was trained on a
+style; the rows. A base keeps its style whatever the rows are, since that is what it answers to: an instruct base reads
+a conversation as several instructions, a chat base reads an instruction as the user's turn (`mpt/prompts.py`).
+"""
+
+from mpt.catalog import find_local, stated_style
+from mpt.errors import UserError
+from mpt.prompts import PromptStyle
+from mpt.tokenizer import CHATML_START, Tokenizer
+from training import datasets, recipes
+from training.run import Run
+
+
+def choose(run: Run, recipe: str, given: PromptStyle | None) -> tuple[PromptStyle, str]:
+    """The style, and what decided it, in words. run: of this recipe. Raises UserError where nothing decides."""
+    if given is not None:
+        return given, "given by --prompt-style"
+    if recipes.FINETUNES[recipe].fixes_style:
+        return run.prompt_style, f"part of the recipe `{recipe}`"
+    stated = stated_style(str(run.base))
+    if stated is not None and stated[0] != "none":  # `none`: trained on text alone, so the rows decide
+        style, source = stated
+        return style, f"the base's own, from {source}"
+    style, reason = datasets.style_of(run.data)
+    if style == "chatml" and _lacks_chatml(run):
+        raise UserError(
+            f"{reason}, for ChatML, and the tokenizer has no `{CHATML_START}`; give --prompt-style instruct, "
+            "or --tokenizer with the folder of one that has it, such as mpt-7b-chat's"
+        )
+    return style, reason
+
+
+def _lacks_chatml(run: Run) -> bool:
+    """Whether a tokenizer on this machine cannot write ChatML; one that is still to be downloaded is not judged."""
+    folder = run.tokenizer or find_local(str(run.base))
+    return folder is not None and Tokenizer.from_folder(folder).special_id(CHATML_START) is None
