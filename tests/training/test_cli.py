@@ -159,6 +159,8 @@ def test_a_set_in_a_table_is_known_to_data(
     (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     assert run_cli(monkeypatch, "finetune", "--base", "mpt-tiny", "--data", "my_set", "--dry-run") == 0
     printed = capsys.readouterr().out
+    assert run_cli(monkeypatch, "data", "sets") == 0
+    assert "my_set chatml MIT hub:me/my_set" in " ".join(capsys.readouterr().out.split())
     assert "samples 1\n" in printed and "prompt style: chatml (the rows of `my_set` are made for it)\n" in printed
 
 

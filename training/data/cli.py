@@ -1,4 +1,4 @@
-"""`train data`: prepare shards from documents, look into them, mix them."""
+"""`train data`: prepare shards from documents, look into them, mix them; list the datasets with a name."""
 
 import json
 import sys
@@ -134,6 +134,18 @@ def mix(
             line += f", {order.epochs(int(tokens / length))[name]:.2f} epochs of {tokens:.3g} tokens"
         print(line)
     print(out, file=sys.stderr)
+
+
+@app.command()
+def sets() -> None:
+    """Print the datasets that --data knows by name, with the prompt style and licence of each and where it is from."""
+    from training import datasets
+    from training.data import hub
+
+    known = [(name, made.style, "Apache-2.0", "generated here") for name, made in datasets.DATASETS.items()]
+    known += [(name, one.style, one.licence, f"hub:{one.repository}") for name, one in hub.SETS.items()]
+    for name, style, licence, origin in known:
+        print(f"{name:<18} {style:<9} {licence:<13} {origin}")
 
 
 def _has_tokens(shards: "list[ShardInfo]") -> bool:
