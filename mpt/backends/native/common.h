@@ -1,7 +1,15 @@
-/* What the C of this package shares: the structures Python fills in, rounding, threads, tiles.
+/* What the C files of this folder share.
  *
- * Letters as in mpt/model.py: T tokens of the step, H heads, D head size, C d_model, S stored positions.
- * Callers: the Python beside it, which checks shapes; nothing is checked here.
+ *   variants      which instructions the code is written for, by what the compiler predefines
+ *   structures    what Python fills in: a model, a step (structures.py declares the same for ctypes)
+ *   numbers       rounding to bfloat16, exp, GELU
+ *   KV cache      where a key lies, how it is quantized and stored
+ *   threads       a barrier and loops shared out, without libgomp's own
+ *   tiles         how AMX is set up
+ *
+ * Letters as in mpt/model.py: T tokens of the step, H heads, D head size, C d_model, S stored positions; besides them
+ * G KV heads, F the inner width of the MLP, K the inputs and N the outputs of a product. The C code checks nothing:
+ * its callers, the Python files of this folder, check shapes.
  */
 #pragma once
 #include <math.h>
@@ -52,12 +60,12 @@ typedef struct {
 } Linear;
 
 typedef struct {
-    const bf16 *weight, *bias; /* (C) each; bias may be NULL, and a norm that is not there has no weight */
+    const bf16 *weight, *bias; /* (C) each; bias may be NULL; weight is NULL where the model has no such norm */
 } Norm;
 
 typedef struct { /* an adapter's part of one projection: y += b a x */
     const bf16 *a, *b; /* (rank, n_in) and, transposed and with the scale in it, (rank, n_out) */
-    int32_t rank;      /* 0: it leaves this one alone */
+    int32_t rank;      /* 0: the adapter has no part of this projection */
 } Lora;
 
 /* In the order of `PROJECTIONS` in structures.py. */
@@ -87,17 +95,17 @@ typedef struct {
     void *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) bfloat16, or int8 with scales */
     float *const *kv_scale;     /* (rows, layers) each (2, KV heads, capacity): value = int8 * scale; NULL: bfloat16 */
     float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
-    const Lora *adapters;       /* (adapters, layers, N_PROJECTIONS) those of the step's rows */
-    const int32_t *row_adapter; /* (rows) which of them, or -1 */
-    float *low;                 /* what they make of a projection's inputs: step.c, prompt.c */
+    const Lora *adapters;       /* (adapters, layers, N_PROJECTIONS) of all adapters that rows of this step use */
+    const int32_t *row_adapter; /* (rows) the index of each row's adapter, or -1 */
+    float *low;                 /* memory for a x of one projection: its shape differs in step.c and prompt.c */
     const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
     float *logits;              /* (n_logits, V) */
     float *scratch;             /* mpt_scratch_floats() */
     int64_t *keys_read;         /* total of keys attended over, all heads; NULL: not counted */
-    float drop;                 /* attention may leave out keys that weigh less than this share together; 0: none */
+    float drop;                 /* old keys may be left out where all together weigh less than this share; 0: never */
 } Step;
 
-/* -- numbers ------------------------------------------------------------------------------------------------------ */
+/* -- numbers ------------------------------------------------------------------------------------------------------- */
 
 static inline float wide(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -113,8 +121,8 @@ static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN 
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* The largest of n numbers and one more. In 16 lanes: gcc makes no vectors of a single running maximum, which took as
- * long as the products. */
+/* The largest of n numbers and `most`. In 16 lanes: gcc makes no vectors of a single running maximum, and the scalar
+ * loop took as long as the products. */
 static inline float largest_of(const float *x, int n, float most) {
     float lanes[PANEL];
     int j = 0;
@@ -128,7 +136,7 @@ static inline float largest_of(const float *x, int n, float most) {
 }
 
 /* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.
- * Below -80 it is 0: products with less would be subnormal numbers, which cost this processor ten times as much. */
+ * Below -80 it is 0: products with smaller numbers would be subnormal, and those took ten times as long. */
 static inline float exp_(float given) {
     float x = given < -80.0f ? -80.0f : given;
     float n = __builtin_rintf(x * 1.44269504f);
@@ -155,7 +163,7 @@ static inline float gelu_(float x) {
     return x * (x > 0 ? 1.0f - tail : tail);
 }
 
-/* -- the KV cache --------------------------------------------------------------------------------------------------- */
+/* -- the KV cache -------------------------------------------------------------------------------------------------- */
 
 /* What is stored of one key head of one row: keys and values, (positions, D) each, bfloat16, or int8 with scales. */
 typedef struct {
@@ -175,9 +183,9 @@ static inline Stored stored_of(const Model *model, const Step *step, int layer, 
     return (Stored){numbers + keys * D, numbers + values * D, NULL, NULL};
 }
 
-/* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. All zeros stay so.
- * A scale that is no number, where one of x is none, makes all of them none: damage is not hidden. To the bit the same
- * as `Int8Layer.write` in mpt/backends/int8_cache.py. */
+/* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. If all are zero,
+ * they are stored as zero. If one of them is NaN or infinite, so is the scale, and all of them are NaN when they are
+ * read: damage is not hidden. The same bits as `Int8Layer.write` in mpt/backends/int8_cache.py. */
 static inline float quantize_head(const float *x, int D, int8_t *out) {
     const float least = 1e-30f;
     int32_t largest; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
@@ -196,7 +204,7 @@ static inline float quantize_head(const float *x, int D, int8_t *out) {
 }
 
 /* Store a key and a value, (D) each, at a position. */
-static inline void keep(Stored to, size_t position, const float *key, const float *value, int D) {
+static inline void store_at(Stored to, size_t position, const float *key, const float *value, int D) {
     if (to.key_scales) {
         to.key_scales[position] = quantize_head(key, D, (int8_t *)to.keys + position * D);
         to.value_scales[position] = quantize_head(value, D, (int8_t *)to.values + position * D);
@@ -206,7 +214,7 @@ static inline void keep(Stored to, size_t position, const float *key, const floa
     for (int d = 0; d < D; d++) keys[d] = narrow(key[d]), values[d] = narrow(value[d]);
 }
 
-/* No less than the length of the key at a position, as it is stored. */
+/* An upper bound of |k| of the key at a position, as it is stored. */
 static inline float length_of_key(Stored from, size_t position, int D) {
     float square = 0;
     if (from.key_scales) {
@@ -218,14 +226,15 @@ static inline float length_of_key(Stored from, size_t position, int D) {
         const bf16 *key = (const bf16 *)from.keys + position * D;
         for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
     }
-    return sqrtf(square) * 1.0001f; /* which is more than rounding takes away */
+    return sqrtf(square) * 1.0001f; /* more than the rounding error of the sum */
 }
 
-/* -- threads -------------------------------------------------------------------------------------------------------- */
+/* -- threads ------------------------------------------------------------------------------------------------------- */
 
-/* Threads come from OpenMP's pool, torch's own, but they meet and share out work here: libgomp puts threads to sleep at
- * each of its barriers as soon as a process has more of them than cores, idle ones included, and waking one takes longer
- * than most parts of a step (10 ms instead of 6 where a second thread of the process had used torch). */
+/* The threads are OpenMP's, from the pool that torch uses too. The barrier and the loops are our own: libgomp puts
+ * threads to sleep at its barriers as soon as a process has more threads than cores, idle ones included. Waking one
+ * takes longer than most parts of a step: 10 ms a step instead of 6 where a second thread of the process had used
+ * torch. */
 typedef struct {
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int round;
@@ -233,8 +242,8 @@ typedef struct {
 
 typedef struct {
     Team *team;
-    atomic_int *queue; /* where the next loop is counted; one cache line each */
-    int thread, n;
+    atomic_int *queue; /* how many turns of the current loop are taken; a cache line for each loop of the step */
+    int thread, n;     /* this thread, of how many */
 } Worker;
 
 static inline void relax(void) {
@@ -243,8 +252,8 @@ static inline void relax(void) {
 #endif
 }
 
-/* Wait for all: awake for some 100 us, then giving way to whoever else wants the core. */
-static inline void meet(Worker *worker) {
+/* A barrier: return when all threads have called it. It spins for some 100 us, then yields the core at each turn. */
+static inline void wait_for_all(Worker *worker) {
     Team *team = worker->team;
     const int round = atomic_load(&team->round);
     if (atomic_fetch_add(&team->arrived, 1) == worker->n - 1) {
@@ -260,16 +269,17 @@ static inline void meet(Worker *worker) {
     }
 }
 
-/* The next n of a loop's turns, the first of them; `leave` ends the loop. */
+/* Loops whose turns the threads take as they become free: `take` takes the next n turns and returns the first of them.
+ * Every thread calls `end_loop` when nothing is left, which moves it to the counter of the next loop. */
 static inline int take(Worker *worker, int n) { return atomic_fetch_add(worker->queue, n); }
-static inline void leave(Worker *worker) { worker->queue += 16; }
+static inline void end_loop(Worker *worker) { worker->queue += 16; }
 
-/* This thread's part of 0..n, in whole steps. */
+/* Where this thread's equal part of 0..n begins (which = 0) and ends (which = 1), in multiples of `step`. */
 static inline int part(const Worker *worker, int n, int step, int which) {
     return (int)((int64_t)(n / step) * (worker->thread + which) / worker->n) * step;
 }
 
-/* -- tiles ---------------------------------------------------------------------------------------------------------- */
+/* -- tiles --------------------------------------------------------------------------------------------------------- */
 
 #if AMX
 typedef struct {
@@ -278,7 +288,8 @@ typedef struct {
     uint8_t rows[16];
 } TileConfig;
 
-/* Static: gcc 12 believes that only its first bytes are read, and leaves out the stores to others of a local one. */
+/* Static: with a local variable gcc 12 leaves out the stores to most of it, believing that only its first bytes are
+ * read. */
 static const TileConfig TILES = {
     .palette = 1,
     .bytes = {64, 64, 64, 64, 64, 64, 64, 64},

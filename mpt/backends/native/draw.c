@@ -1,13 +1,24 @@
-/* Draws of tokens from rows of logits: `sample` of mpt/sampling.py, in one reading of a row for a plain draw and four for
- * one with filters, where sorting 50,432 probabilities takes torch 4 ms.
+/* Draws of tokens from rows of logits: what `sample` of mpt/sampling.py gives, where the order of filters is said.
  *
- * Filters keep a beginning of the tokens in the order of their logits, equal ones by their ids. Where it ends is found
- * without sorting: by the leading bits of the logits, then those of what shares them, adding up what each group weighs.
- * All sums are in double precision: 50,432 float32 terms do not add up to 1 closely enough.
+ *   limit_of   where top-k or top-p ends
+ *   keep_to    sets to 0 what lies beyond
+ *   crossing   the token at which the cumulative distribution passes the row's uniform number
+ *   draw       one row: weights, filters, crossing
+ *   mpt_draw   all rows, over the threads
+ *
+ * top-k and top-p keep the first tokens in the order of their logits, equal ones in the order of their ids. Where they
+ * end is found without sorting, which takes torch 4 ms for 50,432 probabilities: the tokens are grouped by the leading
+ * bits of their logits, each group's weights are added up, and the group in which the end lies is grouped by the bits
+ * that follow. A plain draw reads a row once, one with a filter four times. All sums are in double precision: 50,432
+ * float32 terms do not add up to 1 closely enough.
  */
 #include "common.h"
 
-enum { PART = 512, LEVELS = 3, BINS = 1 << 11 };
+enum {
+    PART = 512,    /* tokens whose weights `crossing` adds up at once */
+    LEVELS = 3,    /* a logit's 32 bits in groups of 11, 11 and 10 */
+    BINS = 1 << 11
+};
 
 /* What a row asks of its draw, each a column of float64 in this order. Python asks for the names, so a new one is added
  * here, where it is used, and in mpt/sampling.py. */
@@ -24,7 +35,8 @@ const char *mpt_wish_names(void) {
 #undef NAME
 }
 
-typedef struct { /* what stays: tokens whose key is larger, and the first n_stay of the n_equal that have it */
+/* A filter keeps the tokens with a larger key, and of the n_equal tokens that have this key the first n_stay. */
+typedef struct {
     uint32_t key;
     int64_t n_equal, n_stay;
 } Limit;
@@ -52,7 +64,7 @@ static inline double exp_double(double given) {
     return given < -700.0 ? 0.0 : p * power;
 }
 
-/* Unsigned numbers in the order of the logits. */
+/* A logit as an unsigned number; these are in the order of the logits. */
 static inline uint32_t key_of(float logit) {
     int32_t bits;
     memcpy(&bits, &logit, 4);
@@ -60,8 +72,8 @@ static inline uint32_t key_of(float logit) {
     return (uint32_t)bits ^ ((uint32_t)(bits >> 31) | 0x80000000u);
 }
 
-/* The end of the tokens that come before `most` is reached: in mass, or in number where `weights` is NULL. At least one
- * stays. */
+/* The limit at which the tokens kept first reach `most`: in weight, or in number where `weights` is NULL. At least one
+ * token is kept. */
 static Limit limit_of(const float *logits, const double *weights, int64_t V, double most) {
     static const int shifts[LEVELS] = {21, 10, 0};
     Limit found = {0};
@@ -84,7 +96,7 @@ static Limit limit_of(const float *logits, const double *weights, int64_t V, dou
         found.key |= (uint32_t)bin << shift;
         found.n_equal = count[bin];
     }
-    double each = 1.0; /* they all weigh the same */
+    double each = 1.0; /* tokens with the same logit have the same weight */
     for (int64_t v = 0; weights && v < V; v++)
         if (key_of(logits[v]) == found.key) {
             each = weights[v];
@@ -95,7 +107,7 @@ static Limit limit_of(const float *logits, const double *weights, int64_t V, dou
     return found;
 }
 
-/* Take away the weight of tokens beyond a limit. */
+/* Set the weights of tokens beyond a limit to 0. */
 static void keep_to(const float *logits, double *weights, int64_t V, Limit limit) {
     for (int64_t v = 0; v < V; v++) weights[v] = key_of(logits[v]) < limit.key ? 0 : weights[v];
     int64_t n_equal = 0;
@@ -103,7 +115,7 @@ static void keep_to(const float *logits, double *weights, int64_t V, Limit limit
         if (key_of(logits[v]) == limit.key && n_equal++ >= limit.n_stay) weights[v] = 0;
 }
 
-/* Where the cumulative sum of the weights passes a share of them all. */
+/* The first token at which the cumulative sum of the weights is above `uniform` times their total. */
 static int64_t crossing(const double *weights, int64_t V, double uniform, double *parts) {
     const int64_t n_parts = (V + PART - 1) / PART;
     double total = 0, before = 0;
@@ -117,10 +129,10 @@ static int64_t crossing(const double *weights, int64_t V, double uniform, double
     const double target = uniform * total;
     int64_t i = 0, last = 0;
     while (i < n_parts && before + parts[i] <= target) before += parts[i++];
-    for (int64_t v = i * PART; v < V; v++) { /* at most a part and what rounding adds */
+    for (int64_t v = i * PART; v < V; v++) { /* one part, or a little more by rounding */
         if (weights[v] > 0 && (before += weights[v]) > target) return v;
     }
-    for (int64_t v = 0; v < V; v++) /* rounding went past all of them */
+    for (int64_t v = 0; v < V; v++) /* by rounding, no sum was above: the last token that is kept */
         if (weights[v] > 0) last = v;
     return last;
 }

@@ -1,19 +1,28 @@
-/* One step of an MPT model for many tokens on CPU, as prompts bring them: embeddings to logits in one parallel region.
+/* One step of an MPT model for many tokens, as in prompts, on CPUs with AMX: embeddings to logits in one parallel
+ * region. Without AMX this file is empty, and prompts are read through torch.
  *
- * Here the tiles of AMX are the limit, and what feeds them: they multiply three times as fast as torch's products of
- * the same size, if weights wait in the first-level cache, inputs in the second, and nothing is written that the next
- * product does not read as it is. So tokens stand side by side (in panels of 16) in everything between two products,
- * which is how a tile takes its second operand and leaves its sums; weights and keys are first operands as they lie.
+ *   vectors                   transposing, exp, GELU in 16 lanes of AVX-512; `tile_of`, the layout of inputs; LayerNorm
+ *   products                  weights packed into tiles, `multiply`: 32 outputs of 32 tokens; keys and values stored
+ *   adapters                  low-rank products beside each product
+ *   products and their use    `product`: outputs over the threads; `write_out`: to where they are read next
+ *   attention                 `attend`: one head of up to 512 queries of a row, over blocks of 128 keys
+ *   the step                  memory, and `mpt_prompt`, which calls all of it layer by layer
  *
- * Weights are bfloat16, or int8 with one scale for each output, widened on their way into the first-level cache; what
- * they meet is rounded to bfloat16; the residual stream and all sums are float32. A token's result does not depend, not
- * in one bit, on the tokens beside it, on the chunks a prompt is read in, or on other rows.
+ * Here the tiles of AMX set the speed, and what feeds them. They multiply three times as fast as torch's products of
+ * the same size if weights are in the first-level cache and inputs in the second, and if every result is written as the
+ * next product reads it. So tokens are columns, in panels of 16, in everything between two products: that is how a tile
+ * takes its second operand and stores its sums. Weights and keys are first operands, as they lie in memory.
  *
- * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position. Such numbers are
- * bfloat16 numbers too, so tiles take them as they are; scales multiply scores and weights.
+ * Weights are bfloat16, or int8 with one scale for each output; int8 is widened to bfloat16 when it is packed. Inputs
+ * of products are rounded to bfloat16; the residual stream and all sums are float32. No bit of a token's result depends
+ * on the tokens beside it, on the chunks in which a prompt is read, or on other rows.
  *
- * Attention is FlashAttention's online softmax (Dao 2023) over blocks of keys, from the newest to the oldest, and ends
- * where ALiBi leaves less than `drop` (see `attend` in step.c). Only with AMX; elsewhere prompts go through torch.
+ * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position. int8 numbers are
+ * bfloat16 numbers too, so tiles take them without rounding; their scales multiply the scores of keys and the weights
+ * of values.
+ *
+ * Attention is FlashAttention's online softmax (Dao 2023) over blocks of keys, from the newest to the oldest. It ends
+ * where ALiBi leaves less than `drop` to the rest: see `attend` in step.c.
  */
 #include "common.h"
 
@@ -23,21 +32,21 @@ enum {
     STEP = N_IN_MULTIPLE, /* inputs k that one tile product adds up */
     GROUP = 32,   /* tokens multiplied at once: two panels */
     STRIP = 32,   /* outputs multiplied at once */
-    CHUNK = 256,  /* inputs k of a strip's weights that wait in the first-level cache: 16 KB */
+    CHUNK = 256,  /* inputs k of a strip's weights that are packed at once: 16 KB, in the first-level cache */
     MOST_GROUPS = 16, /* tokens that share a strip: 512 */
     TILE = 512,   /* numbers of a tile of bfloat16 */
     BLOCK = 128,  /* keys weighed at once */
     QUERIES = 512 /* of one head and row that share each block of keys */
 };
-static const int INPUT_BYTES = 1 << 20; /* inputs that all weights pass by: half of the second-level cache */
+static const int INPUT_BYTES = 1 << 20; /* inputs multiplied with all weights in turn: half of the second-level cache */
 
-typedef struct { /* 16 tokens of one row */
-    int row, n;  /* how many of the 16 are there */
-    int first;   /* the first one's place in the step */
-    int position;
+typedef struct { /* up to 16 tokens of one row */
+    int row, n;   /* n: how many */
+    int first;    /* the first one's index in the step */
+    int position; /* and in its row */
 } Panel;
 
-typedef struct { /* a thread's own */
+typedef struct { /* one thread's memory */
     bf16 *strip; /* (CHUNK / STEP, 2 tiles) */
     float *sums; /* (groups, 4 tiles): outputs 0-15 of both panels, outputs 16-31 of both */
     bf16 *keys, *values, *weights;
@@ -51,15 +60,15 @@ typedef struct {
     const Panel *panels;
     int n_panels, head_room; /* head_room: D rounded up to a STEP */
     float *x;                /* (panels, C, 16) the residual stream */
-    bf16 *inputs, *inner;    /* what products take, see `tile_of`: of C, and of the MLP's inner width */
+    bf16 *inputs, *inner;    /* inputs of products, laid out by `tile_of`: C wide, and as wide as the MLP inside */
     bf16 *queries;           /* (panels, H * head_room / STEP, tile) */
-    float *fresh;            /* (2, KV heads, panels * 16, D) new keys and values on their way to int8 */
-    float *wanted;           /* (panels, C, 16) of the tokens that want logits */
+    float *fresh;            /* (2, KV heads, panels * 16, D) new keys and values before they are quantized */
+    float *wanted;           /* (panels, C, 16) the residual stream of the tokens that want logits */
     Own *own;                /* (threads) */
     atomic_int *queues;
 } Pass;
 
-/* -- vectors -------------------------------------------------------------------------------------------------------- */
+/* -- vectors ------------------------------------------------------------------------------------------------------- */
 
 /* 16 x 16 numbers of 32 bits, rows to columns. */
 static inline void transpose(__m512 *r) {
@@ -133,8 +142,8 @@ static inline __m512i pairs(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
-/* Where inputs k and k + 1 of a panel lie: groups of two panels, in each steps of 32 k, in each a tile (16 pairs of k,
- * 16 tokens, 2) for each panel. */
+/* Where inputs k and k + 1 of a panel lie: by groups of two panels, each of steps of 32 k, each of two tiles, one for
+ * each panel, each (16 pairs of k, 16 tokens, 2). */
 static inline bf16 *tile_of(bf16 *inputs, int K, int panel, int k) {
     return inputs + ((size_t)(panel / 2) * (K / STEP) + k / STEP) * (2 * TILE) + panel % 2 * TILE + k % STEP / 2 * 32;
 }
@@ -173,7 +182,7 @@ static void normalize(const float *x, int C, Norm norm, float eps, bf16 *inputs,
 
 typedef enum { TO_RESIDUAL, TO_GELU, TO_ATTENTION, TO_LOGITS } Target;
 
-/* Weights of outputs n0 and on, n_outputs of them, for inputs k0 and on, n of them, as tiles. */
+/* Weights of n_outputs outputs from n0 and n inputs from k0, as tiles. */
 static void pack_strip(const Linear *linear, int n0, int n_outputs, int k0, int n, bf16 *strip) {
     for (int r = 0; r < STRIP; r++) {
         bf16 *to = strip + r * STEP;
@@ -193,7 +202,7 @@ static void pack_strip(const Linear *linear, int n0, int n_outputs, int k0, int 
     }
 }
 
-/* Begin to fetch rows `from` to `to` of the strip that comes next. */
+/* Prefetch rows `from` to `to` of the next strip. */
 static inline void fetch(const Linear *linear, int n0, int k0, int n, int from, int to) {
     const size_t size = linear->scale ? 1 : 2;
     for (int r = from; r < to; r++) {
@@ -202,7 +211,7 @@ static inline void fetch(const Linear *linear, int n0, int k0, int n, int from, 
     }
 }
 
-/* Sums of a strip and a group over n inputs, added to what is in `sums` unless it is the first time. */
+/* Sums of a strip and a group over n inputs. They are added to `sums`, unless these inputs are the first. */
 static inline void multiply(const bf16 *strip, const bf16 *inputs, int n, int is_first, float *sums) {
     if (is_first) {
         _tile_zero(0);
@@ -231,8 +240,8 @@ static inline void multiply(const bf16 *strip, const bf16 *inputs, int n, int is
     _tile_stored(3, sums + 768, 64);
 }
 
-/* Keys or values, outputs n0 to n0 + 15 of Wqkv for a panel: into the row's cache, or to where whole heads come together
- * that share a scale. */
+/* Store keys or values, outputs n0 to n0 + 15 of Wqkv for a panel: in the row's cache, or in `fresh` where they become
+ * int8, as the scale of a head needs all its D numbers. */
 static void store(const Pass *pass, int layer, int panel, int n0, __m512 *values) {
     const Model *model = pass->model;
     const Step *step = pass->step;
@@ -251,9 +260,9 @@ static void store(const Pass *pass, int layer, int panel, int n0, __m512 *values
         _mm256_storeu_si256((__m256i *)(to + (size_t)token * D), (__m256i)_mm512_cvtneps_pbh(values[token]));
 }
 
-/* -- adapters ------------------------------------------------------------------------------------------------------- */
+/* -- adapters ------------------------------------------------------------------------------------------------------ */
 
-/* The adapter of a panel's row for one projection (of a layer), if it has one. */
+/* The part of one projection of a layer in the adapter of a panel's row, or NULL. */
 static inline const Lora *lora_of(const Pass *pass, int layer, int projection, int panel) {
     const Step *step = pass->step;
     if (!step->n_adapters || projection < 0) return NULL;
@@ -263,8 +272,8 @@ static inline const Lora *lora_of(const Pass *pass, int layer, int projection, i
     return lora->rank ? lora : NULL;
 }
 
-/* What adapters make of a projection's inputs: low (panels, max_rank, 16). */
-static void lower(const Pass *pass, int layer, int projection, bf16 *inputs, int K, Worker *worker) {
+/* low = a x (panels, max_rank, 16), each panel by its row's adapter. */
+static void multiply_by_a(const Pass *pass, int layer, int projection, bf16 *inputs, int K, Worker *worker) {
     if (!pass->step->n_adapters) return;
     enum { AT_ONCE = 8 };
     for (int panel = worker->thread; panel < pass->n_panels; panel += worker->n) {
@@ -284,13 +293,14 @@ static void lower(const Pass *pass, int layer, int projection, bf16 *inputs, int
             for (int i = 0; i < n; i++) _mm512_storeu_ps(low + (r + i) * PANEL, sums[i]);
         }
     }
-    meet(worker);
+    wait_for_all(worker);
 }
 
-/* -- products, and what becomes of them ----------------------------------------------------------------------------- */
+/* -- products and their use ---------------------------------------------------------------------------------------- */
 
-/* Bring 16 outputs of a panel, sums (16 outputs, 16 tokens), to where they are read next. */
-static inline void bring(const Pass *pass, int layer, const Linear *linear, Target target, int with_bias,
+/* Scale 16 outputs of a panel, sums (16 outputs, 16 tokens), add bias and adapter, and write them to where they are
+ * read next. */
+static inline void write_out(const Pass *pass, int layer, const Linear *linear, Target target, int with_bias,
                          const Lora *lora, int n0, int panel, const float *sums) {
     const Model *model = pass->model;
     const int C = model->d_model, D = model->d_head;
@@ -333,8 +343,8 @@ static inline void bring(const Pass *pass, int layer, const Linear *linear, Targ
     }
 }
 
-/* Outputs for all panels from inputs k `from` to `to`, shared out over the threads by strips; all weights pass by a
- * block of tokens before they pass by the next. */
+/* All outputs of n_panels panels, from inputs k `from` to `to`, over the threads by strips. A block of tokens is
+ * multiplied with all weights before the next block is, so its inputs stay in the second-level cache. */
 static void product(const Pass *pass, int layer, int projection, const Linear *linear, const bf16 *inputs, int n_panels,
                     int from, int to, Target target, Worker *worker) {
     const int K = linear->n_in, N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP, n_groups = (n_panels + 1) / 2;
@@ -348,7 +358,7 @@ static void product(const Pass *pass, int layer, int projection, const Linear *l
         next = take(worker, 1);
         for (int k = from, n; k < to; k += n) {
             n = to - k < CHUNK ? to - k : CHUNK;
-            const int is_last = k + n == to; /* of these outputs; what comes soon are others', or none */
+            const int is_last = k + n == to; /* the next chunk is then of this thread's next strip, if it has one */
             const int soon_n0 = is_last ? next % n_strips * STRIP : n0, soon = is_last ? from : k + n;
             const int n_soon = is_last && next >= n_tasks ? 0 : N - soon_n0 < STRIP ? N - soon_n0 : STRIP;
             pack_strip(linear, n0, n_outputs, k, n, own->strip);
@@ -362,16 +372,16 @@ static void product(const Pass *pass, int layer, int projection, const Linear *l
                     const int panel = 2 * group + i % 2, output = i / 2 * 16;
                     if (panel >= n_panels || output >= n_outputs) continue;
                     const Lora *lora = from == 0 ? lora_of(pass, layer, projection, panel) : NULL;
-                    bring(pass, layer, linear, target, with_bias, lora, n0 + output, panel, sums + i * 256);
+                    write_out(pass, layer, linear, target, with_bias, lora, n0 + output, panel, sums + i * 256);
                 }
             }
         }
     }
-    leave(worker);
-    meet(worker);
+    end_loop(worker);
+    wait_for_all(worker);
 }
 
-/* -- attention ------------------------------------------------------------------------------------------------------ */
+/* -- attention ----------------------------------------------------------------------------------------------------- */
 
 /* 32 numbers of int8 in bfloat16, which holds them exactly. */
 static inline __m512i widened_32(__mmask32 mask, const int8_t *from) {
@@ -381,7 +391,8 @@ static inline __m512i widened_32(__mmask32 mask, const int8_t *from) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-/* Numbers d to d + 15 of a value and of the next, side by side; what is not there is 0. */
+/* Numbers d to d + 15 of a value and of the next one, in pairs. there: how many of the two are stored; the others are
+ * 0. */
 static inline __m512i two_values(Stored from, size_t at, int D, int there) {
     if (from.value_scales) {
         const int8_t *values = (const int8_t *)from.values + at;
@@ -455,9 +466,11 @@ typedef struct { /* how one head's scores become weights; in powers of 2 */
     const float *key_scales, *value_scales; /* (BLOCK) or NULL */
 } Scoring;
 
-/* Softmax of one panel over a block, in powers of 2: scores (n, 32 of which 16 are its own) to weights, tiles (16 pairs
- * of keys, 16 tokens, 2) every other of which is its own. What was summed up before is scaled down where a better score
- * comes. Scores are counted from what ALiBi takes from the block's first key, `ahead` keys before each query's own. */
+/* Online softmax of one panel over a block, in powers of 2. scores: (n, 32), of which 16 columns are this panel's. They
+ * become weights, tiles (16 pairs of keys, 16 tokens, 2), every other of which is this panel's. Where a score is better
+ * than the best so far, the sums so far are scaled down. ahead: how far each query is from the block's first key.
+ * Scores are computed without ALiBi's bias of that key, which is the same for the whole block and is added to the best
+ * one. */
 static inline void weigh(const Scoring *how, float *scores, int n, int is_diagonal, __mmask16 open, __m512 ahead, int D,
                          float *best, float *total, float *mixed, bf16 *weights) {
     const __m512 first = _mm512_mul_ps(_mm512_set1_ps(-how->slope), ahead);
@@ -499,7 +512,7 @@ static inline void weigh(const Scoring *how, float *scores, int n, int is_diagon
     _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sum));
 }
 
-/* Values (D, n) times weights (n, 32): added to what two panels have mixed, (D, 16) each. */
+/* Add values (D, n) times weights (n, 32) to the sums of two panels, (D, 16) each. */
 static inline void mix(const bf16 *values, const bf16 *weights, int n, int D, float *panel, float *next) {
     for (int d = 0; d < D; d += 16, values += BLOCK / 32 * TILE) {
         _tile_loadd(0, panel + d * PANEL, 64);
@@ -516,7 +529,8 @@ static inline void mix(const bf16 *values, const bf16 *weights, int n, int D, fl
     }
 }
 
-/* One head of up to QUERIES queries of one row, panels `first` to `end`: into the inputs of out_proj. Keys read. */
+/* Attention of one head for up to QUERIES queries of one row, panels `first` to `end`, into the inputs of out_proj.
+ * Returns the keys read. */
 static int64_t attend(const Pass *pass, int layer, int head, int first, int end, const Own *own) {
     const Model *model = pass->model;
     const Step *step = pass->step;
@@ -583,7 +597,7 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
                     weigh(&how, scores, whole, 0, open[i], ahead, D, best, total, mixed, weights);
                 const __m512 seen = _mm512_min_ps(_mm512_add_ps(ahead, _mm512_set1_ps(1.0f)), _mm512_set1_ps(n));
                 n_read += (int64_t)_mm512_mask_reduce_add_ps(open[i], _mm512_max_ps(seen, _mm512_setzero_ps()));
-                if (slope > 0) { /* |q.k| <= |q| max|k|: what all older keys can weigh together */
+                if (slope > 0) { /* the most that all older keys can weigh together, by |q.k| <= |q| max|k| */
                     const __m512 distance = _mm512_add_ps(ahead, _mm512_set1_ps(1.0f));
                     const __m512 bound = _mm512_load_ps(own->bound + i * PANEL);
                     const __m512 far = _mm512_fnmadd_ps(distance, _mm512_set1_ps(slope), bound);
@@ -601,7 +615,7 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
     }
     for (int i = 0; i < n_panels; i++) {
         const __m512 total = _mm512_load_ps(own->total + i * PANEL), one = _mm512_set1_ps(1.0f);
-        const __mmask16 none = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_EQ_OQ); /* no token is there */
+        const __mmask16 none = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_EQ_OQ); /* columns without a token */
         const __m512 factor = _mm512_div_ps(one, _mm512_mask_mov_ps(total, none, one));
         const float *mixed = own->mixed + (size_t)i * D * PANEL;
         for (int d = 0; d < D; d += 2) {
@@ -613,9 +627,9 @@ static int64_t attend(const Pass *pass, int layer, int head, int first, int end,
     return n_read;
 }
 
-/* Keep one head's new keys and values of one row, panels `first` to `end`, where `store` has not yet, and how long the
- * keys are, for the bound of later queries. */
-static void settle(const Pass *pass, int layer, int first, int end, int g) {
+/* Store one head's new keys and values of one row, panels `first` to `end`, in int8 (in bfloat16 `store` has done it),
+ * and update the largest |k|, by which queries know when to stop. */
+static void store_fresh(const Pass *pass, int layer, int first, int end, int g) {
     const Model *model = pass->model;
     const Step *step = pass->step;
     const int D = model->d_head, G = model->n_kv_heads, row = pass->panels[first].row;
@@ -626,7 +640,7 @@ static void settle(const Pass *pass, int layer, int first, int end, int g) {
         const float *key = pass->fresh + ((size_t)g * pass->n_panels + panel) * PANEL * D;
         const float *value = key + (size_t)G * pass->n_panels * PANEL * D;
         for (int token = 0; token < pass->panels[panel].n; token++) {
-            if (step->kv_scale) keep(to, position + token, key + token * D, value + token * D, D);
+            if (step->kv_scale) store_at(to, position + token, key + token * D, value + token * D, D);
             const float length = length_of_key(to, position + token, D);
             most = length > most ? length : most;
         }
@@ -635,7 +649,8 @@ static void settle(const Pass *pass, int layer, int first, int end, int g) {
     if (most > *largest) *largest = most;
 }
 
-/* All heads of all rows. The heads that see farthest and the last queries come first: they take longest. */
+/* Attention of all heads of all rows. Returns the keys read by this thread. The heads that see farthest and the last
+ * queries come first, as they take longest. */
 static int64_t attend_all(const Pass *pass, int layer, Worker *worker) {
     const Model *model = pass->model;
     const Step *step = pass->step;
@@ -643,9 +658,9 @@ static int64_t attend_all(const Pass *pass, int layer, Worker *worker) {
     int64_t n_read = 0;
     for (int task = worker->thread, row = 0, first = 0; task < step->n_rows * G; task += worker->n) {
         for (; row < task / G; row++) first += (step->row_tokens[row] + PANEL - 1) / PANEL;
-        settle(pass, layer, first, first + (step->row_tokens[row] + PANEL - 1) / PANEL, task % G);
+        store_fresh(pass, layer, first, first + (step->row_tokens[row] + PANEL - 1) / PANEL, task % G);
     }
-    meet(worker);
+    wait_for_all(worker);
     const int at_once = QUERIES / PANEL;
     int n_spans = 0, spans[pass->n_panels][2];
     for (int panel = 0; panel < pass->n_panels; panel = spans[n_spans - 1][1]) {
@@ -657,15 +672,16 @@ static int64_t attend_all(const Pass *pass, int layer, Worker *worker) {
         const int *span = spans[n_spans - 1 - task / H];
         n_read += attend(pass, layer, H - 1 - task % H, span[0], span[1], pass->own + worker->thread);
     }
-    leave(worker);
-    meet(worker);
+    end_loop(worker);
+    wait_for_all(worker);
     return n_read;
 }
 
-/* -- the step -------------------------------------------------------------------------------------------------------- */
+/* -- the step ------------------------------------------------------------------------------------------------------ */
 
 enum { LOOPS_PER_LAYER = 4, MOST_RANGES = 64 };
 
+/* The floats that a step needs. With a block of so many, `pass` and `own` get their parts, each on a cache line. */
 static size_t carve(const Model *model, int n_panels, int n_logits, int n_threads, int is_int8, float *block, Pass *pass,
                     Own *own) {
     const size_t C = model->d_model, F = model->d_ffn, D = model->d_head, H = model->n_heads, G = model->n_kv_heads;
@@ -700,15 +716,15 @@ static size_t carve(const Model *model, int n_panels, int n_logits, int n_thread
     return used + 16;
 }
 
-/* n_panels: of 16 tokens, each of one row. is_int8: the cache. */
+/* The floats that `mpt_prompt` needs. n_panels: of 16 tokens, each of one row. is_int8: whether the cache is. */
 size_t mpt_prompt_scratch_floats(const Model *model, int32_t n_panels, int32_t n_logits, int32_t n_threads,
                                  int32_t is_int8) {
     Pass pass;
     return carve(model, n_panels, n_logits, n_threads, is_int8, NULL, &pass, NULL);
 }
 
-/* Embeddings (T, C) to panels; tokens that are not there are 0. */
-static void spread(const Pass *pass, Worker *worker) {
+/* Embeddings (T, C) to the residual stream (panels, C, 16); columns without a token are 0. */
+static void embeddings_to_panels(const Pass *pass, Worker *worker) {
     const int C = pass->model->d_model;
     for (int panel = worker->thread; panel < pass->n_panels; panel += worker->n)
         for (int k = 0; k < C; k += 16) {
@@ -720,17 +736,19 @@ static void spread(const Pass *pass, Worker *worker) {
             transpose(rows);
             for (int i = 0; i < 16; i++) _mm512_store_ps(pass->x + ((size_t)panel * C + k + i) * PANEL, rows[i]);
         }
-    meet(worker);
+    wait_for_all(worker);
 }
 
+/* LayerNorm of panels x (panels, C, 16) into the inputs of a product. */
 static void normalize_all(const Pass *pass, const float *x, int n_panels, Norm norm, Worker *worker) {
     const int C = pass->model->d_model;
     for (int panel = worker->thread; panel < n_panels; panel += worker->n)
         normalize(x + (size_t)panel * C * PANEL, C, norm, pass->model->eps, pass->inputs, panel);
-    meet(worker);
+    wait_for_all(worker);
 }
 
-/* The product that leaves the MLP, over as many inputs at a time as stay in the second-level cache with enough tokens. */
+/* The product with down_proj, over ranges of inputs: so many at once that those of enough tokens fit into the second-
+ * level cache. */
 static void product_in_ranges(const Pass *pass, int layer, const Linear *linear, const bf16 *inputs, Worker *worker) {
     const int K = linear->n_in, n = (K + 2047) / 2048 < MOST_RANGES ? (K + 2047) / 2048 : MOST_RANGES;
     for (int i = 0; i < n; i++)
@@ -738,6 +756,7 @@ static void product_in_ranges(const Pass *pass, int layer, const Linear *linear,
                 (i + 1) * (K / STEP) / n * STEP, TO_RESIDUAL, worker);
 }
 
+/* place: the column of each token of the step. */
 static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) {
     const Model *model = pass->model;
     const int C = model->d_model, n_panels = (pass->step->n_logits + PANEL - 1) / PANEL;
@@ -749,11 +768,12 @@ static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) 
             float *to = pass->wanted + (size_t)panel * C * PANEL + c;
             for (int k = 0; k < C; k++) to[k * PANEL] = from[k * PANEL];
         }
-    meet(worker);
+    wait_for_all(worker);
     normalize_all(pass, pass->wanted, n_panels, model->norm_f, worker);
     product(pass, 0, -1, &model->head, pass->inputs, n_panels, 0, C, TO_LOGITS, worker);
 }
 
+/* The same as `mpt_step` for any number of tokens. */
 void mpt_prompt(const Model *model, const Step *step) {
     const int C = model->d_model;
     int n_panels = 0;
@@ -780,19 +800,19 @@ void mpt_prompt(const Model *model, const Step *step) {
     {
         Worker worker = {&team, pass.queues, omp_get_thread_num(), omp_get_num_threads()};
         configure_tiles();
-        spread(&pass, &worker);
+        embeddings_to_panels(&pass, &worker);
         for (int layer = 0; layer < model->n_layers; layer++) {
             const Layer *now = model->layers + layer;
             normalize_all(&pass, pass.x, n_panels, now->norm_1, &worker);
-            lower(&pass, layer, WQKV, pass.inputs, C, &worker);
+            multiply_by_a(&pass, layer, WQKV, pass.inputs, C, &worker);
             product(&pass, layer, WQKV, &now->wqkv, pass.inputs, n_panels, 0, C, TO_ATTENTION, &worker);
             n_read += attend_all(&pass, layer, &worker);
-            lower(&pass, layer, OUT_PROJ, pass.inputs, C, &worker);
+            multiply_by_a(&pass, layer, OUT_PROJ, pass.inputs, C, &worker);
             product(&pass, layer, OUT_PROJ, &now->out_proj, pass.inputs, n_panels, 0, C, TO_RESIDUAL, &worker);
             normalize_all(&pass, pass.x, n_panels, now->norm_2, &worker);
-            lower(&pass, layer, UP_PROJ, pass.inputs, C, &worker);
+            multiply_by_a(&pass, layer, UP_PROJ, pass.inputs, C, &worker);
             product(&pass, layer, UP_PROJ, &now->up_proj, pass.inputs, n_panels, 0, C, TO_GELU, &worker);
-            lower(&pass, layer, DOWN_PROJ, pass.inner, model->d_ffn, &worker);
+            multiply_by_a(&pass, layer, DOWN_PROJ, pass.inner, model->d_ffn, &worker);
             product_in_ranges(&pass, layer, &now->down_proj, pass.inner, &worker);
         }
         if (step->n_logits) give_logits(&pass, place, &worker);

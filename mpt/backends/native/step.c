@@ -1,39 +1,52 @@
-/* One step of an MPT model for a few tokens on CPU: everything from the embeddings to the logits in one parallel region.
+/* One step of an MPT model for a few tokens on CPU: everything from the embeddings to the logits in one parallel
+ * region.
  *
- * Decoding reads each weight once and computes little with it, so its speed is the memory's. Called layer by layer from
- * Python the same step spends a third of its time elsewhere: a thread barrier per operation, kernels that read a
+ *   inputs of products        `put` and `finish` lay them out as the weights take them; LayerNorm writes through them
+ *   products                  `multiply`: 32 outputs of up to 32 tokens, by tiles of AMX or by plain loops
+ *   adapters                  low-rank products beside each product
+ *   products and their use    `product`: outputs over the threads, into rows, the residual stream, or through GELU
+ *   attention                 `attend`: one head of one row, over bfloat16 or int8 keys
+ *   the step                  memory, and `mpt_step`, which calls all of it layer by layer
+ *
+ * Decoding reads each weight once and computes little with it, so memory sets its speed. Called layer by layer from
+ * Python the same step spends a third of its time elsewhere: a thread barrier for each operation, kernels that read a
  * matrix at half the memory's speed for a few rows, one attention call for each row.
  *
- * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases and norms bfloat16. The
- * residual stream and all sums are float32. What meets a bfloat16 weight is rounded to bfloat16; what meets an int8
- * weight becomes two int8 numbers, 15 bits of each token's largest value, so that outliers (Dettmers et al. 2022) stay.
- * A token's result does not depend, not in one bit, on which other tokens share the step: every sum runs in its own
- * fixed order.
+ * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases and norms are bfloat16.
+ * The residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. With AMX, inputs of
+ * int8 weights become two int8 numbers, 15 bits of a token's largest value, which leaves enough of the others beside an
+ * outlier (Dettmers et al. 2022); without AMX they are rounded to bfloat16 too. No bit of a token's result depends on
+ * which other tokens share the step: every sum runs in its own fixed order.
  *
- * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position; then nothing of attention
- * is rounded but them.
+ * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position. With int8 the queries
+ * and the weights of attention are not rounded.
  */
 #include "common.h"
 
-/* -- what is multiplied with a weight ----------------------------------------------------------------------------- */
+/* -- inputs of products -------------------------------------------------------------------------------------------- */
 
-/* Tokens stand side by side in columns, PANEL of them to a cache line: the residual stream is (C, columns) float32, and
- * what works on all tokens of a step works on whole vectors, however few tokens there are. */
+/* Tokens are columns, PANEL of them to a cache line: the residual stream is (C, columns) float32. So everything that
+ * works on all tokens of a step works on whole vectors, however few tokens there are. */
 static inline int columns_of(int T) { return (T + PANEL - 1) / PANEL * PANEL; }
 
-/* The inputs of a product, (K, T), as its weights take them.
+/* The inputs of a product, (K, T), as its weights take them; k counts inputs.
  *
- * bfloat16 in `packed`: for AMX panels of 16 tokens, in each blocks of 32 k as (16, 16 tokens, 2); else (T, K).
- * For AMX and int8 weights: first float32 in `staged` (K, columns) with each thread's largest |x| of a token in `peaks`
- * (threads, columns); then, by `finish`, two int8 numbers in `packed`, x = step * (128 high + low), in panels of 16
- * columns, in each blocks of 64 k as (16, 16 columns, 4). Up to 8 tokens: high and low are columns of one panel. */
+ * Without AMX: bfloat16 (T, K) in `packed`.
+ *
+ * With AMX and bfloat16 weights: bfloat16 in `packed`, by panels of 16 tokens, each of blocks of 32 k, each (16 pairs
+ * of k, 16 tokens, 2).
+ *
+ * With AMX and int8 weights: first float32 in `staged` (K, columns), with each thread's largest |x| of a token in
+ * `peaks` (threads, MAX_TOKENS). Then `finish` makes two int8 numbers in `packed`, x = step * (128 high + low), by
+ * panels of 16 columns, each of blocks of 64 k, each (16 fours of k, 16 columns, 4). `high` fills one panel and `low`
+ * the next; up to 8 tokens share one panel, `high` in its first half and `low` in its second. */
 typedef struct {
     int K, columns, is_int8, thread;
     void *packed;
     float *staged, *peaks, *steps;
 } Inputs;
 
-/* Put down the 16 tokens of a panel at two neighbouring k. */
+/* Write the 16 tokens of a panel at two neighbouring k. */
 static inline void put(const Inputs *inputs, int panel, int k, const float *even, const float *odd) {
     if (inputs->is_int8) {
         float *staged = inputs->staged + (size_t)k * inputs->columns + panel * PANEL;
@@ -64,7 +77,8 @@ static void start(Inputs *inputs, int K, const Linear *linear) {
         for (int c = 0; c < MAX_TOKENS; c++) inputs->peaks[(size_t)inputs->thread * MAX_TOKENS + c] = 0;
 }
 
-/* All of it is put down: nothing more to do for bfloat16. Called by every thread after they have met. */
+/* Quantize inputs of int8 weights, after all of them are written and the threads have waited for each other; bfloat16
+ * needs nothing more. Every thread calls it. */
 static void finish(Inputs *inputs, int T, Worker *worker) {
     if (!inputs->is_int8) return;
     const int K = inputs->K, columns = inputs->columns, shares_panel = T <= 8;
@@ -77,7 +91,7 @@ static void finish(Inputs *inputs, int T, Worker *worker) {
             }
             inputs->steps[c] = top / (127 * 128);
         }
-    meet(worker);
+    wait_for_all(worker);
     float inverse[MAX_TOKENS];
     for (int c = 0; c < columns; c++) inverse[c] = 1.0f / inputs->steps[c];
     for (int k = part(worker, K, 4, 0); k < part(worker, K, 4, 1); k += 4) {
@@ -98,7 +112,7 @@ static void finish(Inputs *inputs, int T, Worker *worker) {
             }
         }
     }
-    meet(worker);
+    wait_for_all(worker);
 }
 
 /* LayerNorm of one panel of the residual stream (C, columns), into the inputs of a product. */
@@ -139,8 +153,9 @@ static void normalize_one(float *x, Norm norm, float eps, int n) {
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 #if AMX
-/* The beginning of 32 rows of weights, while sums leave the tiles and memory would have nothing to do: the processor, which
- * guesses the rest of a row, does not guess where the next begins. One token: 6 to 9 % faster at 125M, 2 % at 1B. */
+/* Prefetch the beginning of 32 rows of weights, while sums are stored and memory would be idle: the processor
+ * prefetches the rest of a row by itself, but not where the next begins. One token: 6 to 9 % faster at 125M, 2 % at
+ * 1B. */
 static inline void begin_to_fetch(const char *rows, size_t stride) {
     for (int i = 0; i < 32; i++)
         for (int line = 0; line < 2; line++) _mm_prefetch(rows + i * stride + 64 * line, _MM_HINT_T1);
@@ -184,7 +199,8 @@ static inline __attribute__((always_inline)) void multiply_tiles(const char *row
     _tile_stored(3, (float *)sums + 528, 128);
 }
 
-/* Sums (32 outputs, 32 tokens) of outputs n0 and on, n_blocks of 16, and tokens `first` and on, n_here of them. */
+/* Sums (32 outputs, 32 tokens): n_blocks blocks of 16 outputs from n0, of n_here tokens from `first`. soon: how many
+ * outputs further this thread's next turn most likely is. */
 static void multiply(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first, int n_here,
                      float *sums) {
     const size_t stride = (size_t)linear->n_in * 2;
@@ -193,7 +209,7 @@ static void multiply(const Linear *linear, int n0, int n_blocks, int soon, const
     multiply_tiles(rows, more, stride, panel, next, n_here > PANEL, soon, sums, 0);
 }
 
-/* The same with int8 weights, for up to 16 tokens; all sums are exact. */
+/* The same with int8 weights, for up to 16 tokens. The sums of int8 products are exact. */
 static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first,
                           int n_here, float *sums) {
     const size_t stride = linear->n_in;
@@ -248,13 +264,13 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
 }
 #endif
 
-/* -- adapters ------------------------------------------------------------------------------------------------------- */
+/* -- adapters ------------------------------------------------------------------------------------------------------ */
 
-/* One projection's adapters, and what they make of its inputs: low (adapters, max_rank, columns). */
+/* The adapters of one projection: y += b (a x), with low = a x (adapters, max_rank, columns). */
 typedef struct {
     int n, max_rank, columns, stride;
-    const Lora *loras;           /* every stride-th */
-    const int32_t *adapter_of;   /* (T) each token's, or -1 */
+    const Lora *loras;           /* of the first adapter; the next adapter's is `stride` further */
+    const int32_t *adapter_of;   /* (T) the index of each token's adapter, or -1 */
     float *low;
 } Adapted;
 
@@ -264,7 +280,7 @@ static Adapted adapted_at(const Model *model, const Step *step, const int32_t *a
                      .loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL};
 }
 
-/* One row of A (K) times the inputs of a panel. */
+/* One row of a matrix a (K) times the inputs of a panel. */
 static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out) {
     const int K = inputs->K;
     if (inputs->is_int8) {
@@ -296,7 +312,8 @@ static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out
 #endif
 }
 
-static void lower(Adapted adapted, const Inputs *inputs, Worker *worker) {
+/* low = a x for all adapters and all tokens, also for tokens of other adapters, whose results are not used. */
+static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker) {
     if (!adapted.n) return;
     for (int task; (task = take(worker, 1)) < adapted.n * adapted.max_rank;) {
         const int which = task / adapted.max_rank, r = task % adapted.max_rank;
@@ -306,12 +323,12 @@ static void lower(Adapted adapted, const Inputs *inputs, Worker *worker) {
         for (int panel = 0; panel < adapted.columns / PANEL; panel++)
             dot_panel(lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
     }
-    leave(worker);
-    meet(worker);
+    end_loop(worker);
+    wait_for_all(worker);
 }
 
-/* What its adapter adds to a token's outputs n0 to n0 + 15, every 32nd of sums. One function for all callers, so that all
- * round alike. */
+/* Add b low to one token's outputs n0 to n0 + 15, which are 32 numbers apart in sums. Never inlined, so that the
+ * compiler orders its sums in one way for all callers. */
 static __attribute__((noinline)) void add_adapted(const Adapted *adapted, const Lora *lora, const float *low, int N, int n0,
                                                   float *sums) {
     float values[PANEL] = {0};
@@ -321,22 +338,22 @@ static __attribute__((noinline)) void add_adapted(const Adapted *adapted, const 
     for (int i = 0; i < PANEL; i++) sums[i * 32] += values[i];
 }
 
-/* -- products, and what becomes of them ----------------------------------------------------------------------------- */
+/* -- products and their use ---------------------------------------------------------------------------------------- */
 
 typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
 
-/* Of 16 values. One function for all callers, so that all round alike. */
+/* GELU of 16 values, in place. Never inlined, so that it rounds in one way for all callers. */
 static __attribute__((noinline)) void gelu(float *x) {
     for (int i = 0; i < PANEL; i++) x[i] = gelu_(x[i]);
 }
 
-/* Outputs for T tokens, shared out over the threads: added to the residual stream `out` (N, columns), or through GELU
- * the inputs `next` of another product, or rows: token t's at out + row_of[t] * N (t if NULL), none where row_of is
- * negative. */
+/* All outputs for T tokens, over the threads. TO_RESIDUAL adds them to the residual stream `out` (N, columns). TO_GELU
+ * makes them, through GELU, the inputs `next` of another product. TO_ROWS writes token t's to out + row_of[t] * N,
+ * nothing where row_of[t] is negative; without row_of, to out + t * N. */
 static void product(const Linear *linear, const Inputs *inputs, Adapted adapted, int T, Target target, float *out,
                     Inputs *next, const int32_t *row_of, Worker *worker) {
     const int N = linear->n_out, n_pairs = (N + 31) / 32, columns = inputs->columns;
-    const int soon = 32 * worker->n; /* what a thread most likely takes next is so many outputs further */
+    const int soon = 32 * worker->n; /* as each of the other threads takes one pair meanwhile */
     const int at_once = !inputs->is_int8 ? 32 : T > 8 ? 16 : 8;
     for (int pair; (pair = take(worker, 1)) < n_pairs;) {
         const int n0 = pair * 32, n_outputs = N - n0 >= 32 ? 32 : 16;
@@ -369,7 +386,7 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
                     for (int c = 0; c < n_columns; c++) x[c] += values[c];
                 }
             }
-            if (target == TO_GELU && n_here <= 4) /* few tokens: 16 outputs of one, not one output of 16 */
+            if (target == TO_GELU && n_here <= 4) /* vectors of 16 outputs of a token: fewer than one for each output */
                 for (int token = 0; token < n_here; token++)
                     for (int r = 0; r < n_outputs; r += PANEL) {
                         float column[PANEL];
@@ -390,11 +407,11 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
                 }
         }
     }
-    leave(worker);
-    meet(worker);
+    end_loop(worker);
+    wait_for_all(worker);
 }
 
-/* -- attention ------------------------------------------------------------------------------------------------------ */
+/* -- attention ----------------------------------------------------------------------------------------------------- */
 
 enum { KEYS = 64 }; /* weighed at once */
 
@@ -465,7 +482,8 @@ static inline void dots_int8(const float *query, const int8_t *keys, int n, int 
     }
 }
 
-/* acc (D) += weights (n) times values (n, D), four for each pass over acc; up to four weights behind the last are 0. */
+/* acc (D) += weights (n) times values (n, D), four values for each pass over acc. The weights that fill up the last
+ * four are 0. */
 static inline void add(const float *weights, const bf16 *values, int n, int D, float *acc) {
     for (int j = 0; j < n; j += 4) {
         const bf16 *v0 = values + (size_t)j * D, *v1 = j + 1 < n ? v0 + D : v0, *v2 = j + 2 < n ? v1 + D : v0,
@@ -494,17 +512,23 @@ static inline void add_int8(const float *weights, const int8_t *values, int n, i
     }
 }
 
-/* Begin to fetch what is read next: a row's cache lies in pieces too short for the processor to guess them. */
-static inline void ahead(const void *from, size_t n_bytes) {
+/* Prefetch what is read next: the pieces of a row's cache are too short for the processor to prefetch them by
+ * itself. */
+static inline void prefetch(const void *from, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 
-/* One head of one row: T queries (T, D), the last T of `stored` positions, over the keys up to their own.
+/* One head of one row: T queries (T, D), those of the last T of `stored` positions, each over the keys up to its own.
+ * Returns how many keys were read, added up over the queries.
  *
- * Blocks of keys are read from the newest to the oldest; they begin at multiples of KEYS, so that what a query sums does
- * not depend on how many others come with it. ALiBi makes old keys count less: with |q.k| <= |q| max|k| no key at
- * distance d or more can score above |q| max|k| scale - slope d, and together they weigh less than
- * e^(that - best) / (1 - e^-slope) of what is summed up already. Once that is under `drop` the rest is left out. */
+ * Softmax is computed online (Dao et al. 2022): `best` is the best score so far, `total` the sum of e^(score - best),
+ * `acc` that of the weighted values; a better score scales both sums down. Blocks of keys are read from the newest to
+ * the oldest and begin at multiples of KEYS, so that a query's sums do not depend on how many other queries come with
+ * it.
+ *
+ * ALiBi makes old keys count less. As |q.k| <= |q| max|k|, no key at distance d or more scores above |q| max|k| scale -
+ * slope d, and all of them together weigh less than e^(that - best) / (1 - e^-slope). Once that is under `drop` times
+ * `total`, the remaining keys are left out. */
 static inline __attribute__((always_inline)) int64_t attend(const void *queries, int T, Stored from, int stored, int D,
                                                             float scale, float slope, float key_norm, float drop,
                                                             float *out, int out_stride, const int is_int8) {
@@ -527,12 +551,12 @@ static inline __attribute__((always_inline)) int64_t attend(const void *queries,
     for (int start = (stored - 1) / KEYS * KEYS; start >= 0 && n_open; start -= KEYS) {
         const char *block_keys = keys + start * size * D, *block_values = values + start * size * D;
         const int n_block = stored - start < KEYS ? stored - start : KEYS;
-        ahead(block_values, n_block * size * D);
-        if (is_int8) ahead(from.value_scales + start, n_block * sizeof(float));
-        if (start) ahead(block_keys - KEYS * size * D, KEYS * size * D);
-        if (is_int8 && start) ahead(from.key_scales + start - KEYS, KEYS * sizeof(float));
+        prefetch(block_values, n_block * size * D);
+        if (is_int8) prefetch(from.value_scales + start, n_block * sizeof(float));
+        if (start) prefetch(block_keys - KEYS * size * D, KEYS * size * D);
+        if (is_int8 && start) prefetch(from.key_scales + start - KEYS, KEYS * sizeof(float));
         for (int t = 0; t < T; t++) {
-            const int own = stored - T + t; /* its own position, the last it may see */
+            const int own = stored - T + t; /* the query's position, and the last key that it may see */
             const int n = (own + 1 < start + KEYS ? own + 1 : start + KEYS) - start;
             if (n <= 0 || total[t] < 0) continue;
             float top = best[t], sum = 0;
@@ -561,7 +585,7 @@ static inline __attribute__((always_inline)) int64_t attend(const void *queries,
             n_read += n;
             const float rest = bound[t] - slope * (own - start + 1) - top;
             if (slope > 0 && rest < 0 && exp_(rest) * tail < drop * total[t]) {
-                total[t] = -total[t]; /* this query is done */
+                total[t] = -total[t]; /* the sign says that this query is finished */
                 n_open--;
             }
         }
@@ -573,7 +597,7 @@ static inline __attribute__((always_inline)) int64_t attend(const void *queries,
     return n_read;
 }
 
-/* -- the step -------------------------------------------------------------------------------------------------------- */
+/* -- the step ------------------------------------------------------------------------------------------------------ */
 
 typedef struct { /* of one layer, for the functions below */
     const Model *model;
@@ -583,7 +607,7 @@ typedef struct { /* of one layer, for the functions below */
     float *qkv, *mixed;
 } Place;
 
-/* Clip and normalise the queries, keys and values of one token. */
+/* Clip the queries, keys and values of one token and normalise its queries and keys, where the model does so. */
 static void prepare_token(const Place *at, int token) {
     const Model *model = at->model;
     const Layer *layer = model->layers + at->layer;
@@ -597,7 +621,7 @@ static void prepare_token(const Place *at, int token) {
     }
 }
 
-/* Keys and values of one head of one row behind those that are there. */
+/* Store the new keys and values of one head of one row after those stored before. */
 static void store(const Place *at, int row, int g) {
     const Model *model = at->model;
     const Step *step = at->step;
@@ -607,13 +631,13 @@ static void store(const Place *at, int row, int g) {
     for (int t = 0; t < step->row_tokens[row]; t++) {
         const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
         const size_t position = step->row_length[row] + t;
-        keep(to, position, key, key + G * D, D);
+        store_at(to, position, key, key + G * D, D);
         const float length = length_of_key(to, position, D);
         if (length > *largest) *largest = length;
     }
 }
 
-/* One query head of one row. */
+/* Attention of one query head of one row, into `mixed`. Returns the keys read. */
 static int64_t attend_head(const Place *at, int row, int head) {
     const Model *model = at->model;
     const Step *step = at->step;
@@ -634,7 +658,7 @@ static int64_t attend_head(const Place *at, int row, int head) {
     return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 0);
 }
 
-/* The step's memory, cut from one block of floats. */
+/* The step's memory: parts of one block of floats that Python allocates. */
 typedef struct {
     float *x, *qkv, *mixed, *staged, *peaks, *steps; /* x: (C, columns); qkv, mixed: (T, ...) */
     void *packed, *inner;                            /* inputs: of C, and of the MLP's inner width */
@@ -643,6 +667,7 @@ typedef struct {
 
 enum { LOOPS_PER_LAYER = 5 + N_PROJECTIONS };
 
+/* The floats that a step of T tokens needs. With a block of so many, `out` gets its parts, each on a cache line. */
 static size_t carve(const Model *model, int T, int n_threads, float *block, Scratch *out) {
     const size_t columns = columns_of(T), C = model->d_model, F = model->d_ffn, most = C > F ? C : F;
     const size_t width = C + 2 * (size_t)model->n_kv_heads * model->d_head;
@@ -674,34 +699,35 @@ static void normalize_all(const float *x, Norm norm, float eps, Inputs *inputs, 
     start(inputs, linear->n_in, linear);
     for (int panel = worker->thread; panel < inputs->columns / PANEL; panel += worker->n)
         normalize(x, inputs->columns, panel, norm, eps, inputs);
-    meet(worker);
+    wait_for_all(worker);
     finish(inputs, T, worker);
 }
 
+/* Store all new keys and values and attend over them, head by head. Returns the keys read by this thread. */
 static int64_t attend_all(const Place *at, Worker *worker) {
     const Model *model = at->model;
     const Step *step = at->step;
     const int H = model->n_heads, G = model->n_kv_heads, n_tasks = step->n_rows * H;
-    const int stores_alone = G != H; /* heads that share keys: they must all be there first */
+    const int stores_alone = G != H; /* query heads that share keys wait until all keys are stored */
     int64_t n_read = 0;
     if (model->clip_qkv > 0 || model->layers[at->layer].q_ln.weight) {
         for (int token = worker->thread; token < step->n_tokens; token += worker->n) prepare_token(at, token);
-        meet(worker);
+        wait_for_all(worker);
     }
     if (stores_alone) {
         for (int task = worker->thread; task < step->n_rows * G; task += worker->n) store(at, task / G, task % G);
-        meet(worker);
+        wait_for_all(worker);
     }
     for (int task; (task = take(worker, 1)) < n_tasks;) {
         if (!stores_alone) store(at, task / H, task % H);
         n_read += attend_head(at, task / H, task % H);
     }
-    leave(worker);
-    meet(worker);
+    end_loop(worker);
+    wait_for_all(worker);
     return n_read;
 }
 
-/* What attention gave, (T, C), as the inputs of a product. */
+/* The results of attention, (T, C), as the inputs of a product. */
 static void pack(const float *mixed, Inputs *inputs, const Linear *linear, int T, Worker *worker) {
     const int C = linear->n_in;
     start(inputs, C, linear);
@@ -715,10 +741,11 @@ static void pack(const float *mixed, Inputs *inputs, const Linear *linear, int T
             }
             put(inputs, panel, k, pair[0], pair[1]);
         }
-    meet(worker);
+    wait_for_all(worker);
     finish(inputs, T, worker);
 }
 
+/* One step: keys and values of all its tokens are stored in their rows, logits are written for those that want them. */
 void mpt_step(const Model *model, const Step *step) {
     const int T = step->n_tokens, C = model->d_model, columns = columns_of(T);
     const int width = C + 2 * model->n_kv_heads * model->d_head;
@@ -747,25 +774,25 @@ void mpt_step(const Model *model, const Step *step) {
         for (int k = part(&worker, C, 1, 0); k < part(&worker, C, 1, 1); k++)
             for (int token = 0; token < columns; token++)
                 x[(size_t)k * columns + token] = token < T ? step->x[(size_t)token * C + k] : 0;
-        meet(&worker);
+        wait_for_all(&worker);
         for (int layer = 0; layer < model->n_layers; layer++) {
             const Layer *now = model->layers + layer;
             const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
             Adapted adapted[N_PROJECTIONS];
             for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, layer, i);
             normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
-            lower(adapted[WQKV], &inputs, &worker);
+            multiply_by_a(adapted[WQKV], &inputs, &worker);
             product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
             n_read += attend_all(&at, &worker);
             pack(scratch.mixed, &inputs, &now->out_proj, T, &worker);
-            lower(adapted[OUT_PROJ], &inputs, &worker);
+            multiply_by_a(adapted[OUT_PROJ], &inputs, &worker);
             product(&now->out_proj, &inputs, adapted[OUT_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
             normalize_all(x, now->norm_2, model->eps, &inputs, &now->up_proj, T, &worker);
-            lower(adapted[UP_PROJ], &inputs, &worker);
+            multiply_by_a(adapted[UP_PROJ], &inputs, &worker);
             start(&inner, model->d_ffn, &now->down_proj);
             product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, NULL, &worker);
             finish(&inner, T, &worker);
-            lower(adapted[DOWN_PROJ], &inner, &worker);
+            multiply_by_a(adapted[DOWN_PROJ], &inner, &worker);
             product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
         }
         if (step->n_logits) {

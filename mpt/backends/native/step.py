@@ -1,6 +1,7 @@
-"""A model's step for few tokens in C: its structures, filled from the modules, and the call.
+"""A model's steps in C, for few tokens and for whole prompts: the structures, filled from the modules, and the calls.
 
-It takes over where Python and torch's thread barriers would cost as much as reading the weights.
+It takes over where Python and torch's thread barriers would cost as much as reading the weights. Shapes are checked
+here, as C checks nothing.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ class RowMemory:
 
 
 class NativeStep:
-    """A model's step for few tokens. Holds pointers into the model's tensors, which must stay where they are."""
+    """A model's steps. Holds pointers into the model's tensors, which must stay where they are."""
 
     def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, variant: str | None = None) -> None:
         """drop: the share of a query's attention that may be left out with old keys. variant: another one of those that
