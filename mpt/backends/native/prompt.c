@@ -22,7 +22,7 @@
  * of values.
  *
  * Attention is FlashAttention's online softmax (Dao 2023) over blocks of keys, from the newest to the oldest. It ends
- * where ALiBi leaves less than `drop` to the rest: see `attend` in step.c.
+ * where ALiBi leaves less than `drop` to the rest: see `attend` in attention.h.
  */
 #include "common.h"
 
