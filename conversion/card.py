@@ -4,49 +4,16 @@ from collections.abc import Mapping
 
 import torch
 
-from conversion import templates
+from conversion import metadata
 from conversion.source import Source
-from mpt.catalog import UNKNOWN_LICENCE, Entry, describe
-from mpt.errors import MPTError
-from mpt.prompts import PromptStyle
-
-
-def licence(source: Source) -> str:
-    """SPDX identifier as the file, its folder or the catalog tells it, else `unknown`."""
-    if source.licence is not None:
-        return source.licence
-    entry = _entry(source)
-    return UNKNOWN_LICENCE if entry is None else entry.licence
-
-
-def prompt_style(source: Source) -> PromptStyle | None:
-    """How its prompts look, where its folder or the catalog tells."""
-    entry = _entry(source)
-    return None if entry is None else entry.prompt_style
-
-
-def chat_template(source: Source) -> str | None:
-    """The source's own, else the one of its prompt style."""
-    entry = _entry(source)
-    if source.chat_template is not None or entry is None:
-        return source.chat_template
-    return templates.jinja(entry.prompt_style, entry.system_prompt)
-
-
-def _entry(source: Source) -> Entry | None:
-    if source.folder is None:
-        return None
-    try:
-        return describe(str(source.folder))
-    except MPTError:
-        return None
+from mpt.catalog import UNKNOWN_LICENCE
 
 
 def render(source: Source, dtype: torch.dtype, hashes: Mapping[str, str]) -> str:
     """README.md with the front matter the hub reads. hashes: sha256 of the source's files."""
     config, attention = source.config, source.config.attention
     name = source.path.resolve().name
-    its_licence = licence(source)
+    its_licence = metadata.licence(source)
     lines = [
         "---",
         f"license: {its_licence.lower() if its_licence != UNKNOWN_LICENCE else 'unknown'}",

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from conversion.format_table import exports
+from conversion.options import DtypeChoice, Options, TritonChoice
 from mpt.errors import DamagedFile, UserError
 
 if TYPE_CHECKING:
     from conversion.source import Source
 
-# The same as in conversion.convert, which is slow to import; the type checker compares them.
-Target = Literal["hf", "onnx", "fastertransformer", "gguf"]
-DtypeChoice = Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
-TritonChoice = Literal["no", "whole", "stream"]
+    Target = str
+else:
+    Target = Literal[tuple(exports())]  # typer offers these choices
+_FORMATS = "The format to write. " + "; ".join(f"{name}: {row.help}" for name, row in exports().items()) + "."
 SourcePath = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A checkpoint's folder or file of any kind, or a name of the catalog.")
 ]
@@ -26,9 +28,10 @@ Base = Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="What an a
 def convert(
     source: SourcePath,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write; must not hold anything.")],
-    to: Annotated[Target, typer.Option(help="The format to write.")],
+    to: Annotated[Target, typer.Option(help=_FORMATS)],
     dtype: Annotated[
-        DtypeChoice, typer.Option(help="Of the weights; auto keeps them (ONNX: float32 for bfloat16).")
+        DtypeChoice,
+        typer.Option(help="Of the weights; auto keeps them, or takes float32 where the format lacks theirs."),
     ] = "auto",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks a FasterTransformer folder is split for.")] = 1,
     triton: Annotated[
@@ -45,7 +48,6 @@ def convert(
 
     Example: mpt convert mpt-tiny my-onnx --to onnx --dtype int8
     """
-    from conversion.convert import Options
     from conversion.convert import convert as run
 
     options = Options(
@@ -75,7 +77,7 @@ def inspect(
 
     Example: mpt inspect downloads/model-q8_0.gguf
     """
-    from conversion.source import open_source
+    from conversion.open import open_source
 
     found = _described(open_source(source, tokenizer, base))
     if as_json:
@@ -111,7 +113,7 @@ def verify(
 
 
 def _described(source: "Source") -> dict[str, Any]:
-    from conversion import card
+    from conversion import card, metadata
     from conversion.convert import beyond
 
     config, attention = source.config, source.config.attention
@@ -134,7 +136,7 @@ def _described(source: "Source") -> dict[str, Any]:
         "biases": not config.no_bias,
         "tied head": config.tie_word_embeddings,
         "tokenizer": None if source.tokenizer is None else f"{source.tokenizer.vocab_size} tokens",
-        "licence": card.licence(source),
+        "licence": metadata.licence(source),
         "note": "; ".join(source.notes) or None,
         "transformers' own class differs": "; ".join(config.beyond_stock()) or None,
         "cannot be expressed in": {to: "; ".join(why.values()) for to, why in beyond(source).items() if why} or None,

@@ -1,6 +1,8 @@
-"""What a path holds: recognised by looking, described, and every tensor of it readable under the model's own name."""
+"""A checkpoint of any format, described, and every tensor of it readable under the model's own name.
 
-import os
+Not here: which format a path holds and how it is read (`open.py`, `formats/`).
+"""
+
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +12,11 @@ from typing import Any
 import torch
 
 from conversion.tensors import Lazy
-from mpt.catalog import find_local
 from mpt.checkpoint import read_manifest, sha256
 from mpt.config import MPTConfig
-from mpt.errors import CheckpointNotFound, DamagedFile, UserError
+from mpt.errors import DamagedFile
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-
-KINDS = ("huggingface", "adapter", "composer", "composer-sharded", "fastertransformer", "gguf", "onnx")
-_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip", ".tar.zst", ".7z")
 
 
 @dataclass(frozen=True)
@@ -64,68 +62,6 @@ class Source:
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 
 
-def recognise(path: Path) -> str:
-    """One of KINDS. Raises CheckpointNotFound for what is none of them, UserError for an archive."""
-    if path.name.endswith(_ARCHIVES) and path.is_file():
-        raise UserError(f"`{path}` is an archive; unpack it into a folder of its own and give that")
-    if path.is_file():
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic == b"GGUF":
-            return "gguf"
-        if magic[:2] == b"PK" or path.suffix in (".pt", ".pth"):
-            return "composer"
-        raise CheckpointNotFound(f"`{path}` is no checkpoint file this reads: .pt of Composer, or .gguf")
-    if not path.is_dir():
-        raise CheckpointNotFound(f"`{path}` does not exist; give a checkpoint's folder or file")
-    if (path / "adapter_config.json").is_file():
-        return "adapter"
-    if (path / ".metadata").is_file() and any(path.glob("*.distcp")):
-        return "composer-sharded"
-    if (path / "model.onnx").is_file():
-        return "onnx"
-    if (path / "config.ini").is_file() or any(path.glob("*-gpu/config.ini")):
-        return "fastertransformer"
-    if (path / "config.json").is_file():
-        return "huggingface"
-    for found in sorted(path.glob("*.gguf")) + sorted(path.glob("*.pt")):
-        raise CheckpointNotFound(f"`{path}` has no config.json; give the file, for example `{found}`")
-    raise CheckpointNotFound(
-        f"`{path}` holds no checkpoint: config.json (Hugging Face), adapter_config.json (peft), model.onnx, "
-        "config.ini (FasterTransformer) or .metadata (Composer)"
-    )
-
-
-def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: str | None = None) -> Source:
-    """Open a checkpoint of any kind: a path, or a name of the catalog whose copy is on this machine.
-
-    tokenizer: a folder, for kinds that bring none. base: what an adapter is added to, instead of what it names.
-    Raises CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError.
-    """
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        found = find_local(str(name_or_path))
-        if found is None:
-            raise CheckpointNotFound(f"`{name_or_path}` does not exist; give a checkpoint's folder or file")
-        path = found
-    kind = recognise(path)
-    if path.is_dir():
-        refuse_links_outside(path)
-    if base is not None and kind != "adapter":
-        raise UserError(f"`--base` goes with adapters; `{path}` is {kind}")
-    from conversion.formats import adapter, composer, fastertransformer, gguf_file, huggingface
-
-    if kind == "adapter":
-        return adapter.read(path, base)
-    if kind in ("composer", "composer-sharded"):
-        return composer.read(path, tokenizer)
-    if kind == "fastertransformer":
-        return fastertransformer.read(path, tokenizer)
-    if kind == "gguf":
-        return gguf_file.read(path, tokenizer)
-    return huggingface.read(path, kind, tokenizer)
-
-
 def complete(config: MPTConfig, tensors: dict[str, Lazy], where: Path) -> dict[str, Lazy]:
     """The tensors as exactly the model's parameters, in its shapes and order; a head equal to the embedding goes.
 
@@ -152,17 +88,6 @@ def complete(config: MPTConfig, tensors: dict[str, Lazy], where: Path) -> dict[s
         if head.shape != wte.shape or not torch.equal(head.read().to(wte.dtype), wte.read()):
             raise DamagedFile(f"`lm_head.weight` in `{head.where}` differs from the embedding the config ties it to")
     return {name: tensors[name] for name in expected}
-
-
-def refuse_links_outside(folder: Path) -> None:
-    """Raises DamagedFile for a link that leaves the folder; the Hugging Face cache's own links are allowed."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs"  # of <cache>/models--x--y/snapshots/<commit>
-    for entry in os.scandir(folder):
-        if entry.is_symlink():
-            target = Path(entry.path).resolve()
-            if not target.is_relative_to(root) and target.parent != blobs:
-                raise DamagedFile(f"`{entry.path}` is a link to `{target}`, outside its folder; copy the file itself")
 
 
 def unpack(format_: str, data: bytes, where: str) -> tuple[Any, ...]:

@@ -6,20 +6,22 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conversion.source import Source, open_source
-from mpt.checkpoint import without_progress_bar
+from conversion import running
+from conversion.format_table import exports
+from conversion.open import open_source, open_written
+from conversion.running import Extend, Forward, Runner
+from conversion.source import Source
+from mpt.checkpoint import verify_manifest
 from mpt.errors import MPTError
-from mpt.model import MPTMLP, MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 
 REPORT = "verification.json"
@@ -29,9 +31,7 @@ _LOGIT_LIMIT = 1e-4  # of float32, times the logits' deviation where that is abo
 _NOISE = 4.0  # times the root mean square difference: a smaller lead is a tie, which any rounding may turn
 _LENGTHS = (1, 17, 256)
 _GREEDY = 64
-_CHUNK = 128  # tokens
 _ROWS = 2048  # of a matrix, compared at a time
-_STOCK = "transformers' own class"
 _MEMORY_SHARE = 0.7  # of what is free, for two float32 models
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -70,19 +70,12 @@ class Report:
         return json.dumps({"checks": [asdict(check) for check in self.checks]}, indent=2, ensure_ascii=False) + "\n"
 
 
-# A batch of token ids (B, T) and its mask, 0 at padding on the left, to logits (B, T, V) in float32.
-Forward = Callable[[Tensor, Tensor], Tensor]
-
-
 def check(source: Source, folder: Path, dtype: str, given_up: Sequence[str] = ()) -> Report:
     """Compare a converted folder, in whatever format it is, with its source."""
-    checks: list[Check] = []
-    try:
-        target = _reopen(folder)
-    except MPTError as error:
-        return Report([Check(1, "structure", False, str(error))])
-    checks.append(Check(1, "structure", True, f"{len(target.tensors)} tensors, each once, in its shape"))
-    checks += [Check(1, "given up", True, what) for what in given_up]
+    target, structure = _structure(folder)
+    if target is None:
+        return Report([structure])
+    checks = [structure, *(Check(1, "given up", True, what) for what in given_up)]
     settings = _config(source, target, given_up)
     checks.append(settings)
     checks.append(_round_trip(source, target, dtype))
@@ -99,9 +92,13 @@ def check(source: Source, folder: Path, dtype: str, given_up: Sequence[str] = ()
     return Report(checks)
 
 
-def _reopen(folder: Path) -> Source:
-    single = folder / "model.gguf"
-    return open_source(single if single.is_file() else folder)
+def _structure(folder: Path) -> tuple[Source | None, Check]:
+    """What was written, opened again."""
+    try:
+        target = open_written(folder)
+    except MPTError as error:
+        return None, Check(1, "structure", False, str(error))
+    return target, Check(1, "structure", True, f"{len(target.tensors)} tensors, each once, in its shape")
 
 
 def _config(source: Source, target: Source, given_up: Sequence[str]) -> Check:
@@ -158,59 +155,54 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
 
 def _numbers(source: Source, target: Source, folder: Path, dtype: str) -> list[Check]:
     """Level 3: lengths, left padding, and what the runtime itself answers where there is one."""
-    reference = _torch(_filled(source))
-    runners: list[tuple[str, Forward]] = []
-    if target.kind == "onnx":
-        from mpt.backends.onnx_session import Session
-
-        runners.append(("onnxruntime", Session(folder).forward))
-    else:
-        runners.append(
-            (
-                f"{target.kind} read back",
-                _torch(_filled(target, "tanh" if target.kind == "fastertransformer" else "erf")),
-            )
-        )
-    if target.kind == "huggingface" and not source.config.beyond_stock():
-        runners.append((_STOCK, _stock(folder)))
+    reference = running.forward_of(running.filled(source))
     checks = []
-    longest = source.config.max_seq_len + 1
-    lengths = [*_LENGTHS, *([longest] if longest <= 4097 and not source.config.has_wpe else [])]
-    for what, forward in runners:
-        known = [n for n in lengths if n < longest] if what == _STOCK else lengths  # its ALiBi ends there
-        limit = "float16" if target.kind == "fastertransformer" and dtype == "float32" else dtype
-        checks.append(_compare(reference, forward, source, known, limit, what))
-        checks.append(_compare_padded(reference, forward, source, limit, what))
-    if target.kind == "onnx":
-        checks.append(_greedy(source, folder, dtype))
+    for runner in _runners(source, target, folder):
+        limit = runner.least_exact if runner.least_exact and dtype == "float32" else dtype
+        checks.append(_compare_lengths(reference, runner, source, limit))
+        checks.append(_compare_padded(reference, runner, source, limit))
+        if runner.extend is not None:
+            checks.append(_greedy(reference, runner.extend, source, dtype))
     return checks
 
 
-def _compare(
-    reference: Forward, forward: Forward, source: Source, lengths: Sequence[int], dtype: str, what: str
-) -> Check:
+def _runners(source: Source, target: Source, folder: Path) -> list[Runner]:
+    row = next((row for row in exports().values() if row.kind == target.kind), None)
+    if row is None:  # a folder that the trainer wrote, for example an adapter
+        return [running.read_back(target)]
+    return row.module().runners(source, target, folder)
+
+
+def _random_ids(source: Source, rows: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, n) and their mask, all of it 1."""
+    ids = torch.randint(0, source.config.vocab_size, (rows, n), generator=generator)
+    return ids, torch.ones_like(ids)
+
+
+def _compare_lengths(reference: Forward, runner: Runner, source: Source, dtype: str) -> Check:
+    one_more = source.config.max_seq_len + 1
+    lengths = [*_LENGTHS, *([one_more] if one_more <= 4097 and not source.config.has_wpe else [])]
+    if runner.longest is not None:
+        lengths = [n for n in lengths if n <= runner.longest]
     generator = torch.Generator().manual_seed(0)
     worst = Difference()
     for n in lengths:
         if source.config.has_wpe and n > source.config.max_seq_len:
             continue
-        ids = torch.randint(0, source.config.vocab_size, (1, n), generator=generator)
-        mask = torch.ones_like(ids)
-        worst = worst.with_(reference(ids, mask), forward(ids, mask))
-    return worst.check(dtype, f"{what}, {', '.join(map(str, lengths))} tokens")
+        ids, mask = _random_ids(source, 1, n, generator)
+        worst = worst.with_(reference(ids, mask), runner.forward(ids, mask))
+    return worst.check(dtype, f"{runner.name}, {', '.join(map(str, lengths))} tokens")
 
 
-def _compare_padded(reference: Forward, forward: Forward, source: Source, dtype: str, what: str) -> Check:
-    generator = torch.Generator().manual_seed(1)
+def _compare_padded(reference: Forward, runner: Runner, source: Source, dtype: str) -> Check:
     n, n_short = 24, 9
-    ids = torch.randint(0, source.config.vocab_size, (2, n), generator=generator)
-    mask = torch.ones_like(ids)
+    ids, mask = _random_ids(source, 2, n, torch.Generator().manual_seed(1))
     mask[1, : n - n_short] = 0
-    found = forward(ids, mask)
+    found = runner.forward(ids, mask)
     whole = reference(ids[:1], mask[:1])
     short = reference(ids[1:, n - n_short :], mask[1:, n - n_short :])
     worst = Difference().with_(whole, found[:1]).with_(short, found[1:, n - n_short :])
-    return worst.check(dtype, f"{what}, two rows with padding on the left")
+    return worst.check(dtype, f"{runner.name}, two rows with padding on the left")
 
 
 @dataclass(frozen=True)
@@ -255,73 +247,21 @@ class Difference:
         return Check(3, what, is_good, detail)
 
 
-def _filled(source: Source, gelu: Literal["erf", "tanh"] = "erf") -> MPTForCausalLM:
-    """Our model with a source's weights in float32."""
-    with torch.device("meta"):
-        model = MPTForCausalLM(source.config)
-    model = model.to(torch.float32).to_empty(device="cpu")
-    model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(source.tensors[name].read())
-    if gelu == "tanh":
-        for block in model.transformer.blocks:
-            block.ffn.forward = partial(_tanh_ffn, block.ffn)
-    return model.eval()
-
-
-def _tanh_ffn(ffn: MPTMLP, x: Tensor) -> Tensor:
-    """FasterTransformer has the tanh form of GELU only."""
-    out: Tensor = ffn.down_proj(F.gelu(ffn.up_proj(x), approximate="tanh"))
-    return out
-
-
-def _torch(model: Any) -> Forward:
-    """A row alone is read in chunks: ALiBi is anchored at a pass's last key, and far from it float32 rounds scores."""
-
-    @torch.inference_mode()
-    def forward(ids: Tensor, mask: Tensor) -> Tensor:
-        if len(ids) > 1:
-            whole: Tensor = model(input_ids=ids, attention_mask=mask).logits
-            return whole.float()
-        cache, parts = None, []
-        for chunk in ids.split(_CHUNK, dim=1):
-            out = model(input_ids=chunk, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            parts.append(out.logits.float())
-        return torch.cat(parts, dim=1)
-
-    return forward
-
-
-def _stock(folder: Path) -> Forward:
-    from transformers import MptConfig, MptForCausalLM
-
-    with without_progress_bar():
-        model = MptForCausalLM.from_pretrained(folder, config=MptConfig.from_pretrained(folder))
-    return _torch(model.float().eval())
-
-
-def _greedy(source: Source, folder: Path, dtype: str) -> Check:
+def _greedy(reference: Forward, extend: Extend, source: Source, dtype: str) -> Check:
     """64 greedy tokens with the cache, in steps of one after a prefill in two chunks, against full forwards."""
-    from mpt.backends.onnx_session import Session
-
-    prompt = torch.randint(0, source.config.vocab_size, (1, 21), generator=torch.Generator().manual_seed(2))[0].tolist()
-    n = min(_GREEDY, source.config.max_seq_len - len(prompt) - 1) if source.config.has_wpe else _GREEDY
-    model = _torch(_filled(source))
-    session = Session(folder)
-    cache, logits = session.extend(None, prompt[:8])
-    cache, logits = session.extend(cache, prompt[8:])
-    ids = list(prompt)
+    ids = _random_ids(source, 1, 21, torch.Generator().manual_seed(2))[0][0].tolist()
+    n = min(_GREEDY, source.config.max_seq_len - len(ids) - 1) if source.config.has_wpe else _GREEDY
+    cache, logits = extend(None, ids[:8])
+    cache, logits = extend(cache, ids[8:])
     for step in range(n):
         token = int(torch.from_numpy(logits)[0, -1].argmax())
-        expected = model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0, -1]
+        expected = reference(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0, -1]
         if token != int(expected.argmax()):
             gap = float(expected.max() - expected[token])
-            is_good = dtype not in ("float32",) or gap < _LOGIT_LIMIT * max(1.0, float(expected.std()))
+            is_good = dtype != "float32" or gap < _LOGIT_LIMIT * max(1.0, float(expected.std()))
             return Check(3, "greedy with cache", is_good, f"first differs at token {step + 1} of {n}, by {gap:.2g}")
         ids.append(token)
-        cache, logits = session.extend(cache, [token])
+        cache, logits = extend(cache, [token])
     return Check(3, "greedy with cache", True, f"{n} tokens equal, prefill in two chunks")
 
 
@@ -354,8 +294,6 @@ def _free_bytes() -> int:
 
 def again(folder: Path, manifest: dict[str, Any], against: str = "") -> Report:
     """A converted folder looked at later: every file's sha256, its structure, and a source if one is named."""
-    from mpt.checkpoint import verify_manifest
-
     try:
         verify_manifest(folder)
     except MPTError as error:
@@ -366,8 +304,4 @@ def again(folder: Path, manifest: dict[str, Any], against: str = "") -> Report:
         return Report(
             [*check(open_source(against), folder, str(manifest.get("dtype", "float32")), lost).checks, *checks]
         )
-    try:
-        target = _reopen(folder)
-    except MPTError as error:
-        return Report([Check(1, "structure", False, str(error)), *checks])
-    return Report([Check(1, "structure", True, f"{len(target.tensors)} tensors, each once, in its shape"), *checks])
+    return Report([_structure(folder)[1], *checks])

@@ -1,26 +1,34 @@
 """peft's LoRA adapters, added to the weights of their base as each of those is read."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from conversion.source import Source, open_source
+from conversion.source import Source
 from conversion.tensors import Lazy
 from mpt.errors import UnsupportedConfig
 from mpt.lora import open_lora
 
+MARKER = "adapter_config.json"
 
-def read(folder: Path, base: str | None = None) -> Source:
+
+def is_at(path: Path) -> bool:
+    return (path / MARKER).is_file()
+
+
+def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> Source:
     """The base with the adapter's products added, W + alpha / r B A, in float32 before it is rounded to W's dtype.
 
-    base: instead of the one its configuration names. Raises UnsupportedConfig for another kind than plain LoRA.
+    base: instead of the one its configuration names. open_base: opens either.
+    Raises UnsupportedConfig for another kind than plain LoRA.
     """
     lora = open_lora(folder)
     named = base or lora.base
     if not named:
         raise UnsupportedConfig(f"`{folder}` does not name its base; give --base")
-    whole = open_source(named)
+    whole = open_base(named)
     tensors = dict(whole.tensors)
     for name, (a, b) in lora.pairs({name: tensor.shape for name, tensor in tensors.items()}).items():
         tensors[name] = _added(tensors[name], a, b, lora.scale)
@@ -30,7 +38,7 @@ def read(folder: Path, base: str | None = None) -> Source:
         config=whole.config,
         tensors=tensors,
         tokenizer=whole.tokenizer,
-        files=(folder / "adapter_config.json", lora.weights, *whole.files),
+        files=(folder / MARKER, lora.weights, *whole.files),
         chat_template=whole.chat_template,
         generation=whole.generation,
         notes=(f"LoRA of rank {lora.rank} added to `{Path(named).name}`",),

@@ -5,19 +5,22 @@ loader takes missing or short files for random weights, so reading and writing a
 """
 
 import configparser
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from conversion import tensors
+from conversion import model_folder, running, tensors
+from conversion.options import Options
+from conversion.running import Runner
 from conversion.source import Source, complete
 from conversion.tensors import HashedFile, Lazy
+from mpt.checkpoint import read_config
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UnsupportedConfig, UserError
-from mpt.tokenizer import Tokenizer
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BLOCK = "transformer.blocks."
@@ -103,41 +106,48 @@ def _pair(name: str, path: str, layout: str, config: MPTConfig, tp: int) -> Iter
         yield _File(f"{path}.bias.bin", (c,), bias, _same)
 
 
-def write(source: Source, out: Path, dtype: torch.dtype, tp: int, advance: Callable[[int], None]) -> dict[Path, str]:
+def write(source: Source, out: Path, dtype: str, options: Options, advance: Callable[[int], None]) -> dict[Path, str]:
     """Write `<out>/<tp>-gpu/`, config.json and the tokenizer beside it; the weights' sha256.
 
-    Raises UserError for a tp that does not fit.
+    Raises UserError for a tensor-parallel degree that does not fit.
     """
-    config = source.config
+    config, tp = source.config, options.tensor_parallel
+    kind: torch.dtype = getattr(torch, dtype)
     for what, size in (("n_heads", config.n_heads), ("d_model", config.d_model), ("d_ffn", config.d_ffn)):
         if tp < 1 or size % tp:
             raise UserError(f"`--tensor-parallel` is {tp}; it must divide {what} {size}")
     folder = out / f"{tp}-gpu"
     folder.mkdir()
     digests: dict[Path, str] = {}
-    held: tuple[str | None, Tensor] = (None, torch.empty(0))
-    for file in files(config, tp, "lm_head.weight" in source.tensors):
-        if file.tensor is None:
-            values = torch.zeros(file.shape, dtype=dtype)
-        else:
-            if held[0] != file.tensor:
-                held = (None, torch.empty(0))  # the old one goes before the next is read
-                read = source.tensors[file.tensor].cast(dtype, file.tensor).read()
-                tensors.check_finite(file.tensor, read, source.tensors[file.tensor].where)
-                held = (file.tensor, read)
-            values = file.part(held[1])
+    for name, its in groupby(files(config, tp, "lm_head.weight" in source.tensors), key=lambda file: file.tensor):
+        digests |= _write_tensor(name, None if name is None else source.tensors[name], its, folder, kind, advance)
+    (folder / "config.ini").write_text(_ini(source, kind, tp), encoding="utf-8")
+    model_folder.write_beside(source, kind, out)
+    return digests
+
+
+def _write_tensor(
+    name: str | None,
+    tensor: Lazy | None,
+    its: Iterable[_File],
+    folder: Path,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> dict[Path, str]:
+    """Write a tensor's files, and read it once; files of zeros where there is none."""
+    whole = torch.empty(0)
+    if name is not None and tensor is not None:
+        whole = tensor.cast(dtype, name).read()
+        tensors.check_finite(name, whole, tensor.where)
+    digests = {}
+    for file in its:
+        values = torch.zeros(file.shape, dtype=dtype) if tensor is None else file.part(whole)
         assert tuple(values.shape) == file.shape, (file.name, values.shape)
         data = tensors.raw(values)
         with HashedFile(folder / file.name) as target:
             target.write(data)
         digests[folder / file.name] = target.sha256
         advance(len(data))
-    (folder / "config.ini").write_text(_ini(source, dtype, tp), encoding="utf-8")
-    from conversion.formats.huggingface import write_beside
-
-    written = MPTConfig.from_dict(config.to_dict())
-    written.dtype = dtype
-    write_beside(source, written, out)
     return digests
 
 
@@ -159,30 +169,36 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
     config = _config(ini, path, has_head)
     parts: dict[str, list[_File]] = {}
     for file in files(config, tp, has_head):
-        size = dtype.itemsize * torch.Size(file.shape).numel()
-        at = folder / file.name
-        if not at.is_file():
-            raise DamagedFile(f"`{folder}` has no `{file.name}`; copy it again")
-        if at.stat().st_size != size:
-            raise DamagedFile(f"`{at}` has {at.stat().st_size} bytes, {list(file.shape)} in {dtype} needs {size}")
+        _check_file(folder / file.name, file, dtype)
         if file.tensor is not None:
             parts.setdefault(file.tensor, []).append(file)
-        elif any(at.read_bytes()):
-            raise UnsupportedConfig(f"`{at}` holds biases; its config.json must say no_bias false")
     found = {name: _joined(name, folder, its, dtype, config) for name, its in parts.items()}
-    beside = next(
-        (place for place in (tokenizer, path, folder) if place and (place / "tokenizer.json").is_file()), None
-    )
     return Source(
         kind="fastertransformer",
         path=path,
         config=config,
         tensors=complete(config, found, folder),
-        tokenizer=None if beside is None else Tokenizer.from_folder(beside),
+        tokenizer=model_folder.tokenizer_in(tokenizer, path, folder),
         files=tuple(sorted(folder.iterdir())),
         notes=(f"tensor parallel {tp}",),
         folder=path if (path / "config.json").is_file() else None,
     )
+
+
+def _check_file(path: Path, file: _File, dtype: torch.dtype) -> None:
+    size = dtype.itemsize * torch.Size(file.shape).numel()
+    if not path.is_file():
+        raise DamagedFile(f"`{path.parent}` has no `{path.name}`; copy it again")
+    if path.stat().st_size != size:
+        raise DamagedFile(f"`{path}` has {path.stat().st_size} bytes, {list(file.shape)} in {dtype} needs {size}")
+    if file.tensor is None and any(path.read_bytes()):
+        raise UnsupportedConfig(f"`{path}` holds biases; its config.json must say no_bias false")
+
+
+def runners(source: Source, target: Source, folder: Path) -> list[Runner]:
+    """Our model with the tanh form of GELU, the only one FasterTransformer has; float16 is as near as that comes."""
+    forward = running.forward_of(running.filled(target, "tanh"))
+    return [Runner("fastertransformer read back", forward, least_exact="float16")]
 
 
 @dataclass(frozen=True)
@@ -231,8 +247,6 @@ def _config(ini: _Ini, path: Path, has_head: bool) -> MPTConfig:
     }
     beside = next((p / "config.json" for p in (path, ini.path.parent) if (p / "config.json").is_file()), None)
     if beside is not None:
-        from mpt.checkpoint import read_config
-
         config = read_config(beside.parent)
         differing = [key for key, value in facts.items() if getattr(config, key) != value]
         if differing:

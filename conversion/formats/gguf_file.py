@@ -16,7 +16,9 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from conversion import card, tensors
+from conversion import metadata, running, tensors
+from conversion.options import Options
+from conversion.running import Runner
 from conversion.source import Source, complete, unpack
 from conversion.tensors import Lazy
 from mpt.config import MPTConfig
@@ -38,6 +40,7 @@ _TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 8: ("Q8_0", 3
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_QUANTISATIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # token types
 _MOST = 10_000_000  # entries of any table: a vocabulary has 50,432
 
@@ -71,8 +74,8 @@ def their_name(name: str) -> str:
     return f"{_OUTSIDE[module]}.{kind}"
 
 
-def write(source: Source, out: Path, quantisation: str, advance: Callable[[int], None]) -> None:
-    """Write `<out>/model.gguf`. quantisation: F32, F16, BF16, Q8_0 or Q4_0; norms and biases stay float32.
+def write(source: Source, out: Path, dtype: str, options: Options, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Write `<out>/model.gguf`; no sha256, which the manifest takes. Norms and biases stay float32.
 
     Raises UserError without a tokenizer, which llama.cpp needs, and for matrices whose rows do not fill blocks of 32.
     """
@@ -80,20 +83,14 @@ def write(source: Source, out: Path, quantisation: str, advance: Callable[[int],
 
     if source.tokenizer is None:
         raise UserError(f"`{source.path}` has no tokenizer, and GGUF holds one; give --tokenizer FOLDER")
+    quantisation = _QUANTISATIONS[dtype]
     writer: Any = gguf.GGUFWriter(str(out / "model.gguf"), _ARCH)
     _add_keys(writer, source, quantisation)
     _add_tokenizer(writer, source, source.tokenizer)
     ordered = list(source.tensors.items())
     kinds = {name: _kind(name, tensor, quantisation) for name, tensor in ordered}
     for name, tensor in ordered:
-        kind = kinds[name]
-        _, block, size = next(known for known in _TYPES.values() if known[0] == kind)
-        n = torch.Size(tensor.shape).numel()
-        if tensor.shape[-1] % block:
-            raise UserError(f"`{name}` has rows of {tensor.shape[-1]}; {kind} needs a multiple of {block}")
-        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size) if block > 1 else tensor.shape
-        dtype = np.dtype(np.uint8) if block > 1 else np.dtype(np.float32)
-        writer.add_tensor_info(their_name(name), shape, dtype, n // block * size, gguf.GGMLQuantizationType[kind])
+        _add_description(writer, name, tensor, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -104,6 +101,24 @@ def write(source: Source, out: Path, quantisation: str, advance: Callable[[int],
         writer.write_tensor_data(data)
         advance(data.nbytes)
     writer.close()
+    return {}
+
+
+def runners(source: Source, target: Source, folder: Path) -> list[Runner]:
+    """Our model; llama.cpp itself runs in the tests."""
+    return [running.read_back(target)]
+
+
+def _add_description(writer: Any, name: str, tensor: Lazy, kind: str) -> None:
+    import gguf
+
+    _, block, size = next(known for known in _TYPES.values() if known[0] == kind)
+    n = torch.Size(tensor.shape).numel()
+    if tensor.shape[-1] % block:
+        raise UserError(f"`{name}` has rows of {tensor.shape[-1]}; {kind} needs a multiple of {block}")
+    shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size) if block > 1 else tensor.shape
+    dtype = np.dtype(np.uint8) if block > 1 else np.dtype(np.float32)
+    writer.add_tensor_info(their_name(name), shape, dtype, n // block * size, gguf.GGMLQuantizationType[kind])
 
 
 def _kind(name: str, tensor: Lazy, quantisation: str) -> str:
@@ -128,7 +143,7 @@ def _add_keys(writer: Any, source: Source, quantisation: str) -> None:
 
     config, attention = source.config, source.config.attention
     writer.add_name(source.path.resolve().name)
-    writer.add_license(card.licence(source))
+    writer.add_license(metadata.licence(source))
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layers)
@@ -175,7 +190,7 @@ def _add_tokenizer(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
         writer.add_eot_token_id(end)
     writer.add_add_bos_token(False)
     writer.add_string("tokenizer.huggingface.json", tokenizer.to_json())
-    template = card.chat_template(source)
+    template = metadata.chat_template(source)
     if template is not None:
         writer.add_chat_template(template)
 

@@ -16,8 +16,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import mpt.checkpoint
-from conversion.convert import Options, convert
-from conversion.source import open_source
+from conversion.convert import convert
+from conversion.open import open_source
+from conversion.options import Options
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
 from tests.conversion.conftest import make
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import mpt.checkpoint
 from conversion import verify
-from conversion.convert import Options, Target, convert
-from conversion.source import open_source
+from conversion.convert import convert
+from conversion.open import open_source
+from conversion.options import Options
 from mpt import cli
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
 from tests.conversion.conftest import SHAPES, logits, make
@@ -33,14 +34,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def cases() -> list[Any]:
-    there: list[tuple[Target, list[str]]] = [
+    there: list[tuple[str, list[str]]] = [
         ("hf", list(SHAPES)), ("onnx", list(SHAPES)), ("fastertransformer", FT), ("gguf", GGUF)
     ]  # fmt: skip
     return [pytest.param(to, shape, id=f"{to}-{shape}") for to, shapes in there for shape in shapes]
 
 
 @pytest.mark.parametrize(("to", "shape"), cases())
-def test_there_and_back_is_bit_for_bit_and_all_levels_pass(to: Target, shape: str, tmp_path: Path) -> None:
+def test_there_and_back_is_bit_for_bit_and_all_levels_pass(to: str, shape: str, tmp_path: Path) -> None:
     source = make(tmp_path / "source", shape)
     tp = 4 if to == "fastertransformer" else 1
     report = convert(source, tmp_path / "there", Options(to=to, tensor_parallel=tp))
@@ -57,7 +58,7 @@ def test_there_and_back_is_bit_for_bit_and_all_levels_pass(to: Target, shape: st
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("to", ["hf", "fastertransformer", "gguf"])
-def test_half_precision_is_kept(to: Target, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_half_precision_is_kept(to: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = make(tmp_path / "source", "mpt-7b", dtype)
     convert(source, tmp_path / "there", Options(to=to))
     found = open_source(path_of(tmp_path / "there"))
@@ -68,7 +69,7 @@ def test_half_precision_is_kept(to: Target, dtype: torch.dtype, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("to", "dtype"), [("onnx", "int8"), ("onnx", "int4"), ("gguf", "int8"), ("gguf", "int4")])
-def test_quantised_copies_stay_near(to: Target, dtype: Any, tmp_path: Path) -> None:
+def test_quantised_copies_stay_near(to: str, dtype: Any, tmp_path: Path) -> None:
     allow = ("tokenizer",) if to == "gguf" else ()  # llama.cpp splits its text in another way
     with pytest.raises(UnsupportedConfig, match="tokenizer") if allow else contextlib.nullcontext():
         convert("mpt-tiny", tmp_path / "here", Options(to=to, dtype=dtype))
@@ -130,7 +131,7 @@ def test_the_command_line_converts_inspects_and_verifies(
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_by_name(
-    to: Target, shape: str, names: tuple[str, ...], tmp_path: Path
+    to: str, shape: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     source = make(tmp_path / "source", shape)
     for n in range(len(names)):
@@ -242,7 +243,7 @@ def test_an_adapter_is_added_to_its_base(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_shards_have_an_index_and_load(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conversion.formats.huggingface.SHARD_BYTES", 300_000)
+    monkeypatch.setattr("conversion.model_folder.SHARD_BYTES", 300_000)
     convert(checkpoint, tmp_path / "out", Options(to="hf"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))

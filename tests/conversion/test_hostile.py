@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion.convert import Options, convert
-from conversion.source import open_source
+from conversion.convert import convert
+from conversion.open import open_source
+from conversion.options import Options
 from mpt.errors import CheckpointNotFound, DamagedFile, MPTError, UserError
 from tests.conversion.conftest import make
 

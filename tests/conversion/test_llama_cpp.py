@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import mpt.checkpoint
-from conversion.convert import Options, convert
+from conversion.convert import convert
+from conversion.options import Options
 from mpt.tokenizer import Tokenizer
 from tests.conversion.conftest import SHAPES, make
 from tests.mpt.conftest import DATA

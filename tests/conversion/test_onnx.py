@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mpt.checkpoint
-from conversion.convert import Options, convert
-from conversion.formats.onnx_folder import dequantise, quantise
+from conversion.convert import convert
+from conversion.options import Options
+from conversion.quantised import dequantise, quantise
 from mpt.backends.onnx_session import Session
 from mpt.tokenizer import Tokenizer
 from tests.conversion.conftest import SHAPES, make

@@ -16,7 +16,8 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 
 import mpt.checkpoint
-from conversion.convert import Options, convert
+from conversion.convert import convert
+from conversion.options import Options
 from mpt.generation import generate
 from mpt.tokenizer import Tokenizer
 from tests.conversion import triton_server

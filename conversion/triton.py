@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 FOLDER = "triton"
-_TEMPLATE = Path(__file__).parents[1] / "triton_repository"
+_TEMPLATE = Path(__file__).parent / "triton_repository"
 
 
 def write(out: Path, is_decoupled: bool) -> None:

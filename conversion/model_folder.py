@@ -1,0 +1,134 @@
+"""What the folders of several formats have in common: safetensors, config, tokenizer, generation config, template.
+
+Not here: what makes such a folder one of a format (`formats/`).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from conversion import metadata, tensors
+from conversion.source import Source, complete
+from conversion.tensors import Lazy, SafetensorsFile
+from mpt.checkpoint import stored_tensors, weight_files
+from mpt.config import MPTConfig
+from mpt.errors import DamagedFile
+from mpt.tokenizer import Tokenizer
+
+SHARD_BYTES = 5_000_000_000
+_SINGLE = "model.safetensors"
+_TEMPLATE = "chat_template.jinja"
+
+
+def stored_weights(folder: Path) -> dict[str, Lazy]:
+    """Every tensor of a folder under the model's name: safetensors or .bin, one file or many."""
+    return {name: tensors.stored(tensor) for name, tensor in stored_tensors(folder).items()}
+
+
+def opened(
+    folder: Path,
+    kind: str,
+    config: MPTConfig,
+    found: dict[str, Lazy],
+    tokenizer: Path | None,
+    notes: tuple[str, ...] = (),
+) -> Source:
+    """The folder as a Source. found: its tensors. tokenizer: another folder, whose tokenizer is taken."""
+    if "lm_head.weight" in found and config.tie_word_embeddings:
+        notes = (*notes, "the head is stored beside the embedding it is tied to")
+    return Source(
+        kind=kind,
+        path=folder,
+        config=config,
+        tensors=complete(config, found, folder),
+        tokenizer=tokenizer_in(tokenizer or folder),
+        files=(folder / "config.json", *weight_files(folder)),
+        manifests=(folder,),
+        chat_template=_chat_template(folder),
+        generation=_object(folder / "generation_config.json"),
+        notes=notes,
+        folder=folder,
+    )
+
+
+def tokenizer_in(*folders: Path | None) -> Tokenizer | None:
+    """The tokenizer of the first of several folders that has one."""
+    found = next((folder for folder in folders if folder and (folder / "tokenizer.json").is_file()), None)
+    return None if found is None else Tokenizer.from_folder(found)
+
+
+def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int], None]) -> dict[Path, str]:
+    """Stream tensors into model.safetensors, or into shards with an index; the files' sha256.
+
+    advance: called with bytes of weights written. Raises DamagedFile for NaN and infinity.
+    """
+    groups = tensors.shards({name: tensor.n_bytes for name, tensor in found.items()}, SHARD_BYTES)
+    weight_map: dict[str, str] = {}
+    digests: dict[Path, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        digests[out / file] = _write_file(out / file, {name: found[name] for name in names}, advance)
+    if len(groups) > 1:
+        total = sum(tensor.n_bytes for tensor in found.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        (out / f"{_SINGLE}.index.json").write_text(text, encoding="utf-8")
+    return digests
+
+
+def _write_file(path: Path, found: Mapping[str, Lazy], advance: Callable[[int], None]) -> str:
+    with SafetensorsFile(path, {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}) as target:
+        for name, tensor in found.items():
+            values = tensor.read()
+            tensors.check_finite(name, values, tensor.where)
+            advance(target.add(name, values))
+            del values  # before the next one is read
+    return target.sha256
+
+
+def write_beside(source: Source, dtype: torch.dtype, out: Path) -> None:
+    """config.json, and the tokenizer's and generation's files where the source has a tokenizer.
+
+    dtype: of the weights, as the config says it.
+    """
+    config, tokenizer = MPTConfig.from_dict(source.config.to_dict()), source.tokenizer
+    config.dtype = dtype
+    if tokenizer is not None:
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_id
+    config.save_pretrained(out)
+    if tokenizer is None:
+        return
+    tokenizer.save(out)
+    template = metadata.chat_template(source)
+    if template is not None:
+        (out / _TEMPLATE).write_text(template, encoding="utf-8")
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=list(tokenizer.end_ids),
+        pad_token_id=tokenizer.eos_id,
+        use_cache=True,
+    )
+    generation.save_pretrained(out)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Its own file since transformers 4.52, an entry of tokenizer_config.json before."""
+    if (folder / _TEMPLATE).is_file():
+        return (folder / _TEMPLATE).read_text(encoding="utf-8")
+    template = _object(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
