@@ -156,6 +156,52 @@ def test_no_file_is_named_like_a_package_it_imports(path: Path) -> None:
     assert path.stem not in imported_by(path) - {path.relative_to(ROOT).parts[0]}
 
 
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Which of some modules a file imports; `from package import module` is an import of `package.module`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & modules or {node.module or ""}
+    return found & modules
+
+
+def circles(package: str, root: Path = ROOT) -> set[frozenset[str]]:
+    """The groups of a package's modules that import each other in a circle, inside functions and type checks too."""
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / package).rglob("*.py")
+    }
+    reached = {module: imported_modules(path, set(paths)) for module, path in paths.items()}
+    for via in paths:  # Warshall's transitive closure
+        for module in paths:
+            if via in reached[module]:
+                reached[module] |= reached[via]
+    return {
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in paths
+        if module in reached[module]
+    }
+
+
+@pytest.mark.parametrize("package", list(MAY_IMPORT))
+def test_no_modules_of_a_package_import_each_other_in_a_circle(package: str) -> None:
+    assert not circles(package)
+
+
+def test_a_circle_through_a_function_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "shop"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "bread.py").write_text("from shop import flour\n")
+    (package / "flour.py").write_text("import shop.mill\n")
+    (package / "mill.py").write_text("def grind():\n    from shop.bread import bake\n")
+    (package / "door.py").write_text("from shop import bread\n")
+    assert circles("shop", tmp_path) == {frozenset({"shop.bread", "shop.flour", "shop.mill"})}
+
+
 def test_tests_are_no_package() -> None:
     """Else `import serving` inside a test would find the tests of serving."""
     assert not list((ROOT / "tests").rglob("__init__.py"))
