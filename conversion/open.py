@@ -57,7 +57,7 @@ def recognise(path: Path) -> Format:
     for found in (file for row in single for file in sorted(path.glob(f"*{row.suffix}"))):
         raise CheckpointNotFound(f"`{path}` has no config.json; give the file, for example `{found}`")
     markers = ", ".join(f"{row.marker} ({row.title})" for row in FORMATS.values() if row.marker)
-    raise CheckpointNotFound(f"`{path}` holds no checkpoint: it needs one of {markers} or {adapter.MARKER} (peft)")
+    raise CheckpointNotFound(f"`{path}` holds no checkpoint; give a folder with {markers} or {adapter.MARKER} (peft)")
 
 
 def refuse_links_outside(folder: Path) -> None:
