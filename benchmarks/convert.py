@@ -47,7 +47,7 @@ mpt.save(model, sys.argv[1], tokenizer=Tokenizer.from_folder(resolve("mpt-tiny")
 _CONVERT = """
 import json, os, resource, sys, time
 from pathlib import Path
-from conversion import convert as conversion
+from conversion import convert as conversion, onnx_graph
 from conversion.formats import adapter, composer, fastertransformer, gguf_file, onnx_folder
 import gguf
 source, out, to, dtype, tp = sys.argv[1:]

@@ -45,7 +45,7 @@ def convert(
     with _only_when_whole(out, total) as partial:
         with ThreadPoolExecutor(1) as pool:
             hashing = pool.submit(source.hash_files)  # beside the writing: it takes as long
-            digests = target.module().write(source, partial, dtype, options, advance)
+            digests = target.writer().write(source, partial, dtype, options, advance)
             hashes = hashing.result()
         if target.has_card:
             (partial / "README.md").write_text(card.render(source, getattr(torch, dtype), hashes), encoding="utf-8")
@@ -99,13 +99,13 @@ def resolve_dtype(source: Source, options: Options) -> str:
 
 def beyond(source: Source) -> dict[str, dict[str, str]]:
     """For every target, the settings of this model it cannot express and why."""
-    return {name: row.module().cannot_express(source) for name, row in exports().items()}
+    return {name: row.writer().cannot_express(source) for name, row in exports().items()}
 
 
 def _refusals(source: Source, options: Options) -> list[str]:
     """What is given up, as `--allow` says. Raises UnsupportedConfig for what it does not name."""
     target = export(options.to)
-    lost = target.module().cannot_express(source)
+    lost = target.writer().cannot_express(source)
     unknown = [name for name in options.allow if name not in lost]
     if unknown:
         raise UserError(

@@ -9,8 +9,9 @@ Not here: adapters, which are a change to a checkpoint and no format of one (`fo
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conversion.options import Options
 from mpt.errors import UserError
@@ -51,52 +52,29 @@ class Format:
 
     kind: str  # `Source.kind`
     title: str  # in messages
-    module: Callable[[], Reader]
+    module: str  # with the functions of `Reader`
     is_at: Callable[[Path], bool]  # whether a path, a file or a folder, holds one
     marker: str = ""  # the file by which a folder is recognised, for messages
     suffix: str = ""  # of a checkpoint that is one file
 
+    def reader(self) -> Reader:
+        found: Any = import_module(self.module)
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFormat(Format):
-    """A format that is written too."""
+    """A format that is written too; its module has the functions of `Writer`."""
 
-    module: Callable[[], Writer]
     help: str  # after `--to`
     dtypes: tuple[str, ...]  # the first is `auto` for a source whose own the format does not have
     options: tuple[str, ...] = ()  # fields of `Options` that only this format has
     file: str = ""  # of the written folder, that is opened to read it again; none: the folder
     has_card: bool = False  # a README.md for the hub is written
 
-
-def _huggingface() -> Writer:
-    from conversion.formats import huggingface
-
-    return huggingface
-
-
-def _composer() -> Reader:
-    from conversion.formats import composer
-
-    return composer
-
-
-def _onnx() -> Writer:
-    from conversion.formats import onnx_folder
-
-    return onnx_folder
-
-
-def _fastertransformer() -> Writer:
-    from conversion.formats import fastertransformer
-
-    return fastertransformer
-
-
-def _gguf() -> Writer:
-    from conversion.formats import gguf_file
-
-    return gguf_file
+    def writer(self) -> Writer:
+        found: Any = import_module(self.module)
+        return found
 
 
 def _magic(path: Path) -> bytes:
@@ -118,7 +96,7 @@ FORMATS: dict[str, Format] = {
     "hf": ExportFormat(
         kind="huggingface",
         title="Hugging Face",
-        module=_huggingface,
+        module="conversion.formats.huggingface",
         is_at=lambda path: (path / "config.json").is_file(),
         marker="config.json",
         help="safetensors, for transformers and every tool that reads them",
@@ -126,12 +104,17 @@ FORMATS: dict[str, Format] = {
         has_card=True,
     ),
     "composer": Format(
-        kind="composer", title="Composer", module=_composer, is_at=_is_composer, marker=".metadata", suffix=".pt"
+        kind="composer",
+        title="Composer",
+        module="conversion.formats.composer",
+        is_at=_is_composer,
+        marker=".metadata",
+        suffix=".pt",
     ),
     "onnx": ExportFormat(
         kind="onnx",
         title="ONNX",
-        module=_onnx,
+        module="conversion.formats.onnx_folder",
         is_at=lambda path: (path / "model.onnx").is_file(),
         marker="model.onnx",
         help="for onnxruntime",
@@ -141,7 +124,7 @@ FORMATS: dict[str, Format] = {
     "fastertransformer": ExportFormat(
         kind="fastertransformer",
         title="FasterTransformer",
-        module=_fastertransformer,
+        module="conversion.formats.fastertransformer",
         is_at=lambda path: (path / "config.ini").is_file() or any(path.glob("*-gpu/config.ini")),
         marker="config.ini",
         help="for FasterTransformer",
@@ -151,7 +134,7 @@ FORMATS: dict[str, Format] = {
     "gguf": ExportFormat(
         kind="gguf",
         title="GGUF",
-        module=_gguf,
+        module="conversion.formats.gguf_file",
         is_at=lambda path: _magic(path) == b"GGUF",
         suffix=".gguf",
         help="for llama.cpp",

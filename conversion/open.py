@@ -34,7 +34,7 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
         return adapter.read(path, base, open_source)
     if base is not None:
         raise UserError(f"`--base` goes with adapters; `{path}` is {its_format.kind}")
-    return its_format.module().read(path, tokenizer)
+    return its_format.reader().read(path, tokenizer)
 
 
 def open_written(folder: Path) -> Source:

@@ -170,7 +170,7 @@ def _runners(source: Source, target: Source, folder: Path) -> list[Runner]:
     row = next((row for row in exports().values() if row.kind == target.kind), None)
     if row is None:  # a folder that the trainer wrote, for example an adapter
         return [running.read_back(target)]
-    return row.module().runners(source, target, folder)
+    return row.writer().runners(source, target, folder)
 
 
 def _random_ids(source: Source, rows: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

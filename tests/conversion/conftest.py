@@ -68,6 +68,23 @@ def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return make(tmp_path / "source", getattr(request, "param", "mpt-7b"))
 
 
+def random_ids(rows: int, n: int, seed: int = 3) -> torch.Tensor:
+    """Token ids (rows, n) of any model here."""
+    return torch.randint(3, SHAPE["vocab_size"], (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(mpt.checkpoint.load(folder).state_dict())
+
+
+def have_equal_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same tensors, bit for bit and in the same dtype."""
+    before, after = weights(one), weights(other)
+    return before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
+
+
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = mpt.checkpoint.load(folder, dtype=torch.float32)(ids).logits

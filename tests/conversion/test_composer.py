@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from conversion.convert import convert
 from conversion.open import open_source
 from conversion.options import Options
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
-from tests.conversion.conftest import make
+from tests.conversion.conftest import have_equal_weights, make
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -64,9 +65,18 @@ def save(path: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def same(source: Path, folder: Path) -> bool:
-    before, after = (mpt.checkpoint.load(each).state_dict() for each in (source, folder))
-    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+def sharded(source: Path, folder: Path) -> Path:
+    """The same as one rank writes it, in shards."""
+    dcp.save({"state": state_of(source)}, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def with_metadata(folder: Path, change: Callable[[Any], Any]) -> Path:
+    """The shards, after a change of what `.metadata` says of them."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
 
 
 @pytest.mark.parametrize("shape", ["storywriter", "1b", "untied"])
@@ -78,17 +88,17 @@ def test_a_monolithic_checkpoint(shape: str, tmp_path: Path) -> None:
     path = save(tmp_path / "ep0-ba2000-rank0.pt", state)
     assert open_source(path).kind == "composer"
     convert(path, tmp_path / "out", Options(to="hf"))
-    assert same(source, tmp_path / "out")
+    assert have_equal_weights(source, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
 def test_a_sharded_checkpoint_of_one_rank(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "storywriter")
-    dcp.save({"state": state_of(source)}, checkpoint_id=tmp_path / "ep0-ba2000", no_dist=True)
-    assert open_source(tmp_path / "ep0-ba2000").kind == "composer-sharded"
-    convert(tmp_path / "ep0-ba2000", tmp_path / "out", Options(to="hf"))
-    assert same(source, tmp_path / "out")
+    folder = sharded(source, tmp_path / "ep0-ba2000")
+    assert open_source(folder).kind == "composer-sharded"
+    convert(folder, tmp_path / "out", Options(to="hf"))
+    assert have_equal_weights(source, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
 
 
@@ -121,7 +131,7 @@ def test_a_sharded_checkpoint_of_two_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "ep0-ba1").glob("*.distcp"))) == 2
     convert(tmp_path / "ep0-ba1", tmp_path / "out", Options(to="hf"))
-    assert same(source, tmp_path / "out")
+    assert have_equal_weights(source, tmp_path / "out")
 
 
 def test_tokenizer_files_of_other_names_go_nowhere(tmp_path: Path) -> None:
@@ -139,10 +149,9 @@ def test_tokenizer_files_of_other_names_go_nowhere(tmp_path: Path) -> None:
 def test_pickles_that_ask_for_code_are_not_run(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     source = make(tmp_path / "source", "mpt-7b")
-    state = state_of(source)
     with pytest.raises(DamagedFile, match="can run code"):
-        open_source(save(tmp_path / "a.pt", state | {"callbacks": Runs(ran)}))
-    dcp.save({"state": state}, checkpoint_id=tmp_path / "sharded", no_dist=True)
+        open_source(save(tmp_path / "a.pt", state_of(source) | {"callbacks": Runs(ran)}))
+    sharded(source, tmp_path / "sharded")
     metadata = tmp_path / "sharded" / ".metadata"
     good = metadata.read_bytes()
     metadata.write_bytes(pickle.dumps(Runs(ran)))
@@ -164,27 +173,23 @@ def test_pickles_that_ask_for_code_are_not_run(tmp_path: Path) -> None:
 
 
 def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
-    source = make(tmp_path / "source", "mpt-7b")
-    dcp.save({"state": state_of(source)}, checkpoint_id=tmp_path / "sharded", no_dist=True)
-    path = tmp_path / "sharded" / ".metadata"
-    metadata = pickle.loads(path.read_bytes())
-    for info in metadata.storage_data.values():
-        info.relative_path = f"../sharded/{info.relative_path}"
-    path.write_bytes(pickle.dumps(metadata))
+    def move(metadata: Any) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = f"../sharded/{info.relative_path}"
+
+    folder = sharded(make(tmp_path / "source", "mpt-7b"), tmp_path / "sharded")
     with pytest.raises(DamagedFile, match="outside the folder"):
-        open_source(tmp_path / "sharded")
+        open_source(with_metadata(folder, move))
 
 
 def test_a_tensor_with_a_piece_missing_is_refused(tmp_path: Path) -> None:
-    source = make(tmp_path / "source", "mpt-7b")
-    dcp.save({"state": state_of(source)}, checkpoint_id=tmp_path / "sharded", no_dist=True)
-    path = tmp_path / "sharded" / ".metadata"
-    metadata = pickle.loads(path.read_bytes())
-    entry = metadata.state_dict_metadata["state.model.model.transformer.wte.weight"]
-    entry.chunks.clear()
-    path.write_bytes(pickle.dumps(metadata))
+    def forget(metadata: Any) -> None:
+        metadata.state_dict_metadata["state.model.model.transformer.wte.weight"].chunks.clear()
+
+    folder = sharded(make(tmp_path / "source", "mpt-7b"), tmp_path / "sharded")
+    with_metadata(folder, forget)
     with pytest.raises(DamagedFile, match=r"wte\.weight` in .* has pieces of 0 of its 131072 values"):
-        convert(tmp_path / "sharded", tmp_path / "out", Options(to="hf"))
+        convert(folder, tmp_path / "out", Options(to="hf"))
 
 
 def test_a_checkpoint_without_a_config_says_so(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from conversion.open import open_source
 from conversion.options import Options
 from mpt import cli
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
-from tests.conversion.conftest import SHAPES, logits, make
+from tests.conversion.conftest import SHAPES, have_equal_weights, logits, make, random_ids, weights
 
 FT = [shape for shape in SHAPES if shape not in ("storywriter", "1b", "grouped", "scaled")]
 GGUF = [shape for shape in SHAPES if shape not in ("scaled", "1b")]
@@ -27,10 +27,6 @@ GGUF = [shape for shape in SHAPES if shape not in ("scaled", "1b")]
 
 def path_of(folder: Path) -> Path:
     return folder / "model.gguf" if (folder / "model.gguf").is_file() else folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(mpt.checkpoint.load(folder).state_dict())
 
 
 def cases() -> list[Any]:
@@ -48,10 +44,8 @@ def test_there_and_back_is_bit_for_bit_and_all_levels_pass(to: str, shape: str, 
     assert {check.level for check in report.checks} == {1, 2, 3, 4}
     assert all(check.ok for check in report.checks), report.render()
     convert(path_of(tmp_path / "there"), tmp_path / "back", Options(to="hf"))
-    before, after = weights(source), weights(tmp_path / "back")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    ids = torch.randint(0, 2048, (1, 50), generator=torch.Generator().manual_seed(3))
+    assert have_equal_weights(source, tmp_path / "back")
+    ids = random_ids(1, 50)
     assert torch.equal(logits(tmp_path / "back", ids), logits(source, ids))
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
@@ -64,8 +58,7 @@ def test_half_precision_is_kept(to: str, dtype: torch.dtype, tmp_path: Path) -> 
     found = open_source(path_of(tmp_path / "there"))
     assert found.dtype == dtype
     convert(path_of(tmp_path / "there"), tmp_path / "back", Options(to="hf"))
-    before, after = weights(source), weights(tmp_path / "back")
-    assert all(torch.equal(before[name], after[name]) and after[name].dtype == dtype for name in before)
+    assert have_equal_weights(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize(("to", "dtype"), [("onnx", "int8"), ("onnx", "int4"), ("gguf", "int8"), ("gguf", "int4")])
@@ -155,7 +148,7 @@ def test_a_file_that_only_llama_cpp_cannot_run_comes_back_whole(tmp_path: Path) 
     report = convert(source, tmp_path / "there", Options(to="gguf", allow=("qk_ln",)))
     assert all(check.ok for check in report.checks)
     convert(tmp_path / "there" / "model.gguf", tmp_path / "back", Options(to="hf"))
-    assert all(torch.equal(weights(source)[name], tensor) for name, tensor in weights(tmp_path / "back").items())
+    assert have_equal_weights(source, tmp_path / "back")
 
 
 def test_fastertransformers_folder_is_the_public_converters(checkpoint: Path, tmp_path: Path) -> None:
@@ -233,7 +226,7 @@ def test_an_adapter_is_added_to_its_base(checkpoint: Path, tmp_path: Path) -> No
     )
     config.save_pretrained(folder)
     convert(folder, tmp_path / "out", Options(to="hf"))
-    ids = torch.randint(0, 2048, (1, 30), generator=torch.Generator().manual_seed(3))
+    ids = random_ids(1, 30)
     with torch.no_grad():
         expected = model.eval()(ids).logits
     torch.testing.assert_close(logits(tmp_path / "out", ids), expected, rtol=0, atol=1e-4)
@@ -251,11 +244,11 @@ def test_shards_have_an_index_and_load(checkpoint: Path, tmp_path: Path, monkeyp
     assert all(
         path.stat().st_size < 310_000 or "00001" in path.name for path in (tmp_path / "out").glob("*.safetensors")
     )
-    assert all(torch.equal(weights(tmp_path / "out")[name], tensor) for name, tensor in weights(checkpoint).items())
+    assert have_equal_weights(checkpoint, tmp_path / "out")
     from transformers import MptForCausalLM
 
     stock = MptForCausalLM.from_pretrained(tmp_path / "out").eval()
-    ids = torch.randint(0, 2048, (1, 30), generator=torch.Generator().manual_seed(3))
+    ids = random_ids(1, 30)
     with torch.no_grad():
         torch.testing.assert_close(stock(ids).logits, logits(checkpoint, ids), rtol=0, atol=1e-4)
 

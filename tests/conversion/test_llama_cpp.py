@@ -16,7 +16,7 @@ import mpt.checkpoint
 from conversion.convert import convert
 from conversion.options import Options
 from mpt.tokenizer import Tokenizer
-from tests.conversion.conftest import SHAPES, make
+from tests.conversion.conftest import SHAPES, make, random_ids
 from tests.mpt.conftest import DATA
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +49,7 @@ def ask(model: Path, texts: list[str], prompts: list[list[int]], n: int) -> Any:
 def test_llama_cpp_answers_as_our_model(shape: str, tmp_path: Path) -> None:
     source = make(tmp_path / "source", shape)
     convert(source, tmp_path / "out", Options(to="gguf"))
-    generator = torch.Generator().manual_seed(4)
-    prompts = [torch.randint(3, 2048, (n,), generator=generator).tolist() for n in (1, 60)]
+    prompts = [random_ids(1, n)[0].tolist() for n in (1, 60)]
     found = ask(tmp_path / "out" / "model.gguf", [], prompts, 12)
     model = mpt.checkpoint.load(source, dtype=torch.float32)
     for prompt, answer in zip(prompts, found["answers"], strict=True):
@@ -67,8 +66,7 @@ def test_llama_cpp_answers_as_our_model(shape: str, tmp_path: Path) -> None:
 
 def test_llama_cpp_applies_clip_and_bias_max(tmp_path: Path) -> None:
     """Each changes the answer by far more than the tolerance above."""
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(3, 2048, (1, 60), generator=generator)
+    ids = random_ids(1, 60)
     answers = []
     for n, attention in enumerate(({}, {"clip_qkv": 0.7}, {"alibi_bias_max": 16})):
         model = mpt.checkpoint.load(make(tmp_path / str(n), "mpt-7b", attn_config=attention))

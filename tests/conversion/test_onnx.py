@@ -14,17 +14,22 @@ from conversion.convert import convert
 from conversion.options import Options
 from conversion.quantised import dequantise, quantise
 from mpt.backends.onnx_session import Session
+from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from tests.conversion.conftest import SHAPES, make
+from tests.conversion.conftest import SHAPES, make, random_ids
+
+
+def exported(shape: str, work: Path) -> tuple[MPTForCausalLM, Session]:
+    """A model and its ONNX copy in onnxruntime."""
+    source = make(work / "source", shape)
+    convert(source, work / "out", Options(to="onnx", verify=False))
+    return mpt.checkpoint.load(source), Session(work / "out")
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_chunks_padding_and_cache_reuse_give_the_models_logits(shape: str, tmp_path: Path) -> None:
-    source = make(tmp_path / "source", shape)
-    convert(source, tmp_path / "out", Options(to="onnx", verify=False))
-    model, session = mpt.checkpoint.load(source), Session(tmp_path / "out")
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 2048, (3, 40), generator=generator)
+    model, session = exported(shape, tmp_path)
+    ids = random_ids(3, 40)
     mask = torch.ones_like(ids)
     mask[1, :13], mask[2, :39] = 0, 0
     with torch.no_grad():
@@ -44,10 +49,8 @@ def test_chunks_padding_and_cache_reuse_give_the_models_logits(shape: str, tmp_p
 
 
 def test_a_batch_decodes_with_left_padding(tmp_path: Path) -> None:
-    source = make(tmp_path / "source", "storywriter")
-    convert(source, tmp_path / "out", Options(to="onnx", verify=False))
-    model, session = mpt.checkpoint.load(source), Session(tmp_path / "out")
-    ids = torch.randint(0, 2048, (2, 12), generator=torch.Generator().manual_seed(1))
+    model, session = exported("storywriter", tmp_path)
+    ids = random_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     _, *cache = session.run(ids.numpy(), mask.numpy(), session.empty(2), 1)

@@ -6,7 +6,7 @@ Needs `make triton`; skipped without it.
 import json
 import queue
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,14 @@ def inputs(client: Any, rows: list[list[int]], n: int, **more: np.ndarray[Any, A
     ids = np.zeros((len(rows), max(map(len, rows))), np.uint32)
     for k, row in enumerate(rows):
         ids[k, : len(row)] = row
-    arrays = {
-        "input_ids": ids,
-        "input_lengths": np.array([[len(row)] for row in rows], np.uint32),
-        "request_output_len": np.full((len(rows), 1), n, np.uint32),
-        **more,
-    }
-    types = {"uint32": "UINT32", "float32": "FP32", "uint64": "UINT64", "int32": "INT32", "bool": "BOOL"}
+    lengths = np.array([[len(row)] for row in rows], np.uint32)
+    n_wanted = np.full((len(rows), 1), n, np.uint32)
+    return tensors(client, {"input_ids": ids, "input_lengths": lengths, "request_output_len": n_wanted, **more})
+
+
+def tensors(client: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[Any]:
+    types = {"uint32": "UINT32", "float32": "FP32", "uint64": "UINT64", "int32": "INT32", "bool": "BOOL",
+             "object": "BYTES"}  # fmt: skip
     made = []
     for name, array in arrays.items():
         tensor = client.InferInput(name, list(array.shape), types[array.dtype.name])
@@ -131,19 +132,10 @@ def test_what_is_not_computed_is_refused(whole: Server) -> None:
 def test_the_ensemble_answers_text_with_text(source: Path, whole: Server) -> None:
     client = http.InferenceServerClient(whole.http)
     text = "Once there was <|endoftext|>"
-    made = []
-    empty = np.array([[b""]], dtype=np.object_)
-    for name, array in (
-        ("INPUT_0", np.array([[text.encode()]], dtype=np.object_)),
-        ("INPUT_1", np.array([[10]], np.uint32)),
-        ("INPUT_2", empty),
-        ("INPUT_3", empty),
-    ):
-        tensor = http.InferInput(name, list(array.shape), "BYTES" if array.dtype == object else "UINT32")
-        tensor.set_data_from_numpy(array)
-        made.append(tensor)
+    question, empty = (np.array([[each]], dtype=np.object_) for each in (text.encode(), b""))
+    asked = {"INPUT_0": question, "INPUT_1": np.array([[10]], np.uint32), "INPUT_2": empty, "INPUT_3": empty}
     wanted = [http.InferRequestedOutput("OUTPUT_0")]
-    found = client.infer("ensemble", made, outputs=wanted).as_numpy("OUTPUT_0").reshape(-1)[0].decode()
+    found = client.infer("ensemble", tensors(http, asked), outputs=wanted).as_numpy("OUTPUT_0").reshape(-1)[0].decode()
     tokenizer = Tokenizer.from_folder(source)
     assert found == tokenizer.decode(generate(mpt.checkpoint.load(source), tokenizer.encode(text), 10, end_ids=(0,)))
 
