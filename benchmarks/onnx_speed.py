@@ -23,7 +23,8 @@ import json, sys
 from pathlib import Path
 import torch
 import mpt
-from conversion.convert import Options, convert
+from conversion.convert import convert
+from conversion.options import Options
 torch.manual_seed(0)
 mpt.save(mpt.MPTForCausalLM(mpt.MPTConfig(**json.loads(sys.argv[2]))), sys.argv[1] + "/float32")
 for dtype in ("float32", "int8", "int4"):

@@ -42,9 +42,9 @@ def test_chunks_padding_and_cache_reuse_give_the_models_logits(shape: str, tmp_p
         cache, logits = session.extend(cache, ids[0, start:end].tolist(), end - start)
         parts.append(logits[0])
     torch.testing.assert_close(torch.from_numpy(np.concatenate(parts)), alone[0], rtol=0, atol=5e-5)
-    # The cache of a row's beginning, taken again for another continuation.
-    beginning = [part[:, :, :20] for part in cache or []]
-    _, logits = session.extend(beginning, ids[0, 20:].tolist(), 20)
+    # The cache of a row's first 20 tokens, used again for another continuation.
+    prefix = [part[:, :, :20] for part in cache or []]
+    _, logits = session.extend(prefix, ids[0, 20:].tolist(), 20)
     torch.testing.assert_close(torch.from_numpy(logits[0]), alone[0][20:], rtol=0, atol=5e-5)
 
 
