@@ -37,7 +37,7 @@ class Writer(Reader, Protocol):
     def write(
         self, source: "Source", out: Path, dtype: str, options: Options, advance: Callable[[int], None]
     ) -> Mapping[Path, str]:
-        """Write into `out`, which is empty; sha256 of the files that were hashed on the way, the others may be absent.
+        """Write into `out`, an empty folder; sha256 of the files that were hashed while they were written, if any.
 
         dtype: one of the row's. advance: called with bytes of weights written.
         """
@@ -69,7 +69,7 @@ class ExportFormat(Format):
     help: str  # after `--to`
     dtypes: tuple[str, ...]  # the first is `auto` for a source whose own the format does not have
     options: tuple[str, ...] = ()  # fields of `Options` that only this format has
-    file: str = ""  # of the written folder, that is opened to read it again; none: the folder
+    file: str = ""  # in the written folder, where that file and not the folder is opened to read it again
     has_card: bool = False  # a README.md for the hub is written
 
     def writer(self) -> Writer:
