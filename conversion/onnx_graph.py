@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 from conversion.quantised import BLOCK
-from mpt.attention import alibi_slopes
+from mpt.attention import AttentionSpec
 from mpt.checkpoint import StoredTensor, safetensors_entries, weight_files
 from mpt.config import MPTConfig
 
@@ -182,10 +182,10 @@ def _mask(g: _Graph, config: MPTConfig) -> str:
     seen = g.op("And", is_before, is_token)  # (B, 1, T, P + T)
     lowest = g.constant(-6e4 if g.dtype == torch.float16 else -1e30, "lowest", TensorProto.FLOAT)
     bias = g.constant(0, "nothing", TensorProto.FLOAT)
-    if config.attention["alibi"]:
-        slopes = alibi_slopes(config.n_heads, config.attention["alibi_bias_max"]).numpy().reshape(1, -1, 1, 1)
+    slopes = AttentionSpec.of(config).slopes()
+    if slopes is not None:
         distance = g.op("Cast", distance, to=TensorProto.FLOAT)  # float16 counts to 2,048 only
-        bias = g.op("Mul", distance, g.constant(slopes, "slopes", TensorProto.FLOAT))
+        bias = g.op("Mul", distance, g.constant(slopes.numpy().reshape(1, -1, 1, 1), "slopes", TensorProto.FLOAT))
     mask = g.op("Where", seen, bias, lowest)  # (B, H, T, P + T)
     return str(mask if g.dtype == torch.float32 else g.op("Cast", mask, to=g.element))
 

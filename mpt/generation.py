@@ -58,7 +58,7 @@ def stream(
     cache = DynamicCache()
     device = model.transformer.wte.weight.device
     unread = list(ids)
-    wanted = columns([DrawParameters(temperature, top_p, top_k)])
+    wanted = columns([DrawParameters(temperature=temperature, top_p=top_p, top_k=top_k)])
     for _ in range(max_new_tokens):
         while unread:
             chunk, unread = unread[:_PREFILL_CHUNK], unread[_PREFILL_CHUNK:]

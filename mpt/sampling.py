@@ -23,7 +23,7 @@ def asked_over_http(default: Any, **limits: float) -> Any:
     return field(default=default, metadata={"http": limits})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DrawParameters:
     """How a token is drawn from its logits, declared here for Python, C and HTTP.
 

@@ -1,6 +1,6 @@
 """Runs a converted ONNX folder in onnxruntime: whole batches for comparing, and a cache for continuing.
 
-What verifies a conversion and what serves one share it. The graph is described in `conversion/formats/onnx_folder.py`.
+What verifies a conversion and what serves one share it. The graph is described in `conversion/onnx_graph.py`.
 """
 
 from collections.abc import Sequence

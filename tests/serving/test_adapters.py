@@ -53,7 +53,9 @@ def folders(model, tmp_path_factory) -> dict[str, Path]:
 
 async def answer(engine: Engine, prompt: list[int], adapter, n: int = 24) -> tuple[list[int], int]:
     tokens, cached = [], 0
-    submitted = engine.submit(prompt, Sampling(n, temperature=0, ignore_eos=True), request_id="x", adapter=adapter)
+    submitted = engine.submit(
+        prompt, Sampling(max_tokens=n, temperature=0, ignore_eos=True), request_id="x", adapter=adapter
+    )
     async for event in submitted:
         if isinstance(event, Delta):
             tokens += event.token_ids

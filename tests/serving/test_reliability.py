@@ -37,7 +37,7 @@ def engine(model, tokenizer) -> Iterator[Engine]:
 
 
 async def tokens_of(engine: Engine, prompt: list[int], n: int, **sampling) -> list[int]:
-    asked = Sampling(n, temperature=0, ignore_eos=True, **sampling)
+    asked = Sampling(max_tokens=n, temperature=0, ignore_eos=True, **sampling)
     events = engine.generate(prompt, asked, request_id="x")
     return [token async for event in events if isinstance(event, Delta) for token in event.token_ids]
 

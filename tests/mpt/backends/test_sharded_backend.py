@@ -82,7 +82,7 @@ async def main(folder, prompts):
                     kv_bytes=backend.bytes_per_token * 256 * 3)
     engine.start()
     async def one(prompt, n):
-        events = engine.generate(prompt, Sampling(n, temperature=0, ignore_eos=True), request_id="x")
+        events = engine.generate(prompt, Sampling(max_tokens=n, temperature=0, ignore_eos=True), request_id="x")
         return [token async for event in events if isinstance(event, Delta) for token in event.token_ids]
     answers = await asyncio.gather(*(one(prompt, n) for prompt, n in prompts))
     stats = engine.stats()
