@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from conversion.format_table import exports
+from conversion.format_table import FORMATS, exports
 from conversion.options import DtypeChoice, Options, TritonChoice
+from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption
 from mpt.errors import DamagedFile, UserError
 
 if TYPE_CHECKING:
     from conversion.source import Source
+    from mpt.options import ModelOptions
 
     Target = str
 else:
@@ -71,15 +73,30 @@ def inspect(
     source: SourcePath,
     tokenizer: TokenizerFolder = None,
     base: Base = None,
+    run: Annotated[bool, typer.Option("--run", help="Also what code computes it here, and why not faster.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    kv_cache: KVCacheOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is, without reading its weights.
 
-    Example: mpt inspect downloads/model-q8_0.gguf
+    \b
+    Examples:
+      mpt inspect downloads/model-q8_0.gguf
+      mpt inspect mpt-tiny --run --quantize int8
     """
     from conversion.open import open_source
+    from mpt.options import ModelOptions
 
-    found = _described(open_source(source, tokenizer, base))
+    options = ModelOptions(source, device, dtype, quantize, kv_cache)
+    if not run and options != ModelOptions(source):
+        raise UserError("--device, --dtype, --quantize and --kv-cache are for `--run`; give it too, or leave them out")
+    opened = open_source(source, tokenizer, base)
+    found = _described(opened)
+    if run:
+        found |= _runs(options, opened.kind)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -110,6 +127,21 @@ def verify(
     print(report.to_json() if as_json else report.render())
     if not report.is_good:
         raise DamagedFile(f"`{folder}` is not what was written; convert it again")
+
+
+def _runs(options: "ModelOptions", kind: str) -> dict[str, Any]:
+    """What computes a checkpoint on this machine. Raises UserError for one that must be converted first."""
+    if not any(row.is_run for row in FORMATS.values() if row.kind == kind):
+        raise UserError(
+            f"`--run` is for what is run as it is, and `{options.root}` is {kind}; convert it `--to hf` first"
+        )
+    from mpt.backends.choose import choose
+    from mpt.catalog import resolve
+
+    choice = choose(options.root, resolve(options.root), options)
+    reasons = {step.kind: f" ({step.why_not_faster})" if step.why_not_faster else "" for step in choice.steps}
+    steps = {step.kind: step.runs + reasons[step.kind] for step in choice.steps}
+    return {"runs on": f"{choice.device}, {choice.precision}", "runs": steps}
 
 
 def _described(source: "Source") -> dict[str, Any]:

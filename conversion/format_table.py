@@ -2,16 +2,15 @@
 
 The names after `--to`, the refusals, `mpt inspect` and the verification are derived from it. It imports nothing heavy,
 so that the command line answers at once; a format's module is imported when it is used. To add a format, write
-`conversion/formats/NAME.py` with the functions of `Reader` or `Writer`, and add its row here.
+`conversion/formats/NAME.py` with the functions of `Reader` or `Writer`, and add its row and its import here.
 
 Not here: adapters, which are a change to a checkpoint and no format of one (`formats/adapter.py`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from conversion.options import Options
 from mpt.errors import UserError
@@ -52,20 +51,21 @@ class Format:
 
     kind: str  # `Source.kind`
     title: str  # in messages
-    module: str  # with the functions of `Reader`
+    module: Callable[[], Reader]  # imports it
     is_at: Callable[[Path], bool]  # whether a path, a file or a folder, holds one
     marker: str = ""  # the file by which a folder is recognised, for messages
     suffix: str = ""  # of a checkpoint that is one file
+    is_run: bool = False  # whether `mpt serve` runs it as it is
 
     def reader(self) -> Reader:
-        found: Any = import_module(self.module)
-        return found
+        return self.module()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFormat(Format):
     """A format that is written too; its module has the functions of `Writer`."""
 
+    module: Callable[[], Writer]
     help: str  # after `--to`
     dtypes: tuple[str, ...]  # the first is `auto` for a source whose own the format does not have
     options: tuple[str, ...] = ()  # fields of `Options` that only this format has
@@ -73,8 +73,40 @@ class ExportFormat(Format):
     has_card: bool = False  # a README.md for the hub is written
 
     def writer(self) -> Writer:
-        found: Any = import_module(self.module)
-        return found
+        return self.module()
+
+
+# Each format's module, imported when it is used.
+
+
+def _huggingface() -> Writer:
+    from conversion.formats import huggingface
+
+    return huggingface
+
+
+def _composer() -> Reader:
+    from conversion.formats import composer
+
+    return composer
+
+
+def _onnx() -> Writer:
+    from conversion.formats import onnx_folder
+
+    return onnx_folder
+
+
+def _fastertransformer() -> Writer:
+    from conversion.formats import fastertransformer
+
+    return fastertransformer
+
+
+def _gguf() -> Writer:
+    from conversion.formats import gguf_file
+
+    return gguf_file
 
 
 def _magic(path: Path) -> bytes:
@@ -96,9 +128,10 @@ FORMATS: dict[str, Format] = {
     "hf": ExportFormat(
         kind="huggingface",
         title="Hugging Face",
-        module="conversion.formats.huggingface",
+        module=_huggingface,
         is_at=lambda path: (path / "config.json").is_file(),
         marker="config.json",
+        is_run=True,
         help="safetensors, for transformers and every tool that reads them",
         dtypes=("float32", "float16", "bfloat16"),
         has_card=True,
@@ -106,7 +139,7 @@ FORMATS: dict[str, Format] = {
     "composer": Format(
         kind="composer",
         title="Composer",
-        module="conversion.formats.composer",
+        module=_composer,
         is_at=_is_composer,
         marker=".metadata",
         suffix=".pt",
@@ -114,9 +147,10 @@ FORMATS: dict[str, Format] = {
     "onnx": ExportFormat(
         kind="onnx",
         title="ONNX",
-        module="conversion.formats.onnx_folder",
+        module=_onnx,
         is_at=lambda path: (path / "model.onnx").is_file(),
         marker="model.onnx",
+        is_run=True,
         help="for onnxruntime",
         dtypes=("float32", "float16", "int8", "int4"),
         options=("triton",),
@@ -124,7 +158,7 @@ FORMATS: dict[str, Format] = {
     "fastertransformer": ExportFormat(
         kind="fastertransformer",
         title="FasterTransformer",
-        module="conversion.formats.fastertransformer",
+        module=_fastertransformer,
         is_at=lambda path: (path / "config.ini").is_file() or any(path.glob("*-gpu/config.ini")),
         marker="config.ini",
         help="for FasterTransformer",
@@ -134,7 +168,7 @@ FORMATS: dict[str, Format] = {
     "gguf": ExportFormat(
         kind="gguf",
         title="GGUF",
-        module="conversion.formats.gguf_file",
+        module=_gguf,
         is_at=lambda path: _magic(path) == b"GGUF",
         suffix=".gguf",
         help="for llama.cpp",

@@ -1,7 +1,8 @@
 """The commands `mpt serve`, `mpt cluster` and `mpt top`."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -15,109 +16,131 @@ from serving.options import ServeOptions, is_loopback
 CONFIG = Path(__file__).with_name("config.yaml")
 
 
+_Model = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]NAME|PATH",
+        help="A checkpoint to serve: a name of the catalog, a folder (ONNX too), a hub repository, or "
+        "NAME=triton://HOST:PORT/MODEL?checkpoint=NAME; repeatable.",
+        show_default="the four of the mpt-tiny family",
+    ),
+]
+_Host = Annotated[str, typer.Option(help="Address to listen on; another than loopback needs keys.")]
+_Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")]
+_ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(help="A key clients must send; repeatable. Other users of the machine can see it: prefer a file."),
+]
+_ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of keys, one per line, `[NAME:] KEY [requests_per_minute=N] [tokens_per_minute=N]`; read again "
+        "when it changes. Keys may stand in $MPT_API_KEYS too, one per line."
+    ),
+]
+_RequestsPerMinute = Annotated[
+    int | None, typer.Option(min=1, help="Of each client; more get 429.", show_default="no limit")
+]
+_TokensPerMinute = Annotated[
+    int | None, typer.Option(min=1, help="Prompt and answer tokens of each client.", show_default="no limit")
+]
+_NoAuth = Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")]
+_Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess at tokens that stand in the prompt or answer already and check several at once; on CPU. "
+        "Answers stay the same.",
+    ),
+]
+_Draft = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=MODEL", help="A smaller model with the same tokenizer that guesses instead; repeatable."
+    ),
+]
+_TensorParallel = Annotated[int, typer.Option(min=1, help="Share the model over so many processes, one GPU each.")]
+_KvGb = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
+]
+_MaxRunning = Annotated[int, typer.Option(min=1, help="Sequences computed at once, per model.")]
+_MaxWaiting = Annotated[int, typer.Option(min=0, help="Requests that may wait, per model; more get 503.")]
+_PrefillChunk = Annotated[
+    int, typer.Option(min=16, help="Prompt tokens read in one step; smaller keeps other streams smoother.")
+]
+_ContextLength = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=TOKENS", help="Serve a context other than the trained one; repeatable."),
+]
+_PromptStyle = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=STYLE", help="Template for chat: none, instruct or chatml; repeatable."),
+]
+_Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODEL[:NAME]=FOLDER",
+        help="LoRA adapters, asked for as MODEL:NAME: one folder by its name, or a folder of folders; repeatable.",
+    ),
+]
+_AllowAdapterLoading = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Let clients load and unload LoRA adapters that lie inside FOLDER, at /v1/load_lora_adapter.",
+        show_default="off",
+    ),
+]
+_CorsOrigin = Annotated[
+    list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
+]
+_Docs = Annotated[bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")]
+_Demo = Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")]
+_Profile = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Write a trace of 200 steps of each model there, for Perfetto, and a table."),
+]
+_LogFormat = Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")]
+_DrainSeconds = Annotated[
+    float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
+]
+_RequestTimeout = Annotated[
+    float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
+]
+
+
 def serve(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]NAME|PATH",
-            help="A checkpoint to serve: a name of the catalog, a folder (ONNX too), a hub repository, or "
-            "NAME=triton://HOST:PORT/MODEL?checkpoint=NAME; repeatable.",
-            show_default="the four of the mpt-tiny family",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="A key clients must send; repeatable. Other users of the machine can see it: prefer a file."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of keys, one per line, `[NAME:] KEY [requests_per_minute=N] [tokens_per_minute=N]`; read again "
-            "when it changes. Keys may stand in $MPT_API_KEYS too, one per line."
-        ),
-    ] = None,
-    requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Of each client; more get 429.", show_default="no limit")
-    ] = None,
-    tokens_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Prompt and answer tokens of each client.", show_default="no limit")
-    ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")] = False,
+    model: _Model = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    api_key: _ApiKey = None,
+    api_key_file: _ApiKeyFile = None,
+    requests_per_minute: _RequestsPerMinute = None,
+    tokens_per_minute: _TokensPerMinute = None,
+    no_auth: _NoAuth = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
     kv_cache: KVCacheOption = "auto",
-    speculate: Annotated[
-        bool,
-        typer.Option(
-            "--speculate/--no-speculate",
-            help="Guess at tokens that stand in the prompt or answer already and check several at once; on CPU. "
-            "Answers stay the same.",
-        ),
-    ] = True,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=MODEL", help="A smaller model with the same tokenizer that guesses instead; repeatable."
-        ),
-    ] = None,
-    tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Share the model over so many processes, one GPU each.")
-    ] = 1,
-    kv_gb: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
-    ] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Sequences computed at once, per model.")] = 32,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait, per model; more get 503.")] = 256,
-    prefill_chunk: Annotated[
-        int, typer.Option(min=16, help="Prompt tokens read in one step; smaller keeps other streams smoother.")
-    ] = 512,
-    context_length: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=TOKENS", help="Serve a context other than the trained one; repeatable."),
-    ] = None,
-    prompt_style: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=STYLE", help="Template for chat: none, instruct or chatml; repeatable."),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODEL[:NAME]=FOLDER",
-            help="LoRA adapters, asked for as MODEL:NAME: one folder by its name, or a folder of folders; repeatable.",
-        ),
-    ] = None,
-    allow_adapter_loading: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Let clients load and unload LoRA adapters that lie inside FOLDER, at /v1/load_lora_adapter.",
-            show_default="off",
-        ),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
-    ] = None,
-    docs: Annotated[
-        bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")
-    ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")] = False,
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Write a trace of 200 steps of each model there, for Perfetto, and a table."
-        ),
-    ] = None,
-    log_format: Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")] = "text",
-    drain_seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
-    ] = 30.0,
-    request_timeout: Annotated[
-        float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
-    ] = 600.0,
+    speculate: _Speculate = True,
+    draft: _Draft = None,
+    tensor_parallel: _TensorParallel = 1,
+    kv_gb: _KvGb = None,
+    max_running: _MaxRunning = 32,
+    max_waiting: _MaxWaiting = 256,
+    prefill_chunk: _PrefillChunk = 512,
+    context_length: _ContextLength = None,
+    prompt_style: _PromptStyle = None,
+    adapter: _Adapter = None,
+    allow_adapter_loading: _AllowAdapterLoading = None,
+    cors_origin: _CorsOrigin = None,
+    docs: _Docs = None,
+    demo: _Demo = False,
+    profile: _Profile = None,
+    log_format: _LogFormat = "text",
+    drain_seconds: _DrainSeconds = 30.0,
+    request_timeout: _RequestTimeout = 600.0,
 ) -> None:
     """Serve checkpoints behind an OpenAI-style API.
 
@@ -132,54 +155,28 @@ def serve(
     if len(sources) < len(model or TINY):
         raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
-    if not is_loopback(host) and not (keys or api_key_file or no_auth):
-        raise UserError(
-            f"`{host}` can be reached from other machines and there are no keys; give --api-key-file, "
-            "or --no-auth to serve everybody who reaches it"
-        )
-    if no_auth and (keys or api_key_file):
-        raise UserError("--no-auth and keys contradict each other; give one of them")
+    _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
     if tensor_parallel > 1 and len(sources) > 1:
         raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
-    if demo and (keys or api_key_file):
-        raise UserError("--demo is for a server without keys: a browser sends none; run `mpt demo --url` beside it")
     if allow_adapter_loading is not None and not allow_adapter_loading.is_dir():
         raise UserError(f"`--allow-adapter-loading {allow_adapter_loading}` is no folder")
-    lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
-    styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
     if profile is not None:
         _make_folder(profile, "--profile")
-    drafts = dict(_by_model("--draft", draft, sources))
-    if drafts and not speculate:
-        raise UserError("--draft and --no-speculate contradict each other; give one of them")
-    adapters, folders = _adapters(adapter, sources)
-    from mpt.catalog import resolve
-
-    for source in (*sources.values(), *drafts.values()):
-        if not source.startswith(TRITON):
-            resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
-    models = {
-        name: ModelOptions(
-            source,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            kv_cache=kv_cache,
-            speculate=speculate,
-            draft=drafts.get(name),
-            tensor_parallel=tensor_parallel,
-            kv_gb=kv_gb,
-            max_running=max_running,
-            max_waiting=max_waiting,
-            prefill_chunk=prefill_chunk,
-            context_length=lengths.get(name),
-            prompt_style=styles.get(name),
-            adapters=folders.get(name),
-            named_adapters=adapters.get(name, {}),
-            profile=profile,
-        )
-        for name, source in sources.items()
-    }
+    shared = ModelOptions(
+        root="",  # each model has its own
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        kv_cache=kv_cache,
+        speculate=speculate,
+        tensor_parallel=tensor_parallel,
+        kv_gb=kv_gb,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        prefill_chunk=prefill_chunk,
+        profile=profile,
+    )
+    models = _models(shared, sources, draft, context_length, prompt_style, adapter)
     options = ServeOptions(
         models=models,
         host=host,
@@ -250,6 +247,53 @@ def top(
     from serving.cluster import top
 
     top.run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
+
+
+def _check_access(host: str, *, has_keys: bool, no_auth: bool, demo: bool) -> None:
+    """Raises UserError where others would reach a server without keys, or options contradict each other."""
+    if not is_loopback(host) and not (has_keys or no_auth):
+        raise UserError(
+            f"`{host}` can be reached from other machines and there are no keys; give --api-key-file, "
+            "or --no-auth to serve everybody who reaches it"
+        )
+    if no_auth and has_keys:
+        raise UserError("--no-auth and keys contradict each other; give one of them")
+    if demo and has_keys:
+        raise UserError("--demo is for a server without keys: a browser sends none; run `mpt demo --url` beside it")
+
+
+def _models(
+    shared: ModelOptions,
+    sources: Mapping[str, str],
+    draft: list[str] | None,
+    context_length: list[str] | None,
+    prompt_style: list[str] | None,
+    adapter: list[str] | None,
+) -> dict[str, ModelOptions]:
+    """What each served model is told: what all share, and the NAME=VALUE options of its own. Raises UserError."""
+    lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
+    styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
+    drafts = dict(_by_model("--draft", draft, sources))
+    if drafts and not shared.speculate:
+        raise UserError("--draft and --no-speculate contradict each other; give one of them")
+    adapters, folders = _adapters(adapter, sources)
+    from mpt.catalog import resolve
+
+    for source in (*sources.values(), *drafts.values()):
+        if not source.startswith(TRITON):
+            resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
+    return {
+        name: replace(
+            shared,
+            root=source,
+            draft=drafts.get(name),
+            context_length=lengths.get(name),
+            prompt_style=styles.get(name),
+            adapters=folders.get(name),
+            named_adapters=adapters.get(name, {}),
+        )
+        for name, source in sources.items()
+    }
 
 
 def _make_folder(folder: Path, option: str) -> None:

@@ -107,6 +107,7 @@ def test_nothing_is_imported_by_string(path: Path) -> None:
 
 BY_STRING = {
     "mpt/__init__.py",  # its own modules, when first used: importing `mpt` imports no torch
+    "conversion/formats/composer.py",  # a private class of numpy, which old Composer files name
     "mpt/backends/paged_backend.py",  # flash_attn, which may be absent or built for another torch
 }
 
@@ -116,17 +117,13 @@ def test_functions_are_short(path: Path) -> None:
     """At most 90 lines each, docstring included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = {node.name: n for node in found if (n := lines_of(node)) > 90 and (relative(path), node.name) not in TABLES}
+    long = {node.name: n for node in found if (n := lines_of(node)) > 90}
     assert not long, f"{relative(path)}: {long}"
 
 
 def lines_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """From its `def` to its end."""
     return (node.end_lineno or node.lineno) - node.lineno + 1
-
-
-# A command's function is mostly the table of its options.
-TABLES = {("serving/cli.py", "serve")}
 
 
 def test_nine_functions_of_ten_have_at_most_24_lines() -> None:

@@ -139,6 +139,11 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
             f"`--kv-cache int8` is for the C step, which cannot run here ({why_not}); leave `--kv-cache` out"
         )
     few = Step("few tokens", "torch", why_not) if why_not else Step("few tokens", *_in_c())
+    if options.draft is not None and why_not is not None:
+        raise UserError(
+            f"a draft guesses for a bfloat16 model on CPU with a C compiler at hand, which `{options.root}` is not "
+            f"({why_not}); leave `--draft` out"
+        )
     why_not = why_no_prompts(config, **facts)
     prompt = Step("prompt", "torch", why_not) if why_not else Step("prompt", *_in_c())
     precision = "int8 weights, bfloat16" if int8_weights else _name(dtype)
@@ -267,7 +272,7 @@ def _draw(device: str) -> Step:
         load_c()
     except Unavailable as reason:
         return Step("draw", "torch", str(reason))
-    return Step("draw", *_in_c())
+    return Step("draw", "C")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -155,8 +155,7 @@ def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: Mod
     is_exact = backend.capabilities.exact_guesses
     if options.draft is None:
         return Speculation(PromptLookup()) if options.speculate and is_exact else None
-    if not is_exact:
-        raise UserError(f"a draft guesses for a bfloat16 model on CPU with a C compiler at hand, which `{name}` is not")
+    assert is_exact, "`choose` has refused a draft elsewhere"
     folder = resolve(options.draft)
     if Tokenizer.from_folder(folder).vocabulary != tokenizer.vocabulary:
         raise UserError(f"`{options.draft}` has another tokenizer than `{name}`; a draft must read the same tokens")

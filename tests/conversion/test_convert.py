@@ -99,6 +99,11 @@ def test_the_command_line_converts_inspects_and_verifies(
     n = sum(tensor.numel() for name, tensor in weights(checkpoint).items() if name != "lm_head.weight")
     assert (facts["kind"], facts["parameters"], facts["dtype"], facts["context"]) == ("gguf", n, "float16", 512)
     assert facts["licence"] == "Apache-2.0"
+    assert "convert it `--to hf` first" in run("inspect", str(out / "model.gguf"), "--run")[2]
+    facts = json.loads(run("inspect", str(checkpoint), "--run", "--dtype", "float32", "--device", "cpu", "--json")[1])
+    assert facts["runs on"] == "cpu, float32"
+    assert facts["runs"]["prompt"] == "torch (C is for bfloat16 on CPU, and this model is float32 on cpu)"
+    assert "are for `--run`" in run("inspect", str(checkpoint), "--dtype", "float32")[2]
     assert run("verify", str(out))[0] == 0
     assert run("verify", str(out), "--against", str(checkpoint))[0] == 0
     code, _, error = run("convert", str(checkpoint), str(out), "--to", "hf")

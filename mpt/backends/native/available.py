@@ -43,7 +43,7 @@ def why_no_step(
         return "a model shared over processes adds up their parts between its layers"
     device_type = torch.device(device).type
     if device_type != "cpu" or dtype != torch.bfloat16:
-        return f"it is for bfloat16 on CPU, and this model is {dtype} on {device_type}"
+        return f"C is for bfloat16 on CPU, and this model is {str(dtype).removeprefix('torch.')} on {device_type}"
     if config.d_head > MAX_HEAD:
         return f"heads of {config.d_head}; at most {MAX_HEAD} are made for"
     for name, (n_out, n_in) in _products(config).items():

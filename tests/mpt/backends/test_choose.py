@@ -1,0 +1,153 @@
+"""What computes a model: the choice for a checkpoint, its options and a machine, and the reasons it gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpt.backends import choose as choosing
+from mpt.backends.choose import choose, open_backend
+from mpt.backends.native import library
+from mpt.config import MPTConfig
+from mpt.errors import MachineRefused, UnsupportedConfig, UserError
+from mpt.options import ModelOptions
+
+needs_compiler = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+
+
+def folder_of(path: Path, dtype: str = "bfloat16", **config: object) -> Path:
+    """A folder with a config and no weights: nothing else is looked at."""
+    shape = {"d_model": 128, "n_heads": 4, "n_layers": 1, "vocab_size": 512, "max_seq_len": 256}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(MPTConfig(**shape | config, dtype=dtype).to_dict()))
+    return path
+
+
+def runs(choice: choosing.Choice) -> dict[str, tuple[str, str | None]]:
+    return {step.kind: (step.runs, step.why_not_faster) for step in choice.steps}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Makes this machine another one, for as much of it as is asked."""
+
+    def become(*, variant="amx", why_not_faster: str | None = None, prompts: str | None = None, cuda=False, **has):
+        missing = {"faster": why_not_faster} if why_not_faster else {}
+        features = library.Features("cc", "gcc 13", frozenset(), (variant,), missing)
+        monkeypatch.setattr(choosing, "features", lambda: features)
+        monkeypatch.setattr(choosing, "load_c", lambda: None)
+        monkeypatch.setattr(choosing, "why_no_step", lambda config, **facts: has.get("step"))
+        monkeypatch.setattr(choosing, "why_no_prompts", lambda config, **facts: has.get("step") or prompts)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+        monkeypatch.setattr("mpt.backends.paged_attention.has_triton", lambda: has.get("triton", True))
+        flash = has.get("flash", False)
+        monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: object() if flash else None)
+
+    return become
+
+
+def test_with_amx_all_steps_run_in_c(machine, tmp_path):
+    machine()
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
+    assert (choice.backend, choice.device, choice.precision) == ("torch", "cpu", "bfloat16")
+    assert set(runs(choice).values()) == {("C (amx)", None), ("C", None)}
+    assert choice.capabilities.exact_guesses
+
+
+def test_without_amx_prompts_run_through_torch_and_that_is_said(machine, tmp_path):
+    no_amx = "this processor has no AMX"
+    machine(variant="avx512_bf16", why_not_faster=no_amx, prompts=no_amx)
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
+    assert runs(choice)["one token"] == ("C (avx512_bf16)", no_amx)
+    assert runs(choice)["prompt"] == ("torch", no_amx)
+    assert "prompts run through torch: this processor has no AMX" in list(choice.sentences())
+    json.dumps(choice.as_json())
+
+
+def test_without_a_compiler_everything_runs_through_torch_and_nothing_is_guessed(machine, tmp_path, monkeypatch):
+    machine(step="there is no C compiler; install gcc")
+
+    def load_c() -> None:
+        raise library.Unavailable("there is no C compiler")
+
+    monkeypatch.setattr(choosing, "load_c", load_c)
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
+    assert {step for step, _ in runs(choice).values()} == {"torch"}
+    assert all("no C compiler" in (why or "") for _, why in runs(choice).values())
+    assert not choice.capabilities.exact_guesses
+    with pytest.raises(UserError, match="a draft guesses for a bfloat16 model on CPU with a C compiler"):
+        choose("m", tmp_path, ModelOptions("m", draft="mpt-tiny"))
+
+
+@needs_compiler
+def test_float32_has_no_step_in_c_on_any_machine(tmp_path):
+    choice = choose("m", folder_of(tmp_path, dtype="float32"), ModelOptions("m", device="cpu"))
+    assert runs(choice)["one token"][0] == "torch"
+    assert "bfloat16 on CPU" in (runs(choice)["one token"][1] or "")
+
+
+def test_on_a_gpu_the_cache_has_pages(machine, tmp_path):
+    machine(cuda=True)
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
+    assert (choice.backend, choice.device) == ("paged", "cuda")
+    assert runs(choice)["one token"] == ("Triton inside CUDA graphs", None)
+    assert runs(choice)["prompt"] == ("FlexAttention", "flash-attn is not installed")
+    machine(cuda=True, flash=True, triton=False)
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
+    assert runs(choice)["few tokens"] == ("torch", "Triton is not installed")
+    assert runs(choice)["prompt"] == ("flash-attn", None)
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m", dtype="float32"))
+    reason = "flash-attn is for bfloat16 and float16, and this model is float32"
+    assert runs(choice)["prompt"] == ("FlexAttention", reason)
+    assert choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu")).backend == "torch"
+
+
+@pytest.mark.parametrize("option", [{"quantize": "int8"}, {"kv_cache": "int8"}])
+def test_int8_asks_for_bfloat16_whatever_the_checkpoint_stores(machine, tmp_path, option):
+    machine()
+    choice = choose("m", folder_of(tmp_path, dtype="float32"), ModelOptions("m", **option))
+    assert choice.dtype == torch.bfloat16 and "int8" in choice.precision
+    with pytest.raises(UserError, match="give `--dtype bfloat16`"):
+        choose("m", tmp_path, ModelOptions("m", dtype="float32", **option))
+
+
+def test_an_int8_cache_needs_the_step_in_c(machine, tmp_path):
+    machine(step="MPT_NATIVE=0")
+    with pytest.raises(MachineRefused, match=r"cannot run here \(MPT_NATIVE=0\)"):
+        choose("m", folder_of(tmp_path), ModelOptions("m", kv_cache="int8"))
+
+
+def test_options_and_attention_of_the_chosen_backend_are_checked(machine, tmp_path):
+    machine()
+    shared = ModelOptions("m", tensor_parallel=2)
+    assert choose("m", folder_of(tmp_path), shared).backend == "sharded"
+    with pytest.raises(UserError, match=r"`m` is shared by several processes.*`--quantize int8`"):
+        choose("m", tmp_path, ModelOptions("m", tensor_parallel=2, quantize="int8"))
+    with pytest.raises(UnsupportedConfig, match="`qk_ln` is True"):
+        choose("m", folder_of(tmp_path, attn_config={"qk_ln": True}), shared)
+    remote = "triton://host:1/m?checkpoint=x"
+    assert choose("m", tmp_path, ModelOptions(remote)).backend == "triton"
+    for option in ({"tensor_parallel": 2}, {"kv_gb": 1.0}, {"max_running": 3}, {"prefill_chunk": 64}):
+        with pytest.raises(UserError, match="`m` is a model of a Triton server, which cannot take `--"):
+            choose("m", tmp_path, ModelOptions(remote, **option))
+
+
+def test_a_machine_without_a_gpu_says_so(machine, tmp_path):
+    machine()
+    with pytest.raises(MachineRefused, match="use `--device cpu`"):
+        choose("m", folder_of(tmp_path), ModelOptions("m", device="cuda"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_chosen_is_what_is_opened(dtype):
+    """The choice is made from the config; the backend that is made of the weights has the step in C, or has not."""
+    options = ModelOptions("mpt-tiny", device="cpu", dtype=dtype)
+    folder = Path(choosing.__file__).parents[1] / "tiny" / "mpt-tiny"
+    choice = choose("m", folder, options)
+    backend = open_backend(choice, folder, options)
+    native = backend.native  # type: ignore[attr-defined]
+    assert (native is not None) == runs(choice)["one token"][0].startswith("C ")
+    assert (native is not None and native.reads_prompts) == runs(choice)["prompt"][0].startswith("C ")
+    assert backend.capabilities == choice.capabilities
