@@ -9,9 +9,9 @@
 # Ports: 8000 API, 7860 demos, 8080 Ray's metrics, 8265 Ray's dashboard, 6379 GCS, 10001 Ray client.
 
 # Which extras of pyproject.toml go in. onnxruntime and onnxruntime-gpu are one module in two packages, so `conversion`,
-# which brings the first, stays out of the cuda image.
-ARG CPU_EXTRAS=cluster,conversion,data,demos
-ARG CUDA_EXTRAS=cluster,gpu,data,qlora
+# which brings the first, stays out of the cuda image. `s3` opens s3:// for the download Job and for mirrors of checkpoints.
+ARG CPU_EXTRAS=cluster,conversion,data,demos,s3
+ARG CUDA_EXTRAS=cluster,gpu,data,qlora,s3
 
 # --- build: one virtual environment per image; compilers, pip's cache and the sources stay behind ---
 
@@ -30,9 +30,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     torch=$(grep '^torch==' /src/constraints.txt) \
     && pip install -c /src/constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu "${torch}+cpu"
 COPY . /src/
-# s3fs opens s3:// for the download Job and for mirrors of checkpoints; it follows the version of fsspec.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c /src/constraints.txt "/src[${CPU_EXTRAS}]" s3fs
+    pip install -c /src/constraints.txt "/src[${CPU_EXTRAS}]"
 
 FROM build AS build-cuda
 ARG CUDA_EXTRAS
@@ -40,7 +39,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c /src/constraints.txt "$(grep '^torch==' /src/constraints.txt)"
 COPY . /src/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c /src/constraints.txt "/src[${CUDA_EXTRAS}]" s3fs
+    pip install -c /src/constraints.txt "/src[${CUDA_EXTRAS}]"
 
 # --- cpu ---
 

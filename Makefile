@@ -22,11 +22,12 @@ cluster: setup  ## the same four on a local Ray, each with replicas of its own
 test: setup  ## everything that needs no GPU and no network
 	$(BIN)/python -m pytest
 
-check: setup promtool  ## format, lint, types, and every manifest of k8s/ against its schema
+check: setup promtool  ## format, lint, types, every manifest of k8s/ against its schema, and what pip would install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/k8s
+	$(BIN)/python -m pytest -m index -rs tests/test_install.py
 
 format: setup
 	$(BIN)/ruff format .
