@@ -373,8 +373,9 @@ def model() -> MPTForCausalLM:
 def test_logits_are_kept_of_the_positions_asked_for(model: MPTForCausalLM) -> None:
     ids = random_ids(2, 9)
     whole = model(ids).logits
-    assert torch.equal(model(ids, logits_to_keep=1).logits, whole[:, -1:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, whole[:, [2, 5]])
+    # Not to the bit: over fewer rows, BLAS may add the terms of a logit in another order (it does on AMD EPYC).
+    torch.testing.assert_close(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, whole[:, [2, 5]])
     hidden = model.transformer(ids).last_hidden_state
     assert hidden.shape == (2, 9, 32)
     torch.testing.assert_close(model.unembed(hidden), whole)
@@ -427,7 +428,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(packed: bool) -> None:
     rows = random_ids(3, 20)
     inputs = {"input_ids": rows, "labels": rows, **({"sequence_id": PACKED} if packed else {})}
     plain = gradients(model, **inputs)
-    model.activation_checkpointing_enable()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:  # its name before transformers 5.23
+        model.gradient_checkpointing_enable()
     assert model.transformer.blocks[0].gradient_checkpointing
     again = gradients(model, **inputs)
     assert plain.keys() == again.keys()
