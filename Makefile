@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup serve cluster test check format tiny bench llama peers triton promtool clean
+.PHONY: setup serve cluster test check format tiny bench llama peers triton lowest promtool clean
 
 setup: $(READY)
 
@@ -62,6 +62,14 @@ triton:  ## a Triton server for CPU, for tests of model repositories and `mpt se
 	test -x .triton/bin/python || $(PYTHON) -m venv .triton
 	.triton/bin/python -m pip install --quiet --disable-pip-version-check -r conversion/triton_repository/requirements.txt
 
+# A venv of its own: every direct dependency at the lower bound of pyproject.toml. Its torch is the CUDA build, of 3 GB.
+lowest: setup  ## whether the lower bounds of pyproject.toml are true
+	test -x .lowest/bin/python || $(PYTHON) -m venv .lowest
+	echo '*' > .lowest/.gitignore
+	$(BIN)/uv pip install --quiet --python .lowest/bin/python --resolution lowest-direct -e '.[dev,data,tracking,s3]'
+	.lowest/bin/python -m pytest tests/mpt tests/conversion/test_convert.py tests/conversion/test_onnx.py \
+		tests/serving/test_server.py tests/training/test_loop.py tests/training/test_trackers.py tests/training/test_mirror.py
+
 promtool: .promtool/promtool  ## Prometheus' own checker, out of Debian's package; tests say so where there is none
 
 .promtool/promtool:
@@ -70,4 +78,4 @@ promtool: .promtool/promtool  ## Prometheus' own checker, out of Debian's packag
 	rm -rf .promtool/usr .promtool/etc .promtool/lib .promtool/var .promtool/prometheus_*.deb
 
 clean:
-	rm -rf $(VENV) .llama .peers .triton .promtool .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .llama .peers .triton .lowest .promtool .mypy_cache .ruff_cache .pytest_cache
