@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 NAMES = ("chat", "instruct", "storywriter", "base", "compare")
+SHARED = ("mpt_space.py", "mpt_page.py")  # what each Space needs beside its own folder
 LOAD_S = 120.0  # for the four tiny models, which take about 6
 
 
@@ -82,8 +83,7 @@ def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tupl
         if error.name != "gradio":
             raise
         _refuse("Gradio is not installed; install it with `pip install 'mpt-home[demos]'`")
-    space = import_module("demos.mpt_space")
-    source = space.Server(url, key)
+    source = import_module("demos.mpt_space").Server(url, key)
     blocks = server.site(source) if what == "all" else server.page(what, source)
     try:
         blocks.launch(
@@ -92,7 +92,7 @@ def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tupl
             auth=auth,
             quiet=True,
             prevent_thread_lock=True,
-            **space.launch_options(),
+            **import_module("demos.mpt_page").launch_options(),
         )
     except OSError as error:
         _refuse(f"port {port} cannot be used ({error}); choose another with --port")
@@ -151,11 +151,12 @@ def _pass_on(process: "subprocess.Popen[str]") -> None:
 
 
 def _copy(name: str | None, folder: Path | None) -> None:
-    """A Space that stands alone: its folder, and the one module it shares with the others."""
+    """A Space that stands alone: its folder, and the modules it shares with the others."""
     if name not in NAMES or folder is None:
         _refuse(f"`mpt demo copy` takes a name and a folder; names: {', '.join(NAMES)}")
     here = Path(__file__).parent
-    sources = [path for path in sorted((here / name).iterdir()) if path.is_file()] + [here / "mpt_space.py"]
+    sources = [path for path in sorted((here / name).iterdir()) if path.is_file()]
+    sources += [here / shared for shared in SHARED]
     existing = [path.name for path in sources if (folder / path.name).exists()]
     if existing:
         _refuse(f"`{folder}` already has {', '.join(existing)}; nothing was copied; name another folder")

@@ -1,7 +1,8 @@
-"""What every Space here needs from an OpenAI-style server: models, streams that can be stopped, errors as sentences.
+"""What every Space asks of an OpenAI-style server: models, streams that can be stopped, errors as sentences.
 
-No Gradio in it: this file is copied beside each Space's `app.py`, and runs against `mpt serve`, a cluster, or anybody's
-server. What only ours offer (`/tokenize`, `prompt_style`, `licence`, reading progress) is used where it is there.
+It is not about pages (that is `mpt_page.py`), and there is no Gradio in it. Both files are copied beside each Space's
+`app.py`. The server may be `mpt serve`, a cluster or anybody's: what only ours offers (`/tokenize`, `prompt_style`,
+`licence`, reading progress) is used where it is there.
 """
 
 import asyncio
@@ -9,15 +10,13 @@ import json
 import math
 import os
 import re
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when a page is built
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONGEST_WAIT_S = 5.0  # for a busy server, before its refusal is shown; who waits longer wants to know why
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -350,78 +349,7 @@ def _tidy(sentence: str) -> str:
     return re.sub(r"\.{2,}$", ".", sentence)
 
 
-# -- what stands on the page -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Numbers:
-    """Tokens and clock of one answer: feed it each piece, read `line` at any time."""
-
-    context_length: int | None = None
-    n_tokens: int = 0  # written; the usage corrects it, since a piece may hold several
-    n_prompt_tokens: int | None = None
-    n_cached_tokens: int = 0
-    finish_reason: str | None = None
-    first_s: float | None = None
-    last_s: float | None = None
-    notice: str = ""  # why nothing comes yet
-    _began: float = field(default_factory=time.monotonic)
-
-    def add(self, piece: Piece) -> None:
-        now = time.monotonic() - self._began
-        self.notice = piece.notice
-        if piece.text or piece.logprobs:
-            self.first_s = now if self.first_s is None else self.first_s
-            self.last_s = now
-            self.n_tokens += len(piece.logprobs) if piece.logprobs else 1
-        if piece.progress:
-            self.n_prompt_tokens = piece.progress.get("total", self.n_prompt_tokens)
-            self.n_cached_tokens = piece.progress.get("cached", 0)
-        if piece.usage:
-            self.n_tokens = piece.usage.get("completion_tokens", self.n_tokens)
-            self.n_prompt_tokens = piece.usage.get("prompt_tokens", self.n_prompt_tokens)
-            self.n_cached_tokens = (piece.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        self.finish_reason = piece.finish_reason or self.finish_reason
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Of writing alone: from the first token to the last. None for so few that they came as one burst."""
-        if self.first_s is None or self.last_s is None:
-            return None
-        if self.n_tokens < 16 or self.last_s - self.first_s < 0.25:
-            return None
-        return (self.n_tokens - 1) / (self.last_s - self.first_s)
-
-    def line(self) -> str:
-        """`142 tokens, first after 0.21 s, 38 tokens/s`; before the first, why it does not come."""
-        if self.notice:
-            return self.notice
-        parts = [f"{self.n_tokens:,} token{'' if self.n_tokens == 1 else 's'}"]
-        if self.first_s is not None:
-            parts.append(f"first after {self.first_s:.2f} s")
-        if (rate := self.tokens_per_s) is not None:
-            parts.append(f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.1f} tokens/s")
-        return ", ".join(parts)
-
-    def context_line(self) -> str:
-        """`310 of 2,048 tokens of context`; empty where the server does not say both."""
-        if self.n_prompt_tokens is None or not self.context_length:
-            return ""
-        return f"{self.n_prompt_tokens + self.n_tokens:,} of {self.context_length:,} tokens of context"
-
-
-class Pace:
-    """Whether it is time to draw again: small models write faster than a page can."""
-
-    def __init__(self, every_s: float = 0.05) -> None:
-        self._every_s, self._drawn_at = every_s, 0.0
-
-    def is_due(self) -> bool:
-        now = time.monotonic()
-        if now - self._drawn_at < self._every_s:
-            return False
-        self._drawn_at = now
-        return True
+# -- models, and what fits into them -----------------------------------------------------------------------------------
 
 
 def pick(cards: list[Card], model: str | None) -> Card:
@@ -468,53 +396,25 @@ async def room_after(server: Server, card: Card, prompt: str | list[Message], wa
     return room(card, await count_or_guess(server, card, prompt), wanted)
 
 
-def licence_note(card: Card) -> str:
-    """The model's name and licence, and what the licence forbids."""
-    licence = card.get("licence") or card.get("license")
-    if not licence or licence == "unknown":
-        return f"Model: {card['id']}. The server does not say under which licence; ask whoever runs it."
-    parts = str(licence).upper().split("-")
-    limits = "; non-commercial use only" if "NC" in parts else ""
-    return f"Model: {card['id']}, licence {licence}{limits}."
+def models_that_answer(cards: list[Card], style: str, refusal: str) -> list[Card]:
+    """The models that answer messages, those of a prompt style first. SpaceError with a sentence when there is none.
+
+    Servers other than ours do not name a style, so all of their models count.
+    """
+    able = [card for card in cards if card.get("prompt_style") != "none"]
+    if not able:
+        raise SpaceError(refusal, None, "no_server")
+    return sorted(able, key=lambda card: card.get("prompt_style") != style)
 
 
-def privacy_note() -> str:
-    return (
-        "Answers come from a language model and can be wrong or offensive. This page logs nothing; conversations stay "
-        "in your browser, and go to the server only to be answered."
-    )
-
-
-# Gradio takes the looks of a page where it is launched or mounted, not where it is built. Its own colour for quiet text
-# has a contrast of 2.6 to the white behind it, where readers need 4.5; so has white on its orange.
-CSS = """
-.quiet { color: var(--body-text-color) !important; opacity: 0.78; font-size: var(--text-sm) !important; }
-.quiet * { color: inherit !important; font-size: inherit !important; }
-.gradio-container main.fillable { width: 100% !important; max-width: 1000px !important; }
-.gradio-container textarea::placeholder { color: var(--body-text-color); opacity: 0.7; }
-@media (max-width: 500px) { .gradio-container main.fillable { padding-left: 12px; padding-right: 12px; } }
-"""
-
-
-def page_options() -> dict[str, Any]:
-    """What a server gives to Gradio's `mount_gradio_app`, and each Space to `launch`."""
-    from gradio.themes import Default  # the one thing here that needs it
-
+def sampling(
+    temperature: float, top_p: float, *, top_k: float = 0, repetition_penalty: float = 1, seed: float | None = None
+) -> dict[str, Any]:
+    """Parameters of a request from the page's sliders. None, which is not sent, stands for what is off."""
     return {
-        "css": CSS,
-        "theme": Default(primary_hue="blue", secondary_hue="blue"),
-        "show_error": False,  # tracebacks are for the log
-        "footer_links": [],
-        "run_history": False,
-        "max_file_size": "8mb",
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": int(top_k) or None,
+        "repetition_penalty": None if repetition_penalty == 1 else repetition_penalty,
+        "seed": None if seed is None else int(seed),
     }
-
-
-def launch_options() -> dict[str, Any]:
-    """What each Space gives to `launch`."""
-    return {**page_options(), "share": False}
-
-
-def join(parts: Iterable[str], separator: str = " · ") -> str:
-    """The parts that are not empty, on one line."""
-    return separator.join(part for part in parts if part)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from demos.mpt_space import Server, page_options
+from demos.mpt_page import page_options, queued
+from demos.mpt_space import Server
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -17,13 +18,11 @@ PAGES = {  # name: its title in the bar
     "base": "Base model",
     "compare": "Compare",
 }
-MAX_QUEUE = 128  # people waiting; more are told that the page is busy
 
 
 def page(name: str, server: Server) -> gr.Blocks:
     """One Space of PAGES."""
-    blocks: gr.Blocks = import_module(f"demos.{name}.app").build(server)
-    return blocks.queue(max_size=MAX_QUEUE)
+    return queued(import_module(f"demos.{name}.app").build(server))
 
 
 def site(server: Server) -> gr.Blocks:
@@ -37,7 +36,7 @@ def site(server: Server) -> gr.Blocks:
         with whole.route(PAGES[name], f"/{name}"):
             gr.Navbar(main_page_name=PAGES[first])
             pages[name].render()
-    return whole.queue(max_size=MAX_QUEUE)
+    return queued(whole)
 
 
 def mount(app: "FastAPI", url: str, key: str | None = None, path: str = "/demo") -> "FastAPI":

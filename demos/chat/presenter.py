@@ -1,0 +1,171 @@
+"""What happens on the chat page: messages are taken, answered, retried, edited and taken back.
+
+No layout is here. A visitor's state is in the page, so one presenter serves all visitors.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+try:
+    from demos import mpt_page, mpt_space
+    from demos.chat.context import fitted
+    from demos.chat.turns import Turn, answered, last_question, note_of, place_of, said_in, text_of, title_of
+except ImportError:  # a copied Space has the modules beside it
+    import mpt_page  # type: ignore[no-redef]
+    import mpt_space  # type: ignore[no-redef]
+    from context import fitted  # type: ignore[no-redef]
+    from turns import (  # type: ignore[no-redef]
+        Turn,
+        answered,
+        last_question,
+        note_of,
+        place_of,
+        said_in,
+        text_of,
+        title_of,
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices around the conversation, in the order of the page."""
+
+    model: str | None
+    system: str
+    temperature: float
+    top_p: float
+    top_k: float
+    max_tokens: float
+    repetition_penalty: float
+    seed: float | None
+
+    def parameters(self) -> dict[str, Any]:
+        """What goes to the server, but for the number of new tokens."""
+        return mpt_space.sampling(
+            self.temperature, self.top_p, top_k=self.top_k, repetition_penalty=self.repetition_penalty, seed=self.seed
+        )
+
+
+class ChatPresenter:
+    """The event handlers that ask the server."""
+
+    def __init__(self, server: mpt_space.Server) -> None:
+        self.server = server
+
+    async def look(self, model: str | None) -> tuple[Any, str]:
+        """The picker and the note beside it, from what the server serves now."""
+        return await mpt_page.picker_and_note(self.server, chat_models, model)
+
+    async def answer(self, turns: list[Turn], *settings: Any) -> AsyncGenerator[Any, None]:
+        """Stream the answer to the last message under it: turns, numbers, is_busy, Send and Stop.
+
+        Stop appears with the first piece: pressed before the event has begun it would cancel nothing.
+        """
+        if not turns or turns[-1]["role"] != "user":
+            yield gr.skip()
+            return
+        async with aclosing(self._answered(turns, Settings(*settings))) as parts:
+            async for text, note, is_done in parts:
+                said = [answered(text, note)] if is_done else [{"role": "assistant", "content": text}] if text else []
+                yield [*turns, *said], note if text or not is_done else "", True, *busy()
+
+    async def _answered(self, turns: list[Turn], settings: Settings) -> AsyncGenerator[tuple[str, str, bool], None]:
+        """The answer so far, the note under it, and whether that is all; what goes wrong becomes note and warning."""
+        answer = mpt_page.Answer()
+        yield "", "", False
+        try:
+            card = mpt_space.pick(chat_models(await self.server.models()), settings.model)
+            wanted = int(settings.max_tokens)
+            messages, n_dropped, room = await fitted(self.server, card, settings.system, said_in(turns), wanted)
+            left_out = left_out_note(n_dropped)
+            answer.begin(card)
+            is_ours = card.get("prompt_style") is not None
+            pieces = self.server.chat(card["id"], messages, max_tokens=room, progress=is_ours, **settings.parameters())
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    answer.add(piece)
+                    if answer.is_due():
+                        yield answer.text, mpt_page.join([left_out, answer.numbers.notice], " "), False
+            cut = "cut at the longest answer allowed" if answer.numbers.finish_reason == "length" else ""
+            yield answer.text, mpt_page.join([left_out, answer.summary(cut)], " "), True
+        except mpt_space.SpaceError as error:
+            gr.Warning(error.sentence, title="The answer broke off" if answer.text else "No answer")
+            yield answer.text, error.sentence, True
+
+
+# -- events that ask nobody -------------------------------------------------------------------------------------------
+
+
+def take(text: str, turns: list[Turn], conversation: str, is_busy: bool) -> Any:
+    """Put the message into the conversation; one that comes during an answer stays in its box."""
+    if is_busy:
+        return gr.skip()
+    if text.strip():
+        turns = [*turns, {"role": "user", "content": text.strip()}]
+    return "", turns, conversation or uuid.uuid4().hex, True, gr.Button(interactive=False)
+
+
+def again(turns: list[Turn], at: gr.RetryData) -> list[Turn]:
+    """The conversation up to the question, which is then answered anew."""
+    return turns[: last_question(turns, at.index) + 1]
+
+
+def edit(turns: list[Turn], at: gr.EditData) -> list[Turn]:
+    """The conversation up to the edited message, which is then answered anew."""
+    place = place_of(at.index)
+    return [*turns[:place], {"role": "user", "content": str(at.value)}]
+
+
+def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str, str]:
+    """The conversation without the last question, which goes back into the box."""
+    place = last_question(turns, at.index)
+    return turns[:place], text_of(turns[place]), note_of(turns[:place])
+
+
+def open_saved(conversation: str, saved: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """The turns, id and system prompt of a saved conversation, the note under it, and the buttons at rest."""
+    found = next((each for each in saved if each["id"] == conversation), None)
+    if found is None:
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), *idle()
+    return found["turns"], found["id"], found["system"], note_of(found["turns"]), *idle()
+
+
+def start_new() -> tuple[Any, ...]:
+    return [], "", gr.Radio(value=None), "", *idle()
+
+
+def example_text(at: gr.SelectData) -> str:
+    return str(at.value["text"])
+
+
+def listed(saved: list[dict[str, Any]], current: str) -> gr.Radio:
+    """The saved conversations by their first words."""
+    titles = [(title_of(each["turns"]), each["id"]) for each in saved]
+    return gr.Radio(choices=titles, value=current if current in [each["id"] for each in saved] else None)
+
+
+def busy() -> tuple[Any, Any]:
+    """Send and Stop during an answer."""
+    return gr.Button(visible=False), gr.Button(visible=True)
+
+
+def idle() -> tuple[Any, Any]:
+    """Send and Stop between answers."""
+    return gr.Button(visible=True, interactive=True), gr.Button(visible=False)
+
+
+def left_out_note(n_dropped: int) -> str:
+    if not n_dropped:
+        return ""
+    return f"The oldest {n_dropped} messages no longer fit into the model's context and were left out."
+
+
+def chat_models(cards: list[mpt_space.Card]) -> list[mpt_space.Card]:
+    """Those that can be talked to, ChatML first."""
+    refusal = "The server serves base models only, which continue text and do not chat."
+    return mpt_space.models_that_answer(cards, "chatml", refusal)
