@@ -1,16 +1,20 @@
 """Chat, compare and base pages in a real browser, against real small models and a scripted server."""
 
 import json
-import signal
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from demos.base import app as base
-from demos.chat import app as chat
-from demos.compare import app as compare
-from demos.mpt_space import Server
+from tests.demos import scripted_server
+from tests.serving.servers import free_port
 
 pytestmark = pytest.mark.browser
 
@@ -40,7 +44,7 @@ def idle(page: Any) -> None:
 
 
 def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
-    page = open_page(show(chat.build(Server(real_server.url))))
+    page = open_page(show("chat", real_server.url))
     page.get_by_text("Model: mpt-tiny-chat, licence Apache-2.0.").wait_for()
     say(page, "Hi, my name is Greta")
     expect(bots(page)).to_contain_text("Greta")
@@ -70,7 +74,7 @@ def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_
 
 
 def test_copying_an_answer_copies_what_was_said_alone(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(chat.build(Server(scripted.url))))
+    page = open_page(show("chat", scripted.url))
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     say(page, "one **two**")
     expect(numbers(page)).to_contain_text("2 tokens, first after")
@@ -83,7 +87,7 @@ def test_copying_an_answer_copies_what_was_said_alone(scripted: Any, show: Any, 
 
 
 def test_two_tabs_keep_each_others_conversations(scripted: Any, show: Any, open_page: Any) -> None:
-    first = open_page(show(chat.build(Server(scripted.url))))
+    first = open_page(show("chat", scripted.url))
     second = first.context.new_page()  # of the same browser, opened before the first saves anything
     second.goto(first.url)
     second.get_by_role("heading", level=1).wait_for()
@@ -105,7 +109,7 @@ def test_two_tabs_keep_each_others_conversations(scripted: Any, show: Any, open_
 
 
 def test_export_holds_what_was_said(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(chat.build(Server(scripted.url))))
+    page = open_page(show("chat", scripted.url))
     say(page, "one **two** three")
     expect(bots(page).locator("strong")).to_have_text("two")
     idle(page)
@@ -123,7 +127,7 @@ def test_export_holds_what_was_said(scripted: Any, show: Any, open_page: Any) ->
 
 
 def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(chat.build(Server(scripted.url))))
+    page = open_page(show("chat", scripted.url))
     say(page, "slow please")
     expect(bots(page)).to_contain_text("word9 ")
     say(page, "too early")  # stays in its box
@@ -162,19 +166,19 @@ def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, sho
 
 
 def test_a_closed_tab_frees_the_server(scripted: Any, show: Any, open_page: Any) -> None:
-    url = show(chat.build(Server(scripted.url)))
+    url = show("chat", scripted.url)
+    other = open_page(url)
     for n, text in enumerate(["slow please", "silent please"]):  # while it writes, and before its first word
         page = open_page(url)
         say(page, text)
         until(page, lambda n=n: scripted.started == n + 1)
-        page.context.close()
-        other = open_page(url)
+        page.close()
         until(other, lambda n=n: scripted.closed == n + 1)
 
 
 def test_oldest_messages_leave_a_full_context_and_the_page_says_so(scripted: Any, show: Any, open_page: Any) -> None:
     scripted.context = 40  # words; a quarter is kept for the answer
-    page = open_page(show(chat.build(Server(scripted.url))))
+    page = open_page(show("chat", scripted.url))
     for n in range(3):
         say(page, f"message {n} " + "and so on " * 2)
         expect(bots(page), n + 1)
@@ -189,9 +193,10 @@ def test_oldest_messages_leave_a_full_context_and_the_page_says_so(scripted: Any
 
 
 def test_a_busy_server_is_asked_once_more(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(chat.build(Server(scripted.url))))
+    scripted.crowded_s = 1
+    page = open_page(show("chat", scripted.url))
     say(page, "crowded here")
-    expect(numbers(page)).to_contain_text("The server is busy; trying again in 2 s.")
+    expect(numbers(page)).to_contain_text("The server is busy; trying again in 1 s.")
     expect(bots(page)).to_contain_text("crowded here")
     expect(page.get_by_test_id("toast-body"), 0)
     idle(page)
@@ -211,7 +216,7 @@ def test_a_busy_server_is_asked_once_more(scripted: Any, show: Any, open_page: A
 def test_errors_are_sentences_and_the_page_recovers(
     scripted: Any, show: Any, open_page: Any, text: str, sentence: str
 ) -> None:
-    page = open_page(show(chat.build(Server(scripted.url))))
+    page = open_page(show("chat", scripted.url))
     say(page, text)
     expect(bots(page) if text == "busy" else numbers(page)).to_contain_text(sentence)
     expect(page.get_by_test_id("toast-body")).to_contain_text(sentence)
@@ -220,25 +225,45 @@ def test_errors_are_sentences_and_the_page_recovers(
     expect(bots(page).last).to_contain_text("all well")
 
 
-def test_a_server_killed_in_mid_answer_is_told_and_found_again(real_server: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(base.build(Server(real_server.url))))
-    page.get_by_text("Model: mpt-tiny, licence Apache-2.0.").wait_for()
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_role("spinbutton", name="Tokens to write").fill("1024")
-    page.get_by_role("button", name="Continue").click()
-    page.locator("#tokens .tokens span").nth(3).wait_for()
-    real_server.end(signal.SIGKILL)
-    expect(page.locator("#numbers")).to_contain_text("The connection to the server broke")
+def test_a_server_killed_in_mid_answer_is_told_and_found_again(show: Any, open_page: Any) -> None:
+    port = free_port()
+    with process(port) as server:
+        page = open_page(show("base", f"http://127.0.0.1:{port}"))
+        page.get_by_text("Model: scripted-chat").wait_for()
+        page.get_by_role("textbox", name="Text").fill("slow please")
+        page.get_by_role("button", name="Continue").click()
+        expect(page.get_by_role("textbox", name="Text")).to_have_value(re.compile("word3 "))
+        server.kill()
+        expect(page.locator("#numbers")).to_contain_text("The connection to the server broke")
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("#numbers")).to_contain_text("No server answers at")
-    real_server.start()
-    page.get_by_role("spinbutton", name="Tokens to write").fill("8")
-    page.get_by_role("button", name="Continue").click()
-    expect(page.locator("#numbers")).to_contain_text("8 tokens")
+    with process(port):
+        page.get_by_role("textbox", name="Text").fill("all well again")
+        page.get_by_role("button", name="Continue").click()
+        expect(page.locator("#numbers")).to_contain_text("3 tokens")
+
+
+@contextmanager
+def process(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A scripted server that can be killed, ready."""
+    started = subprocess.Popen([sys.executable, scripted_server.__file__, str(port)])
+    try:
+        while not accepts(port):
+            assert started.poll() is None
+            time.sleep(0.02)
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_what_a_model_writes_cannot_become_script_or_markup(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(chat.build(Server(scripted.url))))
+    page = open_page(show("chat", scripted.url))
     say(page, '<img src=x onerror="document.title=1"><script>document.title=2</script><form>seen</form> <made-up>')
     expect(numbers(page)).to_contain_text("tokens")
     idle(page)
@@ -249,7 +274,7 @@ def test_what_a_model_writes_cannot_become_script_or_markup(scripted: Any, show:
 def test_base_writes_in_place_and_shows_probabilities(
     real_server: Any, show: Any, open_page: Any, screenshot: Any
 ) -> None:
-    page = open_page(show(base.build(Server(real_server.url))))
+    page = open_page(show("base", real_server.url))
     page.get_by_text("Model: mpt-tiny, licence Apache-2.0.").wait_for()
     box = page.get_by_role("textbox", name="Text")
     before = box.input_value()
@@ -269,7 +294,7 @@ def test_base_writes_in_place_and_shows_probabilities(
 def test_compare_streams_two_at_once(
     real_server: Any, scripted: Any, show: Any, open_page: Any, screenshot: Any
 ) -> None:
-    page = open_page(show(compare.build(Server(real_server.url))))
+    page = open_page(show("compare", real_server.url))
     page.get_by_text("Model: mpt-tiny-instruct, licence Apache-2.0.").wait_for()
     page.get_by_role("button", name="Compare").click()
     for column in "ab":
@@ -278,7 +303,7 @@ def test_compare_streams_two_at_once(
     screenshot(page, "compare")
 
     scripted.context = 1000
-    page = open_page(show(compare.build(Server(scripted.url))))
+    page = open_page(show("compare", scripted.url))
     page.get_by_text("non-commercial use only").first.wait_for()
     page.get_by_role("textbox", name="Prompt").fill("slow please")
     page.get_by_role("button", name="Compare").click()
@@ -289,16 +314,16 @@ def test_compare_streams_two_at_once(
 
 
 @pytest.mark.parametrize("style", ["none", "chatml"])
-@pytest.mark.parametrize("build", [base.build, compare.build], ids=["base", "compare"])
+@pytest.mark.parametrize("name", ["base", "compare"])
 def test_a_long_prompt_gets_the_answer_that_fits(
-    scripted: Any, show: Any, open_page: Any, build: Any, style: str
+    scripted: Any, show: Any, open_page: Any, name: str, style: str
 ) -> None:
     scripted.style = style
-    page = open_page(show(build(Server(scripted.url))))
+    page = open_page(show(name, scripted.url))
     page.get_by_text("non-commercial use only").first.wait_for()
-    box = page.get_by_role("textbox", name="Text" if build is base.build else "Prompt")
-    under = page.locator("#numbers" if build is base.build else "#numbers-a")
-    go = page.get_by_role("button", name="Continue" if build is base.build else "Compare")
+    box = page.get_by_role("textbox", name="Text" if name == "base" else "Prompt")
+    under = page.locator("#numbers" if name == "base" else "#numbers-a")
+    go = page.get_by_role("button", name="Continue" if name == "base" else "Compare")
     box.fill("word " * 90)  # of 100 that fit; the page asks for 64, or 128
     go.click()
     expect(under).to_contain_text("90 tokens")
@@ -308,14 +333,14 @@ def test_a_long_prompt_gets_the_answer_that_fits(
     expect(under).to_contain_text("The prompt is 100 tokens with all that must go before it, and scripted-chat holds")
 
 
-@pytest.mark.parametrize("build", [chat.build, base.build, compare.build], ids=["chat", "base", "compare"])
+@pytest.mark.parametrize("name", ["chat", "base", "compare"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_phone_width_and_names_for_screen_readers(
-    scripted: Any, show: Any, open_page: Any, build: Any, dark: bool
+    scripted: Any, show: Any, open_page: Any, name: str, dark: bool
 ) -> None:
-    page = open_page(show(build(Server(scripted.url))), width=390, height=844, dark=dark)
+    page = open_page(show(name, scripted.url), width=390, height=844, dark=dark)
     page.get_by_text("non-commercial use only").first.wait_for()
-    if build is chat.build:
+    if name == "chat":
         say(page, "a_very_long_word_without_any_place_to_break_it_" * 4)
         expect(numbers(page)).to_contain_text("tokens")
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -330,7 +355,7 @@ def test_phone_width_and_names_for_screen_readers(
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_conversation_on_a_phone(real_server: Any, show: Any, open_page: Any, screenshot: Any, dark: bool) -> None:
-    page = open_page(show(chat.build(Server(real_server.url))), width=390, height=844, dark=dark)
+    page = open_page(show("chat", real_server.url), width=390, height=844, dark=dark)
     for n, text in enumerate(("Hi, my name is Greta", "What is my name?")):
         say(page, text)
         expect(bots(page), n + 1)
@@ -340,7 +365,7 @@ def test_a_conversation_on_a_phone(real_server: Any, show: Any, open_page: Any, 
 
 
 def test_the_page_without_a_server_says_so(show: Any, open_page: Any) -> None:
-    page = open_page(show(chat.build(Server("http://127.0.0.1:9"))))
+    page = open_page(show("chat", "http://127.0.0.1:9"))
     page.get_by_text("No server answers at http://127.0.0.1:9.").first.wait_for()
     say(page, "Hello")
     expect(bots(page)).to_contain_text("No server answers at")
@@ -349,8 +374,8 @@ def test_the_page_without_a_server_says_so(show: Any, open_page: Any) -> None:
 
 def until(page: Any, claim: Any, timeout_ms: int = 8000) -> None:
     """Wait for something outside the page; the page goes on meanwhile."""
-    for _ in range(timeout_ms // 50):
+    for _ in range(timeout_ms // 20):
         if claim():
             return
-        page.wait_for_timeout(50)
+        page.wait_for_timeout(20)
     raise AssertionError("it did not happen")

@@ -1,15 +1,13 @@
 """The instruct page in a real browser, and its check of answers in JSON."""
 
-import socket
 from typing import Any
 
 import pytest
 
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
-from demos.instruct import app as instruct  # noqa: E402
 from demos.instruct.json_check import check, yaml_of  # noqa: E402
-from demos.mpt_space import Server  # noqa: E402
+from tests.serving.servers import free_port  # noqa: E402
 
 
 def ask(page: Any, instruction: str) -> None:
@@ -19,7 +17,7 @@ def ask(page: Any, instruction: str) -> None:
 
 @pytest.mark.browser
 def test_yaml_becomes_json_that_is_checked(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
-    page = open_page(show(instruct.build(Server(real_server.url))))
+    page = open_page(show("instruct", real_server.url))
     page.get_by_text("Model: mpt-tiny-instruct, licence Apache-2.0.").wait_for()
     page.get_by_role("button", name="YAML to JSON").click()
     page.get_by_role("button", name="Answer", exact=True).click()
@@ -31,7 +29,6 @@ def test_yaml_becomes_json_that_is_checked(real_server: Any, show: Any, open_pag
     prompt = page.locator(".cm-content").last
     prompt.get_by_text("### Instruction:").wait_for()
     assert prompt.inner_text().rstrip().endswith("### Response:")
-    page.wait_for_timeout(400)  # until the drawer is open
     screenshot(page, "instruct")
 
     page.get_by_role("button", name="Clear").click()
@@ -41,7 +38,7 @@ def test_yaml_becomes_json_that_is_checked(real_server: Any, show: Any, open_pag
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone_needs_no_scrolling_sideways(real_server: Any, show: Any, open_page: Any, dark: bool) -> None:
-    page = open_page(show(instruct.build(Server(real_server.url))), width=390, height=844, dark=dark)
+    page = open_page(show("instruct", real_server.url), width=390, height=844, dark=dark)
     ask(page, "Convert the following YAML to JSON:\n\n" + "\n".join(f"key_{n}: {'long' * 12}" for n in range(3)))
     page.locator(".mpt-quiet", has_text="of context").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -55,7 +52,7 @@ def test_a_phone_needs_no_scrolling_sideways(real_server: Any, show: Any, open_p
 @pytest.mark.browser
 def test_troubles_are_sentences_and_the_page_goes_on(scripted: Any, show: Any, open_page: Any) -> None:
     scripted.context = 1000
-    page = open_page(show(instruct.build(Server(scripted.url))))
+    page = open_page(show("instruct", scripted.url))
     ask(page, "busy")
     page.get_by_role("alert").get_by_text("its queue is full; try again in 7 s").wait_for()
     ask(page, "break now")
@@ -73,10 +70,7 @@ def test_troubles_are_sentences_and_the_page_goes_on(scripted: Any, show: Any, o
 
 @pytest.mark.browser
 def test_without_a_server_the_page_opens_and_says_so(show: Any, open_page: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    page = open_page(show(instruct.build(Server(f"http://127.0.0.1:{port}"))))
+    page = open_page(show("instruct", f"http://127.0.0.1:{free_port()}"))
     page.get_by_role("alert").get_by_text("No server answers").wait_for()
     page.get_by_role("button", name="Answer", exact=True).click()
     page.get_by_text("Write an instruction first").wait_for()

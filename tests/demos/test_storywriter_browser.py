@@ -2,9 +2,7 @@
 
 import os
 import re
-import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ import pytest
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 pytest.importorskip("bs4", reason="the demos' readers are not installed: pip install -e .[demos]")
 
-from demos.mpt_space import Server  # noqa: E402
-from demos.storywriter import app as storywriter  # noqa: E402
+from tests.demos.conftest import SHORT  # noqa: E402
 
 pytestmark = pytest.mark.browser
 DATA = Path(os.environ.get("MPT_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -30,20 +27,6 @@ LAST = (
 )
 
 
-@pytest.fixture(scope="module")
-def short_server(real_server: Any) -> Iterator[Any]:
-    """A server whose StoryWriter holds 1,024 tokens, so that a book is soon too long."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = type(real_server)(port, ("--context-length", "mpt-tiny-storywriter=1024"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.end()
-
-
 @pytest.fixture
 def book(tmp_path: Path) -> Path:
     path = tmp_path / "The Harbour.txt"
@@ -55,16 +38,15 @@ def give(page: Any, path: Path) -> None:
     page.locator("input[type=file]").set_input_files(str(path))
 
 
+def open_settings(page: Any) -> None:
+    """Long before a setting is changed: a drawer that has only now opened puts its own value into a box once more."""
+    page.get_by_role("button", name="Model and settings").click()
+
+
 def set_new_tokens(page: Any, n: int) -> None:
-    drawer = page.get_by_role("button", name="Model and settings")
-    drawer.click()
     box = page.get_by_role("spinbutton", name=re.compile("New tokens"))
-    box.wait_for()
-    page.wait_for_timeout(500)  # a drawer that has only now opened puts its own value into the box once more
     box.fill(str(n))
     box.press("Tab")
-    page.wait_for_timeout(200)
-    drawer.click()
 
 
 def done(page: Any) -> str:
@@ -77,8 +59,9 @@ def done(page: Any) -> str:
 def test_a_book_is_read_and_written_on(
     real_server: Any, show: Any, open_page: Any, screenshot: Any, book: Path
 ) -> None:
-    page = open_page(show(storywriter.build(Server(real_server.url))))
+    page = open_page(show("storywriter", real_server.url))
     page.get_by_text("Model: mpt-tiny-storywriter, licence Apache-2.0.").wait_for()
+    open_settings(page)
     give(page, book)
     page.get_by_text(re.compile(r"The Harbour\.txt: [\d,]+ of 65,536 tokens, room for")).wait_for()
     set_new_tokens(page, 64)
@@ -117,7 +100,7 @@ def test_the_great_gatsby_is_read_and_its_epilogue_written(
     novel = DATA / "novels" / "the-great-gatsby.txt"
     if not novel.exists():
         pytest.skip(f"{novel} is not there; set MPT_TEST_DATA")
-    page = open_page(show(storywriter.build(Server(real_server.url))))
+    page = open_page(show("storywriter", real_server.url))
     page.get_by_text("Model: mpt-tiny-storywriter, licence Apache-2.0.").wait_for()
     give(page, novel)
     page.get_by_text("the-great-gatsby.txt: 92,593 of 65,536 tokens: 27,057 too many.").wait_for()
@@ -153,9 +136,13 @@ def test_the_great_gatsby_is_read_and_its_epilogue_written(
 
 
 def test_a_book_too_long_is_told_in_numbers_and_can_be_cut(
-    short_server: Any, show: Any, open_page: Any, book: Path
+    real_server: Any, show: Any, open_page: Any, book: Path
 ) -> None:
-    page = open_page(show(storywriter.build(Server(short_server.url))))
+    page = open_page(show("storywriter", real_server.url))
+    open_settings(page)
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name=SHORT).click()
+    page.get_by_text(f"Model: {SHORT}, licence Apache-2.0.").wait_for()
     give(page, book)
     page.get_by_text(re.compile(r"[\d,]+ of 1,024 tokens: [\d,]+ too many\. The beginning can be cut")).wait_for()
     set_new_tokens(page, 32)
@@ -172,11 +159,11 @@ def test_a_book_too_long_is_told_in_numbers_and_can_be_cut(
 
 
 def test_on_a_phone_a_pasted_text_is_written_on_and_stopped(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show(storywriter.build(Server(scripted.url))), width=390, height=844)
+    scripted.context = 1000
+    page = open_page(show("storywriter", scripted.url), width=390, height=844)
     page.get_by_label("Or paste one").fill("slow was the day, " + "and" * 200)
     page.get_by_label("Then comes").fill("")
-    page.get_by_text("of 100 tokens, room for").wait_for()
-    set_new_tokens(page, 48)
+    page.get_by_text("of 1,000 tokens, room for").wait_for()
     page.get_by_role("button", name="Write on").click()
     page.locator("#story", has_text="word3").wait_for()
     page.get_by_role("button", name="Stop").click()
@@ -189,7 +176,7 @@ def test_on_a_phone_a_pasted_text_is_written_on_and_stopped(scripted: Any, show:
 def test_a_file_that_is_no_book_is_refused_and_the_next_is_read(
     scripted: Any, show: Any, open_page: Any, tmp_path: Path
 ) -> None:
-    page = open_page(show(storywriter.build(Server(scripted.url))))
+    page = open_page(show("storywriter", scripted.url))
     page.get_by_role("button", name="Write on").click()
     page.get_by_role("alert").get_by_text("Upload a book first, or paste one.").wait_for()
     bad, good = tmp_path / "bad.txt", tmp_path / "good.md"
