@@ -104,7 +104,10 @@ def browser() -> Iterator[Any]:
         pytest.skip(f"no browser at {CHROMIUM}; apt-get install chromium, or set MPT_CHROMIUM")
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium.new_context(locale="en-GB")
+        context = chromium.new_context(locale="en-GB")
+        context.set_default_timeout(15_000)
+        context.new_page()
+        yield context
         chromium.close()
 
 
@@ -112,27 +115,32 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """A page of a URL in a tab of its own; errors of its scripts, and requests to other machines, fail the test.
 
-    What a page saves in the browser is gone after the test.
+    After the test one empty tab is left, and nothing of what a page saved in the browser.
     """
     troubles: list[str] = []
+    listeners = {
+        "weberror": lambda error: troubles.append(f"error in the page: {error.error}"),
+        "request": lambda request: troubles.append(f"outside: {request.url}") if is_outside(request.url) else None,
+    }
 
     def open_at(url: str, *, width: int = 1280, height: int = 860, dark: bool = False) -> Any:
-        page = browser.new_page()
+        page = next((page for page in browser.pages if page.url == "about:blank"), None) or browser.new_page()
         page.set_viewport_size({"width": width, "height": height})
         page.emulate_media(color_scheme="dark" if dark else "light")
-        page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: troubles.append(f"error in the page: {error}"))
-        page.on(
-            "request", lambda request: troubles.append(f"outside: {request.url}") if is_outside(request.url) else None
-        )
         page.goto(url)
         page.get_by_role("heading", level=1).wait_for()
         return page
 
+    for event, listener in listeners.items():
+        browser.on(event, listener)
     yield open_at
-    for page in browser.pages:
-        page.evaluate("localStorage.clear()")
+    for page in [page for page in browser.pages if page.url != "about:blank"]:
+        page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        page.goto("about:blank")
+    for page in browser.pages[1:]:
         page.close()
+    for event, listener in listeners.items():
+        browser.remove_listener(event, listener)
     assert not troubles
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from mpt.cli import app
 from tests.serving import servers
 from tests.serving.servers import free_port
 
@@ -38,57 +40,46 @@ def running(*command: str, until: str = "ready on") -> Iterator[None]:
         process.stdout.close()
 
 
-def test_a_password_lets_in_who_knows_it() -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with (
-        running("-m", "mpt", "demo", "chat", "--url", "http://127.0.0.1:9", "--port", str(port), "--auth", "ann:right"),
-        httpx.Client(base_url=url, trust_env=False) as client,
-    ):
-        assert client.get("/config").status_code == 401
-        assert client.post("/login", data={"username": "ann", "password": "wrong"}).status_code == 400
-        assert client.get("/config").status_code == 401
-        assert client.post("/login", data={"username": "ann", "password": "right"}).status_code == 200
-        assert client.get("/config").json()["title"] == "MPT chat"
-
-
 def test_a_taken_port_is_one_line_and_status_2(scripted: Any) -> None:
     port = scripted.url.rpartition(":")[2]
-    ran = subprocess.run(
-        [sys.executable, "-m", "mpt", "demo", "chat", "--url", "http://127.0.0.1:9", "--port", port],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert ran.returncode == 2
+    ran = CliRunner().invoke(app, ["demo", "chat", "--url", "http://127.0.0.1:9", "--port", port])
+    assert ran.exit_code == 2
     line = rf"mpt demo: port {port} cannot be used \(.*\); choose another with --port\n"
     assert re.fullmatch(line, ran.stderr), ran.stderr
     assert ran.stdout == ""
 
 
-def test_sigterm_ends_the_page_and_the_server_it_started() -> None:
+def test_a_password_lets_in_who_knows_it_and_sigterm_ends_page_and_server() -> None:
     port = free_port()
-    demo = servers.start("demo", "chat", "--port", str(port))  # says what its server says
+    url = f"http://127.0.0.1:{port}"
+    demo = servers.start("demo", "chat", "--port", str(port), "--auth", "ann:right")  # says what its server says
     try:
         server_url = demo.url
         assert not server_url.endswith(f":{port}")
-        wait_for(f"http://127.0.0.1:{port}/config")
+        assert wait_for(f"{url}/config").status_code == 401
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            assert client.post("/login", data={"username": "ann", "password": "wrong"}).status_code == 400
+            assert client.get("/config").status_code == 401
+            assert client.post("/login", data={"username": "ann", "password": "right"}).status_code == 200
+            assert client.get("/config").json()["title"] == "MPT chat"
         assert httpx.get(f"{server_url}/v1/models", trust_env=False).status_code == 200
         began = time.monotonic()
         assert demo.stop() == 0
         assert time.monotonic() - began < 8
-        for url in (server_url, f"http://127.0.0.1:{port}"):
+        for ended in (server_url, url):
             with pytest.raises(httpx.ConnectError):
-                httpx.get(url, trust_env=False)
+                httpx.get(ended, trust_env=False)
     finally:
         demo.stop()
 
 
 def test_a_copy_starts_alone_against_a_server(scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "my-space"
-    copy = [sys.executable, "-m", "mpt", "demo", "copy", "chat", str(folder)]
-    assert subprocess.run(copy, check=False, capture_output=True).returncode == 0
-    assert {path.name for path in folder.iterdir()} == {"app.py", "README.md", "requirements.txt", "mpt_space.py"}
-    again = subprocess.run(copy, check=False, capture_output=True, text=True)
-    assert again.returncode == 2
+    assert CliRunner().invoke(app, ["demo", "copy", "chat", str(folder)]).exit_code == 0
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"app.py", "README.md", "requirements.txt", "mpt_space.py", "mpt_page.py"}
+    again = CliRunner().invoke(app, ["demo", "copy", "chat", str(folder)])
+    assert again.exit_code == 2
     assert "nothing was copied" in again.stderr
 
     port = free_port()

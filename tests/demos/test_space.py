@@ -1,8 +1,6 @@
 """The module every Space shares: streams that can be left, errors as sentences, and Spaces that stand alone."""
 
 import asyncio
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from demos.mpt_space import Numbers, Piece, Server, SpaceError, licence_note
+from demos.cli import NAMES
+from demos.mpt_page import Numbers, licence_note
+from demos.mpt_space import Piece, Server, SpaceError
+from mpt.cli import app
 
-ROOT = Path(__file__).parents[2]
 ASK = [{"role": "user", "content": "one two three"}]
 
 
@@ -137,24 +138,36 @@ def test_numbers_and_licences_as_a_person_reads_them() -> None:
     assert "non-commercial" not in licence_note({"id": "mpt-7b", "licence": "Apache-2.0"})
 
 
-@pytest.mark.parametrize("name", ["chat", "base", "compare"])
-def test_a_copied_space_stands_alone(tmp_path: Path, name: str) -> None:
+def test_a_copied_space_stands_alone(tmp_path: Path) -> None:
+    """Each in a folder of its own, built without anything else of ours; Gradio is loaded once for all of them."""
     pytest.importorskip("gradio")
-    for path in [*(ROOT / "demos" / name).iterdir(), ROOT / "demos" / "mpt_space.py"]:
-        if path.is_file():
-            shutil.copy(path, tmp_path)
-    code = (
-        "import sys; sys.path = ['.', *(p for p in sys.path if p not in ('', sys.argv[1]))]\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import app, mpt_space; app.build(mpt_space.Server())\n"
-        "assert 'demos' not in sys.modules and 'mpt' not in sys.modules"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for name in NAMES:
+        assert CliRunner().invoke(app, ["demo", "copy", name, str(tmp_path / name)]).exit_code == 0
     ran = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", BUILD_ALONE, *NAMES], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == list(NAMES)
+
+
+# What finds this repository is taken off the path first: its folder, and what an editable installation adds.
+BUILD_ALONE = """
+import os, sys
+sys.path = [path for path in sys.path if path and not os.path.exists(os.path.join(path, "demos", "mpt_space.py"))]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import gradio
+for name in sys.argv[1:]:
+    before = set(sys.modules)
+    sys.path.insert(0, name)
+    import app, mpt_space
+    assert os.path.dirname(os.path.abspath(app.__file__)) == os.path.abspath(name)
+    app.build(mpt_space.Server())
+    assert "demos" not in sys.modules and "mpt" not in sys.modules
+    for file in os.listdir(name):
+        sys.modules.pop(file.removesuffix(".py"), None)
+    sys.path.remove(name)
+    print(name)
+"""
 
 
 async def until(claim: Callable[[], bool]) -> None:
