@@ -1,7 +1,8 @@
-"""A server that answers as a script says: for what a real one does too seldom. `python scripted_server.py PORT` runs it."""
+"""A server that answers as a script says, for what a real one does too seldom. `scripted_server.py PORT` runs it."""
 
 import asyncio
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -11,14 +12,18 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+WORD = r"\s*\S+|\s+$"
+PROBABILITY, PROBABILITY_OF_OTHER = 0.5, 0.25
+
 
 @dataclass
 class ScriptedServer:
     """Answers by the first word of the last message, some of which it knows; others it repeats.
 
-    `slow`, `silent`, `break` and `error` are how a stream goes. `busy` is refused, `crowded` the first time only,
-    `throttled` each time. A token is a word to it. `closed` counts streams that the client left before they ended.
-    `crowded_s` is the wait it names to a crowd.
+    `slow`, `silent`, `break` and `error` are how a stream goes; `read` reports how far the prompt is read. `busy` is
+    refused, `crowded` the first time only, `throttled` each time. A token is a word, with the white space before it,
+    and as likely as PROBABILITY. `closed` counts streams that the client left before they ended. `crowded_s` is the
+    wait it names to a crowd. With `shows_tokens` it says which tokens a text has.
     """
 
     url: str = ""
@@ -30,6 +35,8 @@ class ScriptedServer:
     refused: list[str] = field(default_factory=list)
     style: str = "chatml"
     crowded_s: int = 2
+    shows_tokens: bool = False
+    vocabulary: list[str] = field(default_factory=list)
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -55,7 +62,17 @@ class ScriptedServer:
         @app.post("/tokenize")
         async def tokenize(request: Request) -> Any:
             body = await request.json()
-            return {"count": words(body)}
+            if not self.shows_tokens:
+                return {"count": words(body)}
+            text = body["prompt"] if "prompt" in body else "".join(each["content"] for each in body["messages"])
+            pieces = re.findall(WORD, text)
+            self.vocabulary += [piece for piece in dict.fromkeys(pieces) if piece not in self.vocabulary]
+            return {"count": len(pieces), "tokens": [self.vocabulary.index(piece) for piece in pieces]}
+
+        @app.post("/detokenize")
+        async def detokenize(request: Request) -> Any:
+            tokens = (await request.json())["tokens"]
+            return {"prompt": "".join(self.vocabulary[token] for token in tokens)}
 
         @app.post("/v1/chat/completions")
         @app.post("/v1/completions")
@@ -84,6 +101,11 @@ class ScriptedServer:
             def chunk(text: str, finish: str | None = None) -> str:
                 choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
                 choice |= {"delta": {"content": text}} if "messages" in body else {"text": text}
+                if body.get("logprobs") and text:
+                    tops = {text: math.log(PROBABILITY), "other": math.log(PROBABILITY_OF_OTHER)}
+                    choice["logprobs"] = {
+                        "tokens": [text], "token_logprobs": [math.log(PROBABILITY)], "top_logprobs": [tops],
+                    }  # fmt: skip
                 return f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n"
 
             try:
@@ -110,7 +132,10 @@ class ScriptedServer:
                     done = True
                     return
                 else:
-                    for word in re.findall(r"\s*\S+|\s+$", last):
+                    if word == "read" and body["stream_options"].get("include_progress"):
+                        yield progress(words(body), words(body) // 2)
+                        yield progress(words(body), words(body))
+                    for word in re.findall(WORD, last):
                         yield chunk(word)
                 yield chunk("", "stop")
                 n_prompt, n_answer = words(body), len(last.split())
@@ -126,6 +151,11 @@ class ScriptedServer:
 def words(body: dict[str, Any]) -> int:
     texts = [message["content"] for message in body["messages"]] if body.get("messages") else [body["prompt"]]
     return sum(len(text.split()) for text in texts)
+
+
+def progress(n_prompt: int, n_read: int) -> str:
+    point = {"total": n_prompt, "processed": n_read, "cached": 0, "time_ms": 100 * n_read}
+    return f"data: {json.dumps({'choices': [], 'prompt_progress': point})}\n\n"
 
 
 def usage(n_prompt: int, n_answer: int) -> dict[str, int]:

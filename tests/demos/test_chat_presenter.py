@@ -1,0 +1,146 @@
+"""The chat page without a browser: what goes to the server, and what the page becomes."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
+
+from demos.chat import presenter  # noqa: E402
+from demos.chat.presenter import ChatPresenter  # noqa: E402
+from demos.mpt_space import Server  # noqa: E402
+from tests.demos.presenting import all_of, leave_after, until  # noqa: E402
+
+OFF = ("", 0.1, 1, 0, 20, 1, None)  # system prompt, temperature, top-p, top-k, tokens, repetition penalty, seed
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str, note: str = "") -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "metadata": {"log": note}}
+
+
+def at(kind: type, index: Any, value: str = "") -> Any:
+    return kind(None, {"index": index, "value": value, "previous_value": ""})
+
+
+async def test_an_answer_grows_under_its_question_and_ends_with_its_numbers(scripted: Any) -> None:
+    chat = ChatPresenter(Server(scripted.url))
+    updates = await all_of(chat.answer([user("one two three")], "scripted-chat", *OFF))
+    assert updates[0][0] == [user("one two three")]
+    texts = [update[0][1]["content"] for update in updates if len(update[0]) == 2]
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    turns, note, is_busy, send, stop = updates[-1]
+    assert turns[1]["content"] == "one two three"
+    assert turns[1]["metadata"] == {"log": note}
+    assert note.startswith("3 tokens, first after ")
+    assert note.endswith(" · 6 of 100 tokens of context")
+    assert is_busy  # until the page says that the event has ended
+    assert (send.visible, stop.visible) == (False, True)
+
+
+async def test_what_is_off_is_not_sent_and_what_is_set_is(scripted: Any) -> None:
+    chat = ChatPresenter(Server(scripted.url))
+    await all_of(chat.answer([user("one")], None, *OFF))
+    sent = {name: value for name, value in scripted.bodies[-1].items() if not name.startswith("stream")}
+    one = [{"role": "user", "content": "one"}]
+    assert sent == {
+        "model": "scripted-chat", "messages": one, "temperature": 0.1, "top_p": 1, "max_tokens": 20
+    }  # fmt: skip
+    await all_of(chat.answer([user("one")], None, " Be brief. ", 0, 0.5, 40.0, 16.0, 1.2, 7.0))
+    sent = scripted.bodies[-1]
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    numbers = ("temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
+    assert [sent[name] for name in numbers] == [0, 0.5, 40, 16, 1.2, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "sentence"),
+    [
+        ("busy", "The server has more to do than it can: its queue is full; try again in 7 s.", "its queue is full"),
+        ("break", "It began well ", "ended the stream in the middle"),
+        ("error", "It began well ", "stopped in the middle of the answer"),
+    ],
+)
+async def test_trouble_is_a_note_and_a_warning_and_keeps_what_was_said(
+    scripted: Any, text: str, content: str, sentence: str
+) -> None:
+    with pytest.warns(UserWarning, match=sentence):  # which Gradio shows on a page
+        updates = await all_of(ChatPresenter(Server(scripted.url)).answer([user(text)], None, *OFF))
+    turns, note, *_ = updates[-1]
+    assert turns[1]["content"] == content
+    assert sentence in turns[1]["metadata"]["log"]
+    assert (note == "") == (text == "busy")  # the sentence stands in the conversation then
+
+
+async def test_base_models_alone_are_refused_in_a_sentence(scripted: Any) -> None:
+    scripted.style = "none"
+    with pytest.warns(UserWarning, match="base models only"):
+        _, note = await ChatPresenter(Server(scripted.url)).look(None)
+    assert note == "The server serves base models only, which continue text and do not chat."
+
+
+async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
+    answer = ChatPresenter(Server(scripted.url)).answer([user("slow please")], None, *OFF)
+    await leave_after(answer, lambda update: "word2" in update[0][-1]["content"])
+    await until(lambda: scripted.closed == 1)
+
+
+async def test_no_question_asks_nobody(scripted: Any) -> None:
+    chat = ChatPresenter(Server(scripted.url))
+    for turns in ([], [user("one"), bot("two")]):
+        assert await all_of(chat.answer(turns, None, *OFF)) == [gr.skip()]
+    assert scripted.started == 0
+
+
+@pytest.mark.parametrize(
+    ("last", "first_sent", "n_dropped"),
+    [
+        ("the last", "question 3 of six", 6),  # 3 pairs and the last make 26 tokens, 4 pairs 34
+        ("long " * 22, "question 5 of six", 10),  # the last pair and the last make 30
+        ("long " * 23, "long " * 22 + "long", 12),
+    ],
+)
+async def test_the_oldest_messages_leave_a_full_context(
+    scripted: Any, last: str, first_sent: str, n_dropped: int
+) -> None:
+    scripted.context = 40  # a quarter is kept for the answer: 30 tokens may be read
+    turns = [turn for n in range(6) for turn in (user(f"question {n} of six"), bot(f"answer {n} of six"))]  # 8 a pair
+    updates = await all_of(ChatPresenter(Server(scripted.url)).answer([*turns, user(last.strip())], None, *OFF))
+    sent = [message["content"] for message in scripted.bodies[-1]["messages"]]
+    assert sent[0] == first_sent
+    assert len(sent) == 13 - n_dropped
+    note = f"The oldest {n_dropped} messages no longer fit into the model's context and were left out. "
+    assert updates[-1][1].startswith(note)
+
+
+def test_a_message_is_taken_once_and_waits_during_an_answer() -> None:
+    box, turns, conversation, is_busy, send = presenter.take(" one ", [], "", False)
+    assert (box, turns, is_busy) == ("", [user("one")], True)
+    assert len(conversation) == 32
+    assert not send.interactive
+    assert presenter.take("two", turns, conversation, True) == gr.skip()
+    assert presenter.take("  ", turns, conversation, False)[1:3] == (turns, conversation)
+
+
+def test_retry_edit_and_undo_go_back_to_their_question() -> None:
+    turns = [user("one"), bot("eins", "1 token"), user("two"), bot("zwei", "1 token")]
+    assert presenter.again(turns, at(gr.RetryData, 3)) == turns[:3]
+    assert presenter.again(turns, at(gr.RetryData, 0)) == turns[:1]
+    assert presenter.edit(turns, at(gr.EditData, (2, 0), "three")) == [*turns[:2], user("three")]
+    assert presenter.undo(turns, at(gr.UndoData, 3)) == (turns[:2], "two", "1 token")
+    assert presenter.undo(turns, at(gr.UndoData, 1)) == ([], "one", "")
+
+
+def test_a_saved_conversation_opens_as_it_was() -> None:
+    turns = [user("one"), bot("eins", "1 token")]
+    saved = [{"id": "a", "turns": turns, "system": "Be brief."}]
+    opened, conversation, system, note, send, stop = presenter.open_saved("a", saved)
+    assert (opened, conversation, system, note) == (turns, "a", "Be brief.", "1 token")
+    assert (send.visible, stop.visible) == (True, False)
+    assert presenter.open_saved("b", saved)[:4] == (gr.skip(),) * 4
+    listed = presenter.listed(saved, "b")
+    assert (listed.choices, listed.value) == ([("one", "a")], None)
