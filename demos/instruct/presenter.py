@@ -93,6 +93,8 @@ class InstructPresenter:
         async with aclosing(pieces):
             async for piece in pieces:
                 answer.add(piece)
+                if piece == mpt_space.Piece():  # Gradio sees that a tab is closed only when it is handed something
+                    yield {self.layout.status: gr.skip()}
                 if piece.notice:
                     yield {self.layout.status: mpt_page.quiet(piece.notice)}
                 if piece.text and answer.is_due():

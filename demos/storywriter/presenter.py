@@ -193,6 +193,8 @@ class StoryWriterPresenter:
         async with aclosing(self._pieces(writing, card, settings)) as pieces:
             async for piece in pieces:
                 writing.answer.add(piece)
+                if piece == mpt_space.Piece():  # Gradio sees that a tab is closed only when it is handed something
+                    yield {self.layout.status: gr.skip()}
                 if piece.notice:
                     yield {self.layout.status: mpt_page.quiet(piece.notice)}
                 if piece.progress and not writing.answer.text:

@@ -69,6 +69,21 @@ def test_troubles_are_sentences_and_the_page_goes_on(scripted: Any, show: Any, o
 
 
 @pytest.mark.browser
+def test_a_tab_closed_before_the_first_word_frees_the_server(scripted: Any, show: Any, open_page: Any) -> None:
+    scripted.context = 1000
+    url = show("instruct", scripted.url)
+    other, page = open_page(url), open_page(url)
+    ask(page, "silent")
+    for counted in (lambda: scripted.started, lambda: scripted.closed):
+        for _ in range(400):
+            if counted() == 1:
+                break
+            other.wait_for_timeout(20)
+        assert counted() == 1
+        page.close()
+
+
+@pytest.mark.browser
 def test_without_a_server_the_page_opens_and_says_so(show: Any, open_page: Any) -> None:
     page = open_page(show("instruct", f"http://127.0.0.1:{free_port()}"))
     page.get_by_role("alert").get_by_text("No server answers").wait_for()

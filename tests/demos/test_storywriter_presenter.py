@@ -1,5 +1,6 @@
 """The StoryWriter page without a browser: what goes to the server, and what the page becomes."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ async def test_closing_the_handler_frees_the_server_and_the_page_counts_the_word
     assert f"Stopped after {len(update[layout.story].written.split())} words." in page[layout.status]["value"]
     assert buttons(page, layout) == [True, False, True, True]
     assert presenter.rest(Story(), False) == {layout.is_writing: False}
+
+
+async def test_a_silent_server_gives_gradio_a_chance_to_see_that_the_tab_is_closed(
+    scripted: Any, presenter: Any
+) -> None:
+    writing = presenter.write_on(Book("Tale.txt", "silent tale"), Story(), "", "", *SETTINGS)
+    await asyncio.wait_for(leave_after(writing, lambda update: update == {presenter.layout.status: gr.skip()}), 5)
+    await until(lambda: scripted.closed == 1)
 
 
 async def test_without_a_book_nobody_is_asked(scripted: Any, presenter: Any) -> None:
