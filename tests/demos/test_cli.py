@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from httpx import ASGITransport
 from typer.testing import CliRunner
 
 from mpt.cli import app
@@ -18,6 +20,9 @@ from tests.serving import servers
 from tests.serving.servers import free_port
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
+
+from demos.cli import NAMES
+from demos.server import mount
 
 
 @contextmanager
@@ -71,6 +76,15 @@ def test_a_password_lets_in_who_knows_it_and_sigterm_ends_page_and_server() -> N
                 httpx.get(ended, trust_env=False)
     finally:
         demo.stop()
+
+
+async def test_all_pages_are_mounted_into_a_server() -> None:
+    site = ASGITransport(mount(FastAPI(), "http://127.0.0.1:9"))
+    async with httpx.AsyncClient(transport=site, base_url="http://testserver") as client:
+        pages = (await client.get("/demo/config")).json()["pages"]
+        assert [path for path, *_ in pages] == ["", *NAMES[1:]]
+        for path, *_ in pages:
+            assert (await client.get(f"/demo/{path}")).status_code == 200
 
 
 def test_a_copy_starts_alone_against_a_server(scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
