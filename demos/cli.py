@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -78,12 +77,12 @@ def demo(
 def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tuple[str, str] | None) -> None:
     """Serve the page until interrupted."""
     try:
-        server = import_module("demos.server")
+        from demos import mpt_page, mpt_space, server
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         _refuse("Gradio is not installed; install it with `pip install 'mpt-home[demos]'`")
-    source = import_module("demos.mpt_space").Server(url, key)
+    source = mpt_space.Server(url, key)
     blocks = server.site(source) if what == "all" else server.page(what, source)
     try:
         blocks.launch(
@@ -92,7 +91,7 @@ def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tupl
             auth=auth,
             quiet=True,
             prevent_thread_lock=True,
-            **import_module("demos.mpt_page").launch_options(),
+            **mpt_page.launch_options(),
         )
     except OSError as error:
         _refuse(f"port {port} cannot be used ({error}); choose another with --port")

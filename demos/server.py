@@ -1,16 +1,27 @@
 """All Spaces as the pages of one site, alone or mounted into a server under /demo."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from demos.base import app as base
+from demos.chat import app as chat
+from demos.compare import app as compare
+from demos.instruct import app as instruct
 from demos.mpt_page import page_options, queued
 from demos.mpt_space import Server
+from demos.storywriter import app as storywriter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+BUILD = {
+    "chat": chat.build,
+    "instruct": instruct.build,
+    "storywriter": storywriter.build,
+    "base": base.build,
+    "compare": compare.build,
+}
 PAGES = {  # name: its title in the bar
     "chat": "Chat",
     "instruct": "Instruct",
@@ -22,7 +33,7 @@ PAGES = {  # name: its title in the bar
 
 def page(name: str, server: Server) -> gr.Blocks:
     """One Space of PAGES."""
-    return queued(import_module(f"demos.{name}.app").build(server))
+    return queued(BUILD[name](server))
 
 
 def site(server: Server) -> gr.Blocks:
