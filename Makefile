@@ -19,8 +19,9 @@ serve: setup  ## the four mpt-tiny models on http://127.0.0.1:8000
 cluster: setup  ## the same four on a local Ray, each with replicas of its own
 	$(BIN)/mpt cluster
 
+# Files go whole to one of two to four processes: the tests of a file share servers and models.
 test: setup  ## everything that needs no GPU and no network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: setup promtool  ## format, lint, types, every manifest of k8s/ against its schema, and what pip would install
 	$(BIN)/ruff format --check .

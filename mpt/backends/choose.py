@@ -26,10 +26,10 @@ from mpt.options import ModelOptions
 
 Kind = Literal["one token", "few tokens", "prompt", "draw"]
 _SUBJECTS: dict[Kind, str] = {
-    "one token": "steps of one token run",
-    "few tokens": "steps of few tokens run",
-    "prompt": "prompts run",
-    "draw": "draws run",
+    "one token": "steps of one token",
+    "few tokens": "steps of few tokens",
+    "prompt": "prompts",
+    "draw": "draws",
 }
 
 
@@ -40,10 +40,6 @@ class Step:
     kind: Kind
     runs: str
     why_not_faster: str | None = None
-
-    def __str__(self) -> str:
-        reason = "" if self.why_not_faster is None else f": {self.why_not_faster}"
-        return f"{_SUBJECTS[self.kind]} through {self.runs}{reason}"
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,12 @@ class Choice:
     dtype: torch.dtype | None = None
 
     def sentences(self) -> Iterator[str]:
-        """One for each kind of step, those that run alike in one."""
+        """What runs and why nothing faster does, the kinds of steps that run alike in one sentence."""
+        alike: dict[tuple[str, str | None], list[str]] = {}
         for step in self.steps:
-            if step.kind == "few tokens" and replace(step, kind="one token") == self.steps[0]:
-                continue
-            yield str(step)
+            alike.setdefault((step.runs, step.why_not_faster), []).append(_SUBJECTS[step.kind])
+        for (runs, why_not), subjects in alike.items():
+            yield f"{' and '.join(subjects)} run through {runs}" + (f": {why_not}" if why_not else "")
 
     def as_json(self) -> dict[str, Any]:
         steps = {step.kind: {"runs": step.runs, "why_not_faster": step.why_not_faster} for step in self.steps}

@@ -144,8 +144,7 @@ def _say(endpoint: Endpoint, choice: Choice, entry: Entry, context: int, memory:
         endpoint.licence,
         " (non-commercial use only)" if entry.is_noncommercial else "",
     )
-    for sentence in choice.sentences():
-        log.info("%s: %s", name, sentence)
+    log.info("%s: %s", name, "; ".join(choice.sentences()))
     if endpoint.context_length < context:
         log.warning("%s: the KV cache holds %d of %d tokens of context", name, endpoint.context_length, context)
 

@@ -16,6 +16,7 @@ from mpt.generation import generate
 from mpt.options import ModelOptions
 from mpt.prompts import encode_chat
 from serving.app import Serving, make_app
+from serving.cluster import top
 from serving.options import ServeOptions
 
 NAMES = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
@@ -147,3 +148,19 @@ async def test_real_conversations_are_answered(serving):
             assert body["usage"]["completion_tokens"] <= 8
     assert set(statuses) <= {200, 400}
     assert 200 in statuses
+
+
+async def test_what_computes_a_model_is_told(serving):
+    """In /v1/models and /metrics, and below the table of `mpt top`: the same as `choose` says."""
+    choice = serving.endpoints["mpt-tiny"].choice
+    assert choice is not None
+    transport = httpx.ASGITransport(make_app(serving))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        card = (await client.get("/v1/models/mpt-tiny")).json()
+        metrics = (await client.get("/metrics")).text
+    assert card["runs"] == json.loads(json.dumps(choice.as_json()))
+    assert card["runs"]["steps"].keys() == {"one token", "few tokens", "prompt", "draw"}
+    shown = top.read_runs(metrics)["mpt-tiny"]
+    for step in choice.steps:
+        [line] = [line for line in shown if step.kind in line.split(":")[0].split(", ")]
+        assert line.split(": ", 1)[1] == step.runs + (f" ({step.why_not_faster})" if step.why_not_faster else "")
