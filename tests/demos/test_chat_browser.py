@@ -171,6 +171,7 @@ def test_a_closed_tab_frees_the_server(scripted: Any, show: Any, open_page: Any)
     for n, text in enumerate(["slow please", "silent please"]):  # while it writes, and before its first word
         page = open_page(url)
         say(page, text)
+        page.get_by_role("button", name="Stop").wait_for()  # Gradio does not notice a tab closed before
         until(page, lambda n=n: scripted.started == n + 1)
         page.close()
         until(other, lambda n=n: scripted.closed == n + 1)

@@ -74,6 +74,7 @@ def test_a_tab_closed_before_the_first_word_frees_the_server(scripted: Any, show
     url = show("instruct", scripted.url)
     other, page = open_page(url), open_page(url)
     ask(page, "silent")
+    page.get_by_text("Reading the instruction ...").wait_for()  # Gradio does not notice a tab closed before
     for counted in (lambda: scripted.started, lambda: scripted.closed):
         for _ in range(400):
             if counted() == 1:
