@@ -40,7 +40,8 @@ def numbers(page: Any) -> Any:
 
 
 def idle(page: Any) -> None:
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    """Until the answer is over. `expect` would look once a second only."""
+    page.get_by_role("button", name="Send", disabled=False).wait_for()
 
 
 def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
