@@ -63,7 +63,8 @@ def exposition() -> str:
     from serving.cluster.router import RouterMetrics, merged
 
     stats = EngineStats(**dict.fromkeys(inspect.signature(EngineStats).parameters, 1))
-    endpoint = SimpleNamespace(name="mpt-7b-chat", engine=SimpleNamespace(stats=lambda: stats, ready=True))
+    engine = SimpleNamespace(stats=lambda: stats, ready=True)
+    endpoint = SimpleNamespace(name="mpt-7b-chat", engine=engine, choice=None)
     router, replica = RouterMetrics(), Metrics(lambda: [endpoint])  # type: ignore[list-item]
     for metrics in (router, replica):
         use(metrics)
