@@ -29,7 +29,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpt.engine.adapters import MAX_LOADED, available
 from mpt.errors import MPTError, UserError
-from mpt.options import ModelOptions
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
@@ -233,11 +232,10 @@ def _open(name: str, model: ReplicaOptions, cluster: ClusterOptions) -> Any:
     """The endpoint of a replica, ready. Raises MPTError."""
     from mpt.engine.endpoint import open_endpoint
 
-    if model.device == "auto" and not model.num_gpus and not model.is_remote:  # Ray has given it no GPU
-        model = replace(model, device="cpu")
-    # The engine's own queue holds a request's samples; how many requests may wait is counted at the routers.
-    model = replace(model, max_waiting=ModelOptions.max_waiting)
-    endpoint = open_endpoint(name, model, len(cluster.models))
+    options = model.model
+    if options.device == "auto" and not model.num_gpus:  # Ray has given it no GPU
+        options = replace(options, device="cpu")
+    endpoint = open_endpoint(name, options, len(cluster.models))
     until = time.monotonic() + model.startup_timeout_s
     while not endpoint.engine.ready:
         if endpoint.engine.failed is not None or time.monotonic() > until:

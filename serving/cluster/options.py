@@ -42,6 +42,10 @@ class ReplicaOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.is_remote:
+            raise UserError(
+                f"`root` is {self.root}: a cluster computes its models itself; serve this one with `mpt serve`"
+            )
         at_least(self, 1, "max_replicas", "threads")
         at_least(self, 0, "num_gpus", "num_cpus", "min_replicas", "upscale_delay_s")
         at_least(self, 0, "downscale_delay_s", "graceful_shutdown_timeout_s")
@@ -57,6 +61,12 @@ class ReplicaOptions(ModelOptions):
                 f"num_gpus is {self.num_gpus}: a process uses at most one GPU; for a model over several GPUs give "
                 "tensor_parallel: N with num_gpus: 1"
             )
+
+    @property
+    def model(self) -> ModelOptions:
+        """What the model itself is told. How many requests may wait is counted at the routers, not in its engine."""
+        values = {each.name: getattr(self, each.name) for each in fields(ModelOptions) if each.name != "max_waiting"}
+        return ModelOptions(**values)
 
     @property
     def n_cpus(self) -> float:

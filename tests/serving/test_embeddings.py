@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,20 +66,32 @@ async def test_texts_and_ids_become_the_mean_of_one_forwards_states(serving, mod
 
 
 @pytest.mark.parametrize("serving", [{"kv_bytes": 1 << 20}], indirect=True)
-async def test_an_embedding_that_was_sent_back_is_read_from_its_beginning(serving, model):
-    """A chat of 200 tokens grows out of its block while a long text is read beside it, and takes its memory."""
+async def test_an_embedding_that_was_sent_back_is_read_from_its_beginning(serving, model, monkeypatch):
+    """A chat of 250 tokens grows out of its block while a long text is read beside it, and takes its memory."""
     engine = serving.endpoints["base"].engine
     ids = [5 + k % 200 for k in range(700)]
     assert engine._backend.bytes_per_token == 1024  # so that there is room for 1,024 tokens
+    forward, both_are_here = engine._backend.forward, threading.Event()
+
+    def wait_for_both(work):
+        assert both_are_here.wait(30)
+        return forward(work)
 
     async def chat() -> None:
         async for _ in engine.generate([7] * 250, greedy(100), request_id="chat"):
             pass
 
+    while not engine.ready:
+        await asyncio.sleep(0.001)
+    monkeypatch.setattr(engine._backend, "forward", wait_for_both)
     talking = asyncio.create_task(chat())
     while not engine.stats().n_running:
         await asyncio.sleep(0.001)
-    answer = (await ask(serving, input=ids)).json()
+    asking = asyncio.create_task(ask(serving, input=ids))
+    while not engine.stats().n_waiting:
+        await asyncio.sleep(0.001)
+    both_are_here.set()
+    answer = (await asking).json()
     await talking
     assert answer["data"][0]["embedding"] == pytest.approx(direct(model, ids), abs=1e-5)
     assert engine.stats().n_preemptions > 0

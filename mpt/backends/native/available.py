@@ -9,11 +9,16 @@ from typing import TypedDict
 import torch
 
 from mpt.attention import AttentionSpec
+from mpt.backends.capabilities import asked_for
 from mpt.backends.native.library import Features, Unavailable, features, load
 from mpt.backends.native.structures import MAX_HEAD, N_IN_MULTIPLE, N_IN_MULTIPLE_INT8, N_OUT_MULTIPLE, PANEL
 from mpt.config import MPTConfig
 
 __all__ = ["Features", "ModelFacts", "Unavailable", "features", "why_no_prompts", "why_no_step"]
+
+
+# What of `AttentionSpec` step.c and prompt.c compute: a field that is new is not ignored there.
+_ATTENTION = frozenset({"n_heads", "n_kv_heads", "d_head", "scale", "alibi_bias_max", "clip_qkv", "qk_ln"})
 
 
 class ModelFacts(TypedDict):
@@ -46,6 +51,9 @@ def why_no_step(
         return f"C is for bfloat16 on CPU, and this model is {str(dtype).removeprefix('torch.')} on {device_type}"
     if config.d_head > MAX_HEAD:
         return f"heads of {config.d_head}; at most {MAX_HEAD} are made for"
+    for field in asked_for(AttentionSpec.of(config)):
+        if field not in _ATTENTION:
+            return f"`{field}` is not made for in C"
     for name, (n_out, n_in) in _products(config).items():
         if n_out % N_OUT_MULTIPLE or n_in % (N_IN_MULTIPLE_INT8 if int8_weights else N_IN_MULTIPLE):
             multiples = f"multiples of {N_OUT_MULTIPLE} and {N_IN_MULTIPLE} (int8: {N_IN_MULTIPLE_INT8})"

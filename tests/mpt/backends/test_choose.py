@@ -151,3 +151,13 @@ def test_what_was_chosen_is_what_is_opened(dtype):
     assert (native is not None) == runs(choice)["one token"][0].startswith("C ")
     assert (native is not None and native.reads_prompts) == runs(choice)["prompt"][0].startswith("C ")
     assert backend.capabilities == choice.capabilities
+
+
+@needs_compiler
+def test_an_option_of_attention_that_is_new_does_not_run_in_c(monkeypatch, tmp_path):
+    """A field that C has not been taught goes through torch, where the backend claims it."""
+    from mpt.backends.native import available
+
+    monkeypatch.setattr(available, "asked_for", lambda spec: {"n_heads": 4, "window": 512})
+    choice = choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu"))
+    assert runs(choice)["one token"] == runs(choice)["prompt"] == ("torch", "`window` is not made for in C")

@@ -494,8 +494,8 @@ FACTS = available.ModelFacts(dtype=torch.bfloat16, device="cpu", int8_weights=Fa
 
 def test_what_it_is_not_made_for_is_said():
     for settings, facts, reason in [
-        ({}, {"dtype": torch.float32}, "it is for bfloat16 on CPU, and this model is torch.float32 on cpu"),
-        ({}, {"device": "cuda:0"}, "it is for bfloat16 on CPU, and this model is torch.bfloat16 on cuda"),
+        ({}, {"dtype": torch.float32}, "C is for bfloat16 on CPU, and this model is float32 on cpu"),
+        ({}, {"device": "cuda:0"}, "C is for bfloat16 on CPU, and this model is bfloat16 on cuda"),
         ({}, {"is_shared": True}, "a model shared over processes adds up their parts between its layers"),
         ({"d_model": 544, "n_heads": 2}, {}, "heads of 272; at most 256 are made for"),
         ({"d_model": 48, "n_heads": 2}, {}, "`attn.Wqkv` is 144 x 48; multiples of 16 and 32"),
