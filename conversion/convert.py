@@ -1,9 +1,8 @@
 """From a checkpoint of any kind to a folder of another: refused by name, streamed, verified, there only when whole."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from conversion.options import Options
 from conversion.source import Source
 from mpt.checkpoint import write_manifest
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
+from mpt.files import whole_folder
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.125, "int4": 0.625}  # scales included
 _MARGIN_BYTES = 50_000_000  # of disk, for everything that is no weight
@@ -42,7 +42,8 @@ def convert(
         done += n_bytes
         progress(min(done, total), total)
 
-    with _only_when_whole(out, total) as partial:
+    with whole_folder(out) as partial:
+        _check_space(partial.parent, total)
         with ThreadPoolExecutor(1) as pool:
             hashing = pool.submit(source.hash_files)  # beside the writing: it takes as long
             digests = target.writer().write(source, partial, dtype, options, advance)
@@ -58,32 +59,13 @@ def convert(
     return report
 
 
-@contextmanager
-def _only_when_whole(out: Path, n_bytes: int) -> Iterator[Path]:
-    """A folder beside `out` to write n_bytes into, which gets its name at the end; after an error nothing is left."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"`{out}` exists and is not an empty folder; choose another one or remove it")
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+def _check_space(folder: Path, n_bytes: int) -> None:
+    """Raises MachineRefused unless n_bytes and what is no weight fit on the folder's disk."""
+    free = shutil.disk_usage(folder).free
     if free < n_bytes + _MARGIN_BYTES:
         raise MachineRefused(
-            f"`{parent}` has {free / 1e9:.2f} GB free, {n_bytes / 1e9:.2f} are needed; free some space"
+            f"`{folder}` has {free / 1e9:.2f} GB free, {n_bytes / 1e9:.2f} are needed; free some space"
         )
-    partial = out.absolute().with_name(out.absolute().name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out.absolute())
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MachineRefused(f"cannot write `{out}` ({error}); free some space") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def resolve_dtype(source: Source, options: Options) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from conversion.tensors import Lazy
-from mpt.checkpoint import read_manifest, sha256
+from mpt.checkpoint import check_names, read_manifest, sha256
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
 from mpt.model import MPTForCausalLM
@@ -71,11 +71,7 @@ def complete(config: MPTConfig, tensors: dict[str, Lazy], where: Path) -> dict[s
         expected = {name: tuple(p.shape) for name, p in MPTForCausalLM(config).named_parameters()}
     tensors = dict(tensors)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or unknown:
-        what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to its config"
-        more = len(missing) + len(unknown) - 1
-        raise DamagedFile(f"`{where}` {what}" + (f" (and {more} more names differ)" if more else ""))
+    check_names(where, tensors.keys(), expected.keys())
     for name, shape in expected.items():
         if not tensors[name].dtype.is_floating_point:
             raise DamagedFile(f"`{name}` in `{tensors[name].where}` is {tensors[name].dtype}, no weights")

@@ -5,16 +5,15 @@ cache, and last on the hub. MosaicML's originals were withdrawn from the hub in 
 mirror's repository id is the usual way to them. Code that lies beside a checkpoint is neither downloaded nor run.
 """
 
-import json
 import logging
 import os
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-from mpt.errors import CheckpointNotFound, DamagedFile, MachineRefused, UserError
+from mpt.errors import CheckpointNotFound, MachineRefused, UserError
+from mpt.files import read_json, read_optional_json
 from mpt.prompts import MPT_7B_CHAT_SYSTEM, MPT_30B_CHAT_SYSTEM, PROMPT_STYLES, PromptStyle
 from mpt.tokenizer import CHATML_START, Tokenizer
 
@@ -138,7 +137,7 @@ def describe(name_or_path: str | Path) -> Entry:
         if entry is None:
             raise CheckpointNotFound(_not_found(given))
         return entry
-    manifest, config = _read_object(folder / "manifest.json"), _read_object(folder / "config.json")
+    manifest, config = read_optional_json(folder / "manifest.json"), read_optional_json(folder / "config.json")
     if entry is None:
         name = str(manifest.get("name") or folder.resolve().name)
         entry = Entry(name, None, 2048, "instruct" if "instruct" in name.lower() else "none", UNKNOWN_LICENCE)
@@ -161,7 +160,7 @@ def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
     """
     given = str(name_or_path)
     folder = find_local(given)
-    manifest = _read_object(folder / "manifest.json") if folder else {}
+    manifest = read_optional_json(folder / "manifest.json") if folder else {}
     if folder and "prompt_style" in manifest:
         style = manifest["prompt_style"]
         if style not in PROMPT_STYLES:
@@ -187,7 +186,7 @@ def _chat_template(folder: Path) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = _read_object(folder / "tokenizer_config.json").get("chat_template")
+    template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # transformers 4 keeps several so
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
@@ -213,7 +212,7 @@ def _has_weights(folder: Path) -> bool:
     for single in _WEIGHTS:
         index = folder / f"{single}.index.json"
         if index.is_file():
-            names = set(_read_object(index).get("weight_map", {}).values())
+            names = set(read_json(index).get("weight_map", {}).values())
             return bool(names) and all((folder / name).is_file() for name in names)
         if (folder / single).is_file():
             return True
@@ -278,16 +277,3 @@ def _not_found(given: str) -> str:
     if close:
         return f"no checkpoint `{given}`; did you mean `{close[0]}`?"
     return f"no checkpoint `{given}`; give a folder with a config.json, or one of: {', '.join(CATALOG)}"
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The object in an optional JSON file; empty when the file is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DamagedFile(f"`{path}` holds a {type(value).__name__}, not an object")
-    return value

@@ -12,9 +12,8 @@ import json
 import logging
 import pickle
 import re
-import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from mpt.config import MPTConfig
-from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
+from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
+from mpt.files import read_json, whole_folder
 from mpt.model import MPTForCausalLM
 
 if TYPE_CHECKING:
@@ -138,26 +138,19 @@ def save(
     """Write a Hugging Face folder that appears only once it is whole; returns it.
 
     manifest: entries to put beside the files' sha256 in manifest.json (name, recipe, scores ...). Raises UserError if
-    the folder exists and is not empty.
+    the folder exists and is not empty, MachineRefused when it cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"`{folder}` exists and is not an empty folder; choose another one or remove it")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with without_progress_bar():
-        model.save_pretrained(partial, max_shard_size=max_shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save(partial)
-        generation = GenerationConfig(eos_token_id=list(tokenizer.end_ids), use_cache=True)
-        generation.save_pretrained(partial)
-    for path in partial.iterdir():
-        path.chmod(0o644)  # safetensors writes for the owner alone; a checkpoint is there to be read
-    write_manifest(partial, manifest or {})
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        with without_progress_bar():
+            model.save_pretrained(partial, max_shard_size=max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+            generation = GenerationConfig(eos_token_id=list(tokenizer.end_ids), use_cache=True)
+            generation.save_pretrained(partial)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone; a checkpoint is there to be read
+        write_manifest(partial, manifest or {})
     return folder
 
 
@@ -166,7 +159,7 @@ def read_config(folder: Path) -> MPTConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointNotFound(f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint")
-    raw = _read_json(path)
+    raw = read_json(path)
     kind = raw.get("model_type")
     if kind not in ("mpt", "mosaic_gpt"):
         raise UnsupportedConfig(f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`")
@@ -209,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / index).is_file():
-            weight_map = _read_json(folder / index).get("weight_map")
+            weight_map = read_json(folder / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise DamagedFile(f"`{folder / index}` has no `weight_map` from tensor to file; copy it again")
             names = sorted({str(name) for name in weight_map.values()})
@@ -241,7 +234,7 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], known: Mapping[Path
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest, or None where there is none (most foreign checkpoints)."""
-    return _read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    return read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
 
 
 def verify_manifest(folder: Path) -> None:
@@ -267,11 +260,7 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
     stored = stored_tensors(folder)
     targets = dict(model.named_parameters())  # tied weights appear once
     head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    missing, unknown = targets.keys() - stored.keys(), stored.keys() - targets.keys()
-    if missing or unknown:
-        what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to this config"
-        more = len(missing) + len(unknown) - 1
-        raise DamagedFile(f"`{folder}` {what}" + (f" (and {more} more names differ)" if more else ""))
+    check_names(folder, stored.keys(), targets.keys())
     for name, parameter in targets.items():
         if not stored[name].dtype.is_floating_point:
             raise UnsupportedConfig(f"`{name}` in `{stored[name].file.name}` is {stored[name].dtype}, no weights")
@@ -286,6 +275,15 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
             f"`{folder / 'config.json'}` if the head was trained on its own"
         )
     return stored
+
+
+def check_names(where: Path, stored: Set[str], expected: Set[str]) -> None:
+    """Raises DamagedFile unless exactly the expected tensors are stored."""
+    missing, unknown = expected - stored, stored - expected
+    if missing or unknown:
+        what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to its config"
+        more = len(missing) + len(unknown) - 1
+        raise DamagedFile(f"`{where}` {what}" + (f" (and {more} more names differ)" if more else ""))
 
 
 def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
@@ -382,7 +380,7 @@ def stored_dtype(folder: Path, config: MPTConfig, weights: Mapping[str, StoredTe
 def _generation_config(folder: Path) -> GenerationConfig:
     """The folder's generation_config.json; the cache is always on, though the published files switch it off."""
     path = folder / "generation_config.json"
-    config = GenerationConfig.from_dict(_read_json(path)) if path.is_file() else GenerationConfig(eos_token_id=0)
+    config = GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig(eos_token_id=0)
     config.use_cache = True
     try:
         config.validate(strict=True)
@@ -403,16 +401,6 @@ def without_progress_bar() -> Iterator[None]:
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DamagedFile(f"`{path}` holds a {type(value).__name__}, not an object")
-    return value
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
+from mpt.files import read_optional_json
 
 END_OF_TEXT = "<|endoftext|>"
 CHATML_START = "<|im_start|>"
@@ -63,8 +64,8 @@ class Tokenizer:
         transformers gives them. Raises CheckpointNotFound without a tokenizer.json.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        special_map = _read_json(folder / "special_tokens_map.json")
+        config = read_optional_json(folder / "tokenizer_config.json")
+        special_map = read_optional_json(folder / "special_tokens_map.json")
         tokenizer = _read_tokenizer(folder / "tokenizer.json")
         declared: list[Any] = []
         for source in (config, special_map):
@@ -72,7 +73,7 @@ class Tokenizer:
                 declared += source[key] if isinstance(source.get(key), list) else []
         tokenizer.add_special_tokens([_content(token) for token in declared])
         eos_token = _content(config.get("eos_token") or special_map.get("eos_token") or END_OF_TEXT)
-        end = _read_json(folder / "generation_config.json").get("eos_token_id")
+        end = read_optional_json(folder / "generation_config.json").get("eos_token_id")
         end_ids = end if isinstance(end, list) else [] if end is None else [end]
         return cls(tokenizer, eos_token=eos_token, end_ids=end_ids)
 
@@ -233,16 +234,3 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises Exception itself, nothing narrower
         raise DamagedFile(f"`{path}` is not a readable tokenizer.json: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in an optional file; empty when the file is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DamagedFile(f"`{path}` holds a {type(value).__name__}, not an object")
-    return value

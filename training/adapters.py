@@ -7,7 +7,6 @@ Dettmers et al. 2023: blocks of 64, their scales quantised again).
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import mpt.checkpoint
 from mpt.errors import UserError
+from mpt.files import whole_folder
 from mpt.model import Linear
 from mpt.tokenizer import Tokenizer
 
@@ -121,21 +121,17 @@ def save(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     weights = get_peft_model_state_dict(model, state_dict=values)
     prefix = "base_model.model."  # what peft puts before a wrapped model's names
-    save_file(
-        {prefix + name: tensor.contiguous() for name, tensor in weights.items()}, partial / "adapter_model.safetensors"
-    )
+    tensors = {prefix + name: tensor.contiguous() for name, tensor in weights.items()}
     config = model.peft_config["default"]
     config.base_model_name_or_path = base
     config.inference_mode = True
-    config.save_pretrained(partial)
-    tokenizer.save(partial)
-    mpt.checkpoint.write_manifest(partial, {**manifest, "base": base})
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / "adapter_model.safetensors")
+        config.save_pretrained(partial)
+        tokenizer.save(partial)
+        mpt.checkpoint.write_manifest(partial, {**manifest, "base": base})
     return folder
 
 

@@ -18,6 +18,7 @@ import torch
 
 from mpt.checkpoint import MANIFEST, read_manifest, write_manifest
 from mpt.errors import UserError
+from mpt.files import whole_folder
 from training import loop, recipes, vocabulary
 from training.corpora import chat, novels, yaml_json
 from training.evaluation import tiny_tasks
@@ -104,11 +105,8 @@ def package(model: Path, scores: tiny_tasks.Scores, target: Path) -> None:
 def make_tokenizer(folder: Path) -> Path:
     """The family's tokenizer, trained unless it is already there."""
     if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        vocabulary.train(_texts(), vocab_size=2048).save(partial)
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            vocabulary.train(_texts(), vocab_size=2048).save(partial)
     return folder
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ from mpt.tokenizer import Tokenizer
 
 V = 97
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 24}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small wait longer for a second thread than it computes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def make_model(vocab_size: int = V, **changes: Any) -> MPTForCausalLM:
@@ -102,11 +92,6 @@ def test_generation_ends_with_an_end_token(model: MPTForCausalLM, prompts: Tenso
     got = mpt.generate(model, prompts[0].tolist(), 24, end_ids={end, V - 1})
     assert got == free[: free.index(end) + 1]
     assert mpt.generate(model, prompts[0].tolist(), 0) == []
-
-
-def test_tokens_come_one_by_one(model: MPTForCausalLM, prompts: Tensor, expected: Tensor) -> None:
-    tokens = generation.stream(model, prompts[0].tolist(), 24)
-    assert [next(tokens), next(tokens), next(tokens)] == expected[0, 20:23].tolist()
 
 
 def test_an_empty_prompt_is_refused(model: MPTForCausalLM) -> None:

@@ -6,7 +6,6 @@ where that tells a wrong formula from rounding.
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,15 +24,6 @@ V = 97
 EXACT, EXACT_TO_FLOAT32_BIAS = 1e-10, 1e-5
 # float32's 6e-8 on scores of up to 40 and logits of up to 20, through 2 layers. The issue's own bound.
 FLOAT32 = 1e-4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small wait longer for a second thread than it computes."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def config_of(n_heads: int = 4, **changes: Any) -> MPTConfig:

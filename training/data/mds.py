@@ -25,7 +25,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def write(folder: Path, samples: Iterable[Tokens], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write int32 arrays as the column `tokens` of a new folder; their number. The index is written last."""
+    """Write int32 arrays as the column `tokens` of a folder; their number. The index is written last."""
     config = {
         "version": 2, "format": "mds", "compression": None, "hashes": [_HASH], "size_limit": shard_bytes,
         "column_names": ["tokens"], "column_encodings": ["ndarray:int32"], "column_sizes": [None],
@@ -45,7 +45,7 @@ def write(folder: Path, samples: Iterable[Tokens], shard_bytes: int = SHARD_BYTE
         raw = {"basename": name, "bytes": len(data), "hashes": {_HASH: hashlib.sha256(data).hexdigest()}}
         shards.append({"samples": len(held), "raw_data": raw, "zip_data": None, **config})
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for tokens in samples:
         sample = encode(tokens)
         if held and size + len(sample) + 4 > shard_bytes:

@@ -6,7 +6,6 @@ The result does not depend on the number of processes. Documents run on from one
 
 import json
 import multiprocessing
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpt.errors import MachineRefused, UserError
+from mpt.errors import UserError
+from mpt.files import whole_folder
 from mpt.tokenizer import Tokenizer
 from training.data import mds
 from training.data.files import documents
@@ -84,27 +84,16 @@ def prepare(
             rest = rest[n_whole * max_seq_len :]
             report(found)
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_folder(out) as partial:
         mds.write(partial, samples())
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MachineRefused(f"cannot write `{out}` ({error}); free some space") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    found.dropped = dict(dropped)
-    if not found.n_samples:
-        shutil.rmtree(partial)
-        raise UserError(
-            f"{found.n_documents} documents ({found.n_kept} kept) make {found.n_tokens} tokens, not one sample of "
-            f"{max_seq_len}; give more text or a lower --max-seq-len"
-        )
-    story = {"sources": list(sources), "quality": quality, "max_seq_len": max_seq_len, **asdict(found)}
-    (partial / REPORT).write_text(json.dumps(story, indent=2))
-    partial.rename(out)
+        found.dropped = dict(dropped)
+        if not found.n_samples:
+            raise UserError(
+                f"{found.n_documents} documents ({found.n_kept} kept) make {found.n_tokens} tokens, not one sample of "
+                f"{max_seq_len}; give more text or a lower --max-seq-len"
+            )
+        story = {"sources": list(sources), "quality": quality, "max_seq_len": max_seq_len, **asdict(found)}
+        (partial / REPORT).write_text(json.dumps(story, indent=2))
     return found
 
 
