@@ -144,13 +144,13 @@ class TorchBackend:
         while few:
             group = _at_most(few, native.max_tokens)
             few = few[len(group) :]
-            parts.append((group, functools.partial(self._run_native, native.run)))
+            parts.append((group, functools.partial(self._run_native, native)))
         if many:
-            parts.append((many, functools.partial(self._run_native, native.read_prompts)))
+            parts.append((many, functools.partial(self._run_native, native, as_prompts=True)))
         return [*parts, (rest, self._pack)] if rest else parts
 
-    def _run_native(self, run: Callable[..., Tensor], work: Sequence[Work]) -> Tensor:
-        """One of the steps in C: logits as `forward` gives them."""
+    def _run_native(self, native: NativeStep, work: Sequence[Work], *, as_prompts: bool = False) -> Tensor:
+        """A step in C: logits as `forward` gives them."""
         transformer, n_tokens = self.model.transformer, [len(item.tokens) for item in work]
         embeddings = transformer.wte(torch.tensor([token for item in work for token in item.tokens])).float()
         rows = list(map(_own_row, work))
@@ -161,7 +161,8 @@ class TorchBackend:
         wanted = [at for item, end in zip(work, ends, strict=True) for at in range(end - item.n_logits, end)]
         memories = [row.memory for row in rows]
         adapters = [item.adapter for item in work]
-        logits = run(embeddings, n_tokens, [row.length for row in rows], memories, wanted, adapters)
+        lengths = [row.length for row in rows]
+        logits = native.run(embeddings, n_tokens, lengths, memories, wanted, adapters, as_prompts=as_prompts)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits.mul_(factor)
 

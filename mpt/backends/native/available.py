@@ -4,7 +4,7 @@ Answers are reasons, as sentence fragments; None means that it can. Not here: wh
 open, and what to do where none is.
 """
 
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -24,29 +24,22 @@ _ATTENTION = frozenset({"n_heads", "n_kv_heads", "d_head", "scale", "alibi_bias_
 class ModelFacts(TypedDict):
     """What the decision needs to know besides the config."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # of all but int8 weights
     device: str
     int8_weights: bool
-    is_shared: bool
+    is_shared: bool  # over processes, each with some of the heads
 
 
-def why_no_step(
-    config: MPTConfig,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    int8_weights: bool,
-    is_shared: bool,
-    variant: str | None = None,
-) -> str | None:
+def why_no_step(config: MPTConfig, *, variant: str | None = None, **facts: Unpack[ModelFacts]) -> str | None:
     """Why a model's steps of few tokens cannot run in C here, or None where they can.
 
-    dtype: of all but int8 weights. is_shared: over processes, each with some of the heads. variant: another one than
-    the fastest that runs here. If only the machine is left to ask, the C code is compiled (seconds, once).
+    variant: another one than the fastest that runs here. If only the machine is left to ask, the C code is compiled
+    (seconds, once).
     """
-    if is_shared:
+    dtype, int8_weights = facts["dtype"], facts["int8_weights"]
+    if facts["is_shared"]:
         return "a model shared over processes adds up their parts between its layers"
-    device_type = torch.device(device).type
+    device_type = torch.device(facts["device"]).type
     if device_type != "cpu" or dtype != torch.bfloat16:
         return f"C is for bfloat16 on CPU, and this model is {str(dtype).removeprefix('torch.')} on {device_type}"
     if config.d_head > MAX_HEAD:
@@ -65,18 +58,9 @@ def why_no_step(
     return None
 
 
-def why_no_prompts(
-    config: MPTConfig,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    int8_weights: bool,
-    is_shared: bool,
-    variant: str | None = None,
-) -> str | None:
+def why_no_prompts(config: MPTConfig, *, variant: str | None = None, **facts: Unpack[ModelFacts]) -> str | None:
     """Why whole prompts cannot be read in C here, or None where they can. They need all that `why_no_step` asks for."""
-    facts = ModelFacts(dtype=dtype, device=device, int8_weights=int8_weights, is_shared=is_shared)
-    reason = why_no_step(config, **facts, variant=variant)
+    reason = why_no_step(config, variant=variant, **facts)
     if reason is not None:
         return reason
     if AttentionSpec.of(config).qk_ln:  # which needs a token's heads side by side

@@ -100,50 +100,20 @@ class NativeStep:
         memories: Sequence[RowMemory],
         wanted: Sequence[int],
         adapters: Sequence[Adapter | None] = (),
+        *,
+        as_prompts: bool = False,
     ) -> Tensor:
         """Logits (len(wanted), V) float32 of the wanted tokens; keys and values of all are stored in their rows.
 
         embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
-        holds already. wanted: places in the step. adapters: each row's, if any has one. The rows' caches are all
-        bfloat16, or all int8.
+        holds already. wanted: places in the step. adapters: each row's, if any has one. as_prompts: by the code for any
+        number of tokens, the faster the more; only where `reads_prompts`. The rows' caches are all bfloat16, or all
+        int8.
         """
-        assert embeddings.shape[0] <= self.max_tokens
-        call = self._library.mpt_step, self._scratch
-        return self._run(*call, embeddings, row_tokens, lengths, memories, wanted, adapters)
-
-    def read_prompts(
-        self,
-        embeddings: Tensor,
-        row_tokens: Sequence[int],
-        lengths: Sequence[int],
-        memories: Sequence[RowMemory],
-        wanted: Sequence[int],
-        adapters: Sequence[Adapter | None] = (),
-    ) -> Tensor:
-        """The same as `run` for any number of tokens, the faster the more; only where `reads_prompts`."""
-        assert self.reads_prompts
-        n_panels = sum(-(-n // PANEL) for n in row_tokens)
-        n_floats = self._library.mpt_prompt_scratch_floats(
-            ctypes.byref(self._model), n_panels, len(wanted), self._n_threads, memories[0].scale_addresses is not None
-        )
-        if n_floats > self._prompt_scratch.numel():
-            self._prompt_scratch = torch.empty(0)  # the old one is free before the new one is there
-            self._prompt_scratch = torch.empty(n_floats)
-        call = self._library.mpt_prompt, self._prompt_scratch
-        return self._run(*call, embeddings, row_tokens, lengths, memories, wanted, adapters)
-
-    def _run(
-        self,
-        function: Any,
-        scratch: Tensor,
-        embeddings: Tensor,
-        row_tokens: Sequence[int],
-        lengths: Sequence[int],
-        memories: Sequence[RowMemory],
-        wanted: Sequence[int],
-        adapters: Sequence[Adapter | None],
-    ) -> Tensor:
         T, n = embeddings.shape[0], len(row_tokens)
+        assert self.reads_prompts if as_prompts else self.max_tokens >= T
+        function = self._library.mpt_prompt if as_prompts else self._library.mpt_step
+        scratch = self._scratch_of_prompts(row_tokens, memories, len(wanted)) if as_prompts else self._scratch
         assert sum(row_tokens) == T and len(lengths) == len(memories) == n
         assert embeddings.dtype == torch.float32 and embeddings.is_contiguous()
         capacities = [memory.capacity for memory in memories]
@@ -173,6 +143,17 @@ class NativeStep:
         )  # fmt: skip
         function(ctypes.byref(self._model), ctypes.byref(step))
         return logits
+
+    def _scratch_of_prompts(self, row_tokens: Sequence[int], memories: Sequence[RowMemory], n_logits: int) -> Tensor:
+        """As large as the largest step so far needed it."""
+        n_panels = sum(-(-n // PANEL) for n in row_tokens)
+        n_floats = self._library.mpt_prompt_scratch_floats(
+            ctypes.byref(self._model), n_panels, n_logits, self._n_threads, memories[0].scale_addresses is not None
+        )
+        if n_floats > self._prompt_scratch.numel():
+            self._prompt_scratch = torch.empty(0)  # the old one is free before the new one is there
+            self._prompt_scratch = torch.empty(n_floats)
+        return self._prompt_scratch
 
     def _table(self, adapter: Adapter) -> "_Table":
         table = self._tables.get(adapter)

@@ -103,9 +103,9 @@ class Runner:
             places = [place for n, row in zip(lengths, tokens, strict=True) for place in range(n, n + len(row))]
             x += self.model.transformer.wpe(torch.tensor(places)).float()
         counts = [len(row) for row in tokens]
-        # As in mpt/backends/torch_backend.py.
-        few_or_many = self.step.run if max(counts) <= structures.PANEL else self.step.read_prompts
-        logits = few_or_many(x, counts, lengths, [memory for _, memory in rows], list(range(len(flat))), adapters)
+        memories, wanted = [memory for _, memory in rows], list(range(len(flat)))
+        many = max(counts) > structures.PANEL  # as in mpt/backends/torch_backend.py
+        logits = self.step.run(x, counts, lengths, memories, wanted, adapters, as_prompts=many)
         factor = self.model.config.logit_factor
         return logits if factor is None else logits * factor
 
@@ -214,7 +214,7 @@ def test_only_wanted_logits_are_given(variant, at_once):
     kept = [runner.row() for _ in texts]
     memories = [memory for _, memory in kept]
     wanted = [9, 15, 10 + at_once - 1, 11]
-    read = runner.step.run if at_once <= structures.PANEL else runner.step.read_prompts
+    read = functools.partial(runner.step.run, as_prompts=at_once > structures.PANEL)
     assert torch.equal(read(x, [10, at_once], [0, 0], memories, wanted), every[wanted])
     assert read(x, [10, at_once], [0, 0], memories, []).shape == (0, 512)
 
