@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from conversion.running import Extend, Forward, Runner
 from conversion.source import Source
 from mpt.checkpoint import verify_manifest
 from mpt.errors import MPTError
+from mpt.memory import available_bytes
 from mpt.tokenizer import Tokenizer
 
 REPORT = "verification.json"
@@ -80,7 +80,7 @@ def check(source: Source, folder: Path, dtype: str, given_up: Sequence[str] = ()
     checks.append(settings)
     checks.append(_round_trip(source, target, dtype))
     needed = 2 * 4 * source.n_parameters
-    free = _free_bytes()
+    free = available_bytes()
     if given_up and "became" in settings.detail:
         checks.append(Check(3, "numbers", None, "the target is another model, as --allow says"))
     elif needed > _MEMORY_SHARE * free:
@@ -282,14 +282,6 @@ def _tokens(source: Source, target: Source) -> Check:
     return Check(
         4, "tokenizer", True, f"ids equal on {len(_TEXTS)} texts in many scripts; eos {target.tokenizer.eos_id}"
     )
-
-
-def _free_bytes() -> int:
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def again(folder: Path, manifest: dict[str, Any], against: str = "") -> Report:

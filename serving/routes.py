@@ -11,16 +11,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from serving import protocol
 from serving.docs import takes
-from serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    LoadAdapterRequest,
-    TokenizeRequest,
-    UnloadAdapterRequest,
-)
 
 
 @dataclass(frozen=True)
@@ -36,21 +28,21 @@ class Route:
 
 ROUTES = (
     Route("completions", "/v1/completions", "Continue prompts: text, texts, token ids or lists of those.",
-          CompletionRequest, is_relayed=True),
+          protocol.CompletionRequest, is_relayed=True),
     Route("chat_completions", "/v1/chat/completions", "Answer a conversation, in the model's own prompt style.",
-          ChatRequest, is_relayed=True),
+          protocol.ChatRequest, is_relayed=True),
     Route("embeddings", "/v1/embeddings", "The mean of the last hidden states of each text, scaled to length 1.",
-          EmbeddingRequest, is_relayed=True),
+          protocol.EmbeddingRequest, is_relayed=True),
     Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
-          TokenizeRequest, is_relayed=True),
+          protocol.TokenizeRequest, is_relayed=True),
     Route("detokenize", "/detokenize", "The text of token ids, control tokens included.",
-          DetokenizeRequest, is_relayed=True),
+          protocol.DetokenizeRequest, is_relayed=True),
     Route("models", "/v1/models", "The models served here, and what computes each."),
     Route("model", "/v1/models/{model}", "One model served here."),
     Route("load_lora_adapter", "/v1/load_lora_adapter",
-          "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
+          "Serve one more LoRA adapter, where the server was started to allow it.", protocol.LoadAdapterRequest),
     Route("unload_lora_adapter", "/v1/unload_lora_adapter",
-          "Serve a loaded adapter no longer; its running requests finish with it.", UnloadAdapterRequest),
+          "Serve a loaded adapter no longer; its running requests finish with it.", protocol.UnloadAdapterRequest),
     Route("health", "/health", "200 while this process answers; 503 when an engine has stopped for good."),
     Route("ready", "/ready", "200 once every model can answer and the server takes requests."),
     Route("version", "/version", "The versions that run here."),

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from typing import Any
 
 import orjson
@@ -46,12 +46,7 @@ class EventStream(Response):
         writer = asyncio.create_task(self._write(write))
         beside = [asyncio.create_task(until_disconnected(receive)), asyncio.create_task(self._keep_alive(write))]
         beside[0].add_done_callback(lambda _: writer.cancel())
-        try:
-            await asyncio.wait({writer})
-        finally:
-            for task in (writer, *beside):
-                task.cancel()
-            await asyncio.gather(writer, *beside, return_exceptions=True)
+        await finish(writer, beside)
 
     async def _write(self, write: Callable[..., Awaitable[None]]) -> None:
         end = _DONE
@@ -74,6 +69,16 @@ class EventStream(Response):
                 await write(KEEP_ALIVE)
             else:
                 await asyncio.sleep(self._keep_alive_s - quiet_s)
+
+
+async def finish(task: asyncio.Task[None], beside: Collection[asyncio.Task[None]]) -> None:
+    """Wait until a task has ended, however it did; on leaving, neither it nor those beside it run any more."""
+    try:
+        await asyncio.wait({task})
+    finally:
+        for each in (task, *beside):
+            each.cancel()
+        await asyncio.gather(task, *beside, return_exceptions=True)
 
 
 async def until_disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

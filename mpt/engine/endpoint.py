@@ -1,7 +1,6 @@
 """An endpoint: one checkpoint under a served name, its engine, what computes it, and what clients should know of it."""
 
 import logging
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from mpt.engine.profile import StepProfile
 from mpt.engine.remote import Address, TritonEngine
 from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
 from mpt.errors import MachineRefused, UserError
+from mpt.memory import available_bytes
 from mpt.options import ModelOptions
 from mpt.prompts import PromptStyle
 from mpt.tokenizer import Tokenizer
@@ -164,18 +164,9 @@ def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: Mod
 
 def _default_kv_bytes(backend: Backend, context: int, max_running: int, choice: Choice, n_sharing: int) -> int:
     """Room for every row at full context, or this model's share of the free memory if that is less."""
-    free = torch.cuda.mem_get_info()[0] if choice.device == "cuda" else _available_bytes()
+    free = torch.cuda.mem_get_info()[0] if choice.device == "cuda" else available_bytes()
     share = int(free * _KV_SHARE / n_sharing)
     wanted = backend.bytes_per_token * backend.capacity_for(context) * max_running
     if share < backend.bytes_per_token * backend.capacity_for(1):
         raise MachineRefused(f"{free / 1e9:.1f} GB of memory are free: too little for a KV cache; serve fewer models")
     return min(share, wanted)
-
-
-def _available_bytes() -> int:
-    """Memory this machine can still give, caches it would drop included."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

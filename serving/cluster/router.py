@@ -47,7 +47,7 @@ from serving.protocol import (
     prompts_of,
 )
 from serving.routes import BODIES, ROUTES, add_routes
-from serving.sse import KEEP_ALIVE, UNBUFFERED, event, until_disconnected
+from serving.sse import KEEP_ALIVE, UNBUFFERED, event, finish, until_disconnected
 
 log = logging.getLogger(__name__)
 
@@ -326,12 +326,7 @@ class Relay(Response):
         if self._streamed:
             beside.append(asyncio.create_task(self._keep_alive()))
         beside[0].add_done_callback(lambda _: self._ended or relay.cancel())
-        try:
-            await asyncio.wait({relay})
-        finally:
-            for task in (relay, *beside):
-                task.cancel()
-            await asyncio.gather(relay, *beside, return_exceptions=True)
+        await finish(relay, beside)
         if relay.cancelled():
             raise ClientDisconnect
         if (error := relay.exception()) is not None:
