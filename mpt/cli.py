@@ -13,21 +13,14 @@ import typer
 
 from conversion.cli import convert, inspect, verify
 from demos.cli import demo
-from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style
-from mpt.errors import MPTError
+from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style, new_app, run_app
 from mpt.options import ModelOptions
 from serving.cli import cluster, serve, top
 
 if TYPE_CHECKING:
     from mpt.engine.local import LocalModel
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Serve MPT checkpoints, talk to them, and make new ones.",
-)
+app = new_app("Serve MPT checkpoints, talk to them, and make new ones.")
 
 Model = Annotated[
     str, typer.Option("--model", metavar="NAME|PATH", help="A name of the catalog, a folder, or a hub repository.")
@@ -40,11 +33,7 @@ Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable; at tem
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and an exit code."""
-    try:
-        app(prog_name="mpt")
-    except MPTError as error:
-        print(f"mpt: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_app(app, "mpt")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,11 +1,16 @@
-"""What the command lines share: the choices of device, precision and prompt style, light to import.
+"""What the command lines share: their make, how they end, and the choices of device, precision and prompt style.
+
+Light to import, so that `--help` answers at once.
 
 `Style` is the same as in `mpt.prompts`, which is slow to import; the type checker compares them.
 """
 
+import sys
 from typing import Annotated, Literal
 
 import typer
+
+from mpt.errors import MPTError
 
 Style = Literal["none", "instruct", "chatml"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -28,3 +33,22 @@ KVCacheOption = Annotated[
         help="Precision of the KV cache; `auto` is the weights', `int8` holds nearly twice the tokens, on CPU."
     ),
 ]
+
+
+def new_app(help: str) -> typer.Typer:
+    return typer.Typer(
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help=help,
+    )
+
+
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a command line; a user's mistake is one line on stderr and an exit code."""
+    try:
+        app(prog_name=name)
+    except MPTError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mpt.errors import MPTError, UserError
+from mpt.command_line import new_app, run_app
+from mpt.errors import UserError
 from training import flags, recipes
 from training import plan as planning
 from training.data.cli import app as data_app
@@ -24,13 +25,7 @@ FormatChoice = Literal["text", "markdown", "json"]
 
 log = logging.getLogger(__name__)
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Make MPT checkpoints: pretrain, finetune, evaluate.",
-)
+app = new_app("Make MPT checkpoints: pretrain, finetune, evaluate.")
 
 app.add_typer(data_app, name="data")
 
@@ -53,11 +48,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        app(prog_name="train")
-    except MPTError as error:
-        print(f"train: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_app(app, "train")
 
 
 @app.command()

@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mpt.command_line import new_app
 from mpt.errors import UserError
 
 if TYPE_CHECKING:
     from training.data.mds import ShardInfo
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Pretraining data: make shards of tokens, look into them, mix them.",
-)
+app = new_app("Pretraining data: make shards of tokens, look into them, mix them.")
 QualityChoice = Literal["none", "mc4", "s2orc"]
 
 
