@@ -4,7 +4,6 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from demos.cli import NAMES
 from demos.mpt_page import Numbers, licence_note
 from demos.mpt_space import Piece, Server, SpaceError
 from mpt.cli import app
+from tests.demos.presenting import until
 
 ASK = [{"role": "user", "content": "one two three"}]
 
@@ -168,11 +168,3 @@ for name in sys.argv[1:]:
     sys.path.remove(name)
     print(name)
 """
-
-
-async def until(claim: Callable[[], bool]) -> None:
-    for _ in range(100):
-        if claim():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("it did not happen")

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ from mpt import catalog
 from mpt.catalog import CATALOG, Entry, describe, find_local, resolve
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
+from tests.in_process import answering
 
 ROOT = Path(__file__).parents[2]
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -211,12 +211,8 @@ def hub() -> Iterator[Hub]:
             "someone/gguf": {**mirror, "model.gguf": b"g"},
         }
     )
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with answering(server):
+        yield server
 
 
 def resolve_elsewhere(given: str, cache: Path, endpoint: str) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from mpt.errors import UserError
 from mpt.options import ModelOptions
 from mpt.prompts import Message
 from mpt.tokenizer import Tokenizer
+from tests.in_process import answering
 
 ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(max_tokens=12, temperature=0.0, top_p=1.0, seed=None)
@@ -188,12 +189,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def api() -> Iterator[Api]:
     server = Api()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with answering(server):
+        yield server
 
 
 def test_server_answers_and_is_asked_in_openai_s_words(api: Api) -> None:

@@ -7,25 +7,21 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from mpt.backends.torch_backend import TorchBackend
-from mpt.engine.endpoint import Endpoint
-from mpt.engine.engine import Engine
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
 from serving.protocol import CompletionRequest, parse, sampling_of
+from tests.in_process import running_endpoint
 
 LIMIT = 1 << 16
 MISSING = "missing_required_parameter"
+SCHEMA = "response_format.json_schema"
 GOOD = '"model":"base","prompt":"a","max_tokens":1'
 
 
 @pytest.fixture(scope="module")
 def serving(model, tokenizer) -> Iterator[Serving]:
-    engine = Engine(TorchBackend(model), tokenizer, context_length=128, kv_bytes=1 << 22)
-    engine.start()
-    endpoint = Endpoint("base", "base", engine, tokenizer, "chatml", None, "Apache-2.0", 260, 128)
-    yield Serving(ServeOptions(models={}, max_body_bytes=LIMIT), endpoints={"base": endpoint})
-    engine.close()
+    with running_endpoint(model, tokenizer, context_length=128, kv_bytes=1 << 22) as endpoint:
+        yield Serving(ServeOptions(models={}, max_body_bytes=LIMIT), endpoints={"base": endpoint})
 
 
 async def send(serving: Serving, content: str | bytes, path: str, kind: str = "application/json") -> httpx.Response:
@@ -76,16 +72,16 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         (f'{{{GOOD},"tools":[{{}}]}}', "unsupported_parameter", "tools"),
         (f'{{{GOOD},"suffix":"x"}}', "unsupported_parameter", "suffix"),
         (f'{{{GOOD},"response_format":{{"type":"yaml"}}}}', "invalid_value", "response_format.type"),
-        (f'{{{GOOD},"response_format":{{"type":"json_schema"}}}}', MISSING, "response_format.json_schema"),
+        (f'{{{GOOD},"response_format":{{"type":"json_schema"}}}}', MISSING, SCHEMA),
         (
             f'{{{GOOD},"response_format":{{"type":"json_schema","json_schema":{{"name":"x"}}}}}}',
             MISSING,
-            "response_format.json_schema.schema",
+            f"{SCHEMA}.schema",
         ),
         (
             f'{{{GOOD},"response_format":{{"type":"json_object","json_schema":{{"name":"x","schema":{{}}}}}}}}',
             "invalid_value",
-            "response_format.json_schema",
+            SCHEMA,
         ),
         (f'{{{GOOD},"structured_outputs":{{}}}}', "invalid_value", "structured_outputs"),
         (f'{{{GOOD},"structured_outputs":{{"regex":"a","choice":["a"]}}}}', "invalid_value", "structured_outputs"),

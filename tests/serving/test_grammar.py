@@ -17,12 +17,10 @@ import jsonschema
 import pytest
 import torch
 
-from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import find_local
 from mpt.config import MPTConfig
 from mpt.engine import grammar as grammars
-from mpt.engine.endpoint import Endpoint, open_endpoint
-from mpt.engine.engine import Engine
+from mpt.engine.endpoint import open_endpoint
 from mpt.engine.grammar import BadGrammar, Grammars
 from mpt.engine.request import Delta, EngineError, Sampling, Unsupported
 from mpt.generation import generate
@@ -30,6 +28,7 @@ from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
+from tests.in_process import running_endpoint
 from tests.mpt.engine.test_engine import collect, greedy, last, prompts, running, text_of, tokens_of
 
 PERSON = {
@@ -55,11 +54,8 @@ PERSON = {
 
 @pytest.fixture(scope="module")
 def serving(model, tokenizer) -> Iterator[Serving]:
-    engine = Engine(TorchBackend(model), tokenizer, context_length=2048, kv_bytes=1 << 26)
-    engine.start()
-    endpoint = Endpoint("base", "base", engine, tokenizer, "chatml", None, "Apache-2.0", 260, 2048)
-    yield Serving(ServeOptions(models={}), endpoints={"base": endpoint})
-    engine.close()
+    with running_endpoint(model, tokenizer, context_length=2048, kv_bytes=1 << 26) as endpoint:
+        yield Serving(ServeOptions(models={}), endpoints={"base": endpoint})
 
 
 async def post(serving: Serving, path: str = "/v1/completions", **body: Any) -> httpx.Response:

@@ -1,7 +1,5 @@
 """The real `openai` client over a real socket: completions, chat, streams, errors, disconnects, shutdown of streams."""
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -10,7 +8,6 @@ import httpx
 import openai
 import pydantic
 import pytest
-import uvicorn
 
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import Endpoint
@@ -18,6 +15,7 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import Sampling, Started
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
+from tests.in_process import listening
 
 KEY = "sk-test-of-the-client"
 
@@ -40,17 +38,8 @@ def serving(model, tokenizer) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def url(serving) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app(serving), port=port, log_level="warning", http="h11"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with listening(make_app(serving), log_level="warning") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

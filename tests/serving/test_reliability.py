@@ -6,7 +6,6 @@ import gc
 import json
 import random
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +14,23 @@ import httpx
 import psutil
 import pytest
 import torch
-import uvicorn
 
 import serving as serving_package
 from mpt.backends.backend import DeviceLost
 from mpt.backends.torch_backend import TorchBackend
-from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, EngineError, EngineFailed, Sampling
 from mpt.generation import generate
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
+from tests.in_process import listening, running_endpoint, running_engine
 
 
 @pytest.fixture
 def engine(model, tokenizer) -> Iterator[Engine]:
-    engine = Engine(TorchBackend(model), tokenizer, context_length=1024, kv_bytes=1 << 24, max_running=8)
-    engine.start()
-    yield engine
-    engine.close()
+    options = {"context_length": 1024, "kv_bytes": 1 << 24, "max_running": 8}
+    with running_engine(TorchBackend(model), tokenizer, **options) as engine:
+        yield engine
 
 
 async def tokens_of(engine: Engine, prompt: list[int], n: int, **sampling) -> list[int]:
@@ -94,22 +91,11 @@ async def test_a_lost_device_ends_everything_at_once(engine, monkeypatch):
 
 @pytest.fixture(scope="module")
 def url(model, tokenizer) -> Iterator[str]:
-    engine = Engine(TorchBackend(model), tokenizer, context_length=2048, kv_bytes=1 << 25, max_waiting=1000)
-    engine.start()
-    endpoint = Endpoint("base", "base", engine, tokenizer, "chatml", None, "Apache-2.0", 260, 2048)
-    app = make_app(Serving(ServeOptions(models={}), endpoints={"base": endpoint}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", http="h11", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-    engine.close()
+    options = {"context_length": 2048, "kv_bytes": 1 << 25, "max_waiting": 1000}
+    with running_endpoint(model, tokenizer, **options) as endpoint:
+        app = make_app(Serving(ServeOptions(models={}), endpoints={"base": endpoint}))
+        with listening(app, log_level="critical", ws="none") as url:
+            yield url
 
 
 async def stream_text(client: httpx.AsyncClient, url: str, seed: int, n: int) -> str:

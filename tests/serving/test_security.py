@@ -9,14 +9,12 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from mpt.backends.torch_backend import TorchBackend
-from mpt.engine.endpoint import Endpoint
-from mpt.engine.engine import Engine
 from serving.app import Serving, make_app
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions
 from serving.cluster.router import make_router
 from serving.options import ServeOptions
+from tests.in_process import running_endpoint
 from tests.serving.cluster.test_cluster import FakeFleet
 
 KEY = "sk-the-only-one"
@@ -24,11 +22,8 @@ KEY = "sk-the-only-one"
 
 @pytest.fixture(scope="module")
 def app(model, tokenizer) -> Iterator[FastAPI]:
-    engine = Engine(TorchBackend(model), tokenizer, context_length=128, kv_bytes=1 << 22)
-    engine.start()
-    endpoint = Endpoint("base", "base", engine, tokenizer, "chatml", None, "Apache-2.0", 260, 128)
-    yield make_app(Serving(ServeOptions(models={}, api_keys=(KEY,)), endpoints={"base": endpoint}))
-    engine.close()
+    with running_endpoint(model, tokenizer, context_length=128, kv_bytes=1 << 22) as endpoint:
+        yield make_app(Serving(ServeOptions(models={}, api_keys=(KEY,)), endpoints={"base": endpoint}))
 
 
 def router() -> FastAPI:

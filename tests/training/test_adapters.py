@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import mpt.checkpoint
 from mpt.errors import UserError
+from tests.training.killing import Killed, kill_at_eight
 from training import adapters, build, checkpoint, loop
 from training.distributed import World
 from training.run import Lora, Run
@@ -39,13 +40,6 @@ def test_the_saved_adapter_is_pefts_and_merges_to_the_same_logits(lora_run: Run,
 
 
 def test_a_resumed_lora_run_ends_bitwise_equal_dropout_included(lora_run: Run) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill_at_eight(metrics: loop.Metrics) -> None:
-        if metrics["step"] == 8:
-            raise Killed
-
     expected = (loop.fit(lora_run) / "adapter_model.safetensors").read_bytes()
     killed = dataclasses.replace(lora_run, out=lora_run.out + "-killed")
     with pytest.raises(Killed):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mpt.checkpoint
+from tests.training.killing import Killed, kill_at_eight
 from training import loop
 from training.logbook import Logbook
 from training.run import Lora, Run
@@ -117,13 +118,6 @@ def test_two_ranks_give_the_curve_of_one_and_survive_kill_9(three_rows: Run) -> 
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(three_rows: Run) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill_at_eight(metrics: loop.Metrics) -> None:
-        if metrics["step"] == 8:
-            raise Killed
-
     whole, run = elsewhere(three_rows, "whole"), three_rows
     loop.fit(whole)
     with pytest.raises(Killed):

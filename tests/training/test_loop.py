@@ -16,6 +16,7 @@ import torch
 import mpt.checkpoint
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.model import MPTMLP
+from tests.training.killing import Killed, kill_at_eight
 from training import batches, build, checkpoint, datasets, loop, memory, step
 from training.distributed import World
 from training.logbook import Logbook
@@ -23,10 +24,6 @@ from training.run import Run
 
 ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing in the program handles it."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,10 +53,6 @@ def test_a_killed_run_ends_bitwise_equal(small_run: Run, precision: Any) -> None
     whole = dataclasses.replace(small_run, precision=precision)
     expected = weights(loop.fit(whole))
     run = elsewhere(whole, "killed")
-
-    def kill_at_eight(metrics: loop.Metrics) -> None:
-        if metrics["step"] == 8:
-            raise Killed
 
     with pytest.raises(Killed):
         loop.fit(run, kill_at_eight)

@@ -11,18 +11,10 @@ import torch
 
 import mpt.checkpoint
 from mpt.errors import DamagedFile, MachineRefused, UserError
+from tests.training.killing import Killed, kill_at_eight
 from training import loop, remote
 from training.mirror import Mirror
 from training.run import Run
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at_eight(metrics: loop.Metrics) -> None:
-    if metrics["step"] == 8:
-        raise Killed
 
 
 def test_a_lost_machine_is_replaced_by_one_with_the_mirror(small_run: Run) -> None:

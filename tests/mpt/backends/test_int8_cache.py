@@ -29,22 +29,17 @@ from mpt.options import ModelOptions
 from mpt.tokenizer import Tokenizer
 from serving.cluster import deployment
 from serving.cluster.options import ReplicaOptions, read_args
+from tests.in_process import running_engine
+from tests.mpt.repetitive import CONTEXT, repetitive_model
 from tests.serving import servers
 
-CONTEXT = 1024
 IN_C = {"prefill_chunk": 4}  # at most 16 tokens of a row in a step: all of them in C, where nothing depends on company
 pytestmark = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
 
 
 @pytest.fixture(scope="module")
 def small() -> mpt.MPTForCausalLM:
-    """Heads of 64, as the larger models have; few likely tokens, so that texts repeat themselves."""
-    torch.manual_seed(0)
-    config = mpt.MPTConfig(d_model=128, n_heads=2, n_layers=2, vocab_size=512, max_seq_len=CONTEXT)
-    model = mpt.MPTForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight[:480] *= 0.2
-    return model.to(torch.bfloat16)
+    return repetitive_model(n_heads=2)  # heads of 64, as the larger models have
 
 
 @contextlib.contextmanager
@@ -52,15 +47,12 @@ def running(
     model: mpt.MPTForCausalLM, tokenizer: Tokenizer, *, kv_tokens: int = 1 << 14, guesses: bool = False, **options: int
 ) -> Iterator[Engine]:
     backend = TorchBackend(model, int8_cache=True)
-    engine = Engine(
-        backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_tokens * backend.bytes_per_token,
-        speculation=Speculation(PromptLookup()) if guesses else None, **options,
-    )  # fmt: skip
-    engine.start()
-    try:
+    kv_bytes = kv_tokens * backend.bytes_per_token
+    speculation = Speculation(PromptLookup()) if guesses else None
+    with running_engine(
+        backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, speculation=speculation, **options
+    ) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:

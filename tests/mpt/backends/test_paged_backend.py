@@ -27,6 +27,7 @@ from mpt.generation import generate
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from tests.in_process import running_engine
 from tests.kernels import needs_interpreter
 
 CONTEXT = 2048
@@ -69,12 +70,8 @@ def running(backend: PagedBackend, tokenizer, kv_tokens: int = 1 << 14, **option
     """An engine over it; when it ends, all pages must be back."""
     n_pages = backend.n_free_pages
     kv_bytes = kv_tokens * backend.bytes_per_token
-    engine = Engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, **options)
-    engine.start()
-    try:
+    with running_engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, **options) as engine:
         yield engine
-    finally:
-        engine.close()
     engine._scheduler.prefixes = None
     gc.collect()
     assert backend.n_free_pages == n_pages

@@ -29,6 +29,7 @@ from mpt.engine.turns import Turns
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from tests.in_process import running_engine
 
 CONTEXT = 2048
 
@@ -39,12 +40,8 @@ def running(
 ) -> Iterator[Engine]:
     backend = TorchBackend(model)
     kv_bytes = kv_tokens * backend.bytes_per_token
-    engine = Engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, **options)
-    engine.start()
-    try:
+    with running_engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_bytes, **options) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 async def collect(engine: Engine, prompt: list[int], sampling: Sampling, **options: object) -> list[Event]:

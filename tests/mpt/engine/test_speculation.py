@@ -25,34 +25,24 @@ from mpt.errors import UserError
 from mpt.lora import Adapter, adaptable
 from mpt.options import ModelOptions
 from mpt.tokenizer import Tokenizer
+from tests.in_process import running_engine
+from tests.mpt.repetitive import CONTEXT, repetitive_model
 
-CONTEXT = 1024
 needs_native = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
 
 
 @pytest.fixture(scope="module")
 def small() -> mpt.MPTForCausalLM:
-    """In bfloat16, so that it runs through the C step, with few likely tokens, so that texts repeat themselves."""
-    torch.manual_seed(0)
-    config = mpt.MPTConfig(d_model=128, n_heads=4, n_layers=2, vocab_size=512, max_seq_len=CONTEXT)
-    model = mpt.MPTForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight[:480] *= 0.2
-    return model.to(torch.bfloat16)
+    return repetitive_model(n_heads=4)
 
 
 @contextlib.contextmanager
 def running(model, tokenizer, guesser=None, kv_tokens=1 << 14, **options) -> Iterator[Engine]:
     backend = model if isinstance(model, TorchBackend) else TorchBackend(model)
-    engine = Engine(
-        backend, tokenizer, context_length=CONTEXT, kv_bytes=kv_tokens * backend.bytes_per_token,
-        speculation=None if guesser is None else Speculation(guesser), **options,
-    )  # fmt: skip
-    engine.start()
-    try:
+    options |= {"kv_bytes": kv_tokens * backend.bytes_per_token}
+    options |= {"speculation": None if guesser is None else Speculation(guesser)}
+    with running_engine(backend, tokenizer, context_length=CONTEXT, **options) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 def texts(n: int) -> list[list[int]]:
