@@ -21,7 +21,7 @@ cluster: setup  ## the same four on a local Ray, each with replicas of its own
 
 # Files go whole to one of two to four processes: the tests of a file share servers and models.
 test: setup  ## everything that needs no GPU and no network
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup promtool  ## format, lint, types, every manifest of k8s/ against its schema, and what pip would install
 	$(BIN)/ruff format --check .

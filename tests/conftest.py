@@ -30,6 +30,28 @@ def byte_tokenizer() -> RawTokenizer:
     return raw
 
 
+# Files that take longest, the longest first: handed out first, they leave no process waiting for another at the end.
+LONGEST = (
+    "training/test_distributed.py",
+    "training/test_loop.py",
+    "serving/cluster/test_cluster.py",
+    "serving/test_acceptance.py",
+    "demos/test_chat_browser.py",
+    "benchmarks/test_engine_ladder.py",
+    "serving/test_server.py",
+    "mpt/backends/test_sharded_backend.py",
+    "mpt/backends/test_int8_cache.py",
+    "mpt/backends/test_native.py",
+    "mpt/backends/test_paged_backend.py",
+    "demos/test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0].removeprefix("tests/"), len(places)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which variants of the C code this machine could not run, where their tests were to run."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
