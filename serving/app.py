@@ -46,19 +46,16 @@ from serving.gate import Gate, respond
 from serving.intake import chat_tokens, check_room, check_scores, check_size, make_job, prompt_tokens, read_body
 from serving.metrics import HttpMetrics, Metrics
 from serving.options import ServeOptions
-from serving.protocol import (
-    DEFAULT_COMPLETION_TOKENS,
-    ChatRequest,
-    CompletionRequest,
+from serving.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse, prompts_of
+from serving.routes import (
+    BODIES,
     DetokenizeRequest,
     EmbeddingRequest,
     LoadAdapterRequest,
     TokenizeRequest,
     UnloadAdapterRequest,
-    parse,
-    prompts_of,
+    add_routes,
 )
-from serving.routes import BODIES, add_routes
 from serving.sse import EventStream, until_disconnected
 
 log = logging.getLogger(__name__)

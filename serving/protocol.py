@@ -43,18 +43,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _RENAMED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A body in which every field is known and of its type, and no number is NaN."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_progress: bool = False  # ours: how far the prompt has been read
     include_obfuscation: bool = False  # padding against traffic analysis; none is added here
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """OpenAI's: a schema under a name. It is always kept to; `strict` asks for nothing more."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -63,14 +65,14 @@ class JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's: the answer is JSON, of a schema if there is one."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's: the answer is what one of these describes. Expressions are Rust's, grammars Lark's."""
 
     json_schema: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
@@ -90,7 +92,7 @@ def _declared() -> dict[str, Any]:
     }
 
 
-class _Given(_Strict):
+class _Given(Strict):
     """What a body says beside the fields of `Sampling`, or in other words than it."""
 
     model: str
@@ -139,36 +141,6 @@ class ChatRequest(_Generation):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-
-class EmbeddingRequest(_Strict):
-    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
-
-    model: str
-    input: Any  # as a completion's prompt: see `prompts_of`
-    encoding_format: Literal["float", "base64"] | None = "float"
-
-
-class TokenizeRequest(_Strict):
-    model: str
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-
-
-class DetokenizeRequest(_Strict):
-    model: str
-    tokens: list[int]
-
-
-class LoadAdapterRequest(_Strict):
-    """vLLM's. The name is `base:name`, or a name where one model is served; the path is from the server's folder."""
-
-    lora_name: str
-    lora_path: str
-
-
-class UnloadAdapterRequest(_Strict):
-    lora_name: str
 
 
 Body = TypeVar("Body", bound=BaseModel)

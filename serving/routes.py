@@ -1,18 +1,49 @@
 """The API's routes, stated once for the app of one process and for the router of a cluster.
 
-A route is a line in `ROUTES`. Both give a function for each; `add_routes` refuses to leave one out. Not here: what the
-bodies may say (`protocol.py`), how a route answers (`app.py`, `cluster/router.py`).
+A route is a line in `ROUTES`, with its body above it. App and router give a function for each; `add_routes` refuses to
+leave one out. Not here: the bodies of completions and chat and the reading of bodies (`protocol.py`), how a route
+answers (`app.py`, `cluster/router.py`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from serving import protocol
 from serving.docs import takes
+
+
+class EmbeddingRequest(protocol.Strict):
+    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
+
+    model: str
+    input: Any  # as a completion's prompt: see `protocol.prompts_of`
+    encoding_format: Literal["float", "base64"] | None = "float"
+
+
+class TokenizeRequest(protocol.Strict):
+    model: str
+    prompt: str | None = None
+    messages: list[protocol.ChatMessage] | None = None
+
+
+class DetokenizeRequest(protocol.Strict):
+    model: str
+    tokens: list[int]
+
+
+class LoadAdapterRequest(protocol.Strict):
+    """vLLM's. The name is `base:name`, or a name where one model is served; the path is from the server's folder."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(protocol.Strict):
+    lora_name: str
 
 
 @dataclass(frozen=True)
@@ -32,17 +63,17 @@ ROUTES = (
     Route("chat_completions", "/v1/chat/completions", "Answer a conversation, in the model's own prompt style.",
           protocol.ChatRequest, is_relayed=True),
     Route("embeddings", "/v1/embeddings", "The mean of the last hidden states of each text, scaled to length 1.",
-          protocol.EmbeddingRequest, is_relayed=True),
+          EmbeddingRequest, is_relayed=True),
     Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
-          protocol.TokenizeRequest, is_relayed=True),
+          TokenizeRequest, is_relayed=True),
     Route("detokenize", "/detokenize", "The text of token ids, control tokens included.",
-          protocol.DetokenizeRequest, is_relayed=True),
+          DetokenizeRequest, is_relayed=True),
     Route("models", "/v1/models", "The models served here, and what computes each."),
     Route("model", "/v1/models/{model}", "One model served here."),
     Route("load_lora_adapter", "/v1/load_lora_adapter",
-          "Serve one more LoRA adapter, where the server was started to allow it.", protocol.LoadAdapterRequest),
+          "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
     Route("unload_lora_adapter", "/v1/unload_lora_adapter",
-          "Serve a loaded adapter no longer; its running requests finish with it.", protocol.UnloadAdapterRequest),
+          "Serve a loaded adapter no longer; its running requests finish with it.", UnloadAdapterRequest),
     Route("health", "/health", "200 while this process answers; 503 when an engine has stopped for good."),
     Route("ready", "/ready", "200 once every model can answer and the server takes requests."),
     Route("version", "/version", "The versions that run here."),

@@ -38,15 +38,8 @@ from serving.gate import Gate, respond
 from serving.intake import read_body
 from serving.metrics import HttpMetrics
 from serving.options import is_loopback
-from serving.protocol import (
-    DEFAULT_COMPLETION_TOKENS,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    parse,
-    prompts_of,
-)
-from serving.routes import BODIES, ROUTES, add_routes
+from serving.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, parse, prompts_of
+from serving.routes import BODIES, ROUTES, EmbeddingRequest, add_routes
 from serving.sse import KEEP_ALIVE, UNBUFFERED, event, finish, until_disconnected
 
 log = logging.getLogger(__name__)
