@@ -108,7 +108,6 @@ def test_nothing_is_imported_by_string(path: Path) -> None:
 BY_STRING = {
     "mpt/__init__.py",  # its own modules, when first used: importing `mpt` imports no torch
     "conversion/formats/composer.py",  # a private class of numpy, which old Composer files name
-    "mpt/backends/paged_backend.py",  # flash_attn, which may be absent or built for another torch
 }
 
 

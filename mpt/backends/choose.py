@@ -5,7 +5,6 @@ was chosen. A server shows the choice at start, in /v1/models, in /metrics and i
 it without a server. Not here: what a backend can do (`capabilities.py`), how much memory it gets (`mpt/engine/`).
 """
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a model. precision: of weights and cache, in words; dtype: of weights that torch reads, or None."""
+    """What computes a model. precision: of weights and cache, in words; dtype: of weights, where torch reads them."""
 
     backend: Literal["torch", "paged", "sharded", "onnx", "triton"]
     device: str
@@ -77,12 +76,11 @@ def choose(name: str, folder: Path, options: ModelOptions) -> Choice:
         choice.capabilities.check_options(name, options)
         return choice
     config = read_config(folder)
-    device = _device(options)
     if (folder / "model.onnx").is_file():
         choice = _onnx(folder, options)
     elif options.tensor_parallel > 1:
-        choice = _sharded(folder, config, options, device)
-    elif device == "cuda":
+        choice = _sharded(folder, config, options, _device(options))
+    elif _device(options) == "cuda":
         choice = _paged(folder, options)
     else:
         choice = _torch(folder, config, options)
@@ -97,7 +95,8 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         from mpt.backends.onnx_backend import OnnxBackend
 
         verify_manifest(folder)
-        return OnnxBackend(folder, options.device)
+        return OnnxBackend(folder, choice.device)
+    assert choice.dtype is not None, choice
     if choice.backend == "sharded":
         from mpt.backends.sharded_backend import open_sharded
 
@@ -156,9 +155,11 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
 
 def _paged(folder: Path, options: ModelOptions) -> Choice:
     """A model in this process on CUDA, its cache in pages."""
-    from mpt.backends.paged_attention import has_triton
+    from mpt.backends.paged_attention import has_triton, why_no_flash
 
     dtype = _dtype(folder, read_config(folder), options)
+    no_flash = why_no_flash("cuda", dtype)
+    prompt = Step("prompt", "FlexAttention" if no_flash else "flash-attn", no_flash)
     no_triton = None if has_triton() else "Triton is not installed"
     if no_triton is None:
         one, few = Step("one token", "Triton inside CUDA graphs"), Step("few tokens", "Triton")
@@ -168,18 +169,10 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
         backend="paged",
         device="cuda",
         precision=_name(dtype),
-        steps=(one, few, Step("prompt", *_gpu_prompts(dtype)), _draw("cuda")),
+        steps=(one, few, prompt, _draw("cuda")),
         capabilities=capabilities.PAGED,
         dtype=dtype,
     )
-
-
-def _gpu_prompts(dtype: torch.dtype) -> tuple[str, str | None]:
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "FlexAttention", f"flash-attn is for bfloat16 and float16, and this model is {_name(dtype)}"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "FlexAttention", "flash-attn is not installed"
-    return "flash-attn", None
 
 
 def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> Choice:
@@ -197,7 +190,7 @@ def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str
             _draw(device),
         ),
         capabilities=capabilities.SHARDED,
-        dtype=None if options.dtype == "auto" else dtype,
+        dtype=dtype,
     )
 
 
@@ -207,10 +200,12 @@ def _onnx(folder: Path, options: ModelOptions) -> Choice:
     stored = str(manifest.get("dtype", "its own"))
     if options.dtype not in ("auto", stored):
         raise UserError(f"`{folder}` was converted to {stored}; --dtype {options.dtype} needs another conversion")
+    from mpt.backends.onnx_session import find_device
+
     alone = "its graph returns a longer cache, so each step copies it and sequences are computed one by one"
     return Choice(
         backend="onnx",
-        device="cpu" if options.device == "cpu" else "cuda where onnxruntime has it, else cpu",
+        device=find_device(options.device),
         precision=stored,
         steps=(
             Step("one token", "onnxruntime", alone),

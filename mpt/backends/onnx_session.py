@@ -22,22 +22,15 @@ class Session:
     """An onnxruntime session over `model.onnx`."""
 
     def __init__(self, folder: Path, device: str = "auto") -> None:
-        """device: `cpu`, `cuda`, or `auto` for CUDA where onnxruntime has it.
+        """device: as for `find_device`. Raises DamagedFile for a graph that does not load, and as `find_device`."""
+        where = find_device(device)
+        import onnxruntime as ort
 
-        Raises DamagedFile for a graph that does not load, MachineRefused where CUDA is asked for and is not there.
-        """
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise UserError("ONNX folders need onnxruntime: pip install 'mpt[conversion]'") from error
         self.config = read_config(folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        providers = ["CPUExecutionProvider"]
-        if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
-        elif device == "cuda":
-            raise MachineRefused("onnxruntime has no CUDA here; install onnxruntime-gpu, or take --device cpu")
+        providers = ["CUDAExecutionProvider"] if where == "cuda" else []
+        providers.append("CPUExecutionProvider")
         try:
             self._session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
         except Exception as error:  # onnxruntime raises its own classes, all of Exception
@@ -69,3 +62,18 @@ class Session:
         feed = {"input_ids": ids, "attention_mask": mask, "n_logits": np.array([n_logits], dtype=np.int64)}
         found: list[Any] = self._session.run(self._outputs, feed | dict(zip(self._past, cache, strict=True)))
         return found
+
+
+def find_device(device: str) -> str:
+    """`cuda` or `cpu`. device: either of them, or `auto` for CUDA where onnxruntime has it.
+
+    Raises UserError without onnxruntime, MachineRefused where CUDA is asked for and is not there.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise UserError("ONNX folders need onnxruntime: pip install 'mpt[conversion]'") from error
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if device == "cuda" and not has_cuda:
+        raise MachineRefused("onnxruntime has no CUDA here; install onnxruntime-gpu, or take --device cpu")
+    return "cuda" if has_cuda and device != "cpu" else "cpu"

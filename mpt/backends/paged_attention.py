@@ -201,6 +201,19 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and has_triton()
 
 
+def why_no_flash(device: str, dtype: torch.dtype) -> str | None:
+    """Why flash-attn cannot read prompts here, None where it can. It is imported only where all else fits."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn is for bfloat16 and float16 on CUDA, and this model is {str(dtype)[6:]} on {device}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn does not load, perhaps it was built for another torch ({error})"
+    return None
+
+
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -15,7 +15,6 @@ Not here: the kernels (`mpt/backends/paged_attention.py`), who runs when (`engin
 """
 
 import gc
-import importlib
 import logging
 import math
 import threading
@@ -33,7 +32,7 @@ from mpt import attention
 from mpt.backends import capabilities
 from mpt.backends.backend import Row, Work
 from mpt.backends.packed import PackedModel
-from mpt.backends.paged_attention import DROP, PAGE, Chunk, Pages, gather, paged_decode, store
+from mpt.backends.paged_attention import DROP, PAGE, Chunk, Pages, gather, paged_decode, store, why_no_flash
 from mpt.errors import MachineRefused
 from mpt.model import Attend, MPTForCausalLM
 
@@ -351,12 +350,11 @@ class _Graph:
 
 def _flash_attention(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     """flash-attn's paged kernel, which takes ALiBi's slopes, where it is installed and made for this."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if why_no_flash(device.type, dtype) is not None:
         return None
-    try:
-        kernel: Callable[..., Tensor] = importlib.import_module("flash_attn").flash_attn_with_kvcache
-    except ImportError:  # also of a build for another torch
-        return None
+    import flash_attn
+
+    kernel: Callable[..., Tensor] = flash_attn.flash_attn_with_kvcache
     return kernel
 
 

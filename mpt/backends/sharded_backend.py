@@ -159,7 +159,7 @@ def _do(backend: TorchBackend, rows: dict[int, Row], what: int, numbers: list[in
         backend.forward(work)
 
 
-def open_sharded(folder: Path, n: int, *, dtype: torch.dtype | None, device: str) -> ShardedBackend:
+def open_sharded(folder: Path, n: int, *, dtype: torch.dtype, device: str) -> ShardedBackend:
     """The model shared by this process and n - 1 new ones, loaded. Raises UserError and what `load` raises."""
     if dist.is_initialized():
         raise UserError("one process serves one tensor parallel model; run `mpt serve` once for each, or `mpt cluster`")
@@ -167,7 +167,7 @@ def open_sharded(folder: Path, n: int, *, dtype: torch.dtype | None, device: str
         raise UserError(f"{n} GPUs are asked for and {torch.cuda.device_count()} are here; lower tensor_parallel")
     Shard(0, n).check(read_config(folder))
     meeting = Path(tempfile.mkdtemp(prefix="mpt-tensor-parallel-")) / "store"
-    name = "none" if dtype is None else str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     others = [
         subprocess.Popen(
             [
@@ -202,7 +202,7 @@ def _join(meeting: Path, rank: int, n: int, device: str) -> None:
     dist.init_process_group(kind, init_method=f"file://{meeting}", rank=rank, world_size=n, timeout=_IDLE)
 
 
-def _load(folder: Path, rank: int, n: int, dtype: torch.dtype | None, device: str) -> TorchBackend:
+def _load(folder: Path, rank: int, n: int, dtype: torch.dtype, device: str) -> TorchBackend:
     where = f"cuda:{rank}" if device == "cuda" else device
     backend = TorchBackend(load(folder, dtype=dtype, device=where, shard=Shard(rank, n), verify=rank == 0))
     dist.barrier()
@@ -213,7 +213,7 @@ def main() -> None:
     """One of the other processes: `python -m mpt.backends.sharded_backend MEETING RANK N FOLDER DTYPE DEVICE`."""
     meeting, rank, n, folder, dtype, device = sys.argv[1:]
     _join(Path(meeting), int(rank), int(n), device)
-    backend = _load(Path(folder), int(rank), int(n), None if dtype == "none" else getattr(torch, dtype), device)
+    backend = _load(Path(folder), int(rank), int(n), getattr(torch, dtype), device)
     try:
         follow(backend)
     except RuntimeError:  # the first process has gone

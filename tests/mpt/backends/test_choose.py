@@ -1,6 +1,8 @@
 """What computes a model: the choice for a checkpoint, its options and a machine, and the reasons it gives."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from mpt.backends import choose as choosing
 from mpt.backends.choose import choose, open_backend
 from mpt.backends.native import library
+from mpt.backends.paged_attention import why_no_flash
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UnsupportedConfig, UserError
 from mpt.options import ModelOptions
@@ -41,8 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(choosing, "why_no_prompts", lambda config, **facts: has.get("step") or prompts)
         monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
         monkeypatch.setattr("mpt.backends.paged_attention.has_triton", lambda: has.get("triton", True))
-        flash = has.get("flash", False)
-        monkeypatch.setattr(choosing.importlib.util, "find_spec", lambda name: object() if flash else None)
+        monkeypatch.setattr("mpt.backends.paged_attention.why_no_flash", lambda device, dtype: has.get("flash"))
 
     return become
 
@@ -88,19 +90,29 @@ def test_float32_has_no_step_in_c_on_any_machine(tmp_path):
 
 
 def test_on_a_gpu_the_cache_has_pages(machine, tmp_path):
-    machine(cuda=True)
+    machine(cuda=True, flash="flash-attn is not installed")
     choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
     assert (choice.backend, choice.device) == ("paged", "cuda")
     assert runs(choice)["one token"] == ("Triton inside CUDA graphs", None)
     assert runs(choice)["prompt"] == ("FlexAttention", "flash-attn is not installed")
-    machine(cuda=True, flash=True, triton=False)
+    machine(cuda=True, triton=False)
     choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
     assert runs(choice)["few tokens"] == ("torch", "Triton is not installed")
     assert runs(choice)["prompt"] == ("flash-attn", None)
-    choice = choose("m", folder_of(tmp_path), ModelOptions("m", dtype="float32"))
-    reason = "flash-attn is for bfloat16 and float16, and this model is float32"
-    assert runs(choice)["prompt"] == ("FlexAttention", reason)
     assert choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu")).backend == "torch"
+
+
+def test_why_flash_attention_does_not_read_a_prompt(monkeypatch, tmp_path):
+    reason = "flash-attn is for bfloat16 and float16 on CUDA, and this model is float32 on cuda"
+    assert why_no_flash("cuda", torch.float32) == reason
+    assert "on cpu" in (why_no_flash("cpu", torch.bfloat16) or "")
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")  # as of another torch's build
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "another torch (undefined symbol)" in (why_no_flash("cuda", torch.bfloat16) or "")
+    (tmp_path / "flash_attn.py").write_text("")
+    importlib.invalidate_caches()
+    assert why_no_flash("cuda", torch.bfloat16) is None
+    sys.modules.pop("flash_attn")
 
 
 @pytest.mark.parametrize("option", [{"quantize": "int8"}, {"kv_cache": "int8"}])

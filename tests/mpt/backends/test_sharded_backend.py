@@ -76,7 +76,7 @@ from mpt.engine.request import Delta, Sampling
 from mpt.backends.sharded_backend import open_sharded
 
 async def main(folder, prompts):
-    backend = open_sharded(Path(folder), 2, dtype=None, device="cpu")
+    backend = open_sharded(Path(folder), 2, dtype=torch.float32, device="cpu")
     # a budget of a few rows: prefixes are copied, rows grow, the youngest are sent back
     engine = Engine(backend, Tokenizer.from_folder(folder), context_length=1024, prefill_chunk=16, max_running=3,
                     kv_bytes=backend.bytes_per_token * 256 * 3)
