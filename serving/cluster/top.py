@@ -144,7 +144,10 @@ def rows(before: Samples, after: Samples, seconds: float) -> list[Row]:
 
 def shown(before: Look, after: Look, seconds: float, url: str) -> Group:
     """The table of an interval, and below it what computes each model."""
-    lines = [f"{model}  {'; '.join(ways)}" for model, ways in after.runs.items()]
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for model, ways in after.runs.items():
+        alike[ways].append(model)
+    lines = [f"{', '.join(models)}: {'; '.join(ways)}" for ways, models in alike.items()]
     return Group(table(rows(before.samples, after.samples, seconds), url), *(Text(line) for line in lines))
 
 

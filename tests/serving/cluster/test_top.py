@@ -1,5 +1,6 @@
 """`mpt top`: rates by hand from two expositions, replicas added up, and a line for each mistake."""
 
+import io
 import subprocess
 import sys
 
@@ -68,3 +69,24 @@ def test_what_cannot_be_looked_at_is_one_line(monkeypatch):
         monkeypatch.setattr(httpx, "get", lambda *_, answer=answer, **__: answer)
         with pytest.raises(UserError, match=words):
             top.look("http://x", None)
+
+
+RUNS = """
+mpt_model_runs_info{model_name="a",step="one token",runs="C (avx512)",why_not_faster="this processor has no AMX"} 1.0
+mpt_model_runs_info{model_name="a",step="prompt",runs="torch",why_not_faster="this processor has no AMX"} 1.0
+mpt_model_runs_info{model_name="b",step="one token",runs="C (avx512)",why_not_faster="this processor has no AMX"} 1.0
+mpt_model_runs_info{model_name="b",step="prompt",runs="torch",why_not_faster="this processor has no AMX"} 1.0
+mpt_model_runs_info{model_name="c",step="one token",runs="C (amx)",why_not_faster="",replica="x"} 1.0
+mpt_model_runs_info{model_name="c",step="one token",runs="C (amx)",why_not_faster="",replica="y"} 1.0
+"""
+
+
+def test_models_that_run_alike_share_a_line():
+    runs = top.read_runs(RUNS)
+    assert runs["c"] == ("one token: C (amx)",)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(top.shown(top.Look({}, runs), top.Look({}, runs), 1.0, "http://x"))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    no_amx = "(this processor has no AMX)"
+    assert f"a, b: one token: C (avx512) {no_amx}; prompt: torch {no_amx}" in lines
+    assert "c: one token: C (amx)" in lines
