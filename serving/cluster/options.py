@@ -44,7 +44,7 @@ class ReplicaOptions(ModelOptions):
         super().__post_init__()
         if self.is_remote:
             raise UserError(
-                f"`root` is {self.root}: a cluster computes its models itself; serve this one with `mpt serve`"
+                f"`root` is {self.root}: a cluster computes its models itself; take `mpt serve` for this one"
             )
         at_least(self, 1, "max_replicas", "threads")
         at_least(self, 0, "num_gpus", "num_cpus", "min_replicas", "upscale_delay_s")

@@ -21,6 +21,7 @@ from aiohttp import web
 
 import mpt
 from mpt.errors import UserError
+from mpt.options import ModelOptions
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.router import Lease, ReplicaLost, make_router, merged
@@ -155,6 +156,19 @@ async def broken(request: web.Request) -> web.StreamResponse:
 
 async def cut(request: web.Request) -> web.StreamResponse:
     return await stream(request, end=b"")
+
+
+def test_a_replicas_model_is_told_what_it_is_told_elsewhere(tmp_path):
+    given = {"root": "x", "max_running": 5, "kv_gb": 1.0, "adapters": str(tmp_path), "named_adapters": {"a": "folder"}}
+    options = read_args({"models": {"m": {**given, "max_waiting": 3, "routing": "prefix", "num_cpus": 2}}}).models["m"]
+    assert options.max_waiting == 3  # at each router; the engine's own queue is as long as anywhere
+    expected = ModelOptions("x", max_running=5, kv_gb=1.0, adapters=tmp_path, named_adapters={"a": Path("folder")})
+    assert options.model == expected and type(options.model) is ModelOptions
+
+
+def test_a_model_of_a_triton_server_is_refused_by_name():
+    with pytest.raises(UserError, match=r"`models.m`: `root` is triton://h:1/m.*take `mpt serve`"):
+        read_args({"models": {"m": {"root": "triton://h:1/m?checkpoint=x"}}})
 
 
 class FakeFleet:
