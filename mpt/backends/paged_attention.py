@@ -1,7 +1,7 @@
 """Attention over keys and values that lie in pages: how the engine stores them on a GPU, and how it reads them back.
 
 A page holds 256 positions of one row, keys and values of all heads. Rows grow page by page out of one pool, so memory
-is never moved and beginnings can be shared. Layout (pages, 2, KV heads, 256, D): the keys of one head in one page are
+is never moved and prefixes can be shared. Layout (pages, 2, KV heads, 256, D): the keys of one head in one page are
 one piece of memory, which is what a program of the decode kernel reads; 256 is what flash-attn's paged kernel needs.
 
 Two implementations of each function: the Triton kernels (`paged_kernels.py`) for CUDA, and plain torch, which is also

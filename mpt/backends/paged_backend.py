@@ -1,6 +1,6 @@
 """The backend for CUDA: rows of pages out of one pool, decoded by our Triton kernel inside CUDA graphs.
 
-A row is a list of page numbers, the same in every layer. A copy of a beginning shares its full pages and copies the
+A row is a list of page numbers, the same in every layer. A copy of a prefix shares its full pages and copies the
 last one; a page that several rows hold is copied before one of them writes into it. Everything but the graphs runs on
 CPU too, where the tests are.
 

@@ -128,7 +128,7 @@ class TorchBackend:
         return torch.cat([answers[id(item)] for item in work])
 
     def _parts(self, work: Sequence[Work]) -> list[tuple[Sequence[Work], Callable[[Sequence[Work]], Tensor]]]:
-        """A step's shares and who computes them, by each share's own size and wishes, never by its company."""
+        """A step's shares and who computes them, by each share's own size and wishes, whatever else is in the step."""
         native = self.native
         if native is None:
             return [(work, self._pack)]

@@ -148,7 +148,7 @@ class Engine:
     ) -> Answer:
         """Queue a request, from a running event loop; its events come from the Answer, which must be closed.
 
-        salt: whose request it is; cached beginnings are shared within one, and they leave the queue in turns. Raises
+        salt: whose request it is; cached prefixes are shared within one, and they leave the queue in turns. Raises
         Overloaded, PromptTooLong, ShuttingDown, and Unsupported for a field that the backend does not honour.
         """
         if (why := self._backend.capabilities.refusal(sampling)) is not None:

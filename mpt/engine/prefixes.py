@@ -1,6 +1,6 @@
 """Finished rows kept for the next request that begins the same way, the least recently used given up first.
 
-ALiBi stores no positions in the cache, so any common beginning can be reused at any length, token by token.
+ALiBi stores no positions in the cache, so any common prefix can be reused at any length, token by token.
 """
 
 from collections import OrderedDict
@@ -43,7 +43,7 @@ class Prefixes:
         self._kept[id(kept)] = kept
 
     def find(self, tokens: np.ndarray, salt: str) -> tuple[Kept | None, int]:
-        """The kept row that shares the longest beginning with tokens, and how long that is; (None, 0) if none."""
+        """The kept row that shares the longest prefix with tokens, and how long that is; (None, 0) if none."""
         best, length = None, 0
         for kept in self._kept.values():
             if kept.salt == salt and (n := common_length(kept.tokens, tokens)) > length:
@@ -67,7 +67,7 @@ class Prefixes:
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences share at their beginning."""
+    """How many tokens of prefix two sequences share."""
     n = min(len(a), len(b))
     if n and a[0] != b[0]:
         return 0

@@ -308,11 +308,11 @@ class RayFleet:
         return found
 
     @contextlib.asynccontextmanager
-    async def lease(self, model: str, adapter: str | None, beginning: str) -> AsyncIterator[Lease]:
+    async def lease(self, model: str, adapter: str | None, prefix: str) -> AsyncIterator[Lease]:
         handle = self._handles[model].options(
             stream=True,
             multiplexed_model_id=adapter or "",
-            session_id=beginning if self._options.models[model].routing == "prefix" else "",
+            session_id=prefix if self._options.models[model].routing == "prefix" else "",
         )
         stream = handle.lease.remote()
         rest: asyncio.Future[Any] | None = None

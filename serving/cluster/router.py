@@ -49,7 +49,7 @@ _SILENCE_S = 60.0  # a replica fills its streams with comments; one that says no
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
 _UNKNOWN_LENGTH = 256  # tokens charged meanwhile for a chat that sets no limit
 _ANY_TOKEN = 1 << 31  # a vocabulary's size: the replica knows the real one
-_BEGINNING = 1024  # characters that decide which replica's cache a prompt may be in
+_PREFIX_CHARACTERS = 1024  # characters that decide which replica's cache a prompt may be in
 
 
 class ReplicaLost(Exception):
@@ -74,7 +74,7 @@ class Fleet(Protocol):
         """The entries for /v1/models of each served name, its adapters' too."""
         ...
 
-    def lease(self, model: str, adapter: str | None, beginning: str) -> AbstractAsyncContextManager[Lease]:
+    def lease(self, model: str, adapter: str | None, prefix: str) -> AbstractAsyncContextManager[Lease]:
         """A replica of a model. Raises Unavailable when too many wait already, and ReplicaLost."""
         ...
 
@@ -143,7 +143,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         request.state.admission.reserve(work.estimate)
         request.state.work = work
         streamed = bool(getattr(asked, "stream", False))
-        lease = _Lessor(fleet, base, adapter, _beginning(asked), request.state.salt)
+        lease = _Lessor(fleet, base, adapter, _prefix(asked), request.state.salt)
         return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, streamed)
 
     def relayed(kind: type[BaseModel]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -274,11 +274,11 @@ class _Lessor:
     fleet: Fleet
     model: str
     adapter: str | None
-    beginning: str
+    prefix: str
     salt: str
 
     def __call__(self) -> AbstractAsyncContextManager[Lease]:
-        return self.fleet.lease(self.model, self.adapter, self.beginning)
+        return self.fleet.lease(self.model, self.adapter, self.prefix)
 
 
 class Relay(Response):
@@ -447,7 +447,7 @@ def _text_tokens(text: str) -> int:
     return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
 
 
-def _beginning(asked: Any) -> str:
+def _prefix(asked: Any) -> str:
     """What decides which replica may have a prompt in its cache; the same in every turn of a conversation."""
     if isinstance(asked, ChatRequest):
         first = [message.text() for message in asked.messages[:2]]
@@ -457,4 +457,4 @@ def _beginning(asked: Any) -> str:
         text = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
     else:
         return ""
-    return hashlib.sha256(text[:_BEGINNING].encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(text[:_PREFIX_CHARACTERS].encode("utf-8", "replace")).hexdigest()[:16]

@@ -182,7 +182,7 @@ class FakeFleet:
         return {"m": [{"id": "m"}, {"id": "m:x"}]}
 
     @contextlib.asynccontextmanager
-    async def lease(self, model, adapter, beginning):
+    async def lease(self, model, adapter, prefix):
         await asyncio.sleep(self.wait_s)
         url = self.replicas[self.n_leases % len(self.replicas)]
         self.n_leases += 1
