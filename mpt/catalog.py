@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from mpt.config_keys import language_model
 from mpt.errors import CheckpointNotFound, MachineRefused, UserError
 from mpt.files import read_json, read_optional_json
 from mpt.prompts import MPT_7B_CHAT_SYSTEM, MPT_30B_CHAT_SYSTEM, PROMPT_STYLES, PromptStyle
@@ -107,6 +108,7 @@ def find_local(name_or_path: str | Path) -> Path | None:
     if entry is None and (path / "adapter_config.json").is_file():
         merge = f"train export {path} --merge --out FOLDER"
         raise CheckpointNotFound(f"`{path}` holds adapters alone; add them to their base with `{merge}`")
+    refuse_ctranslate2(path)
     if entry is None and path.exists():
         what = "has no config.json" if path.is_dir() else "is a file"
         raise CheckpointNotFound(
@@ -122,6 +124,15 @@ def find_local(name_or_path: str | Path) -> Path | None:
             return place
     repo_id = entry.repo_id if entry else given
     return _cached(repo_id) if repo_id and _REPO_ID.fullmatch(repo_id) else None
+
+
+def refuse_ctranslate2(folder: Path) -> None:
+    """Raises UserError for what CTranslate2's converter writes: `model.bin` with a vocabulary, in its own order."""
+    if (folder / "model.bin").is_file() and any(folder.glob("*vocabulary.*")):
+        raise UserError(
+            f"`{folder}` is a CTranslate2 folder (model.bin and its vocabulary), which only CTranslate2 reads, with "
+            "`ctranslate2.Generator`; give the Hugging Face folder it was converted from"
+        )
 
 
 def describe(name_or_path: str | Path) -> Entry:
@@ -142,6 +153,7 @@ def describe(name_or_path: str | Path) -> Entry:
         name = str(manifest.get("name") or folder.resolve().name)
         entry = Entry(name, None, 2048, "instruct" if "instruct" in name.lower() else "none", UNKNOWN_LICENCE)
     stated = stated_style(given)
+    config = language_model(config) or config
     context_length = manifest.get("context_length") or config.get("max_seq_len") or entry.context_length
     return replace(
         entry,

@@ -24,9 +24,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from mpt.catalog import refuse_ctranslate2
 from mpt.config import MPTConfig
+from mpt.config_keys import READ_TYPES, extended_type, language_model
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
-from mpt.files import read_json, whole_folder
+from mpt.files import read_json, read_optional_json, whole_folder
 from mpt.model import MPTForCausalLM
 
 if TYPE_CHECKING:
@@ -44,6 +46,16 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
 }  # the last in quantised ONNX folders only, never a model's weights
+_COUNTS = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # positions of a vision encoder, masks
+# What may stand before the name of a language model's tensor: trainers' wrappers and larger models' attributes.
+_PREFIXES = (
+    "model.", "module.", "base_model.", "lang_encoder.", "language_model.", "language_encoder.", "text_model.", "llm.",
+    "lm.",
+)  # fmt: skip
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OF_LANGUAGE_MODEL = re.compile(
+    r"lm_head\.weight|transformer\.((wte|wpe|norm_f)|blocks\.\d+\.(norm_1|norm_2|attn|ffn)(\.\w+)?)\.(weight|bias)"
+)
 # `mosaic_gpt` (the 1B) to today's names, in this order. Source: llm-foundry scripts/misc/convert_examples_ckpt.py
 _MOSAIC_GPT_NAMES = (
     (".ln_", ".norm_"),
@@ -159,37 +171,77 @@ def read_config(folder: Path) -> MPTConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointNotFound(f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint")
+    refuse_ctranslate2(folder)
     raw = read_json(path)
-    kind = raw.get("model_type")
-    if kind not in ("mpt", "mosaic_gpt"):
-        raise UnsupportedConfig(f"`{path.name}` has model_type `{kind}`; this serves MPT: `mpt` or `mosaic_gpt`")
+    if language_model(raw) is None:
+        kinds = ", ".join(f"`{kind}`" for kind in READ_TYPES)
+        raise UnsupportedConfig(
+            f"`{path.name}` has model_type `{raw.get('model_type')}`; this reads MPT ({kinds}) and models whose config "
+            "holds one of these"
+        )
     return MPTConfig.from_dict(raw)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every weight of the folder under the name the model uses, without reading it.
 
-    Understands hub, in-tree and `mosaic_gpt` names and Composer's `model.` prefix; single and sharded files.
+    Understands hub, in-tree and `mosaic_gpt` names and the prefixes of trainers; single and sharded files. Of a larger
+    model, such as LLaVA, only the language model's.
     """
-    files = weight_files(folder)
+    is_larger = extended_type(read_optional_json(folder / "config.json")) is not None
     found: dict[str, StoredTensor] = {}
-    for file in files:
-        is_safetensors = file.suffix == ".safetensors"
-        entries = safetensors_entries(file) if is_safetensors else place(file, describe_torch_file(file))
-        for name, tensor in entries:
-            name = canonical_name(name)
-            if name in found:
-                raise DamagedFile(f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{file.name}`")
+    again: dict[str, StoredTensor] = {}  # OpenFlamingo's second names for its blocks
+    for stored_as, tensor in _entries(folder, is_larger):
+        name = canonical_name(stored_as)
+        if is_larger and not _OF_LANGUAGE_MODEL.fullmatch(name):
+            continue
+        if "old_decoder_blocks." in stored_as:
+            again[name] = tensor
+        elif name in found:
+            raise DamagedFile(f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{tensor.file.name}`")
+        else:
             found[name] = tensor
-    return found
+    return again | found
+
+
+def left_out(folder: Path) -> list[str]:
+    """The parts of a larger model that are not its language model, with the number of tensors of each."""
+    kind = extended_type(read_optional_json(folder / "config.json"))
+    if kind is None:
+        return []
+    parts: dict[str, int] = {}
+    for stored_as, _ in _entries(folder, True):
+        name = canonical_name(stored_as)
+        if not _OF_LANGUAGE_MODEL.fullmatch(name):
+            named = [part for part in name.split(".") if part not in ("transformer", "blocks") and not part.isdigit()]
+            part = named[0] if named else name
+            parts[part] = parts.get(part, 0) + 1
+    return [f"`{part}` ({count} tensors)" for part, count in parts.items()]
+
+
+def _entries(folder: Path, is_larger: bool) -> Iterator[tuple[str, StoredTensor]]:
+    """Name as stored and place of each tensor of the folder's files. is_larger: some may be whole numbers."""
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            yield from safetensors_entries(file, _DTYPES | _COUNTS if is_larger else _DTYPES)
+        else:
+            state = describe_torch_file(file)
+            if is_larger and isinstance(state, Mapping):
+                state = {name: t for name, t in state.items() if getattr(t, "dtype", None) not in _COUNTS.values()}
+            yield from place(file, state)
 
 
 def canonical_name(name: str) -> str:
     """The model's name for a tensor stored under an older or prefixed one."""
-    name = name.removeprefix("model.")
+    name = _WRAPPERS.sub("", name)
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    if name.startswith("old_decoder_blocks."):
+        name = f"transformer.blocks.{name.partition('.')[2]}"
     if name.startswith("transformer.ln_f."):
         return name.replace(".ln_f.", ".norm_f.")
     if name.startswith("transformer.blocks."):
+        name = name.replace(".decoder_layer.", ".")
         for old, new in _MOSAIC_GPT_NAMES:
             name = name.replace(old, new)
     return name
@@ -278,8 +330,20 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_names(where: Path, stored: Set[str], expected: Set[str]) -> None:
-    """Raises DamagedFile unless exactly the expected tensors are stored."""
+    """Raises DamagedFile unless exactly the expected tensors are stored; says so where the biases alone differ."""
     missing, unknown = expected - stored, stored - expected
+    biases = {name for name in expected | stored if name.endswith(".bias")}
+    if missing == biases and not unknown and missing:
+        raise DamagedFile(
+            f"`{where}` holds none of its {len(missing)} biases (`no_bias` is false): transformers' own MPT class "
+            "drops them when it saves a checkpoint again, and the copy answers differently; take the original, or set "
+            "`no_bias` to true in its config.json to use the copy without them"
+        )
+    if unknown == biases and not missing and unknown:
+        raise DamagedFile(
+            f"`{where}` holds {len(unknown)} biases that its config denies; set `no_bias` to false in its config.json "
+            "to use them"
+        )
     if missing or unknown:
         what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to its config"
         more = len(missing) + len(unknown) - 1
@@ -295,7 +359,7 @@ def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
     return torch.equal(values[0].to(b.dtype), values[1])
 
 
-def safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def safetensors_entries(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> Iterator[tuple[str, StoredTensor]]:
     """Name and place of each tensor of a safetensors file. Format: u64 header size, JSON header, data."""
     size = file.stat().st_size
     try:
@@ -311,11 +375,11 @@ def safetensors_entries(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             if start < used:
                 raise ValueError(f"`{name}` overlaps another tensor")
             used = end
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in dtypes:
                 raise UnsupportedConfig(
                     f"`{name}` in `{file.name}` is {entry['dtype']}; supported: {', '.join(_DTYPES)}"
                 )
-            tensor = StoredTensor(file, 8 + n_header + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            tensor = StoredTensor(file, 8 + n_header + start, dtypes[entry["dtype"]], tuple(entry["shape"]))
             if start < 0 or end - start != tensor.n_bytes or 8 + n_header + end > size:
                 raise ValueError(f"`{name}` does not fit in the file")
             yield name, tensor

@@ -1,18 +1,25 @@
 """The shape of an MPT: reads every config.json the family has been published with, refuses what it cannot honour.
 
-Reading is an allowlist: a known key at a supported value is used, a known key at its default is dropped, anything else
-is an error naming key and value. Read are llm-foundry's files of every age, the hub's, transformers' in-tree re-saves
-and the flat `mosaic_gpt` config of mpt-1b-redpajama-200b. What is written, transformers' in-tree `MptConfig` reads.
+Reading is an allowlist: a known key at a supported value is used, a known key at its default is dropped, and what may
+change the answers is an error naming key and value. `config_keys.py` judges the keys that are not MPT's. Read are
+llm-foundry's files of every age, the hub's, descendants' and re-saves, and the flat `mosaic_gpt` config of
+mpt-1b-redpajama-200b. What is written, transformers' in-tree `MptConfig` reads.
 
 Source: llm-foundry v0.1.0 to v0.21.0 (`MPTConfig`), mosaicml/examples v0.0.4 (`MosaicGPTConfig`).
 """
 
+import functools
+import json
+import logging
 import math
-from typing import Any
+from typing import Any, Self
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
+from mpt import config_keys
 from mpt.errors import UnsupportedConfig
+
+log = logging.getLogger(__name__)
 
 # Keys of `attn_config` that change what is computed, with the value a file means when it leaves them out.
 _ATTENTION_DEFAULTS: dict[str, Any] = {
@@ -51,21 +58,19 @@ _ATTENTION_IGNORED = {
     "rope_dail_config",
     "rope_hf_config",
 }  # mean nothing with rope off
+_NORM_TYPES = ("low_precision_layernorm", "layernorm")
 _ONLY_AT: dict[str, tuple[Any, ...]] = {
-    "norm_type": ("low_precision_layernorm", "layernorm"),
     "final_logit_softcapping": (None,),
     "block_overrides": (None,),
     "ffn_type": ("mptmlp",),
-    "attention_bias": (None,),
-    "quantization_config": (None,),
-    "use_pad_tok_in_ffn": (True, False),  # the same answer at every position that is not padding
+    "quantization_config": (None, False, {}),
     "tie_encoder_decoder": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
 # Keys about where a file came from or how somebody else's code was to run it.
 _IGNORED = {
-    "auto_map", "fc_type", "init_device", "initializer_range", "loss_fn", "name", "tokenizer_name", "verbose",
+    "auto_map", "init_device", "initializer_range", "name", "tokenizer_name", "verbose",
     "attn_impl", "_from_model_config", "_commit_hash", "_attn_implementation_autoset", "model_type",
     # What transformers 4 and 5 write into every config, nested ones included.
     "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "chunk_size_feed_forward", "is_decoder",
@@ -153,23 +158,33 @@ class MPTConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """The config in a config.json: an MPT's own, or the one inside a larger model's."""
+        found = config_keys.language_model(config_dict)
+        return super().from_dict(config_dict if found is None else found, **kwargs)
+
     def __post_init__(self, **others: Any) -> None:
+        self.dropped: dict[str, str] = {}  # keys that change no logit, with their value and the reason
+        extends = config_keys.extended_type(others)
         others = self._read_mosaic_gpt(others)
         eps = others.pop("layer_norm_epsilon", None)  # the in-tree class's name for norm_eps
         if eps is not None:
             self.norm_eps = eps
         self._check_ffn(others.pop("ffn_config", None))
         head_dim = others.pop("head_dim", None)
-        self.attn_config = _read_attention(_table("attn_config", self.attn_config))
+        self.attn_config = self._read_attention(_table("attn_config", self.attn_config), extends)
         self.init_config = {**_INIT_DEFAULTS, **_table("init_config", self.init_config)}
         self._check_numbers(head_dim)
-        for key, value in {**others, "norm_type": self.norm_type}.items():
+        repeats = self._repeats()
+        _refuse_unless("norm_type", self.norm_type, _NORM_TYPES)
+        for key, value in others.items():
             if key in _ONLY_AT:
-                _refuse_unless(key, value, _ONLY_AT[key])
-            elif key not in _IGNORED and not key.startswith("_attn"):
-                raise UnsupportedConfig(
-                    f"config key `{key}` with value `{value!r}` is not one of MPT's; remove it if it means nothing"
-                )
+                self._drop_unless(key, value, _ONLY_AT[key])
+            elif key not in _IGNORED and not key.startswith("_attn") and not hasattr(_GENERATION, key):
+                self._drop(key, value, config_keys.judge(key, value, repeats, extends))
+        if self.dropped:
+            _say_once("; ".join(f"`{key}` {reason}" for key, reason in self.dropped.items()))
         kept = (
             "torch_dtype",
             "dtype",
@@ -181,9 +196,39 @@ class MPTConfig(PreTrainedConfig):
         super().__post_init__(**{key: others[key] for key in kept if key in others})
         self.architectures = ["MPTForCausalLM"]
 
+    def _drop(self, path: str, value: object, reason: str) -> None:
+        self.dropped[path] = f"{_shown(value)}: {reason}"
+
+    def _drop_unless(self, path: str, value: object, supported: tuple[Any, ...]) -> None:
+        """Refuse a value that asks for something else than MPT; null asks for nothing, whatever the key."""
+        if value is not None:
+            _refuse_unless(path, value, supported)
+        else:
+            self._drop(path, value, "asks for nothing")
+
+    def _repeats(self) -> dict[str, object]:
+        """This model's settings under the names that other programs have for them."""
+        attention, has_bias = self.attention, not self.no_bias
+        sizes = {theirs: getattr(self, ours) for theirs, ours in config_keys.SAME_SIZE.items()}
+        heads = dict.fromkeys(("num_attention_heads", "n_head", "num_heads"), self.n_heads)
+        kv_heads = dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads"), self.n_kv_heads)
+        width = dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"), self.d_ffn)
+        gelu = dict.fromkeys(
+            ("hidden_act", "hidden_activation", "activation_function", "act_fn"), ("gelu", "gelu_python")
+        )
+        eps = dict.fromkeys(("layer_norm_eps", "layernorm_eps", "layernorm_epsilon", "norm_epsilon"), self.norm_eps)
+        bias = dict.fromkeys(
+            ("attention_bias", "bias", "use_bias", "mlp_bias", "qkv_bias", "add_bias_linear"), has_bias
+        )
+        kind = "alibi" if attention["alibi"] else "learned" if self.has_wpe else "none"
+        flat = {theirs: attention[ours] for theirs, ours in _MOSAIC_GPT_ATTENTION.items() if ours in attention}
+        same = {"is_causal": True, "causal": True, "use_alibi": attention["alibi"], "position_embedding_type": kind}
+        own = {key: attention[key] for key in ("qk_ln", "clip_qkv", "attn_type")}
+        return {**sizes, **heads, **kv_heads, **width, **gelu, **eps, **bias, **flat, **same, **own}
+
     def _read_mosaic_gpt(self, others: dict[str, Any]) -> dict[str, Any]:
         """Move the flat keys of `mosaic_gpt` into today's places; other configs pass through."""
-        if others.get("model_type") != "mosaic_gpt" and "mlp_ratio" not in others:
+        if others.get("model_type") not in config_keys.FLAT_TYPES and "mlp_ratio" not in others:
             return others
         others = dict(others)
         self.expansion_ratio = others.pop("mlp_ratio", 4)
@@ -202,6 +247,31 @@ class MPTConfig(PreTrainedConfig):
             )
         return others
 
+    def _read_attention(self, raw: dict[str, Any], extends: str | None) -> dict[str, Any]:
+        """`attn_config` with every key present and typed as transformers' strict reader wants it."""
+        attention = dict(_ATTENTION_DEFAULTS)
+        for key, value in raw.items():
+            path = f"attn_config.{key}"
+            if key in _ATTENTION_ONLY_AT:
+                self._drop_unless(path, value, _ATTENTION_ONLY_AT[key])
+            elif key in attention:
+                attention[key] = value
+            elif key in _ATTENTION_IGNORED:
+                self._drop(path, value, "means nothing without rotary positions")
+            elif key not in _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
+                self._drop(path, value, config_keys.judge(path, value, {}, extends))
+        _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
+        for key in ("qk_ln", "alibi", "attn_uses_sequence_id"):
+            _refuse_unless(f"attn_config.{key}", attention[key], (True, False))
+        for key in ("clip_qkv", "softmax_scale"):  # 0 and null both mean none
+            if attention[key] is not None:
+                _refuse_outside(f"attn_config.{key}", attention[key], 0, math.inf)
+            attention[key] = float(attention[key]) if attention[key] else None
+        for key, low, high in (("alibi_bias_max", _TINY, math.inf), ("attn_pdrop", 0, 1)):
+            _refuse_outside(f"attn_config.{key}", attention[key], low, high)
+            attention[key] = int(attention[key]) if float(attention[key]).is_integer() else float(attention[key])
+        return attention
+
     def _check_ffn(self, ffn: dict[str, Any] | None) -> None:
         for key, value in _table("ffn_config", ffn).items():
             if key == "ffn_type":
@@ -212,8 +282,8 @@ class MPTConfig(PreTrainedConfig):
             elif key == "ffn_act_fn":
                 exact = (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
                 _refuse_unless("ffn_config.ffn_act_fn", value, exact)
-            elif key not in ("fc_type", "use_pad_tok_in_ffn", "name"):
-                raise UnsupportedConfig(f"config key `ffn_config.{key}` with value `{value!r}` is not supported")
+            else:
+                self._drop(f"ffn_config.{key}", value, config_keys.judge(f"ffn_config.{key}", value, {}))
 
     def _check_numbers(self, head_dim: int | None) -> None:
         for key in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
@@ -305,6 +375,7 @@ class MPTConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values, in the forms transformers' strict in-tree reader accepts."""
         out = super().to_dict()
+        del out["dropped"]
         attention = dict(self.attention)
         if attention["kv_n_heads"] is None:
             del attention["kv_n_heads"]
@@ -314,27 +385,18 @@ class MPTConfig(PreTrainedConfig):
         return out
 
 
-def _read_attention(raw: dict[str, Any]) -> dict[str, Any]:
-    """`attn_config` with every key present and typed as transformers' strict reader wants it."""
-    attention = dict(_ATTENTION_DEFAULTS)
-    for key, value in raw.items():
-        if key in _ATTENTION_ONLY_AT:
-            _refuse_unless(f"attn_config.{key}", value, _ATTENTION_ONLY_AT[key])
-        elif key in attention:
-            attention[key] = value
-        elif key not in _ATTENTION_IGNORED | _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
-            raise UnsupportedConfig(f"config key `attn_config.{key}` with value `{value!r}` is not one of MPT's")
-    _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
-    for key in ("qk_ln", "alibi", "attn_uses_sequence_id"):
-        _refuse_unless(f"attn_config.{key}", attention[key], (True, False))
-    for key in ("clip_qkv", "softmax_scale"):  # 0 and null both mean none
-        if attention[key] is not None:
-            _refuse_outside(f"attn_config.{key}", attention[key], 0, math.inf)
-        attention[key] = float(attention[key]) if attention[key] else None
-    for key, low, high in (("alibi_bias_max", _TINY, math.inf), ("attn_pdrop", 0, 1)):
-        _refuse_outside(f"attn_config.{key}", attention[key], low, high)
-        attention[key] = int(attention[key]) if float(attention[key]).is_integer() else float(attention[key])
-    return attention
+_GENERATION = GenerationConfig()  # its fields choose tokens among logits
+
+
+def _shown(value: object) -> str:
+    """A value for a log line, cut where it is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@functools.cache  # a server reads the same config several times
+def _say_once(dropped: str) -> None:
+    log.warning("config keys that change no answer were dropped: %s", dropped)
 
 
 def _table(key: str, value: object) -> dict[str, Any]:
