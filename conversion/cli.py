@@ -1,6 +1,7 @@
 """The commands `mpt convert`, `mpt inspect` and `mpt verify`."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -152,6 +153,8 @@ def _described(source: "Source") -> dict[str, Any]:
     return {
         "kind": source.kind,
         "published as": card.published_as(source),
+        "descends from": metadata.descends_from(source),
+        "made by": metadata.made_by(source),
         "parameters": source.n_parameters,
         "bytes": source.n_bytes,
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -170,9 +173,38 @@ def _described(source: "Source") -> dict[str, Any]:
         "tokenizer": None if source.tokenizer is None else f"{source.tokenizer.vocab_size} tokens",
         "licence": metadata.licence(source),
         "note": "; ".join(source.notes) or None,
+        "dropped": config.dropped or None,
         "transformers' own class differs": "; ".join(config.beyond_stock()) or None,
         "cannot be expressed in": {to: "; ".join(why.values()) for to, why in beyond(source).items() if why} or None,
+        "memory to serve": _memory(source),
+        "next": _next_commands(source),
     }
+
+
+def _memory(source: "Source") -> str:
+    """Weights in their dtype, and what each 1,000 tokens of every running request add."""
+    config, dtype = source.config, str(source.dtype).removeprefix("torch.")
+    kv_bytes = 1000 * config.kv_bytes_per_token // 2 * source.dtype.itemsize
+    return f"{source.n_bytes / 1e9:.3g} GB of weights in {dtype}, {kv_bytes / 1e9:.3g} GB of KV cache per 1,000 tokens"
+
+
+def _next_commands(source: "Source") -> dict[str, str]:
+    """The commands that serve, convert and finetune it; through a Hugging Face folder where it is not run as it is."""
+    from conversion.convert import beyond
+    from mpt.options import MODEL_NAME
+
+    refused = {to for to, why in beyond(source).items() if why}
+    formats = "|".join(name for name in exports() if name not in refused)
+    rows = [row for row in FORMATS.values() if row.kind == source.kind]
+    path = shlex.quote(str(source.path))
+    named = path if MODEL_NAME.fullmatch(source.path.name) and "=" not in path else f"mine={path}"
+    through = f"mpt convert {path} FOLDER --to hf && "
+    serve, finetune = f"{through}mpt serve --model FOLDER", f"{through}train finetune --base FOLDER --data FILE.jsonl"
+    if any(row.is_run for row in rows):
+        serve = f"mpt serve --model {named}"
+    if any(row.marker == "config.json" for row in rows):
+        finetune = f"train finetune --base {path} --data FILE.jsonl"
+    return {"serve": serve, "convert": f"mpt convert {path} TARGET --to {formats}", "finetune": finetune}
 
 
 def _bar() -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.format_table import FORMATS, Format, exports
 from conversion.formats import adapter
 from conversion.source import Source
-from mpt.catalog import find_local
+from mpt.catalog import find_local, refuse_ctranslate2
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
 
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip", ".tar.zst", ".7z")
@@ -27,6 +27,7 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
         if found is None:
             raise CheckpointNotFound(f"`{name_or_path}` does not exist; give a checkpoint's folder or file")
         path = found
+    refuse_ctranslate2(path)
     its_format = None if adapter.is_at(path) else recognise(path)
     if path.is_dir():
         refuse_links_outside(path)

@@ -77,6 +77,55 @@ CATALOG = {entry.name: entry for entry in _ENTRIES}
 _BY_REPO_ID = {entry.repo_id: entry for entry in _ENTRIES if entry.repo_id}
 
 
+@dataclass(frozen=True)
+class Descendant:
+    """A published model of MPT's class by others: how its copies are recognised, and under which licence it came."""
+
+    name: str
+    maker: str
+    licence: str  # of the model card
+    called: tuple[str, ...]  # in names of folders, repositories and classes; letters and digits alone
+    shape: tuple[int, int, int, int] | None = None  # d_model, n_layers, n_heads, vocab_size
+
+
+_DESCENDANTS = (
+    Descendant("SEA-LION-7B", "AI Singapore", "MIT", ("sealion7b",), (4096, 32, 32, 256000)),
+    Descendant("SEA-LION-3B", "AI Singapore", "MIT", ("sealion3b",), (2560, 32, 20, 256000)),
+    Descendant("PhoGPT", "VinAI", "BSD-3-Clause", ("phogpt",), (3072, 32, 24, 20480)),
+    Descendant("replit-code-v1_5-3b", "Replit", "Apache-2.0", ("replitcodev15",), (3072, 32, 24, 32768)),
+    Descendant("replit-code-v1-3b", "Replit", "CC-BY-SA-4.0", ("replitcodev1", "replitlm"), (2560, 32, 32, 32768)),
+    Descendant("Krutrim-1", "Krutrim", "Krutrim Community License", ("krutrim1",), (4608, 32, 48, 70400)),
+    Descendant("CSMPT7b", "BUT-FIT", "Apache-2.0", ("csmpt",), (4096, 32, 32, 64002)),
+    Descendant("LLaVA-MPT", "the LLaVA project", "CC-BY-NC-SA-4.0", ("llava",), (4096, 32, 32, 50282)),
+    Descendant("Extended Mind MPT", "Normal Computing", UNKNOWN_LICENCE, ("extendedmind", "extendedmpt")),
+    Descendant("TituLM", "Hishab", UNKNOWN_LICENCE, ("titulm",)),
+    Descendant("Otter or OpenFlamingo", "their authors", UNKNOWN_LICENCE, ("otter", "flamingo")),
+)
+
+
+def descendant(path: Path, shape: tuple[int, int, int, int]) -> tuple[Descendant, str] | None:
+    """Which published descendant of MPT a checkpoint comes from, and what shows it; None for MPT and for unknown ones.
+
+    shape: d_model, n_layers, n_heads, vocab_size. Names are hints and can be wrong; weights are not compared.
+    """
+    config = read_optional_json(path / "config.json")
+    auto_map = config.get("auto_map")
+    classes = list(auto_map.values()) if isinstance(auto_map, dict) else []
+    hints = [("_name_or_path", config.get("_name_or_path")), ("model_type", config.get("model_type"))]
+    hints += [("architectures", name) for name in config.get("architectures") or [] if isinstance(name, str)]
+    hints += [("auto_map", name) for name in classes]
+    names = path.absolute().parts
+    cached = (name for name in names if name.startswith("models--"))  # of the Hugging Face cache
+    hints += [("its path", name) for name in (*names[-1:], *cached)]
+    for known in _DESCENDANTS:
+        for where, text in hints:
+            letters = re.sub(r"[^a-z0-9]", "", str(text).lower())
+            if any(name in letters for name in known.called):
+                return known, f"{where} has `{text}`"
+    by_shape = (known for known in _DESCENDANTS if known.shape == shape)
+    return next(((known, "width, layers, heads and vocabulary are the same") for known in by_shape), None)
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """The folder of a checkpoint, downloaded if need be (gigabytes, into the Hugging Face cache).
 

@@ -216,7 +216,7 @@ def left_out(folder: Path) -> list[str]:
             named = [part for part in name.split(".") if part not in ("transformer", "blocks") and not part.isdigit()]
             part = named[0] if named else name
             parts[part] = parts.get(part, 0) + 1
-    return [f"`{part}` ({count} tensors)" for part, count in parts.items()]
+    return [f"`{part}` ({count} tensor{'s' * (count > 1)})" for part, count in sorted(parts.items())]
 
 
 def _entries(folder: Path, is_larger: bool) -> Iterator[tuple[str, StoredTensor]]:

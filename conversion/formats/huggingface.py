@@ -13,7 +13,7 @@ from conversion import model_folder, running
 from conversion.options import Options
 from conversion.running import Runner
 from conversion.source import Source
-from mpt.checkpoint import read_config, without_progress_bar
+from mpt.checkpoint import left_out, read_config, without_progress_bar
 
 
 def cannot_express(source: Source) -> dict[str, str]:
@@ -24,7 +24,9 @@ def cannot_express(source: Source) -> dict[str, str]:
 def read(path: Path, tokenizer: Path | None = None) -> Source:
     """Hub, in-tree, remote-code and `mosaic_gpt` names; safetensors or .bin, one file or many."""
     config = read_config(path)
-    return model_folder.opened(path, "huggingface", config, model_folder.stored_weights(path), tokenizer)
+    parts = left_out(path)
+    notes = (f"opened as the language model inside; left out: {', '.join(parts)}",) if parts else ()
+    return model_folder.opened(path, "huggingface", config, model_folder.stored_weights(path), tokenizer, notes)
 
 
 def write(source: Source, out: Path, dtype: str, options: Options, advance: Callable[[int], None]) -> dict[Path, str]:

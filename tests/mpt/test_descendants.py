@@ -306,7 +306,7 @@ def test_of_a_flamingo_the_language_model_is_read(twice: bool, tmp_path: Path) -
     folder = write(tmp_path / "copy", raw, stored)
     assert_computes(folder, inner, weights)
     parts = " ".join(left_out(folder))
-    assert "`perceiver` (1 tensors)" in parts and "`gated_cross_attn_layer` (2 tensors)" in parts
+    assert "`perceiver` (1 tensor)" in parts and "`gated_cross_attn_layer` (2 tensors)" in parts
     assert mpt.catalog.describe(folder).context_length == 64
 
 
