@@ -39,7 +39,15 @@ _ATTENTION_TYPES = ("multihead_attention", "multiquery_attention", "grouped_quer
 
 # Known keys whose every other value asks for something else than MPT as released. Per key: the values that mean "off".
 _ATTENTION_ONLY_AT: dict[str, tuple[Any, ...]] = {
-    "attn_impl": ("torch", "flash", "triton"),  # how, not what: any of them gives the same answer
+    "attn_impl": (
+        "torch",
+        "flash",
+        "triton",
+        "sdpa",
+        "eager",
+        "xformers",
+        "flash_attention_2",
+    ),  # how, not what: any of them gives the same answer
     "prefix_lm": (False,),
     "qk_gn": (False,),
     "fused_qkv": (True,),
@@ -162,7 +170,12 @@ class MPTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """The config in a config.json: an MPT's own, or the one inside a larger model's."""
         found = config_keys.language_model(config_dict)
-        return super().from_dict(config_dict if found is None else found, **kwargs)
+        found = dict(config_dict) if found is None else found
+        found |= {key: _dtype_name(found[key]) for key in ("torch_dtype", "dtype") if key in found}
+        for key in ("use_cache", "resid_pdrop", "emb_pdrop", "embedding_fraction"):
+            if key in found and found[key] is None:  # these change no answer, so null is as good as left out
+                del found[key]
+        return super().from_dict(found, **kwargs)
 
     def __post_init__(self, **others: Any) -> None:
         self.dropped: dict[str, str] = {}  # keys that change no logit, with their value and the reason
@@ -255,7 +268,8 @@ class MPTConfig(PreTrainedConfig):
             if key in _ATTENTION_ONLY_AT:
                 self._drop_unless(path, value, _ATTENTION_ONLY_AT[key])
             elif key in attention:
-                attention[key] = value
+                if value is not None or key == "alibi":  # null is left out; of `alibi` it was false to llm-foundry
+                    attention[key] = value
             elif key in _ATTENTION_IGNORED:
                 self._drop(path, value, "means nothing without rotary positions")
             elif key not in _IGNORED | _ONLY_AT.keys() | _STOCK_JUNK:
@@ -263,8 +277,8 @@ class MPTConfig(PreTrainedConfig):
         _refuse_unless("attn_config.attn_type", attention["attn_type"], _ATTENTION_TYPES)
         for key in ("qk_ln", "alibi", "attn_uses_sequence_id"):
             _refuse_unless(f"attn_config.{key}", attention[key], (True, False))
-        for key in ("clip_qkv", "softmax_scale"):  # 0 and null both mean none
-            if attention[key] is not None:
+        for key in ("clip_qkv", "softmax_scale"):  # 0, false and null all mean none
+            if attention[key] not in (None, False):
                 _refuse_outside(f"attn_config.{key}", attention[key], 0, math.inf)
             attention[key] = float(attention[key]) if attention[key] else None
         for key, low, high in (("alibi_bias_max", _TINY, math.inf), ("attn_pdrop", 0, 1)):
@@ -280,7 +294,7 @@ class MPTConfig(PreTrainedConfig):
                 if value is not None and value != round(self.d_model * self.expansion_ratio):
                     self.expansion_ratio = value / self.d_model
             elif key == "ffn_act_fn":
-                exact = (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
+                exact = (None, "gelu", {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
                 _refuse_unless("ffn_config.ffn_act_fn", value, exact)
             else:
                 self._drop(f"ffn_config.{key}", value, config_keys.judge(f"ffn_config.{key}", value, {}))
@@ -386,6 +400,14 @@ class MPTConfig(PreTrainedConfig):
 
 
 _GENERATION = GenerationConfig()  # its fields choose tokens among logits
+
+
+def _dtype_name(value: object) -> Any:
+    """A dtype as torch names it; None for `auto` and unknown names, which leave it to the tensors."""
+    if not isinstance(value, str):
+        return value
+    name = value.removeprefix("torch.")
+    return name if name in ("float64", "float32", "float16", "bfloat16") else None
 
 
 def _shown(value: object) -> str:

@@ -66,6 +66,7 @@ _PARTS = {
 _NEUTRAL_AT_ONE = {
     "multiplier", "factor", "scale", "scaling",
 }  # fmt: skip
+_ENCODERS = {"mm", "vision", "vis", "image", "images", "perceiver"}  # words of what is put before a language model
 # Words of architectures that came after MPT; a key with one of them is never taken for a larger model's own.
 _LATER = {
     "rope", "rotary", "sliding", "window", "softcap", "softcapping", "moe", "expert", "experts", "glu",
@@ -151,8 +152,7 @@ def _words(key: str) -> list[str]:
 
 def language_model(raw: Raw) -> dict[str, Any] | None:
     """The config of the MPT that a config.json is of or contains, with sizes under MPT's names; None for no MPT."""
-    kind = raw.get("model_type")
-    found: dict[str, Any] | None = dict(raw) if kind in READ_TYPES else None
+    found: dict[str, Any] | None = dict(raw) if raw.get("model_type") in READ_TYPES or _has_mpts_class(raw) else None
     nested = nested_key(raw)
     if nested is not None:
         found = dict(raw[nested])
@@ -162,6 +162,15 @@ def language_model(raw: Raw) -> dict[str, Any] | None:
             if found.get(theirs) is not None and ours not in found:
                 found[ours] = found.pop(theirs)
     return found
+
+
+def _has_mpts_class(raw: Raw) -> bool:
+    """Whether a config of no type, or of one that names MPT, has a class of MPT's and its keys."""
+    if "mpt" not in str(raw.get("model_type") or "mpt").lower():
+        return False
+    classes = raw.get("architectures")
+    names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+    return any("MPT" in name or "Mpt" in name for name in names) and {"d_model", "n_heads", "n_layers"} <= raw.keys()
 
 
 def nested_key(raw: Raw) -> str | None:
@@ -177,4 +186,7 @@ def extended_type(raw: Raw) -> str | None:
     kind = raw.get("model_type")
     if kind in _EXTENDED_TYPES or nested_key(raw) is not None:
         return str(kind or "a larger model")
-    return "llava" if any(key.startswith("mm_") for key in raw) else None
+    keys = [key for key, value in raw.items() if not _is_nothing(value)]
+    if any(set(_words(key)) & _ENCODERS or key.startswith("cross_attn") for key in keys):
+        return "a vision model"
+    return None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MptConfig, MptForCausalLM
+from transformers import GenerationConfig, MptConfig, MptForCausalLM, PreTrainedConfig
 
 import mpt
 from mpt.checkpoint import left_out, read_config
@@ -308,6 +308,55 @@ def test_of_a_flamingo_the_language_model_is_read(twice: bool, tmp_path: Path) -
     parts = " ".join(left_out(folder))
     assert "`perceiver` (1 tensor)" in parts and "`gated_cross_attn_layer` (2 tensors)" in parts
     assert mpt.catalog.describe(folder).context_length == 64
+
+
+def test_a_flat_config_with_an_encoders_keys_is_a_larger_models(tmp_path: Path) -> None:
+    raw = {
+        **SMALL,
+        "d_model": D * 4,
+        "logit_scale": None,
+        "no_bias": True,
+        "cross_attn_every_n_layers": 4,
+        "vis_dim": 8,
+    }
+    raw["attn_config"] = {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None, "qk_ln": False}
+    weights = random_weights(raw)
+    stored = {f"lang_encoder.{name}": tensor for name, tensor in weights.items()} | {"perceiver.norm": torch.ones(2)}
+    assert_computes(write(tmp_path / "copy", raw, stored), raw, weights)
+
+
+def test_a_config_without_a_type_is_known_by_its_class(tmp_path: Path) -> None:
+    sizes = {key: value for key, value in SMALL.items() if key != "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "architectures": ["MPTForCausalLM"]}))
+    assert read_config(tmp_path).d_model == 32
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "architectures": ["DbrxForCausalLM"]}))
+    with pytest.raises(UnsupportedConfig, match="model_type `None`"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [("torch.float16", torch.float16), ("bfloat16", torch.bfloat16), ("auto", None), ("x", None)]
+)
+def test_a_dtype_is_read_or_left_to_the_tensors(said: str, expected: torch.dtype | None, tmp_path: Path) -> None:
+    assert read(tmp_path, torch_dtype=said).dtype == read(tmp_path, dtype=said).dtype == expected
+
+
+def test_what_transformers_writes_into_every_config_is_no_surprise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mpt.config._say_once.cache_clear()
+    everything = {**PreTrainedConfig().to_dict(), **GenerationConfig().to_dict()}
+    read(tmp_path, **{key: value for key, value in everything.items() if key != "model_type"})
+    assert not caplog.records
+
+
+def test_null_in_a_table_is_left_out(tmp_path: Path) -> None:
+    attention = dict.fromkeys(("alibi_bias_max", "qk_ln", "clip_qkv", "attn_pdrop", "rope", "sliding_window_size"))
+    config = read(tmp_path, attn_config={**attention, "alibi": True}, rope_scaling=None)
+    assert config.attention == read(tmp_path, attn_config={"alibi": True}).attention
+    assert read(tmp_path, attn_config={"clip_qkv": False}).attention["clip_qkv"] is None
+    with pytest.raises(UnsupportedConfig, match=r"attn_config\.alibi`.*None"):
+        read(tmp_path, attn_config={"alibi": None})
 
 
 def test_trainers_prefixes_are_understood(tmp_path: Path) -> None:
