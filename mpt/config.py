@@ -108,6 +108,7 @@ _MOSAIC_GPT_ATTENTION = {
     "attn_uses_sequence_id": "attn_uses_sequence_id", "alibi": "alibi", "alibi_bias_max": "alibi_bias_max",
     "prefix_lm": "prefix_lm", "attn_impl": "attn_impl",
 }  # fmt: skip
+_COMPUTED = ("qk_ln", "clip_qkv", "softmax_scale", "alibi", "alibi_bias_max", "prefix_lm")  # change the answers
 _MOSAIC_GPT_INIT = {
     "fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "init_std", "emb_init_std",
     "emb_init_uniform_lim",
@@ -227,15 +228,21 @@ class MPTConfig(PreTrainedConfig):
         kv_heads = dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads"), self.n_kv_heads)
         width = dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"), self.d_ffn)
         gelu = dict.fromkeys(
-            ("hidden_act", "hidden_activation", "activation_function", "act_fn"), ("gelu", "gelu_python")
+            ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn"), ("gelu", "gelu_python")
         )
         eps = dict.fromkeys(("layer_norm_eps", "layernorm_eps", "layernorm_epsilon", "norm_epsilon"), self.norm_eps)
         bias = dict.fromkeys(
             ("attention_bias", "bias", "use_bias", "mlp_bias", "qkv_bias", "add_bias_linear"), has_bias
         )
         kind = "alibi" if attention["alibi"] else "learned" if self.has_wpe else "none"
-        flat = {theirs: attention[ours] for theirs, ours in _MOSAIC_GPT_ATTENTION.items() if ours in attention}
-        same = {"is_causal": True, "causal": True, "use_alibi": attention["alibi"], "position_embedding_type": kind}
+        flat = {theirs: attention[ours] for theirs, ours in _MOSAIC_GPT_ATTENTION.items() if ours in _COMPUTED}
+        same = {
+            "is_causal": True,
+            "causal": True,
+            "scale_attn_weights": True,
+            "use_alibi": attention["alibi"],
+            "position_embedding_type": kind,
+        }
         own = {key: attention[key] for key in ("qk_ln", "clip_qkv", "attn_type")}
         return {**sizes, **heads, **kv_heads, **width, **gelu, **eps, **bias, **flat, **same, **own}
 

@@ -29,20 +29,20 @@ READ_TYPES = (*TYPES, *_EXTENDED_TYPES)
 # What other programs call the numbers that give tensors their shapes; the file's tensors show which number is right.
 # For the context there is no such proof: it limits requests and changes no logit.
 SAME_SIZE = {
-    "hidden_size": "d_model", "n_embd": "d_model",
-    "num_hidden_layers": "n_layers", "num_layers": "n_layers", "n_layer": "n_layers",
-    "max_position_embeddings": "max_seq_len", "n_positions": "max_seq_len", "n_ctx": "max_seq_len",
-    "seq_length": "max_seq_len", "max_sequence_length": "max_seq_len", "model_max_length": "max_seq_len",
+    "hidden_size": "d_model", "n_embd": "d_model", "num_hidden_layers": "n_layers", "num_layers": "n_layers",
+    "n_layer": "n_layers", "max_position_embeddings": "max_seq_len", "n_positions": "max_seq_len",
+    "n_ctx": "max_seq_len", "seq_length": "max_seq_len", "sequence_length": "max_seq_len",
+    "max_sequence_length": "max_seq_len", "model_max_length": "max_seq_len",
     "max_seq_len_inference": "max_seq_len", "tokenizer_model_max_length": "max_seq_len",
 }  # fmt: skip
 _SAME_HEADS = ("num_attention_heads", "n_head", "num_heads")
 
 _TRAINING = {
     "init", "initializer", "initialization", "initialisation", "loss", "dropout", "pdrop", "layerdrop", "train",
-    "training", "trainable", "pretraining", "finetune", "finetuning", "gradient", "grad", "checkpointing",
-    "optimizer", "scheduler", "lr", "decay", "epoch", "epochs", "seed", "freeze", "unfreeze", "tune", "lora",
-    "peft", "unsloth", "axolotl", "trl", "deepspeed", "fsdp", "wandb", "dataset", "datasets", "batch", "label",
-    "labels",
+    "training", "trainable", "pretraining", "pretrained", "finetune", "finetuning", "gradient", "grad",
+    "checkpointing", "optimizer", "scheduler", "lr", "learning", "decay", "epoch", "epochs", "seed", "freeze",
+    "unfreeze", "tune", "lora", "qlora", "dora", "peft", "unsloth", "axolotl", "trl", "deepspeed", "fsdp",
+    "wandb", "dataset", "datasets", "batch", "label", "labels",
 }  # fmt: skip
 _HOW = {
     "impl", "implementation", "kernel", "kernels", "backend", "dtype", "device", "precision", "compile",
@@ -50,12 +50,14 @@ _HOW = {
 }  # fmt: skip
 _ORIGIN = {
     "name", "path", "version", "commit", "hash", "revision", "author", "license", "licence", "url", "repo",
-    "repository", "tags", "date", "tokenizer", "template", "prompt", "parallel", "parallelism", "world",
+    "repository", "file", "language", "languages", "tags", "date", "tokenizer", "template", "prompt",
+    "parallel", "parallelism", "world",
 }  # fmt: skip
-# Two keys of llm-foundry whose names do not say it.
+# Keys of llm-foundry whose names do not say it.
 _SAME_ANSWER = {
     "fc_type": "says how, not what, is computed",
     "use_pad_tok_in_ffn": "changes positions of padding alone",
+    "attn_uses_sequence_id": "is about training",
 }
 # Words of a model's parts. `activation_name` and `parallel_residual` are about the part, whatever the other word is.
 _PARTS = {
@@ -63,9 +65,7 @@ _PARTS = {
     "rotary", "alibi", "window", "ffn", "mlp", "qkv", "head", "heads", "hidden", "layer", "layers", "block",
     "blocks", "embed", "embedding", "embeddings", "logit", "logits", "mask", "bias", "residual",
 }  # fmt: skip
-_NEUTRAL_AT_ONE = {
-    "multiplier", "factor", "scale", "scaling",
-}  # fmt: skip
+_NEUTRAL_AT_ONE = {"multiplier", "factor", "scale", "scaling"}
 _ENCODERS = {"mm", "vision", "vis", "image", "images", "perceiver"}  # words of what is put before a language model
 # Words of architectures that came after MPT; a key with one of them is never taken for a larger model's own.
 _LATER = {

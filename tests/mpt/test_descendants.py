@@ -205,6 +205,7 @@ def read(folder: Path, **changes: Any) -> mpt.config.MPTConfig:
         ("pretraining_tp", 1),
         ("gradient_checkpointing", True),
         ("attention_dropout", 0.1),
+        ("attn_pdrop", 0.1),
         ("_flash_attn_2_enabled", True),
         ("unk_token_id", 3),
         ("embedding_multiplier", 1.0),
