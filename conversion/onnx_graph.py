@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from conversion.quantised import BLOCK
 from mpt.attention import AttentionSpec
-from mpt.checkpoint import StoredTensor, safetensors_entries, weight_files
+from mpt.checkpoint import safetensors_entries, weight_files
 from mpt.config import MPTConfig
+from mpt.stored import StoredTensor
 
 OPSET, _OPSET_ORT = 23, 1
 _TYPES = {

@@ -18,8 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mpt.checkpoint import StoredTensor
 from mpt.errors import DamagedFile
+from mpt.stored import Weight
 
 _LARGE = 100_000_000  # bytes
 _NAMES = {
@@ -60,15 +60,9 @@ class Lazy:
         return Lazy(dtype, self.shape, read, self.where)
 
 
-def stored(tensor: StoredTensor) -> Lazy:
-    """A tensor that lies in one piece in a file."""
-
-    def read() -> Tensor:
-        values = torch.empty(tensor.shape, dtype=tensor.dtype)
-        tensor.read_into(values)
-        return values
-
-    return Lazy(tensor.dtype, tensor.shape, read, tensor.file.name)
+def stored(tensor: Weight) -> Lazy:
+    """A weight of a folder."""
+    return Lazy(tensor.dtype, tensor.shape, tensor.read, tensor.file.name)
 
 
 def check_finite(name: str, values: Tensor, where: str) -> None:

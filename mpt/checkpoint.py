@@ -15,7 +15,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,8 @@ from mpt.config_keys import READ_TYPES, extended_type, language_model
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
 from mpt.files import read_json, read_optional_json, whole_folder
 from mpt.model import MPTForCausalLM
+from mpt.packing import packing_in
+from mpt.stored import StoredTensor, Weight, unpacked, unpacking_in_words
 
 if TYPE_CHECKING:
     from mpt.sharding import Shard
@@ -44,8 +45,11 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-}  # the last in quantised ONNX folders only, never a model's weights
+    "U8": torch.uint8,  # the integers are in quantised folders only, never weights by themselves
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _COUNTS = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}  # positions of a vision encoder, masks
 # What may stand before the name of a language model's tensor: trainers' wrappers and larger models' attributes.
 _PREFIXES = (
@@ -54,7 +58,8 @@ _PREFIXES = (
 )  # fmt: skip
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OF_LANGUAGE_MODEL = re.compile(
-    r"lm_head\.weight|transformer\.((wte|wpe|norm_f)|blocks\.\d+\.(norm_1|norm_2|attn|ffn)(\.\w+)?)\.(weight|bias)"
+    r"lm_head\.weight|transformer\.((wte|wpe|norm_f)|blocks\.\d+\.(norm_1|norm_2|attn|ffn)(\.\w+)?)"
+    r"\.(weight(\.\w+)*|bias|qweight|qzeros|scales|g_idx|SCB|weight_format)"
 )
 # `mosaic_gpt` (the 1B) to today's names, in this order. Source: llm-foundry scripts/misc/convert_examples_ckpt.py
 _MOSAIC_GPT_NAMES = (
@@ -63,37 +68,6 @@ _MOSAIC_GPT_NAMES = (
     (".mlp_down.", ".down_proj."),
     (".mlp.", ".ffn."),
 )
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor's bytes lie: contiguous, in row-major order."""
-
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def read_into(self, target: Tensor) -> None:
-        """Fill `target` of the same shape, converting dtype and device where they differ."""
-        direct = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
-        values = target if direct else torch.empty(self.shape, dtype=self.dtype)
-        if self.n_bytes:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                into = values.detach().view(-1).view(torch.uint8).numpy().data
-                done = 0
-                while done < self.n_bytes:  # one read returns at most 2 GiB
-                    n = file.readinto(into[done:])
-                    if not n:
-                        raise DamagedFile(f"`{self.file.name}` ends {self.n_bytes - done} bytes early; copy it again")
-                    done += n
-        if not direct:
-            target.copy_(values)
 
 
 def load(
@@ -131,9 +105,7 @@ def load(
             if shard is None or weights[name].shape == parameter.shape:
                 weights[name].read_into(parameter)
             else:
-                whole = torch.empty(weights[name].shape, dtype=weights[name].dtype)
-                weights[name].read_into(whole)
-                parameter.copy_(shard.part(name, whole, config))
+                parameter.copy_(shard.part(name, weights[name].read(), config))
     model.generation_config = _generation_config(folder)
     model.name_or_path = str(name_or_path)
     return model.eval()
@@ -182,12 +154,13 @@ def read_config(folder: Path) -> MPTConfig:
     return MPTConfig.from_dict(raw)
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path) -> dict[str, Weight]:
     """Every weight of the folder under the name the model uses, without reading it.
 
-    Understands hub, in-tree and `mosaic_gpt` names and the prefixes of trainers; single and sharded files. Of a larger
-    model, such as LLaVA, only the language model's.
+    Understands hub, in-tree and `mosaic_gpt` names and the prefixes of trainers; single and sharded files; what AWQ,
+    GPTQ and bitsandbytes packed, as its real values. Of a larger model, such as LLaVA, only the language model's.
     """
+    packing = packing_in(folder)
     is_larger = extended_type(read_optional_json(folder / "config.json")) is not None
     found: dict[str, StoredTensor] = {}
     again: dict[str, StoredTensor] = {}  # OpenFlamingo's second names for its blocks
@@ -201,7 +174,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise DamagedFile(f"tensor `{name}` is stored twice: in `{found[name].file.name}` and `{tensor.file.name}`")
         else:
             found[name] = tensor
-    return again | found
+    no_bias = read_optional_json(folder / "config.json").get("no_bias", True)
+    return unpacked(again | found, packing, bool(no_bias))
 
 
 def left_out(folder: Path) -> list[str]:
@@ -269,6 +243,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
+    by_autogptq = list(folder.glob("gptq_model-*.safetensors"))  # gptq_model-4bit-128g, with quantize_config.json
+    if len(by_autogptq) == 1:
+        return by_autogptq
     raise CheckpointNotFound(f"`{folder}` has no model.safetensors or pytorch_model.bin, single or sharded")
 
 
@@ -304,7 +281,7 @@ def verify_manifest(folder: Path) -> None:
             raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
 
 
-def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
+def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, Weight]:
     """Where each of the model's parameters is stored, tied ones once; the model may be on the meta device.
 
     Raises DamagedFile unless names and shapes match exactly and a stored head equals the embedding it is tied to.
@@ -315,7 +292,10 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
     check_names(folder, stored.keys(), targets.keys())
     for name, parameter in targets.items():
         if not stored[name].dtype.is_floating_point:
-            raise UnsupportedConfig(f"`{name}` in `{stored[name].file.name}` is {stored[name].dtype}, no weights")
+            raise UnsupportedConfig(
+                f"`{name}` in `{stored[name].file.name}` is {stored[name].dtype}, no weights; supported: "
+                "floating types, and integers with what a `quantization_config` puts beside them"
+            )
         if stored[name].shape != tuple(parameter.shape):
             raise DamagedFile(
                 f"`{name}` in `{stored[name].file.name}` is {list(stored[name].shape)}, "
@@ -326,6 +306,9 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, StoredTensor]:
             f"`lm_head.weight` differs from the embedding it is tied to; set tie_word_embeddings to false in "
             f"`{folder / 'config.json'}` if the head was trained on its own"
         )
+    unpacking = unpacking_in_words(stored, packing_in(folder))
+    if unpacking is not None:
+        log.info("`%s`: %s", folder, unpacking)
     return stored
 
 
@@ -350,13 +333,10 @@ def check_names(where: Path, stored: Set[str], expected: Set[str]) -> None:
         raise DamagedFile(f"`{where}` {what}" + (f" (and {more} more names differ)" if more else ""))
 
 
-def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
+def _are_equal(a: Weight, b: Weight) -> bool:
     if a.shape != b.shape:
         return False
-    values = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (a, b)]
-    a.read_into(values[0])
-    b.read_into(values[1])
-    return torch.equal(values[0].to(b.dtype), values[1])
+    return torch.equal(a.read().to(b.dtype), b.read())
 
 
 def safetensors_entries(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES) -> Iterator[tuple[str, StoredTensor]]:
@@ -433,7 +413,7 @@ def place(file: Path, state: Any) -> Iterator[tuple[str, StoredTensor]]:
         yield name, found
 
 
-def stored_dtype(folder: Path, config: MPTConfig, weights: Mapping[str, StoredTensor] | None = None) -> torch.dtype:
+def stored_dtype(folder: Path, config: MPTConfig, weights: Mapping[str, Weight] | None = None) -> torch.dtype:
     """What a checkpoint's weights are loaded as when nothing is asked for: what its config says, else most of them."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

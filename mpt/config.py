@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from mpt import config_keys
 from mpt.errors import UnsupportedConfig
+from mpt.packing import read_packing
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,6 @@ _ONLY_AT: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "block_overrides": (None,),
     "ffn_type": ("mptmlp",),
-    "quantization_config": (None, False, {}),
     "tie_encoder_decoder": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -101,6 +101,7 @@ _STOCK_JUNK = {
     "tie_word_embeddings",
     "use_cache",
     "base_config_key",
+    "quantization_config",
 }
 # Flat keys of `mosaic_gpt` (2023-04) and where they went.
 _MOSAIC_GPT_ATTENTION = {
@@ -193,7 +194,9 @@ class MPTConfig(PreTrainedConfig):
         repeats = self._repeats()
         _refuse_unless("norm_type", self.norm_type, _NORM_TYPES)
         for key, value in others.items():
-            if key in _ONLY_AT:
+            if key == "quantization_config" and value:  # how weights are packed: what reads them unpacks them
+                read_packing(value)
+            elif key in _ONLY_AT:
                 self._drop_unless(key, value, _ONLY_AT[key])
             elif key not in _IGNORED and not key.startswith("_attn") and not hasattr(_GENERATION, key):
                 self._drop(key, value, config_keys.judge(key, value, repeats, extends))

@@ -11,9 +11,9 @@ from torch import nn
 
 import mpt.checkpoint
 from mpt.catalog import resolve
-from mpt.checkpoint import StoredTensor
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
+from mpt.stored import Weight
 from training import adapters, distributed, memory
 from training.distributed import World
 from training.run import Run
@@ -63,7 +63,7 @@ def _config(run: Run) -> MPTConfig:
 
 @torch.no_grad()
 def _fill(
-    model: MPTForCausalLM, part: str, stored: Mapping[str, StoredTensor] | None, run: Run, device: torch.device
+    model: MPTForCausalLM, part: str, stored: Mapping[str, Weight] | None, run: Run, device: torch.device
 ) -> None:
     """Give the parameters of a part that have no memory yet their memory, and what is in it."""
     for name, module in model.get_submodule(part).named_modules(prefix=part):

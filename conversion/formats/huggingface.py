@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from conversion import model_folder, running
+from conversion import model_folder, running, tensors
 from conversion.options import Options
 from conversion.running import Runner
 from conversion.source import Source
-from mpt.checkpoint import left_out, read_config, without_progress_bar
+from mpt.checkpoint import left_out, read_config, stored_tensors, without_progress_bar
+from mpt.packing import packing_in
+from mpt.stored import unpacking_in_words
 
 
 def cannot_express(source: Source) -> dict[str, str]:
@@ -22,11 +24,14 @@ def cannot_express(source: Source) -> dict[str, str]:
 
 
 def read(path: Path, tokenizer: Path | None = None) -> Source:
-    """Hub, in-tree, remote-code and `mosaic_gpt` names; safetensors or .bin, one file or many."""
+    """Hub, in-tree, remote-code and `mosaic_gpt` names; safetensors or .bin, one file or many; packed or not."""
     config = read_config(path)
-    parts = left_out(path)
-    notes = (f"opened as the language model inside; left out: {', '.join(parts)}",) if parts else ()
-    return model_folder.opened(path, "huggingface", config, model_folder.stored_weights(path), tokenizer, notes)
+    weights = stored_tensors(path)
+    found = {name: tensors.stored(tensor) for name, tensor in weights.items()}
+    unpacking, parts = unpacking_in_words(weights, packing_in(path)), left_out(path)
+    notes = [f"opened as the language model inside; left out: {', '.join(parts)}"] if parts else []
+    notes += [] if unpacking is None else [unpacking]
+    return model_folder.opened(path, "huggingface", config, found, tokenizer, tuple(notes))
 
 
 def write(source: Source, out: Path, dtype: str, options: Options, advance: Callable[[int], None]) -> dict[Path, str]:

@@ -234,7 +234,7 @@ def test_settings_are_used(changes: Raw, key: str, expected: object, tmp_path: P
         ({"block_overrides": {"order": []}}, "`block_overrides`"),
         ({"final_logit_softcapping": 30.0}, "`final_logit_softcapping`.*`30.0`"),
         ({"attention_bias": True}, "`attention_bias`.*`True`"),
-        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "`quantization_config`.*gptq"),
+        ({"quantization_config": {"bits": 4, "quant_method": "hqq"}}, "`quantization_config`.*hqq.*supported: AWQ"),
         ({"head_dim": 64}, "`head_dim`.*`64`.*`128`"),
         ({"logit_scale": "sqrt"}, "`logit_scale`.*`'sqrt'`.*inv_sqrt_d_model"),
         ({"my_new_idea": 3}, "`my_new_idea`.*`3`"),
