@@ -19,6 +19,10 @@ class UnsupportedConfig(UserError):
     """A checkpoint's config asks for something this implementation does not compute."""
 
 
+class UnsupportedTokenizer(UnsupportedConfig):
+    """A tokenizer of a kind that is not read here; the weights beside it may be."""
+
+
 class CheckpointNotFound(UserError):
     """No checkpoint under this name or path."""
 

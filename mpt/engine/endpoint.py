@@ -76,6 +76,7 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
     choice = choose(name, folder, options)
     context = options.context_length or config.max_seq_len
     tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.require_rows(config.vocab_size, folder)
     engine: Engine | TritonEngine
     adapters = None
     if address is not None:

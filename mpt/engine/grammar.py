@@ -253,7 +253,8 @@ def _ll_tokenizer(tokenizer: Tokenizer) -> Any:
         tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]  # noqa: RUF012
 
         def __call__(self, text: bytes | str) -> list[int]:
-            return tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+            text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+            return tokenizer.encode(text, is_continuation=True)
 
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Words()), eos_token=list(tokenizer.end_ids))
 

@@ -84,7 +84,11 @@ class Sequence:
         self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
         self.started = False
         self.random = random.Random(None if sampling.seed is None else sampling.seed + index)
-        self._detokenize = DetokenizeStream(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._detokenize = DetokenizeStream(
+            tokenizer,
+            skip_special_tokens=sampling.skip_special_tokens,
+            is_continuation=any(token not in tokenizer.special_ids for token in request.prompt),
+        )
         self._stop_text = StopText(sampling.stop, sampling.include_stop_str_in_output)
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(tokenizer.end_ids)
         self._banned_early = sorted({*tokenizer.end_ids, *sampling.stop_token_ids})

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
@@ -240,6 +240,48 @@ def test_half_a_surrogate_pair_is_refused(small_bpe: Tokenizer, text: str) -> No
         small_bpe.encode(text)
 
 
+def test_a_tokenizer_json_as_blooms(tmp_path: Path, small_bpe: Tokenizer) -> None:
+    """Byte-level without a normaliser, split by an expression of its own; its control tokens are Llama's."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    pieces = Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+")
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trained.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator(TEXTS, trainer)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    ours, theirs = Tokenizer.from_folder(tmp_path), stock(tmp_path / "tokenizer.json")
+    assert (ours.eos_id, ours.end_ids, ours.special_ids) == (2, (2,), {0, 1, 2, 3})
+    assert Tokenizer.from_file(tmp_path / "tokenizer.json").eos_id == 2  # nothing else says it
+    for text in [*TEXTS, "</s><s>", "Câu hỏi: trời có xanh không?"]:
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == ours.encode(text, is_continuation=True) == ids
+        assert ours.decode(ids) == "".join(stream(ours, ids)) == text
+        assert b"".join(ours.token_bytes(i) for i in ids) == text.encode()
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(small_bpe: Tokenizer) -> None:
+    small_bpe.require_rows(small_bpe.vocab_size, "here")
+    with pytest.raises(DamagedFile, match=r"`here` has 400 ids and the embedding 399 rows"):
+        small_bpe.require_rows(399, "here")
+
+
+def test_a_tokenizer_that_is_code_is_named_and_not_run(tmp_path: Path) -> None:
+    entry = ["tokenization_own.OwnTokenizer", None]
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": entry}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(CheckpointNotFound, match=r"`OwnTokenizer` is Python code .* not run; copy the tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, small_bpe: Tokenizer) -> None:
     with pytest.raises(CheckpointNotFound, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
@@ -253,8 +295,8 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, small_bpe: Token
     with pytest.raises(DamagedFile, match=r"tokenizer_config\.json"):
         Tokenizer.from_folder(tmp_path)
     other = tokenizers.Tokenizer.from_str(whole.decode())
-    other.decoder = decoders.Metaspace()
-    with pytest.raises(UnsupportedConfig, match="Metaspace"):
+    other.decoder = decoders.WordPiece()
+    with pytest.raises(UnsupportedConfig, match="WordPiece"):
         Tokenizer(other)
     with pytest.raises(UserError, match="<eos>"):
         Tokenizer(tokenizers.Tokenizer.from_str(whole.decode()), eos_token="<eos>")
