@@ -170,7 +170,7 @@ def _described(source: "Source") -> dict[str, Any]:
         "qk_ln": attention["qk_ln"],
         "biases": not config.no_bias,
         "tied head": config.tie_word_embeddings,
-        "tokenizer": None if source.tokenizer is None else f"{source.tokenizer.vocab_size} tokens",
+        "tokenizer": source.why_no_tokenizer if source.tokenizer is None else f"{source.tokenizer.vocab_size} tokens",
         "licence": metadata.licence(source),
         "note": "; ".join(source.notes) or None,
         "dropped": config.dropped or None,

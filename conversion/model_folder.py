@@ -4,6 +4,7 @@ Not here: what makes such a folder one of a format (`formats/`).
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,19 @@ from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
 from mpt.checkpoint import stored_tensors, weight_files
 from mpt.config import MPTConfig
-from mpt.errors import DamagedFile
+from mpt.errors import DamagedFile, UserError
+from mpt.sentencepiece_model import FILES as SENTENCEPIECE_FILES
 from mpt.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 _SINGLE = "model.safetensors"
 _TEMPLATE = "chat_template.jinja"
+# What makes up a tokenizer that is not read here; a copy takes all of it along. Nothing of it is executed.
+_TOKENIZER_FILES = (
+    "tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", _TEMPLATE,
+    "tokeniz*.py",
+)  # fmt: skip
 
 
 def stored_weights(folder: Path) -> dict[str, Lazy]:
@@ -37,7 +45,11 @@ def opened(
     tokenizer: Path | None,
     notes: tuple[str, ...] = (),
 ) -> Source:
-    """The folder as a Source. found: its tensors. tokenizer: another folder, whose tokenizer is taken."""
+    """The folder as a Source. found: its tensors. tokenizer: another folder, whose tokenizer is taken.
+
+    A tokenizer that is missing or of a kind that is not read does not matter here: the weights are right without it.
+    """
+    read, why_not = _tokenizer(folder, tokenizer, config.vocab_size)
     if "lm_head.weight" in found and config.tie_word_embeddings:
         notes = (*notes, "the head is stored beside the embedding it is tied to")
     return Source(
@@ -45,7 +57,9 @@ def opened(
         path=folder,
         config=config,
         tensors=complete(config, found, folder),
-        tokenizer=tokenizer_in(tokenizer or folder),
+        tokenizer=read,
+        why_no_tokenizer=why_not,
+        tokenizer_files=_carried(tokenizer or folder, is_read=read is not None),
         files=(folder / "config.json", *weight_files(folder)),
         manifests=(folder,),
         chat_template=_chat_template(folder),
@@ -53,6 +67,30 @@ def opened(
         notes=notes,
         folder=folder,
     )
+
+
+def _tokenizer(folder: Path, given: Path | None, n_rows: int) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, or why there is none. Raises DamagedFile, and UserError for a given one that does not fit."""
+    if given is not None:
+        tokenizer = Tokenizer.from_folder(given)
+        if tokenizer.vocab_size > n_rows:
+            raise UserError(
+                f"the tokenizer of `{given}` has {tokenizer.vocab_size} ids and the embedding {n_rows} rows; give the "
+                "tokenizer that the checkpoint was trained with"
+            )
+        return tokenizer, ""
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except UserError as error:
+        return None, f"none is read ({error}); to give one: --tokenizer FOLDER"
+    tokenizer.require_rows(n_rows, folder)
+    return tokenizer, ""
+
+
+def _carried(folder: Path, is_read: bool) -> tuple[Path, ...]:
+    """The tokenizer's files that a copy takes as they are: SentencePiece's model, and all where it is not read."""
+    names = SENTENCEPIECE_FILES if is_read else _TOKENIZER_FILES
+    return tuple(path for name in names for path in sorted(folder.glob(name)) if path.is_file())
 
 
 def tokenizer_in(*folders: Path | None) -> Tokenizer | None:
@@ -92,7 +130,7 @@ def _write_file(path: Path, found: Mapping[str, Lazy], advance: Callable[[int], 
 
 
 def write_beside(source: Source, dtype: torch.dtype, out: Path) -> None:
-    """config.json, and the tokenizer's and generation's files where the source has a tokenizer.
+    """config.json, and the tokenizer's and generation's files; those of a tokenizer that is not read as they are.
 
     dtype: of the weights, as the config says it.
     """
@@ -101,6 +139,8 @@ def write_beside(source: Source, dtype: torch.dtype, out: Path) -> None:
     if tokenizer is not None:
         config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_id
     config.save_pretrained(out)
+    for path in source.tokenizer_files:
+        shutil.copyfile(path, out / path.name)
     if tokenizer is None:
         return
     tokenizer.save(out)

@@ -29,11 +29,13 @@ class Source:
     tensors: Mapping[str, Lazy]  # under the model's names, exactly its parameters, a tied head once
     tokenizer: Tokenizer | None
     files: tuple[Path, ...]  # that it was read from
+    why_no_tokenizer: str = "the source has none"  # where `tokenizer` is None
     chat_template: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, where there is one
     notes: tuple[str, ...] = ()  # what a reader should know of how it was read
     folder: Path | None = None  # that describes it (manifest.json, config.json), if it has one
     licence: str | None = None  # where the file itself says it
+    tokenizer_files: tuple[Path, ...] = ()  # of its folder, that a copy takes along as they are
     manifests: tuple[Path, ...] = ()  # folders whose manifest.json its files are checked against
 
     @property

@@ -268,7 +268,7 @@ def _greedy(reference: Forward, extend: Extend, source: Source, dtype: str) -> C
 def _tokens(source: Source, target: Source) -> Check:
     """Level 4."""
     if source.tokenizer is None:
-        return Check(4, "tokenizer", None, "the source has none")
+        return Check(4, "tokenizer", None, source.why_no_tokenizer)
     if target.tokenizer is None:
         return Check(4, "tokenizer", False, "the target has none")
 

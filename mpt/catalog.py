@@ -236,10 +236,16 @@ def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
     template = _chat_template(folder)
     if "### Instruction:" in template and "### Response:" in template:
         return "instruct", "its chat template"
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    if has_tokenizer and Tokenizer.from_folder(folder).special_id(CHATML_START) is not None:
+    if _has_chatml(folder):
         return "chatml", f"its tokenizer has `{CHATML_START}`"
     return None
+
+
+def _has_chatml(folder: Path) -> bool:
+    try:
+        return Tokenizer.from_folder(folder).special_id(CHATML_START) is not None
+    except UserError:  # none that is read, which whoever needs it says
+        return False
 
 
 def _chat_template(folder: Path) -> str:
