@@ -49,7 +49,7 @@ def opened(
 
     A tokenizer that is missing or of a kind that is not read does not matter here: the weights are right without it.
     """
-    read, why_not = _tokenizer(folder, tokenizer, config.vocab_size)
+    read, why_not = find_tokenizer(folder, tokenizer, config.vocab_size)
     if "lm_head.weight" in found and config.tie_word_embeddings:
         notes = (*notes, "the head is stored beside the embedding it is tied to")
     return Source(
@@ -69,7 +69,7 @@ def opened(
     )
 
 
-def _tokenizer(folder: Path, given: Path | None, n_rows: int) -> tuple[Tokenizer | None, str]:
+def find_tokenizer(folder: Path, given: Path | None, n_rows: int) -> tuple[Tokenizer | None, str]:
     """The tokenizer, or why there is none. Raises DamagedFile, and UserError for a given one that does not fit."""
     if given is not None:
         tokenizer = Tokenizer.from_folder(given)
@@ -91,12 +91,6 @@ def _carried(folder: Path, is_read: bool) -> tuple[Path, ...]:
     """The tokenizer's files that a copy takes as they are: SentencePiece's model, and all where it is not read."""
     names = SENTENCEPIECE_FILES if is_read else _TOKENIZER_FILES
     return tuple(path for name in names for path in sorted(folder.glob(name)) if path.is_file())
-
-
-def tokenizer_in(*folders: Path | None) -> Tokenizer | None:
-    """The tokenizer of the first of several folders that has one."""
-    found = next((folder for folder in folders if folder and (folder / "tokenizer.json").is_file()), None)
-    return None if found is None else Tokenizer.from_folder(found)
 
 
 def write_weights(found: Mapping[str, Lazy], out: Path, advance: Callable[[int], None]) -> dict[Path, str]:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 UNKNOWN_LICENCE = "unknown"
 _TINY = Path(__file__).parent / "tiny"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL_FILES = ["*.json", "merges.txt", "vocab.txt", "LICENSE*"]
+_SMALL_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "LICENSE*"]
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is absent
 
 

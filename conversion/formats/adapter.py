@@ -38,6 +38,8 @@ def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> 
         config=whole.config,
         tensors=tensors,
         tokenizer=whole.tokenizer,
+        why_no_tokenizer=whole.why_no_tokenizer,
+        tokenizer_files=whole.tokenizer_files,
         files=(folder / MARKER, lora.weights, *whole.files),
         chat_template=whole.chat_template,
         generation=whole.generation,

@@ -21,7 +21,7 @@ from conversion.source import Source, complete
 from conversion.tensors import Lazy
 from mpt.checkpoint import canonical_name, describe_torch_file, place
 from mpt.config import MPTConfig
-from mpt.errors import DamagedFile, MPTError, UnsupportedConfig
+from mpt.errors import DamagedFile, MPTError, UnsupportedConfig, UserError
 from mpt.tokenizer import Tokenizer
 
 # Composer keeps `.json` files of these names (without suffix), and newer ones the template.
@@ -41,13 +41,16 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
         kind, (found, integration) = "composer", _read_single(path)
         files = (path,)
     config = _config(integration, path)
-    own, template = _tokenizer(integration, path)
+    own, why_not, template = _tokenizer(integration, path)
+    if own is not None and tokenizer is None:
+        own.require_rows(config.vocab_size, path)
     return Source(
         kind=kind,
         path=path,
         config=config,
         tensors=complete(config, found, path),
         tokenizer=Tokenizer.from_folder(tokenizer) if tokenizer else own,
+        why_no_tokenizer=why_not,
         files=tuple(files),
         chat_template=template,
     )
@@ -205,11 +208,12 @@ def _config(integration: Mapping[str, Any], path: Path) -> MPTConfig:
     return MPTConfig.from_dict(content)
 
 
-def _tokenizer(integration: Mapping[str, Any], path: Path) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer and its chat template; a file of any other name or kind is left where it is."""
+def _tokenizer(integration: Mapping[str, Any], path: Path) -> tuple[Tokenizer | None, str, str | None]:
+    """The tokenizer, or why there is none, and its chat template; a file of any other name or kind is left there."""
+    tokenizer, why_not = None, "the source has none; to give one: --tokenizer FOLDER"
     entries = integration.get("tokenizer")
     if not isinstance(entries, Mapping):
-        return None, None
+        return None, why_not, None
     texts: dict[str, str] = {}
     for name, suffix in _TOKENIZER_FILES.items():
         entry = entries.get(name)
@@ -217,7 +221,7 @@ def _tokenizer(integration: Mapping[str, Any], path: Path) -> tuple[Tokenizer | 
             content = entry.get("content")
             texts[name] = content if isinstance(content, str) else json.dumps(content)
     if "tokenizer" not in texts:
-        return None, None
+        return None, why_not, None
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             (Path(folder) / (name + _TOKENIZER_FILES[name])).write_text(text, encoding="utf-8")
@@ -225,5 +229,7 @@ def _tokenizer(integration: Mapping[str, Any], path: Path) -> tuple[Tokenizer | 
             tokenizer = Tokenizer.from_folder(folder)
         except DamagedFile as error:
             raise DamagedFile(f"the tokenizer in `{path}` is not readable: {error}") from error
+        except UserError as error:
+            why_not = f"none is read ({error}); to give one: --tokenizer FOLDER"
     template = texts.get("chat_template") or json.loads(texts.get("tokenizer_config", "{}")).get("chat_template")
-    return tokenizer, template if isinstance(template, str) else None
+    return tokenizer, why_not, template if isinstance(template, str) else None

@@ -21,6 +21,7 @@ from conversion.tensors import HashedFile, Lazy
 from mpt.checkpoint import read_config
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UnsupportedConfig, UserError
+from mpt.tokenizer import tokenizer_files
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BLOCK = "transformer.blocks."
@@ -173,12 +174,15 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
         if file.tensor is not None:
             parts.setdefault(file.tensor, []).append(file)
     found = {name: _joined(name, folder, its, dtype, config) for name, its in parts.items()}
+    own = next((place for place in (path, folder) if tokenizer_files(place)), path)
+    its_tokenizer, why_not = model_folder.find_tokenizer(own, tokenizer, config.vocab_size)
     return Source(
         kind="fastertransformer",
         path=path,
         config=config,
         tensors=complete(config, found, folder),
-        tokenizer=model_folder.tokenizer_in(tokenizer, path, folder),
+        tokenizer=its_tokenizer,
+        why_no_tokenizer=why_not,
         files=tuple(sorted(folder.iterdir())),
         notes=(f"tensor parallel {tp}",),
         folder=path if (path / "config.json").is_file() else None,

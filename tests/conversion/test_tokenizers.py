@@ -14,10 +14,11 @@ from conversion.options import Options
 from conversion.verify import _TEXTS
 from mpt.cli import app
 from mpt.engine.endpoint import open_endpoint
-from mpt.errors import DamagedFile, MPTError, UserError
+from mpt.errors import DamagedFile, MPTError, UnsupportedConfig, UserError
 from mpt.options import ModelOptions
 from mpt.tokenizer import Tokenizer
 from tests.conversion.conftest import make, neox_like
+from tests.conversion.test_composer import save, state_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 HF = Options(to="hf")
@@ -97,6 +98,37 @@ def test_a_tokenizer_that_is_not_read_does_not_block_the_weights(tmp_path: Path,
         open_endpoint("it", ModelOptions(str(source), device="cpu"))
     assert why in str(served.value)
     assert "\n" not in str(served.value)
+
+
+def test_a_composer_checkpoint_whose_tokenizer_is_not_read_is_converted(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    add_word_pieces(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    entry = {"file_extension": ".json", "content": content}
+    checkpoint = save(tmp_path / "a.pt", state_of(source, tokenizer=entry))
+    report = convert(checkpoint, tmp_path / "out", HF)
+    assert "decoder is `WordPiece`" in report.render()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    convert(checkpoint, tmp_path / "with", Options(to="hf", tokenizer=source))
+    assert (tmp_path / "with" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_fastertransformer_folder_whose_tokenizer_is_not_read_is_converted(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    convert(source, tmp_path / "ft", Options(to="fastertransformer"))
+    [file] = (tmp_path / "ft").rglob("tokenizer.json")
+    add_word_pieces(file.parent)
+    (tmp_path / "ft" / "manifest.json").unlink(missing_ok=True)
+    assert "decoder is `WordPiece`" in convert(tmp_path / "ft", tmp_path / "out", HF).render()
+    convert(tmp_path / "ft", tmp_path / "with", Options(to="hf", tokenizer=source))
+    assert (tmp_path / "with" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_a_gguf_file_is_refused_a_tokenizer_it_cannot_hold(tmp_path: Path) -> None:
+    source = without_tokenizer(tmp_path / "source")
+    add_sentencepiece(source)
+    with pytest.raises(UnsupportedConfig, match="tokenizer"):
+        convert(source, tmp_path / "out", Options(to="gguf"))
 
 
 def test_a_tokenizer_that_is_given_takes_the_place_of_one_that_is_not_read(tmp_path: Path) -> None:
