@@ -145,7 +145,7 @@ def _example(task: Task, row: dict[str, Any], shots: str, tokenizer: Tokenizer, 
         if context not in known:
             known[context] = tokenizer.encode(shots + context)
         before = known[context]
-        after = tokenizer.encode(" " + continuation.lstrip())
+        after = tokenizer.encode(" " + continuation.lstrip(), is_continuation=True)
         whole = (before or [tokenizer.eos_id]) + after
         cut = max(0, len(whole) - max_seq_len)
         return whole[cut:], max(1, len(whole) - len(after) - cut)
@@ -162,7 +162,7 @@ def _example(task: Task, row: dict[str, Any], shots: str, tokenizer: Tokenizer, 
     if task.kind == "language":
         return Example(_query([sequence(_context(task, row["context"]), row["continuation"])]), category=category)
     prompt = tokenizer.encode(shots + _context(task, row["context"]))
-    longest = max(len(tokenizer.encode(" " + alias)) for alias in row["aliases"])
+    longest = max(len(tokenizer.encode(" " + alias, is_continuation=True)) for alias in row["aliases"])
     prompt = prompt[-(max_seq_len - longest) :]
     return Example(Query((prompt,), (longest,)), aliases=tuple(row["aliases"]))
 

@@ -18,6 +18,7 @@ from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
+from tests.mpt.test_sentencepiece_model import OPTIONS, train
 from training.distributed import World
 from training.evaluation import models, report, suite, tasks
 from training.evaluation.tasks import TASKS
@@ -97,6 +98,16 @@ def test_a_sequence_over_the_context_loses_its_beginning(folder: Path, tokenizer
     long = tokenizer.encode("Question: What keeps rain off?\nAnswer:") + tokenizer.encode(" An umbrella, most days.")
     assert example.query.sequences[1] == long[-8:]
     assert example.query.starts[1] == max(1, 8 - len(tokenizer.encode(" An umbrella, most days.")))
+
+
+def test_a_continuation_has_the_one_space_it_is_given(folder: Path, tmp_path: Path) -> None:
+    """Of a tokenizer that writes a space before each text, here Llama's: context and continuation make one text."""
+    pair = train(tmp_path, "bpe", **OPTIONS["as Llama"])
+    task = TASKS["piqa"]
+    query = tasks.examples(task, tasks.rows(task, folder), pair.ours, 512)[0].query
+    asked = "Question: How do I boil an egg?\nAnswer:"
+    for ids, answer in zip(query.sequences, (" In hot water.", " In a hat."), strict=True):
+        assert ids == pair.theirs.encode(asked + answer)
 
 
 @pytest.fixture(scope="module")
