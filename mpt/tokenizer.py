@@ -145,6 +145,22 @@ class Tokenizer:
         token_id: int | None = self._tokenizer.token_to_id(token)
         return token_id if token_id in self.special_ids else None
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens beside the vocabulary and their ids; `special_ids` says which of them are control tokens."""
+        return {text: token_id for token_id, text in self._added_text.items()}
+
+    def with_control_tokens(self, texts: Iterable[str]) -> "Tokenizer":
+        """This tokenizer, to which these added tokens are control tokens too: `encode` never makes them from text."""
+        more = [text for text in texts if text in self.added_tokens and self.special_id(text) is None]
+        if not more:
+            return self
+        described = json.loads(self.to_json())
+        for token in described["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in more
+        eos_token = self._added_text[self.eos_id]
+        return Tokenizer.from_json(json.dumps(described), "tokenizer.json", eos_token=eos_token, end_ids=self.end_ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for, possibly part of a character; empty outside the vocabulary."""
         found = self._bytes.get(token_id)
