@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from conversion import metadata, tensors
 from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
+from mpt.chat_template import find_source
 from mpt.checkpoint import stored_tensors, weight_files
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UserError
@@ -151,11 +152,8 @@ def write_beside(source: Source, dtype: torch.dtype, out: Path) -> None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """Its own file since transformers 4.52, an entry of tokenizer_config.json before."""
-    if (folder / _TEMPLATE).is_file():
-        return (folder / _TEMPLATE).read_text(encoding="utf-8")
-    template = _object(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
+    found = find_source(folder)
+    return None if found is None else found[0]
 
 
 def _object(path: Path) -> dict[str, Any]:
