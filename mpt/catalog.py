@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from mpt.chat_template import find_source
 from mpt.config_keys import language_model
 from mpt.errors import CheckpointNotFound, MachineRefused, UserError
 from mpt.files import read_json, read_optional_json
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 UNKNOWN_LICENCE = "unknown"
 _TINY = Path(__file__).parent / "tiny"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SMALL_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "LICENSE*"]
+_SMALL_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja", "LICENSE*"]
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is absent
 
 
@@ -233,9 +234,8 @@ def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
         return entry.prompt_style, "the catalog"
     if folder is None:
         raise CheckpointNotFound(_not_found(given))
-    template = _chat_template(folder)
-    if "### Instruction:" in template and "### Response:" in template:
-        return "instruct", "its chat template"
+    if find_source(folder) is not None:
+        return "template", "its chat template"
     if _has_chatml(folder):
         return "chatml", f"its tokenizer has `{CHATML_START}`"
     return None
@@ -246,18 +246,6 @@ def _has_chatml(folder: Path) -> bool:
         return Tokenizer.from_folder(folder).special_id(CHATML_START) is not None
     except UserError:  # none that is read, which whoever needs it says
         return False
-
-
-def _chat_template(folder: Path) -> str:
-    """The tokenizer's chat template, of several the default one; empty where there is none."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # transformers 4 keeps several so
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""
 
 
 def _known(name_or_path: str) -> Entry | None:

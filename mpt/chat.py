@@ -128,8 +128,11 @@ class ServerPartner:
 
 
 def _made_for_chat(served: list[dict[str, Any]]) -> str:
-    """The first ChatML model, else the first instruct model, else the first; other servers' cards name no style."""
-    for style in ("chatml", "instruct"):
+    """The first ChatML model, else the first with a template of its own, else an instruct model, else the first.
+
+    Other servers' cards name no style.
+    """
+    for style in ("chatml", "template", "instruct"):
         for card in served:
             if card.get("prompt_style") == style:
                 return str(card["id"])

@@ -75,7 +75,8 @@ class ChatTemplate:
         # What a second rendering can prove: whitespace and characters beyond the basic plane are not replaced in it.
         solid = _any_of(text for text in self._ids if not any(map(_is_kept, text)))
         self._provable = re.compile(f"{self._mark.pattern}|(?P<token>{solid.pattern})")
-        named = {"eos_token": tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False), **(names or {})}
+        self._named = dict(names or {})
+        named = {"eos_token": tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False), **self._named}
         self._names = {name: self._marks.get(text, text) for name, text in named.items()}
         # Whether the tokenizer begins a text with a space of its own; and a part of it that is cut out behind a token.
         alone, eos = tokenizer.encode("x"), tokenizer.eos_id
@@ -126,6 +127,13 @@ class ChatTemplate:
             ids.append(self._tokenizer.eos_id)
             learned.append(True)
         return ids, learned
+
+    def save(self, folder: Path) -> None:
+        """Write the template beside a tokenizer's files, with the names that it calls tokens by."""
+        (folder / "chat_template.jinja").write_text(self.source, encoding="utf-8")
+        for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+            text = json.dumps({**read_optional_json(path), **self._named}, indent=2, ensure_ascii=False)
+            path.write_text(f"{text}\n", encoding="utf-8")
 
     def _check(self) -> None:
         """Raises DamagedFile for a template that cannot be used for any conversation."""
@@ -384,9 +392,13 @@ def read_source(path: Path) -> str:
 
 def token_names(folder: Path) -> dict[str, str]:
     """What templates of this folder call its tokens by: `bos_token`, `eos_token` and the like."""
+    config = read_optional_json(folder / "tokenizer_config.json")
+    files = [config, read_optional_json(folder / "special_tokens_map.json")]
+    if "added_tokens_decoder" in config:  # then transformers does not read the other one
+        files.pop()
     names: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in read_optional_json(folder / file).items():
+    for file in files:
+        for name, token in file.items():
             text = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(text, str):
                 names[name] = text

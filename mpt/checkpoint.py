@@ -33,6 +33,7 @@ from mpt.packing import packing_in
 from mpt.stored import StoredTensor, Weight, unpacked, unpacking_in_words
 
 if TYPE_CHECKING:
+    from mpt.chat_template import ChatTemplate
     from mpt.sharding import Shard
     from mpt.tokenizer import Tokenizer
 
@@ -116,6 +117,7 @@ def save(
     folder: str | Path,
     *,
     tokenizer: "Tokenizer | None" = None,
+    chat_template: "ChatTemplate | None" = None,
     manifest: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
@@ -132,6 +134,8 @@ def save(
             tokenizer.save(partial)
             generation = GenerationConfig(eos_token_id=list(tokenizer.end_ids), use_cache=True)
             generation.save_pretrained(partial)
+        if chat_template is not None:
+            chat_template.save(partial)
         for path in partial.iterdir():
             path.chmod(0o644)  # safetensors writes for the owner alone; a checkpoint is there to be read
         write_manifest(partial, manifest or {})

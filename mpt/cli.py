@@ -14,6 +14,7 @@ import typer
 from conversion.cli import convert, inspect, verify
 from demos.cli import demo
 from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style, new_app, run_app
+from mpt.errors import UserError
 from mpt.options import ModelOptions
 from serving.cli import cluster, serve, top
 
@@ -141,14 +142,26 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|STYLE",
+            help="With --model and without --url: a Jinja template for the conversation, or a prompt style.",
+            show_default="the model's own",
+        ),
+    ] = None,
 ) -> None:
     """Talk with a model in the terminal: a server's, or one loaded here."""
     from mpt import chat as terminal
 
     sampling = terminal.Sampling(max_tokens, temperature, top_p, seed)
     if url is None and model is not None:
-        with _load(ModelOptions(model, device, dtype, quantize)) as local:
+        with _load(ModelOptions(model, device, dtype, quantize, chat_template=chat_template)) as local:
             terminal.converse(terminal.LocalPartner(local, sampling), system)
+    elif chat_template is not None:
+        raise UserError(
+            "`--chat-template` is for a model that is loaded here; a server has its own: `mpt serve --help`"
+        )
     else:
         terminal.converse(terminal.ServerPartner(url or "http://127.0.0.1:8000/v1", model, api_key, sampling), system)
 

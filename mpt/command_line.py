@@ -12,7 +12,7 @@ import typer
 
 from mpt.errors import MPTError
 
-Style = Literal["none", "instruct", "chatml"]
+Style = Literal["none", "instruct", "chatml", "template"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8"]

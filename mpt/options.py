@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mpt.command_line import Device, Dtype, KVCache, Quantization, Style
 from mpt.errors import UserError
@@ -36,6 +36,7 @@ class ModelOptions:
     prefill_chunk: int = 512  # prompt tokens read in a step that others wait for
     context_length: int | None = None  # None is the trained one
     prompt_style: Style | None = None  # None is the checkpoint's own
+    chat_template: str | None = None  # instead of prompt_style: the file of a Jinja template, or the name of a style
     adapters: Path | None = None  # folder of LoRA adapters, served as `model:adapter`
     named_adapters: Mapping[str, Path] = field(default_factory=dict)  # single ones, by the name they are served under
     profile: Path | None = None  # folder that gets a trace of the first busy steps
@@ -47,6 +48,23 @@ class ModelOptions:
         at_least(self, 1e-3, "kv_gb")
         if self.draft is not None and not self.speculate:
             raise UserError("`draft` is given and `speculate` is off; leave one of them out")
+        if self.chat_template is not None and self.prompt_style is not None:
+            raise UserError("`chat_template` and `prompt_style` are both given; leave one of them out")
+
+    @property
+    def asked_style(self) -> Style | None:
+        """The prompt style that is asked for by either of the two options, None where the checkpoint's own is."""
+        named = [style for style in get_args(Style) if style == self.chat_template]
+        if named or self.chat_template is None:
+            return named[0] if named else self.prompt_style
+        return "template"
+
+    @property
+    def template_file(self) -> Path | None:
+        """The file of the chat template that is asked for."""
+        if self.chat_template is None or self.chat_template in get_args(Style):
+            return None
+        return Path(self.chat_template).expanduser()
 
     @property
     def is_remote(self) -> bool:

@@ -11,15 +11,18 @@ Styles, each as its published checkpoints were trained:
   response ended by end-of-text. Several turns repeat the instruction and response blocks under one preamble. A system
   message goes before the next instruction, joined by a newline as Dolly joins its contexts.
 - `none` (base models, StoryWriter): no messages, only text to continue.
+- `template` (other people's checkpoints): the checkpoint's own Jinja template, `mpt/chat_template.py`.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict, get_args
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict, get_args
 
+from mpt.chat_template import ChatTemplate, find_source, read_source, token_names
 from mpt.errors import UserError
 from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
 
-PromptStyle = Literal["none", "instruct", "chatml"]
+PromptStyle = Literal["none", "instruct", "chatml", "template"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
 
 
@@ -64,20 +67,24 @@ def encode_chat(
     messages: Sequence[Message],
     add_generation_prompt: bool = True,
     system_default: str | None = None,
+    template: ChatTemplate | None = None,
 ) -> list[int]:
     """The ids of a conversation, up to where the assistant speaks next.
 
-    system_default: the system message of a conversation that brings none. Raises UserError for an unknown role, no
+    system_default: the system message of a conversation that brings none; a template has a default of its own, or none.
+    template: of style `template`. Raises UserError for an unknown role, no
     messages, a style without chat, or an order of roles the style cannot express.
     """
     _check(style, messages)
+    if style == "template":
+        return _given(template).encode(_for_template(messages), add_generation_prompt)
     if system_default is not None and not any(message["role"] in ("system", "developer") for message in messages):
         messages = [Message(role="system", content=system_default), *messages]
     return _render(tokenizer, style, messages, add_generation_prompt)[0]
 
 
 def encode_training(
-    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message]
+    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], template: ChatTemplate | None = None
 ) -> tuple[list[int], list[bool]]:
     """The ids of a finished conversation and, for each, whether it is learned.
 
@@ -85,7 +92,43 @@ def encode_training(
     the messages before it. Raises UserError as `encode_chat` does.
     """
     _check(style, messages)
+    if style == "template":
+        return _given(template).encode_training(_for_template(messages))
     return _render(tokenizer, style, messages, add_generation_prompt=False)
+
+
+class PromptFormat(NamedTuple):
+    """How a checkpoint is talked to."""
+
+    style: PromptStyle
+    template: ChatTemplate | None = None  # of style `template`
+
+
+def open_format(folder: Path, style: PromptStyle, tokenizer: Tokenizer, file: Path | None = None) -> PromptFormat:
+    """A style, with the template compiled where it is `template`: the one in `file`, else the folder's own.
+
+    Raises UserError for a template that is not there, DamagedFile for one that cannot be used.
+    """
+    if style != "template":
+        return PromptFormat(style)
+    names = token_names(folder)
+    if file is not None:
+        return PromptFormat(style, ChatTemplate(read_source(file), f"`{file}`", tokenizer, names))
+    found = find_source(folder)
+    if found is None:
+        raise UserError(f"`{folder}` has no chat template; give one with --chat-template FILE")
+    return PromptFormat(style, ChatTemplate(*found, tokenizer, names))
+
+
+def _given(template: ChatTemplate | None) -> ChatTemplate:
+    assert template is not None, "whoever chooses style `template` has the template, from `open_format`"
+    return template
+
+
+def _for_template(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """With the roles that templates know."""
+    known = {"developer": "system"}
+    return [{"role": known.get(each["role"], each["role"]), "content": each["content"]} for each in messages]
 
 
 def _check(style: PromptStyle, messages: Sequence[Message]) -> None:

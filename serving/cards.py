@@ -61,6 +61,6 @@ def card_of(name: str, model: ModelOptions) -> dict[str, Any]:
         name,
         model.root,
         context_length=model.context_length or config.max_seq_len,
-        prompt_style=model.prompt_style or entry.prompt_style,
+        prompt_style=model.asked_style or entry.prompt_style,
         licence=entry.licence,
     )

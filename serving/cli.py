@@ -75,7 +75,17 @@ _ContextLength = Annotated[
 ]
 _PromptStyle = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=STYLE", help="Template for chat: none, instruct or chatml; repeatable."),
+    typer.Option(
+        metavar="NAME=STYLE",
+        help="Format for chat: none, instruct, chatml, or `template`, the checkpoint's own; repeatable.",
+    ),
+]
+_ChatTemplate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE|STYLE",
+        help="Jinja template for chat instead of the checkpoint's own, or a prompt style; repeatable.",
+    ),
 ]
 _Adapter = Annotated[
     list[str] | None,
@@ -132,6 +142,7 @@ def serve(
     prefill_chunk: _PrefillChunk = 512,
     context_length: _ContextLength = None,
     prompt_style: _PromptStyle = None,
+    chat_template: _ChatTemplate = None,
     adapter: _Adapter = None,
     allow_adapter_loading: _AllowAdapterLoading = None,
     cors_origin: _CorsOrigin = None,
@@ -176,7 +187,7 @@ def serve(
         prefill_chunk=prefill_chunk,
         profile=profile,
     )
-    models = _models(shared, sources, draft, context_length, prompt_style, adapter)
+    models = _models(shared, sources, draft, context_length, prompt_style, chat_template, adapter)
     options = ServeOptions(
         models=models,
         host=host,
@@ -268,11 +279,13 @@ def _models(
     draft: list[str] | None,
     context_length: list[str] | None,
     prompt_style: list[str] | None,
+    chat_template: list[str] | None,
     adapter: list[str] | None,
 ) -> dict[str, ModelOptions]:
     """What each served model is told: what all share, and the NAME=VALUE options of its own. Raises UserError."""
     lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
     styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
+    templates = dict(_by_model("--chat-template", chat_template, sources))
     drafts = dict(_by_model("--draft", draft, sources))
     if drafts and not shared.speculate:
         raise UserError("--draft and --no-speculate contradict each other; give one of them")
@@ -289,6 +302,7 @@ def _models(
             draft=drafts.get(name),
             context_length=lengths.get(name),
             prompt_style=styles.get(name),
+            chat_template=templates.get(name),
             adapters=folders.get(name),
             named_adapters=adapters.get(name, {}),
         )

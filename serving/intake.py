@@ -1,18 +1,21 @@
 """From an HTTP request to work for an engine: its body under a limit, its prompts as tokens, its fit in the context."""
 
 import asyncio
+import logging
 from dataclasses import replace
 
 from fastapi import Request
 
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.grammar import BadGrammar
-from mpt.errors import UserError
+from mpt.errors import DamagedFile, UserError
 from mpt.lora import Adapter
 from mpt.prompts import Message, encode_chat
 from serving import answers
 from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of, structure_of
+
+log = logging.getLogger(__name__)
 
 _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
@@ -52,10 +55,21 @@ async def chat_tokens(endpoint: Endpoint, messages: list[ChatMessage]) -> list[i
     check_size(endpoint, [turn["content"] for turn in turns], "messages")
     try:
         return await asyncio.to_thread(
-            encode_chat, endpoint.tokenizer, endpoint.prompt_style, turns, system_default=endpoint.system_prompt
+            encode_chat,
+            endpoint.tokenizer,
+            endpoint.prompt_style,
+            turns,
+            system_default=endpoint.system_prompt,
+            template=endpoint.template,
         )
     except UserError as error:
         raise InvalidRequest(str(error), param="messages") from None
+    except DamagedFile as error:  # it names a file of this machine
+        log.warning("%s: %s", endpoint.name, error)
+        raise InvalidRequest(
+            f"the chat template of `{endpoint.name}` cannot render these messages; the server's log says why",
+            param="messages",
+        ) from None
 
 
 def check_size(endpoint: Endpoint, texts: list[str], param: str) -> None:

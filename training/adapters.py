@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import mpt.checkpoint
+from mpt.chat_template import ChatTemplate
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.model import Linear
+from mpt.prompts import open_format
 from mpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -114,10 +116,14 @@ def save(
     values: dict[str, Tensor],
     base: str,
     tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
     folder: Path,
     manifest: dict[str, Any],
 ) -> Path:
-    """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a manifest; the folder appears whole."""
+    """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a manifest; the folder appears whole.
+
+    chat_template: of a run with prompt style `template`, written beside the tokenizer.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -131,6 +137,8 @@ def save(
         save_file(tensors, partial / "adapter_model.safetensors")
         config.save_pretrained(partial)
         tokenizer.save(partial)
+        if chat_template is not None:
+            chat_template.save(partial)
         mpt.checkpoint.write_manifest(partial, {**manifest, "base": base})
     return folder
 
@@ -150,4 +158,6 @@ def merge(folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     model = mpt.checkpoint.load(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     entries = {k: v for k, v in (mpt.checkpoint.read_manifest(folder) or {}).items() if k != "files"}
-    return mpt.checkpoint.save(merged.to(dtype), out, tokenizer=Tokenizer.from_folder(folder), manifest=entries)
+    tokenizer = Tokenizer.from_folder(folder)
+    template = open_format(folder, entries.get("prompt_style", "none"), tokenizer).template
+    return mpt.checkpoint.save(merged.to(dtype), out, tokenizer=tokenizer, chat_template=template, manifest=entries)

@@ -2,9 +2,11 @@
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from mpt.catalog import resolve
 from mpt.errors import UserError
+from mpt.prompts import PromptFormat, open_format
 from mpt.tokenizer import Tokenizer
 from training import datasets, packing
 from training.data.streams import Stream
@@ -17,9 +19,21 @@ def load_tokenizer(run: Run) -> Tokenizer:
     return Tokenizer.from_folder(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
 
 
+def load_format(run: Run, tokenizer: Tokenizer) -> PromptFormat:
+    """How the run renders messages; of style `template` the one of its file, else its base's own. Raises MPTError."""
+    if run.prompt_style != "template":
+        return PromptFormat(run.prompt_style)
+    folder = resolve(run.base) if run.base is not None else Path(str(run.tokenizer))
+    file = None if run.chat_template is None else Path(run.chat_template).expanduser()
+    return open_format(folder, run.prompt_style, tokenizer, file)
+
+
 def load_data(run: Run, tokenizer: Tokenizer, name: str) -> datasets.Dataset:
     """A set as the run reads it."""
-    return datasets.load(name, tokenizer, run.prompt_style, run.max_seq_len, run.seed, run.learn)
+    prompts = load_format(run, tokenizer)
+    return datasets.load(
+        name, tokenizer, prompts.style, run.max_seq_len, run.seed, run.learn, template=prompts.template
+    )
 
 
 def count_steps(run: Run, data: datasets.Dataset) -> int:

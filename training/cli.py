@@ -73,6 +73,7 @@ def finetune(
     from training.data import files
 
     changes = flags.changes(given)
+    prompt_style.settle(changes)
     if config is not None:
         _refuse({"--recipe": recipe}, "does not go with --config, which holds a whole run")
         run = recipes.change(Run.read(config), **changes)
@@ -93,7 +94,7 @@ def finetune(
 
 
 @app.command()
-@flags.of_run(without=("base", "prompt_style", "lora"))
+@flags.of_run(without=("base", "prompt_style", "chat_template", "lora"))
 def pretrain(
     recipe: PretrainingRecipe = "",
     config: ConfigFile = None,

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mpt.chat_template import ChatTemplate
 from mpt.errors import MPTError, UserError
-from mpt.prompts import PROMPT_STYLES, Message, PromptStyle, encode_training
+from mpt.prompts import PROMPT_STYLES, Message, PromptFormat, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
 from training.corpora import chat, mixture, novels, yaml_json
 from training.data import files, hub
@@ -80,17 +81,25 @@ class Rows:
 
 
 def load(
-    name: str, tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int, learn: Learn = "responses"
+    name: str,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    max_seq_len: int,
+    seed: int,
+    learn: Learn = "responses",
+    template: ChatTemplate | None = None,
 ) -> Dataset:
     """The set of this name: one of ours, a file, a folder of files, MDS shards, a mixture, or a set of the hub.
 
-    Raises UserError for an unknown name, a missing file, and too many rows that cannot be read, by line.
+    template: of style `template`. Raises UserError for an unknown name, a missing file, and too many rows that cannot
+    be read, by line.
     """
     from training.data import streams
 
     if name in DATASETS:
         generated = DATASETS[name]
-        return generated.make(tokenizer, generated.style if style == "none" else style, max_seq_len, seed)
+        prompts = PromptFormat(generated.style if style == "none" else style, template)
+        return generated.make(tokenizer, prompts, max_seq_len, seed)
     if streams.is_stream(name):
         return streams.load(name, tokenizer, max_seq_len, seed)
     path = Path(name).expanduser()
@@ -99,7 +108,7 @@ def load(
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
         pieces = (ids[i : i + max_seq_len] for i in range(0, len(ids), max_seq_len))
         return Rows([text_sample(piece) for piece in pieces if len(piece) > 1], seed)
-    return Rows(_samples(name, _rows(name), tokenizer, style, max_seq_len, learn), seed)
+    return Rows(_samples(name, _rows(name), tokenizer, PromptFormat(style, template), max_seq_len, learn), seed)
 
 
 def style_of(name: str) -> tuple[PromptStyle, str]:
@@ -150,7 +159,7 @@ def _samples(
     name: str,
     rows: Iterable[tuple[str, Any]],
     tokenizer: Tokenizer,
-    style: PromptStyle,
+    prompts: PromptFormat,
     max_seq_len: int,
     learn: Learn,
 ) -> Iterator[Sample]:
@@ -162,7 +171,7 @@ def _samples(
         if n_rows % _ROWS_BETWEEN_NEWS == 0:
             log.info("`%s`: %d rows read", Path(name).name, n_rows)
         try:
-            sample = sample_of(row, tokenizer, style, learn)
+            sample = sample_of(row, tokenizer, prompts.style, learn, prompts.template)
         except MPTError as error:
             bad.append(f"{where}: {error}")
             continue
@@ -187,35 +196,35 @@ def _samples(
 
 
 def _yaml_to_json(
-    tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int, longest_of: int = 1
+    tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int, longest_of: int = 1
 ) -> Dataset:
     def make(rng: random.Random) -> Sample:
         question, answer = yaml_json.exchange(rng, longest_of)
         messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
-        return Sample(*encode_training(tokenizer, style, messages))
+        return Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
 
     return Generated(make, seed)
 
 
-def _tiny_chat(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
+def _tiny_chat(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
     def make(rng: random.Random) -> Sample:
         messages = chat.conversation(rng).messages()
-        return Sample(*encode_training(tokenizer, style, messages))
+        return Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
 
     return Generated(make, seed)
 
 
-def _tiny_copying(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
+def _tiny_copying(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
     shelf = mixture.Shelf(tokenizer, novels.training_files())
     return Generated(lambda rng: Sample(*mixture.copying_document(rng, tokenizer, shelf)), seed)
 
 
-def _tiny_pretrain(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
+def _tiny_pretrain(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
     shelf = mixture.Shelf(tokenizer, novels.training_files())
     return Generated(lambda rng: Sample(*mixture.base_document(rng, tokenizer, shelf, max_seq_len)), seed)
 
 
-def _tiny_stories(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, seed: int) -> Dataset:
+def _tiny_stories(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
     shelf = mixture.Shelf(tokenizer, novels.training_files())
     return Generated(lambda rng: Sample(*mixture.long_document(rng, tokenizer, shelf, max_seq_len)), seed)
 
@@ -224,7 +233,7 @@ def _tiny_stories(tokenizer: Tokenizer, style: PromptStyle, max_seq_len: int, se
 class GeneratedSet:
     """A set made here. style: the prompt style of its conversations where a run has none. make: what `load` calls."""
 
-    make: Callable[[Tokenizer, PromptStyle, int, int], Dataset]
+    make: Callable[[Tokenizer, PromptFormat, int, int], Dataset]
     style: PromptStyle
 
 

@@ -12,7 +12,7 @@ from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from training import adapters, build, checkpoint, distributed, optimizer
-from training.batches import load_tokenizer
+from training.batches import load_format, load_tokenizer
 from training.distributed import World
 from training.run import Run
 
@@ -55,13 +55,14 @@ def write(
         "licence": run.licence if run.base is None else _licence(run),
         **entries,
     }
+    template = load_format(run, tokenizer).template
     if run.lora is not None:
-        return adapters.save(model, values, str(run.base), tokenizer, folder, manifest)
+        return adapters.save(model, values, str(run.base), tokenizer, template, folder, manifest)
     with torch.device("meta"):
         whole = MPTForCausalLM(model.config)
     whole.load_state_dict(values, assign=True, strict=False)  # the tied head is not among them
     whole.tie_weights()
-    return mpt.checkpoint.save(whole, folder, tokenizer=tokenizer, manifest=manifest)
+    return mpt.checkpoint.save(whole, folder, tokenizer=tokenizer, chat_template=template, manifest=manifest)
 
 
 def _licence(run: Run) -> str:

@@ -1,13 +1,16 @@
 """Which prompt style a finetune is rendered in, and what decided it; nothing is read out of the letters of a name.
 
-The first of these decides: --prompt-style; a recipe with a style of its own (`chat`); a base that was trained on a
-style; the rows. A base keeps its style whatever the rows are, since that is what it answers to: an instruct base reads
-a conversation as several instructions, a chat base reads an instruction as the user's turn (`mpt/prompts.py`).
+The first of these decides: --prompt-style or --chat-template; a recipe with a style of its own (`chat`); a base that
+was trained on a style or has a chat template; the rows. A base keeps its style whatever the rows are, since that is
+what it answers to: an instruct base reads a conversation as several instructions, a chat base reads an instruction as
+the user's turn (`mpt/prompts.py`).
 """
+
+from typing import Any
 
 from mpt.catalog import find_local, stated_style
 from mpt.errors import UserError
-from mpt.prompts import PromptStyle
+from mpt.prompts import PROMPT_STYLES, PromptStyle
 from mpt.tokenizer import CHATML_START, Tokenizer
 from training import datasets, recipes
 from training.run import Run
@@ -16,7 +19,7 @@ from training.run import Run
 def choose(run: Run, recipe: str, given: PromptStyle | None) -> tuple[PromptStyle, str]:
     """The style, and what decided it, in words. run: of this recipe. Raises UserError where nothing decides."""
     if given is not None:
-        return given, "given by --prompt-style"
+        return given, "given by --prompt-style" if run.chat_template is None else "given by --chat-template"
     if recipes.FINETUNES[recipe].fixes_style:
         return run.prompt_style, f"part of the recipe `{recipe}`"
     stated = stated_style(str(run.base))
@@ -30,6 +33,19 @@ def choose(run: Run, recipe: str, given: PromptStyle | None) -> tuple[PromptStyl
             "or --tokenizer with the folder of one that has it, such as mpt-7b-chat's"
         )
     return style, reason
+
+
+def settle(changes: dict[str, Any]) -> None:
+    """Make of `--chat-template` what a run keeps: a style's name is that style, a file goes with style `template`."""
+    asked = changes.get("chat_template")
+    if asked is None:
+        return
+    if "prompt_style" in changes:
+        raise UserError(
+            f"`--chat-template {asked}` and `--prompt-style {changes['prompt_style']}` contradict each other; "
+            "give one of them"
+        )
+    changes["prompt_style"] = changes.pop("chat_template") if asked in PROMPT_STYLES else "template"
 
 
 def _lacks_chatml(run: Run) -> bool:

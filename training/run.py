@@ -111,6 +111,11 @@ class Run:
     prompt_style: Annotated[
         PromptStyle, Setting("The template of messages.", default="the recipe's, the base's or the rows'")
     ] = "none"
+    # Of prompt style `template`; None is the base's own.
+    chat_template: Annotated[
+        str | None,
+        Setting("A Jinja template for messages, or a prompt style.", metavar="FILE|STYLE", default="the base's"),
+    ] = None
     learn: Learn = "responses"  # of finetuning rows: what the assistant says, or everything
     lora: Annotated[Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK")] = None
     # Named as `data` is.

@@ -12,6 +12,7 @@ from mpt.backends.backend import Backend
 from mpt.backends.choose import Choice, choose, open_backend
 from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import Entry, describe, resolve
+from mpt.chat_template import ChatTemplate
 from mpt.checkpoint import load, read_config
 from mpt.engine.adapters import Adapters
 from mpt.engine.engine import Engine
@@ -22,7 +23,7 @@ from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
 from mpt.errors import MachineRefused, UserError
 from mpt.memory import available_bytes
 from mpt.options import ModelOptions
-from mpt.prompts import PromptStyle
+from mpt.prompts import PromptStyle, open_format
 from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Endpoint:
     vocab_size: int
     context_length: int
     adapters: Adapters | None = None  # None where the engine takes none
+    template: ChatTemplate | None = None  # of prompt style `template`
     choice: Choice | None = None  # what computes it; None where somebody else made the engine
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -77,6 +79,7 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
     context = options.context_length or config.max_seq_len
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.require_rows(config.vocab_size, folder)
+    prompts = open_format(folder, options.asked_style or entry.prompt_style, tokenizer, options.template_file)
     engine: Engine | TritonEngine
     adapters = None
     if address is not None:
@@ -101,7 +104,8 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
         root=name if options.is_remote else root,
         engine=engine,
         tokenizer=tokenizer,
-        prompt_style=options.prompt_style or entry.prompt_style,
+        prompt_style=prompts.style,
+        template=prompts.template,
         system_prompt=entry.system_prompt,
         licence=entry.licence,
         vocab_size=config.vocab_size,

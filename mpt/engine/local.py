@@ -16,7 +16,7 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Progress, Sampling
 from mpt.errors import UserError
 from mpt.options import ModelOptions
-from mpt.prompts import Message, PromptStyle, encode_chat
+from mpt.prompts import Message, encode_chat, open_format
 from mpt.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -32,8 +32,9 @@ class LocalModel:
         """Raises MPTError for a checkpoint that is not there."""
         folder = resolve(options.root)
         self.entry = describe(options.root)
-        self.style: PromptStyle = options.prompt_style or self.entry.prompt_style
         self.tokenizer = Tokenizer.from_folder(folder)
+        style = options.asked_style or self.entry.prompt_style
+        self.style, self._template = open_format(folder, style, self.tokenizer, options.template_file)
         self._config = read_config(folder)
         self._options = options
         self._endpoint: Endpoint | None = None
@@ -70,7 +71,8 @@ class LocalModel:
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """A conversation in this model's style, up to its next answer."""
-        return encode_chat(self.tokenizer, self.style, messages, system_default=self.entry.system_prompt)
+        default = self.entry.system_prompt
+        return encode_chat(self.tokenizer, self.style, messages, system_default=default, template=self._template)
 
     def stream(
         self,

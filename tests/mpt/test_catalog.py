@@ -298,6 +298,20 @@ def test_describe_goes_by_manifest_then_tokenizer_then_name(tmp_path: Path, smal
     assert describe(make_folder(tmp_path / "plain")).prompt_style == "none"
 
 
+def test_a_chat_template_states_the_style_of_a_folder_that_nothing_else_knows(
+    tmp_path: Path, small_bpe: Tokenizer
+) -> None:
+    """Before the tokenizer's ChatML tokens and the name; behind our manifest and the catalog's own names."""
+    config = json.dumps({"chat_template": "{{ messages[0].content }}"})
+    for name, style in (("my-instruct", "template"), ("mpt-7b-chat", "chatml"), ("mpt-7b", "none")):
+        folder = make_folder(tmp_path / name)
+        small_bpe.save(folder)
+        (folder / "tokenizer_config.json").write_text(config)
+        assert describe(folder).prompt_style == style
+    (tmp_path / "my-instruct" / "manifest.json").write_text('{"prompt_style": "chatml"}')
+    assert describe(tmp_path / "my-instruct").prompt_style == "chatml"
+
+
 def test_describe_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "mine")
     (folder / "manifest.json").write_text('{"prompt_style": "alpaca"}')

@@ -376,6 +376,8 @@ def test_a_template_is_found_where_tools_put_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one", "bos_token": {"content": "<s>"}}')
     assert find_source(tmp_path) == ("one", f"`{tmp_path / 'tokenizer_config.json'}`")
     assert token_names(tmp_path) == {"bos_token": "<s>"}
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<|endoftext|>", "pad_token": null}')
+    assert token_names(tmp_path) == {"bos_token": "<|endoftext|>"}
     several = '{"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]}'
     (tmp_path / "tokenizer_config.json").write_text(several)
     assert find_source(tmp_path) == ("two", f"`{tmp_path / 'tokenizer_config.json'}`")

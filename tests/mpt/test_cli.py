@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -137,6 +138,34 @@ def test_generate_puts_the_prompt_in_the_model_s_template(tiny_folders: Path) ->
     assert plain.encode_prompt("") == [plain.tokenizer.eos_id]
 
 
+def test_a_chat_template_is_the_folders_own_or_the_one_that_is_given(
+    run: Callable[..., tuple[int, str, str]], tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    folder, given = tmp_path / "theirs", tmp_path / "given.jinja"
+    shutil.copytree(tiny_folders / "chat", folder)
+    (folder / "manifest.json").unlink()
+    (folder / "chat_template.jinja").write_text("Q: {{ messages[-1].content }}{{ eos_token }}")
+    given.write_text("<|im_start|>{{ messages[-1].content }}")
+    tokenizer = Tokenizer.from_folder(folder)
+    for options, written in (
+        ({}, "Q: hi<|endoftext|>"),
+        ({"chat_template": str(given)}, "<|im_start|>hi"),
+        ({"chat_template": "chatml"}, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ({"prompt_style": "template"}, "Q: hi<|endoftext|>"),
+    ):
+        local = LocalModel(ModelOptions(str(folder), **options))  # type: ignore[arg-type]
+        assert local.encode_prompt("hi") == tokenizer.encode(written, allow_special=True)
+    assert not run("chat", "--model", str(folder), "--chat-template", str(given))[0]
+    code, _, err = run("chat", "--model", str(folder), "--chat-template", "no.jinja")
+    assert code == 2 and err.startswith("mpt: chat template `no.jinja` cannot be read: ") and err.count("\n") == 1
+    given.write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    code, _, err = run("chat", "--model", str(folder), "--chat-template", str(given))
+    assert code == 3 and "did not finish within 5 s" in err and err.count("\n") == 1
+    code, _, err = run("chat", "--chat-template", str(given))
+    assert code == 2 and "is for a model that is loaded here" in err
+
+
 def test_catalog_names_are_found_in_mpt_home(
     run: Callable[..., tuple[int, str, str]], tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +233,20 @@ def test_serve_names_models(served: Callable[..., ServeOptions], tiny_folders: P
     assert roots("--model", f"x={folder}", "--model", "base") == {"x": folder, "base": "base"}
     assert roots("--model", f"{tmp_path}/a=b/chat") == {"chat": f"{tmp_path}/a=b/chat"}
     assert roots("--model", f"x={tmp_path}/a=b/chat") == {"x": f"{tmp_path}/a=b/chat"}
+
+
+def test_serve_takes_a_chat_template_for_each_model(
+    served: Callable[..., ServeOptions], run: Callable[..., tuple[int, str, str]]
+) -> None:
+    options = served(
+        *("--model", "base", "--model", "chat", "--chat-template", "base=a.jinja", "--chat-template", "chat=instruct")
+    )
+    base, chat = options.models["base"], options.models["chat"]
+    assert (base.asked_style, base.template_file) == ("template", Path("a.jinja"))
+    assert (chat.asked_style, chat.template_file) == ("instruct", None)
+    both = ("--chat-template", "base=a.jinja", "--prompt-style", "base=chatml")
+    code, _, err = run("serve", "--model", "base", *both)
+    assert code == 2 and "`chat_template` and `prompt_style` are both given" in err
 
 
 def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp_path: Path) -> None:

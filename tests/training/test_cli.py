@@ -101,9 +101,12 @@ def test_help_has_the_flags_in_order_with_ranges_and_choices() -> None:
         "--resume", "--dry-run",
     ]  # fmt: skip
     expected = {
-        "finetune": ["--data", "--base", "--tokenizer", *shared, "--prompt-style", "--lora", "--qlora", *ends],
+        "finetune": [
+            *("--data", "--base", "--tokenizer"), *shared,
+            *("--prompt-style", "--chat-template", "--lora", "--qlora"), *ends,
+        ],
         "pretrain": ["--data", "--tokenizer", *shared, *ends],
-    }
+    }  # fmt: skip
     for name, page in pages.items():
         assert re.findall(r"^  (--[a-z-]+)", page, re.MULTILINE) == expected[name]
         words = " ".join(page.split())

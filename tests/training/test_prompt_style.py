@@ -70,12 +70,12 @@ def test_a_base_that_was_trained_on_a_style_keeps_it(
     ours = make_base(tmp_path / "ours", tokenizer, manifest={"prompt_style": "instruct"})
     assert chosen(ours, chat) == ("instruct", "the base's own, from its manifest.json")
     template = make_base(tmp_path / "template", tokenizer, tokenizer_config={"chat_template": DOLLY})
-    assert chosen(template, chat) == ("instruct", "the base's own, from its chat template")
+    assert chosen(template, chat) == ("template", "the base's own, from its chat template")
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": DOLLY}]
     listed = make_base(tmp_path / "listed", plain_tokenizer, tokenizer_config={"chat_template": several})
-    assert stated_style(listed) == ("instruct", "its chat template")
+    assert stated_style(listed) == ("template", "its chat template")
     (Path(make_base(tmp_path / "jinja", plain_tokenizer)) / "chat_template.jinja").write_text(DOLLY)
-    assert describe(tmp_path / "jinja").prompt_style == "instruct"  # as the server would render it
+    assert describe(tmp_path / "jinja").prompt_style == "template"  # as the server would render it
     foreign = make_base(tmp_path / "foreign", tokenizer)
     style, reason = chosen(foreign, exchange)
     assert style == "chatml" and "<|im_start|>" in reason

@@ -10,6 +10,7 @@ import itertools
 import re
 from typing import Any, Literal, NamedTuple
 
+from mpt.chat_template import ChatTemplate
 from mpt.errors import UserError
 from mpt.prompts import INSTRUCT_PREAMBLE, INSTRUCT_TURN, Message, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
@@ -37,10 +38,16 @@ class Sample(NamedTuple):
     learned: list[bool]
 
 
-def sample_of(row: Any, tokenizer: Tokenizer, style: PromptStyle, learn: Learn = "responses") -> Sample:
+def sample_of(
+    row: Any,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    learn: Learn = "responses",
+    template: ChatTemplate | None = None,
+) -> Sample:
     """A row as tokens. learn: what the assistant says and the token that ends it, or everything.
 
-    Raises UserError for a row of no known shape, with its keys.
+    template: of style `template`. Raises UserError for a row of no known shape, with its keys.
     """
     if isinstance(row, str):
         raise UserError("it is not JSON")
@@ -53,7 +60,7 @@ def sample_of(row: Any, tokenizer: Tokenizer, style: PromptStyle, learn: Learn =
         if style == "none":
             sample = _plain(messages, tokenizer)
         else:
-            sample = Sample(*encode_training(tokenizer, style, messages))
+            sample = Sample(*encode_training(tokenizer, style, messages, template))
     return sample if learn == "responses" else Sample(sample.ids, [True] * len(sample.ids))
 
 

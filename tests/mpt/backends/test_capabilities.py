@@ -16,7 +16,7 @@ OPTIONS = {
     "device": "cpu", "dtype": "bfloat16", "quantize": "int8", "kv_cache": "int8", "speculate": False,
     "draft": "mpt-tiny", "tensor_parallel": 2, "kv_gb": 1.0, "max_running": 3, "max_waiting": 5, "prefill_chunk": 64,
     "context_length": 99, "prompt_style": "chatml", "adapters": "folder", "named_adapters": {"a": "folder"},
-    "profile": "folder",
+    "chat_template": "file", "profile": "folder",
 }  # fmt: skip
 SAMPLING = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "min_tokens": 2, "n": 2, "presence_penalty": 0.5,
