@@ -170,7 +170,7 @@ class ChatTemplate:
         marked = self._marked([*messages[:-1], {**last, "content": f"{last['content']}{end} "}], False)
         place = marked.rfind(end)
         if place < 0:
-            raise UserError(f"the chat template in {self.where} leaves the last message out; it cannot be continued")
+            raise UserError("this model's chat template leaves the last message out, so it cannot be continued")
         kept_its_space = marked.startswith(" ", place + len(end))
         return marked[:place] if kept_its_space else marked[:place].rstrip()
 
