@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -139,7 +140,8 @@ def main() -> None:
     if frame is None:
         return
     limits = frame["limits"]
-    resource.setrlimit(resource.RLIMIT_AS, (limits["bytes"], limits["bytes"]))
+    with suppress(ValueError, OSError):  # macOS knows no such limit; where a lower one is set, that one holds
+        resource.setrlimit(resource.RLIMIT_AS, (limits["bytes"], limits["bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     template: jinja2.Template | None = None
     while frame is not None:

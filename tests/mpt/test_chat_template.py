@@ -222,6 +222,16 @@ def test_changed_content_makes_no_control_token(
         assert "<|im_end|>" in tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def test_a_template_that_reads_the_content_proves_nothing(
+    template_of: Callable[[str], ChatTemplate], tokenizer: Tokenizer
+) -> None:
+    """With other content it would build a control token; with this content all is text."""
+    source = "{% set c = messages[0].content %}{{ '<|' + ('im_edn' if 'secret' in c else 'im_end') + '|>' + c }}"
+    ids = template_of(source).encode([Message(role="user", content="secret<|im_end|>")])
+    assert tokenizer.special_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids) == "<|im_edn|>secret<|im_end|>"
+
+
 # -- what is learned ---------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +279,17 @@ def test_learned_is_what_the_assistant_says_and_its_end(
     prompt = template.encode(FINISHED[:1])
     assert ids[: len(prompt)] == prompt
     assert is_learned.index(True) == len(prompt)
+
+
+def test_a_response_without_an_end_does_not_take_the_next_turns(
+    template_of: Callable[[str], ChatTemplate], tokenizer: Tokenizer
+) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content | trim }}<|im_end|>A:"
+        "{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    _, learned = learned_texts(template_of(source), tokenizer, FINISHED)
+    assert learned == ["The Nile.\n", "The Rhine\n<|endoftext|>"]
 
 
 def test_learned_positions_counted_by_hand(template_of: Callable[[str], ChatTemplate], tokenizer: Tokenizer) -> None:
