@@ -1,4 +1,4 @@
-"""The block types of GGML that quantised weights are stored in, and their values in float32.
+"""GGML's tensor types: the plain ones, the blocks that quantised weights are stored in, and the values of both.
 
 A row of a matrix is cut into blocks of 32 or 256 values. A block holds small integers and one or two scales in float16;
 in the types of 256 values the scales of its parts are small integers too. The values are equal bit for bit to those of
@@ -7,6 +7,7 @@ the `gguf` package. Source: ggml, `ggml-common.h` and `dequantize_row_*` of `ggm
 Not here: files that hold such blocks (`conversion/formats/`), and writing blocks, which the `gguf` package does.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,43 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("IQ4_NL", 20, 32, 18),
     )
 }
+
+PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {0: "F32", 1: "F16", 30: "BF16"} | {block.number: block.name for block in BLOCK_TYPES.values()}
+_NOT_READ = {
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+
+
+def type_name(number: int) -> str | None:
+    """The name of a type that is read, by its number in a file."""
+    return _NAMES.get(number)
+
+
+def unknown_type(number: int) -> str:
+    """For errors: a type that is not read, and those that are."""
+    name = f"{number} ({_NOT_READ[number]})" if number in _NOT_READ else str(number)
+    return f"GGML's type {name}; supported: {', '.join(_NAMES.values())}"
+
+
+def n_bytes(kind: str, shape: tuple[int, ...]) -> int | None:
+    """What a tensor takes; None where its rows do not fill their blocks."""
+    if kind in PLAIN_TYPES:
+        return math.prod(shape) * PLAIN_TYPES[kind].itemsize
+    block = BLOCK_TYPES[kind]
+    if not shape or shape[-1] % block.n_values:
+        return None
+    return math.prod(shape) // block.n_values * block.n_bytes
+
+
+def values(kind: str, shape: tuple[int, ...], data: bytes) -> Tensor:
+    """A stored tensor: a plain one in its dtype, one in blocks in float32."""
+    stored = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    if kind in PLAIN_TYPES:
+        return stored.view(PLAIN_TYPES[kind]).view(shape)
+    return dequantise(kind, stored.view(*shape[:-1], -1))
 
 
 def dequantise(kind: str, data: Tensor) -> Tensor:

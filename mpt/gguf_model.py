@@ -1,0 +1,132 @@
+"""What a GGUF header says of an MPT model: its config, the names of its tensors, and which tool made the file.
+
+Three layouts are read. llama.cpp's converters of 2023 (`convert-mpt-hf-to-gguf.py`) stored the embedding a second time
+as `output.weight`. Today's (`convert_hf_to_gguf.py`) stores it once and adds `tokenizer.ggml.pre`. `mpt convert` adds a
+whole tokenizer.json. llama-quantize keeps the layout of what it was given, in other types. Source: llama.cpp,
+`src/models/mpt.cpp`, which applies ALiBi for any bias max, clip_qkv and learned positions.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpt.config import MPTConfig
+from mpt.errors import DamagedFile, UnsupportedConfig
+from mpt.gguf_header import GGUFTensor
+
+ARCHITECTURE = "mpt"
+_OUTSIDE = {
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.norm_f": "output_norm",
+    "lm_head": "output",
+}  # fmt: skip
+_IN_BLOCK = {
+    "norm_1": "attn_norm", "attn.Wqkv": "attn_qkv", "attn.out_proj": "attn_output", "norm_2": "ffn_norm",
+    "ffn.up_proj": "ffn_up", "ffn.down_proj": "ffn_down", "attn.q_ln": "attn_q_norm", "attn.k_ln": "attn_k_norm",
+}  # fmt: skip
+# `general.file_type`: what llama-quantize was asked for. Most tensors have the type of that name.
+_FILE_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S", 25: "IQ4_NL",
+    32: "BF16",
+}  # fmt: skip
+_CONVERTERS_WRITE = {"F32", "F16", "BF16", "Q8_0"}
+_PIECE = 1 << 24  # bytes that are compared at a time
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name for one of the model's tensors."""
+    module, _, kind = name.rpartition(".")
+    if module.startswith("transformer.blocks."):
+        _, _, number, inside = module.split(".", 3)
+        return f"blk.{number}.{_IN_BLOCK[inside]}.{kind}"
+    return f"{_OUTSIDE[module]}.{kind}"
+
+
+def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path: Path) -> MPTConfig:
+    """The config. Raises UnsupportedConfig for another architecture, DamagedFile where something is missing."""
+    architecture = keys.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UnsupportedConfig(f"`{path}` holds a `{architecture}`; this reads MPT (`{ARCHITECTURE}`)")
+
+    def number(name: str, default: float | None = None) -> Any:
+        value = keys.get(f"{ARCHITECTURE}.{name}", default)
+        if value is None:
+            raise DamagedFile(f"`{path}` has no key `{ARCHITECTURE}.{name}`")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.{name}` {str(value)[:40]!r}, which is no number")
+        return value
+
+    if "token_embd.weight" not in tensors:
+        raise DamagedFile(f"`{path}` misses `token_embd.weight`")
+    d_model, n_heads = number("embedding_length"), number("attention.head_count")
+    if d_model <= 0:
+        raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.embedding_length` {d_model}")
+    n_kv_heads = number("attention.head_count_kv", n_heads)
+    bias_max = _decimal(number("attention.max_alibi_bias", 0.0))
+    attention: dict[str, Any] = {
+        "alibi": bias_max > 0,
+        "clip_qkv": _decimal(number("attention.clamp_kqv", 0.0)) or None,
+        "qk_ln": any("attn_q_norm" in name for name in tensors),
+    }
+    if bias_max > 0:
+        attention["alibi_bias_max"] = bias_max
+    if n_kv_heads != n_heads:
+        attention |= {"attn_type": "grouped_query_attention", "kv_n_heads": n_kv_heads}
+    return MPTConfig(
+        d_model=d_model,
+        n_heads=n_heads,
+        n_layers=number("block_count"),
+        expansion_ratio=number("feed_forward_length") / d_model,
+        max_seq_len=number("context_length"),
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        norm_eps=_decimal(number("attention.layer_norm_epsilon", 1e-5)),
+        no_bias="output_norm.bias" not in tensors,
+        tie_word_embeddings="output.weight" not in tensors or is_doubled(tensors, path),
+        learned_pos_emb=bias_max > 0 or "position_embd.weight" in tensors,
+        attn_config=attention,
+    )
+
+
+def is_doubled(tensors: Mapping[str, GGUFTensor], path: Path) -> bool:
+    """Whether the output matrix is the embedding once more, byte for byte. An untied one differs in its first piece."""
+    one, other = tensors.get("token_embd.weight"), tensors.get("output.weight")
+    if one is None or other is None or (one.kind, one.shape) != (other.kind, other.shape):
+        return False
+    data = np.memmap(path, np.uint8, "r")
+    return all(
+        np.array_equal(
+            data[one.offset + at : one.offset + min(at + _PIECE, one.n_bytes)],
+            data[other.offset + at : other.offset + min(at + _PIECE, one.n_bytes)],
+        )
+        for at in range(0, one.n_bytes, _PIECE)
+    )
+
+
+def how_made(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> str:
+    """The tool, its layout and its types, in words."""
+    if "tokenizer.huggingface.json" in keys:
+        tool = "`mpt convert`"
+    elif "tokenizer.ggml.pre" in keys:
+        tool = "llama.cpp's convert_hf_to_gguf.py"
+    elif "output.weight" in tensors:
+        tool = "llama.cpp's convert-mpt-hf-to-gguf.py of 2023"
+    else:
+        tool = "a converter of llama.cpp before May 2024"
+    kinds = sorted({tensor.kind for tensor in tensors.values()})
+    if not _CONVERTERS_WRITE.issuperset(kinds) and not ("mpt convert" in tool and "Q4_0" in kinds):
+        tool += " and llama-quantize"
+    number = keys.get("general.file_type")
+    name = _FILE_TYPES.get(number, f"type {number}") if isinstance(number, int) else None
+    words = f"made by {tool}, " + (f"{name}: " if name else "") + f"tensors in {', '.join(kinds)}"
+    if "general.quantization_version" in keys:
+        words += f", quantisation version {keys['general.quantization_version']}"
+    if "quantize.imatrix.file" in keys:
+        words += ", with an importance matrix"
+    return words
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that a float32 of the file stands for: 0.7, not 0.699999988."""
+    return float(str(np.float32(value)))
