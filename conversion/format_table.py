@@ -109,6 +109,12 @@ def _gguf() -> Writer:
     return gguf_file
 
 
+def _ggml() -> Reader:
+    from conversion.formats import ggml_file
+
+    return ggml_file
+
+
 def _magic(path: Path) -> bytes:
     """The first four bytes of a file; none of a folder."""
     if not path.is_file():
@@ -122,6 +128,8 @@ def _is_composer(path: Path) -> bool:
         return (path / ".metadata").is_file() and any(path.glob("*.distcp"))
     return _magic(path)[:2] == b"PK" or path.suffix in (".pt", ".pth")
 
+
+_GGML = (b"lmgg", b"fmgg", b"tjgg", b"mmgg")  # ggml, ggmf, ggjt and gpt4all's ggmm, as numbers of four bytes
 
 # Rows are asked from the last to the first: a folder of any format may hold the config.json that marks `hf`.
 FORMATS: dict[str, Format] = {
@@ -175,6 +183,7 @@ FORMATS: dict[str, Format] = {
         dtypes=("float32", "float16", "bfloat16", "int8", "int4"),
         file="model.gguf",
     ),
+    "ggml": Format(kind="ggml", title="GGML", module=_ggml, is_at=lambda path: _magic(path) in _GGML),
 }
 
 
