@@ -56,13 +56,18 @@ def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path
             raise DamagedFile(f"`{path}` has no key `{ARCHITECTURE}.{name}`")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.{name}` {str(value)[:40]!r}, which is no number")
+        if not 0 <= value < 1 << 31:  # nor NaN
+            raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.{name}` {value}, which is not between 0 and 2**31")
         return value
 
     if "token_embd.weight" not in tensors:
         raise DamagedFile(f"`{path}` misses `token_embd.weight`")
-    d_model, n_heads = number("embedding_length"), number("attention.head_count")
-    if d_model <= 0:
-        raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.embedding_length` {d_model}")
+    d_model, n_heads, n_layers = number("embedding_length"), number("attention.head_count"), number("block_count")
+    if tensors["token_embd.weight"].shape[1:] != (d_model,) or d_model == 0:
+        shape = list(tensors["token_embd.weight"].shape)
+        raise DamagedFile(f"`token_embd.weight` in `{path}` is {shape}, and the key embedding_length says {d_model}")
+    if n_layers > len(tensors):  # before a model of so many layers is built
+        raise DamagedFile(f"`{path}` says it has {n_layers} layers, more than it has tensors")
     n_kv_heads = number("attention.head_count_kv", n_heads)
     bias_max = _decimal(number("attention.max_alibi_bias", 0.0))
     attention: dict[str, Any] = {
@@ -77,7 +82,7 @@ def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path
     return MPTConfig(
         d_model=d_model,
         n_heads=n_heads,
-        n_layers=number("block_count"),
+        n_layers=n_layers,
         expansion_ratio=number("feed_forward_length") / d_model,
         max_seq_len=number("context_length"),
         vocab_size=tensors["token_embd.weight"].shape[0],

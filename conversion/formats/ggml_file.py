@@ -188,6 +188,8 @@ def _config(numbers: dict[str, Any], stored: dict[str, _Stored], path: Path) -> 
     missing = [name for name in (f"{block}.attn.Wqkv.weight", f"{block}.ffn.up_proj.weight") if name not in stored]
     if missing:
         raise DamagedFile(f"`{path}` misses `{missing[0]}`")
+    if numbers["n_layers"] > len(stored):  # before a model of so many layers is built
+        raise DamagedFile(f"`{path}` says it has {numbers['n_layers']} layers, more than it has tensors")
     n_kv_heads = (stored[f"{block}.attn.Wqkv.weight"].shape[0] - d_model) // (2 * (d_model // n_heads))
     bias_max, clip = (float(f"{value:.7g}") for value in (numbers["bias_max"], numbers["clip"]))
     attention: dict[str, Any] = {"alibi": bias_max > 0, "clip_qkv": clip or None}

@@ -171,6 +171,7 @@ def test_what_is_damaged_is_refused_in_one_line(tmp_path: Path) -> None:
     refused(changed(at - 16, 7), "a tensor of 7 dimensions")
     refused(changed(36, 1 << 30), "ends early")  # the first token's length
     refused(changed(4, -64), "is no GGML file of an MPT")
+    refused(changed(16, 1 << 23), "says it has 8388608 layers")
     refused(changed(24, 1), "is of the first layout of ggml's example")
     refused(changed(20, 99), "is damaged|ends early|holds|misses")  # fewer tokens than there are
     refused(whole.replace(name, name[:-1] + b"x", 1), "misses|holds")

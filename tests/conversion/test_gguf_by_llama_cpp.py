@@ -22,7 +22,7 @@ from conversion.convert import convert
 from conversion.open import open_source
 from conversion.options import Options
 from mpt.cli import app
-from mpt.errors import DamagedFile, UserError
+from mpt.errors import DamagedFile, MPTError, UserError
 from mpt.tokenizer import Tokenizer
 from tests.conversion import float64
 from tests.conversion.conftest import make, neox_like, random_ids
@@ -280,6 +280,24 @@ def test_what_is_damaged_or_no_whole_model_is_refused_in_one_line(tmp_path: Path
     writer.write_tensors_to_file()
     writer.close()
     refused(r"has no key `mpt\.attention\.head_count`")
+
+
+KEYS = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "context_length")
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("value", [0, 3, 1 << 30, (1 << 32) - 1])
+def test_numbers_that_no_model_has_are_refused_in_one_line(name: str, value: int, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b", **WIDE)
+    data = write(tmp_path / "model.gguf", source, "today").read_bytes()
+    at = data.index(f"mpt.{name}".encode()) + len(f"mpt.{name}") + 4
+    (tmp_path / "model.gguf").write_bytes(data[:at] + np.array([value], "<u4").tobytes() + data[at + 4 :])
+    if (name, value) in (("context_length", 3), ("context_length", 1 << 30)):  # any is possible with ALiBi
+        open_source(tmp_path / "model.gguf")
+        return
+    with pytest.raises(MPTError) as caught:
+        open_source(tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_that_disagrees_with_the_embedding_is_refused(tmp_path: Path) -> None:
