@@ -40,7 +40,7 @@ def cannot_express(source: Source) -> dict[str, str]:
     if config.attention["softmax_scale"] not in (None, config.d_head**-0.5):
         found["softmax_scale"] = f"softmax_scale {config.attention['softmax_scale']}: llama.cpp uses 1/sqrt(d_head)"
     if config.attention["qk_ln"]:
-        found["qk_ln"] = "qk_ln: llama.cpp (seen in v0.5.0) aborts on a file that holds it"
+        found["qk_ln"] = "qk_ln: llama.cpp (seen in node-llama-cpp 3.22.1) aborts on a file that holds it"
     if source.tokenizer is not None and not _splits_as_neox(source.tokenizer):
         found["tokenizer"] = "tokenizer: llama.cpp knows no pattern that splits text as this one does"
     return found

@@ -49,7 +49,7 @@ def tokenizer_with_tokens_anywhere() -> Tokenizer:
     return Tokenizer.from_json(json.dumps(described), "the test's own")
 
 
-def write(path: Path, folder: Path, era: Era, kind: str = "F16", **keys: Any) -> Path:
+def write(path: Path, folder: Path, era: Era, kind: str = "F16", pre: str = "mpt", **keys: Any) -> Path:
     """A file by the rules of a converter of llama.cpp: `convert-mpt-hf-to-gguf.py`, or `convert_hf_to_gguf.py`."""
     config = json.loads((folder / "config.json").read_text())
     attention = config["attn_config"]
@@ -69,7 +69,7 @@ def write(path: Path, folder: Path, era: Era, kind: str = "F16", **keys: Any) ->
     if era == "today":
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, folder, era, config["vocab_size"])
+    add_tokenizer(writer, folder, era, config["vocab_size"], pre)
     for name, value in keys.items():
         writer.add_uint32(name.replace("__", "."), value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MPT, config["n_layers"])
@@ -95,7 +95,7 @@ def add(writer: Any, name: str | None, values: torch.Tensor, kind: str) -> None:
         writer.add_tensor(name, gguf.quants.quantize(array, KINDS[kind]), raw_dtype=KINDS[kind])
 
 
-def add_tokenizer(writer: Any, folder: Path, era: Era, n_rows: int) -> None:
+def add_tokenizer(writer: Any, folder: Path, era: Era, n_rows: int, pre: str) -> None:
     described = json.loads((folder / "tokenizer.json").read_text())
     added = {entry["id"]: entry for entry in described["added_tokens"]}
     names = {n: token for token, n in described["model"]["vocab"].items()}
@@ -110,7 +110,7 @@ def add_tokenizer(writer: Any, folder: Path, era: Era, n_rows: int) -> None:
             types.append(gguf.TokenType.NORMAL)
     writer.add_tokenizer_model("gpt2")
     if era == "today":
-        writer.add_tokenizer_pre("mpt")
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list([names.get(n, f"[PAD{n}]") for n in range(n_rows)])
     writer.add_token_types([gguf.TokenType.NORMAL] * n_rows if era == "first weeks" else types)
     merges = described["model"]["merges"]
@@ -218,6 +218,23 @@ def test_greedy_tokens_are_llama_cpps(era: Era, tmp_path: Path) -> None:
         with torch.no_grad():
             assert step["token"] == int(model(torch.tensor([prompt])).logits[0, -1].argmax())
         prompt.append(step["token"])
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("pre", ["mpt", "gpt-2", "olmo", "bloom"])
+def test_tokens_are_llama_cpps_for_each_pattern_that_is_read(pre: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b", **WIDE)
+    path = write(tmp_path / "model.gguf", source, "today", pre=pre)
+    tokenizer = open_source(path).tokenizer
+    assert tokenizer is not None
+    texts = [*TEXTS, "Câu hỏi: 3,14. ... a|b (c) |d", "x  ,  y\n\n .z"]
+    assert ask(path, texts, [], 0)["tokens"] == [tokenizer.encode(text) for text in texts]
+
+
+def test_an_unknown_pattern_leaves_the_tokenizer_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", make(tmp_path / "source", "mpt-7b", **WIDE), "today", pre="llama-bpe")
+    opened = open_source(path)
+    assert opened.tokenizer is None and "llama.cpp's pattern `llama-bpe`, which is not known here" in opened.notes[1]
 
 
 @pytest.mark.parametrize(

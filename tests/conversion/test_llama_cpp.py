@@ -76,6 +76,13 @@ def test_llama_cpp_applies_clip_and_bias_max(tmp_path: Path) -> None:
     assert (answers[0] - answers[2]).abs().max() > 1e-3
 
 
+def test_llama_cpp_still_aborts_on_qk_ln(tmp_path: Path) -> None:
+    """The reason of the refusal in `cannot_express`. When this fails, llama.cpp takes such a file, and so can we."""
+    convert(make(tmp_path / "source", "1b"), tmp_path / "out", Options(to="gguf", allow=("qk_ln",)))
+    with pytest.raises(AssertionError, match=r"GGML_ASSERT\(ggml_is_contiguous"):
+        ask(tmp_path / "out" / "model.gguf", [], [[5, 6, 7]], 1)
+
+
 @pytest.mark.parametrize("name", ["small", "gpt-neox-20b", "gpt-neox-20b-chatml"])
 def test_llama_cpp_tokenizes_as_the_original(name: str, tmp_path: Path) -> None:
     if name == "small":
