@@ -78,6 +78,8 @@ class ChatTemplate:
         self._named = dict(names or {})
         named = {"eos_token": tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False), **self._named}
         self._names = {name: self._marks.get(text, text) for name, text in named.items()}
+        # `<unk>` comes out of text by itself where the vocabulary has no bytes: what a character is that nobody uses.
+        self._unknown = {*tokenizer.encode("\U0010fffd")} - {*tokenizer.end_ids}
         # Whether the tokenizer begins a text with a space of its own; and a part of it that is cut out behind a token.
         alone, eos = tokenizer.encode("x"), tokenizer.eos_id
         self._spaced = tokenizer.encode("\nx") != [*tokenizer.encode("\n"), *alone]
@@ -213,7 +215,7 @@ class ChatTemplate:
         plain, own = self._resolved(marked)
         if is_first and self._found(plain) == own:
             ids = self._tokenizer.encode(plain, allow_special=True)
-            if self._control_ids(ids) == [self._ids[text] for _, text in own]:
+            if self._control_ids(ids) == self._control_ids([self._ids[text] for _, text in own]):
                 return ids
         ids = []
         for n, part in enumerate(self._mark.split(marked)):
@@ -235,7 +237,7 @@ class ChatTemplate:
         return ids
 
     def _control_ids(self, ids: list[int]) -> list[int]:
-        return [token_id for token_id in ids if token_id in self._texts]
+        return [token_id for token_id in ids if token_id in self._texts and token_id not in self._unknown]
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """What the template makes of a conversation; checked, so that nothing of a mark is left when marks are read."""
