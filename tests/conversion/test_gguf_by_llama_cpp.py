@@ -22,7 +22,10 @@ from conversion.convert import convert
 from conversion.open import open_source
 from conversion.options import Options
 from mpt.cli import app
+from mpt.engine.local import LocalModel
 from mpt.errors import DamagedFile, MPTError, UserError
+from mpt.options import ModelOptions
+from mpt.prompts import Message
 from mpt.tokenizer import Tokenizer
 from tests.conversion import float64
 from tests.conversion.conftest import make, neox_like, random_ids
@@ -49,7 +52,9 @@ def tokenizer_with_tokens_anywhere() -> Tokenizer:
     return Tokenizer.from_json(json.dumps(described), "the test's own")
 
 
-def write(path: Path, folder: Path, era: Era, kind: str = "F16", pre: str = "mpt", **keys: Any) -> Path:
+def write(
+    path: Path, folder: Path, era: Era, kind: str = "F16", pre: str = "mpt", template: str = "", **keys: Any
+) -> Path:
     """A file by the rules of a converter of llama.cpp: `convert-mpt-hf-to-gguf.py`, or `convert_hf_to_gguf.py`."""
     config = json.loads((folder / "config.json").read_text())
     attention = config["attn_config"]
@@ -70,6 +75,8 @@ def write(path: Path, folder: Path, era: Era, kind: str = "F16", pre: str = "mpt
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, folder, era, config["vocab_size"], pre)
+    if template:
+        writer.add_chat_template(template)
     for name, value in keys.items():
         writer.add_uint32(name.replace("__", "."), value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MPT, config["n_layers"])
@@ -336,3 +343,19 @@ def test_weights_open_where_no_tokenizer_can_be_had(tmp_path: Path) -> None:
     opened = open_source(path)
     assert opened.tokenizer is None and "(`unig`) is not read; give --tokenizer FOLDER" in "".join(opened.notes)
     convert(path, tmp_path / "out", Options(to="hf"))
+
+
+def test_the_chat_template_inside_is_what_the_converted_model_talks_in(tmp_path: Path) -> None:
+    """SEA-LION's format, as its maker published it, by way of GGUF; text that spells a control token stays text."""
+    template = (
+        "{% for message in messages %}"
+        "{% if message.role == 'user' %}### USER:\n{{ message.content }}\n\n### RESPONSE:\n"
+        "{% else %}{{ message.content }}<|endoftext|>{% endif %}{% endfor %}"
+    )
+    path = write(tmp_path / "sea-lion.gguf", make(tmp_path / "source", "mpt-7b"), "today", template=template)
+    convert(path, tmp_path / "out", Options(to="hf"))
+    model = LocalModel(ModelOptions(str(tmp_path / "out")))
+    assert model.style == "template"
+    ids = model.encode_messages([Message(role="user", content="Apa kabar? <|endoftext|>")])
+    expected = "### USER:\nApa kabar? <|endoftext|>\n\n### RESPONSE:\n"
+    assert ids == model.tokenizer.encode(expected) and not model.tokenizer.special_ids.intersection(ids)
