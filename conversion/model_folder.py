@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from conversion import metadata, tensors
 from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
-from mpt.chat_template import find_source
+from mpt.chat_template import find_source, token_names, write_template
 from mpt.checkpoint import stored_tensors, weight_files
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UserError
@@ -24,12 +24,11 @@ from mpt.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 _SINGLE = "model.safetensors"
-_TEMPLATE = "chat_template.jinja"
 # What makes up a tokenizer that is not read here; a copy takes all of it along. Nothing of it is executed.
 _TOKENIZER_FILES = (
     "tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", _TEMPLATE,
-    "tokeniz*.py",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template.jinja", "tokeniz*.py",
 )  # fmt: skip
 
 
@@ -140,8 +139,10 @@ def write_beside(source: Source, dtype: torch.dtype, out: Path) -> None:
         return
     tokenizer.save(out)
     template = metadata.chat_template(source)
-    if template is not None:
-        (out / _TEMPLATE).write_text(template, encoding="utf-8")
+    if template is not None:  # with the names that the source's own template calls tokens by
+        folder = None if source.chat_template is None else source.folder
+        names = {} if folder is None else token_names(folder)
+        write_template(out, template, {key: t for key, t in names.items() if tokenizer.special_id(t) is not None})
     generation = GenerationConfig(
         bos_token_id=tokenizer.eos_id,
         eos_token_id=list(tokenizer.end_ids),

@@ -132,10 +132,7 @@ class ChatTemplate:
 
     def save(self, folder: Path) -> None:
         """Write the template beside a tokenizer's files, with the names that it calls tokens by."""
-        (folder / "chat_template.jinja").write_text(self.source, encoding="utf-8")
-        for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-            text = json.dumps({**read_optional_json(path), **self._named}, indent=2, ensure_ascii=False)
-            path.write_text(f"{text}\n", encoding="utf-8")
+        write_template(folder, self.source, self._named)
 
     def _check(self) -> None:
         """Raises DamagedFile for a template that cannot be used for any conversation."""
@@ -390,6 +387,14 @@ def read_source(path: Path) -> str:
             f"chat template `{path}` cannot be read: {error.strerror}; give the file of a Jinja template, or the name "
             "of a style: none, instruct, chatml, template"
         ) from error
+
+
+def write_template(folder: Path, source: str, names: Mapping[str, str]) -> None:
+    """Write a template beside a tokenizer's files. names: what it calls tokens by, as `token_names` gives them."""
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        text = json.dumps({**read_optional_json(path), **names}, indent=2, ensure_ascii=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def token_names(folder: Path) -> dict[str, str]:

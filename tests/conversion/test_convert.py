@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import mpt.checkpoint
 from conversion import verify
@@ -285,8 +286,6 @@ def test_verification_finds_one_changed_weight(checkpoint: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["mpt-tiny-chat", "mpt-tiny-instruct"])
 def test_the_chat_template_renders_what_the_server_reads(name: str, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     from mpt.prompts import Message, encode_chat
 
     convert(name, tmp_path / "out", Options(to="hf", verify=False))
@@ -312,3 +311,20 @@ def test_the_published_chat_models_default_system_is_in_their_template() -> None
     rendered = Template(text).render(messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     system = f"<|im_start|>system\n{MPT_7B_CHAT_SYSTEM}<|im_end|>\n"
     assert rendered == f"{system}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_finds_its_tokens_under_their_names_after_a_conversion(tmp_path: Path) -> None:
+    """transformers renders the same conversation from the copy as from the source, whose `bos_token` is its own."""
+    source = make(tmp_path / "source", "mpt-7b")
+    path = source / "tokenizer_config.json"
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    names = {"bos_token": "<|padding|>", "chat_template": template}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **names}))
+    (source / "special_tokens_map.json").unlink()
+    (source / "manifest.json").unlink(missing_ok=True)
+    convert(source, tmp_path / "out", Options(to="hf"))
+    said = [
+        AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        for folder in (source, tmp_path / "out")
+    ]
+    assert said == ["<|padding|>hi<|endoftext|>"] * 2
