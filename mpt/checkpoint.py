@@ -328,8 +328,8 @@ def check_names(where: Path, stored: Set[str], expected: Set[str]) -> None:
         )
     if unknown == biases and not missing and unknown:
         raise DamagedFile(
-            f"`{where}` holds {len(unknown)} biases that its config denies; set `no_bias` to false in its config.json "
-            "to use them"
+            f"`{where}` holds {len(unknown)} bias{'es' * (len(unknown) > 1)} that its config denies, `{min(unknown)}` "
+            "first; set `no_bias` to false in its config.json to use them"
         )
     if missing or unknown:
         what = f"misses `{min(missing)}`" if missing else f"holds `{min(unknown)}`, unknown to its config"
