@@ -18,6 +18,7 @@ from pathlib import Path
 
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "copa", "hellaswag", "mmlu")
 THREADS = 2
+DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 
 _HARNESS = """
 import json, sys, time
@@ -35,9 +36,6 @@ seconds = time.perf_counter() - started
 accuracy = {n: found["results"][f"bench_{n}"]["acc,none"] for n in names}
 print(json.dumps({"seconds": seconds, "accuracy": accuracy}))
 """
-
-
-DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 
 
 def ours(model: str, names: list[str], folder: Path, limit: int, dtype: str) -> dict[str, object]:

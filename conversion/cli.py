@@ -95,7 +95,7 @@ def inspect(
     if not run and options != ModelOptions(source):
         raise UserError("--device, --dtype, --quantize and --kv-cache are for `--run`; give it too, or leave them out")
     opened = open_source(source, tokenizer, base)
-    found = _described(opened)
+    found = _described(opened) | {"next": _next_commands(opened, source)}
     if run:
         found |= _runs(options, opened.kind)
     if as_json:
@@ -177,7 +177,6 @@ def _described(source: "Source") -> dict[str, Any]:
         "transformers' own class differs": "; ".join(config.beyond_stock()) or None,
         "cannot be expressed in": {to: "; ".join(why.values()) for to, why in beyond(source).items() if why} or None,
         "memory to serve": _memory(source),
-        "next": _next_commands(source),
     }
 
 
@@ -188,16 +187,19 @@ def _memory(source: "Source") -> str:
     return f"{source.n_bytes / 1e9:.3g} GB of weights in {dtype}, {kv_bytes / 1e9:.3g} GB of KV cache per 1,000 tokens"
 
 
-def _next_commands(source: "Source") -> dict[str, str]:
-    """The commands that serve, convert and finetune it; through a Hugging Face folder where it is not run as it is."""
+def _next_commands(source: "Source", given: str) -> dict[str, str]:
+    """The commands that serve, convert and finetune it; through a Hugging Face folder where it is not run as it is.
+
+    given: the path or name it was opened by, which the commands repeat.
+    """
     from conversion.convert import beyond
     from mpt.options import MODEL_NAME
 
     refused = {to for to, why in beyond(source).items() if why}
     formats = "|".join(name for name in exports() if name not in refused)
     rows = [row for row in FORMATS.values() if row.kind == source.kind]
-    path = shlex.quote(str(source.path))
-    named = path if MODEL_NAME.fullmatch(source.path.name) and "=" not in path else f"mine={path}"
+    path = shlex.quote(given)
+    named = path if MODEL_NAME.fullmatch(Path(given).name) and "=" not in path else f"mine={path}"
     through = f"mpt convert {path} FOLDER --to hf && "
     serve, finetune = f"{through}mpt serve --model FOLDER", f"{through}train finetune --base FOLDER --data FILE.jsonl"
     if any(row.is_run for row in rows):

@@ -183,7 +183,13 @@ FORMATS: dict[str, Format] = {
         dtypes=("float32", "float16", "bfloat16", "int8", "int4"),
         file="model.gguf",
     ),
-    "ggml": Format(kind="ggml", title="GGML", module=_ggml, is_at=lambda path: _magic(path) in _GGML),
+    "ggml": Format(
+        kind="ggml",
+        title="GGML",
+        module=_ggml,
+        is_at=lambda path: _magic(path) in _GGML,
+        suffix=".bin",
+    ),
 }
 
 

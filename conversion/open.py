@@ -53,9 +53,9 @@ def recognise(path: Path) -> Format:
             return row
     single = [row for row in FORMATS.values() if row.suffix]
     if path.is_file():
-        known = " or ".join(f"{row.suffix} ({row.title})" for row in single)
-        raise CheckpointNotFound(f"`{path}` is no checkpoint file this reads; give a {known} file")
-    for found in (file for row in single for file in sorted(path.glob(f"*{row.suffix}"))):
+        known = ", ".join(f"{row.suffix} ({row.title})" for row in single)
+        raise CheckpointNotFound(f"`{path}` is no checkpoint file that this reads; it reads {known}")
+    for found in (file for row in single for file in sorted(path.glob(f"*{row.suffix}")) if row.is_at(file)):
         raise CheckpointNotFound(f"`{path}` has no config.json; give the file, for example `{found}`")
     markers = ", ".join(f"{row.marker} ({row.title})" for row in FORMATS.values() if row.marker)
     raise CheckpointNotFound(f"`{path}` holds no checkpoint; give a folder with {markers} or {adapter.MARKER} (peft)")

@@ -70,15 +70,8 @@ def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path
         raise DamagedFile(f"`{path}` says it has {n_layers} layers, more than it has tensors")
     n_kv_heads = number("attention.head_count_kv", n_heads)
     bias_max = _decimal(number("attention.max_alibi_bias", 0.0))
-    attention: dict[str, Any] = {
-        "alibi": bias_max > 0,
-        "clip_qkv": _decimal(number("attention.clamp_kqv", 0.0)) or None,
-        "qk_ln": any("attn_q_norm" in name for name in tensors),
-    }
-    if bias_max > 0:
-        attention["alibi_bias_max"] = bias_max
-    if n_kv_heads != n_heads:
-        attention |= {"attn_type": "grouped_query_attention", "kv_n_heads": n_kv_heads}
+    clip = _decimal(number("attention.clamp_kqv", 0.0))
+    qk_ln = any("attn_q_norm" in name for name in tensors)
     return MPTConfig(
         d_model=d_model,
         n_heads=n_heads,
@@ -90,8 +83,18 @@ def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path
         no_bias="output_norm.bias" not in tensors,
         tie_word_embeddings="output.weight" not in tensors or is_doubled(tensors, path),
         learned_pos_emb=bias_max > 0 or "position_embd.weight" in tensors,
-        attn_config=attention,
+        attn_config=attention_keys(n_heads, n_kv_heads, bias_max, clip, qk_ln),
     )
+
+
+def attention_keys(n_heads: int, n_kv_heads: int, bias_max: float, clip: float, qk_ln: bool) -> dict[str, Any]:
+    """`attn_config` of what ggml's files say. bias_max 0: no ALiBi. clip 0: none."""
+    keys: dict[str, Any] = {"alibi": bias_max > 0, "clip_qkv": clip or None, "qk_ln": qk_ln}
+    if bias_max > 0:
+        keys["alibi_bias_max"] = bias_max
+    if n_kv_heads != n_heads:
+        keys |= {"attn_type": "grouped_query_attention", "kv_n_heads": n_kv_heads}
+    return keys
 
 
 def is_doubled(tensors: Mapping[str, GGUFTensor], path: Path) -> bool:

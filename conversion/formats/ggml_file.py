@@ -23,6 +23,7 @@ from conversion.tensors import Lazy
 from mpt import ggml_blocks
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
+from mpt.gguf_model import attention_keys
 from mpt.tokenizer import Tokenizer
 
 _LAYOUTS = {
@@ -192,12 +193,7 @@ def _config(numbers: dict[str, Any], stored: dict[str, _Stored], path: Path) -> 
         raise DamagedFile(f"`{path}` says it has {numbers['n_layers']} layers, more than it has tensors")
     n_kv_heads = (stored[f"{block}.attn.Wqkv.weight"].shape[0] - d_model) // (2 * (d_model // n_heads))
     bias_max, clip = (float(f"{value:.7g}") for value in (numbers["bias_max"], numbers["clip"]))
-    attention: dict[str, Any] = {"alibi": bias_max > 0, "clip_qkv": clip or None}
-    attention["qk_ln"] = f"{block}.attn.q_ln.weight" in stored
-    if bias_max > 0:
-        attention["alibi_bias_max"] = bias_max
-    if n_kv_heads != n_heads:
-        attention |= {"attn_type": "grouped_query_attention", "kv_n_heads": n_kv_heads}
+    qk_ln = f"{block}.attn.q_ln.weight" in stored
     return MPTConfig(
         d_model=d_model,
         n_heads=n_heads,
@@ -208,7 +204,7 @@ def _config(numbers: dict[str, Any], stored: dict[str, _Stored], path: Path) -> 
         no_bias="transformer.norm_f.bias" not in stored,
         tie_word_embeddings="lm_head.weight" not in stored,
         learned_pos_emb=bias_max > 0 or "transformer.wpe.weight" in stored,
-        attn_config=attention,
+        attn_config=attention_keys(n_heads, n_kv_heads, bias_max, clip, qk_ln),
     )
 
 

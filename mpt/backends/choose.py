@@ -72,7 +72,7 @@ def choose(name: str, folder: Path, options: ModelOptions) -> Choice:
     compute, MachineRefused for what this machine lacks.
     """
     if options.is_remote:
-        choice = _triton(options)
+        choice = _triton()
         choice.capabilities.check_options(name, options)
         return choice
     config = read_config(folder)
@@ -217,7 +217,7 @@ def _onnx(folder: Path, options: ModelOptions) -> Choice:
     )
 
 
-def _triton(options: ModelOptions) -> Choice:
+def _triton() -> Choice:
     """A model that a Triton server computes."""
     kinds: tuple[Kind, ...] = ("one token", "few tokens", "prompt", "draw")
     return Choice(

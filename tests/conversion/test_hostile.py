@@ -128,10 +128,16 @@ def test_archives_and_unknown_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is an archive; unpack it"):
             open_source(tmp_path / name)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(CheckpointNotFound, match="is no checkpoint file"):
+    with pytest.raises(CheckpointNotFound, match=r"is no checkpoint file.* \.pt .*\.gguf .*\.bin "):
         open_source(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointNotFound, match="holds no checkpoint"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "empty" / "training_args.bin").write_bytes(b"PK\x03\x04" * 9)  # not GGML's, whose name it has
+    with pytest.raises(CheckpointNotFound, match="holds no checkpoint"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "empty" / "ggml-model.bin").write_bytes(b"lmgg" * 9)
+    with pytest.raises(CheckpointNotFound, match=r"give the file, for example `.*ggml-model\.bin`"):
         open_source(tmp_path / "empty")
     (tmp_path / "x.pt").write_bytes(b"PK not a zip")
     with pytest.raises(DamagedFile, match="is damaged"):

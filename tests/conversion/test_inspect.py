@@ -73,6 +73,13 @@ def test_a_descendants_copy_is_told_with_its_memory_and_the_next_commands(tokeni
     assert commands["finetune"] == ["train", "finetune", "--base", str(folder), "--data", "FILE.jsonl"]
 
 
+def test_the_next_commands_repeat_the_name_that_was_given() -> None:
+    commands = inspected("mpt-tiny")["next"]
+    assert commands["serve"] == "mpt serve --model mpt-tiny"
+    assert commands["finetune"] == "train finetune --base mpt-tiny --data FILE.jsonl"
+    assert commands["convert"].startswith("mpt convert mpt-tiny TARGET --to ")
+
+
 def test_a_descendant_without_names_is_known_by_its_shape() -> None:
     from mpt.catalog import descendant
 
