@@ -89,13 +89,15 @@ class Descendant:
     shape: tuple[int, int, int, int] | None = None  # d_model, n_layers, n_heads, vocab_size
 
 
+# Shapes: the published configs. Licences: the model cards as they last stood. Two had changed: PhoGPT's own community
+# licence became Apache-2.0 and, in November 2024, BSD-3-Clause; replit-code-v1_5-3b was CC-BY-SA-4.0 for its first day.
 _DESCENDANTS = (
     Descendant("SEA-LION-7B", "AI Singapore", "MIT", ("sealion7b",), (4096, 32, 32, 256000)),
     Descendant("SEA-LION-3B", "AI Singapore", "MIT", ("sealion3b",), (2560, 32, 20, 256000)),
     Descendant("PhoGPT", "VinAI", "BSD-3-Clause", ("phogpt",), (3072, 32, 24, 20480)),
     Descendant("replit-code-v1_5-3b", "Replit", "Apache-2.0", ("replitcodev15",), (3072, 32, 24, 32768)),
     Descendant("replit-code-v1-3b", "Replit", "CC-BY-SA-4.0", ("replitcodev1", "replitlm"), (2560, 32, 32, 32768)),
-    Descendant("Krutrim-1", "Krutrim", "Krutrim Community License", ("krutrim1",), (4608, 32, 48, 70400)),
+    Descendant("Krutrim-1", "Krutrim", "Krutrim Community License 1.0", ("krutrim1",), (4608, 32, 48, 70400)),
     Descendant("CSMPT7b", "BUT-FIT", "Apache-2.0", ("csmpt",), (4096, 32, 32, 64002)),
     Descendant("LLaVA-MPT", "the LLaVA project", "CC-BY-NC-SA-4.0", ("llava",), (4096, 32, 32, 50282)),
     Descendant("Extended Mind MPT", "Normal Computing", UNKNOWN_LICENCE, ("extendedmind", "extendedmpt")),
