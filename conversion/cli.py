@@ -119,7 +119,7 @@ def verify(
     Example: mpt verify my-onnx --against mpt-tiny
     """
     from conversion import verify as verification
-    from mpt.checkpoint import MANIFEST, read_manifest
+    from mpt.manifest import MANIFEST, read_manifest
 
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None:

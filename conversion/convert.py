@@ -15,9 +15,9 @@ from conversion.format_table import ExportFormat, export, exports
 from conversion.open import open_source
 from conversion.options import Options
 from conversion.source import Source
-from mpt.checkpoint import write_manifest
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
 from mpt.files import whole_folder
+from mpt.manifest import write_manifest
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.125, "int4": 0.625}  # scales included
 _MARGIN_BYTES = 50_000_000  # of disk, for everything that is no weight

@@ -15,8 +15,9 @@ from transformers import GenerationConfig
 from conversion import metadata, tensors
 from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
-from mpt.chat_template import find_source, token_names, write_template
+from mpt.chat_template import write_template
 from mpt.checkpoint import stored_tensors, weight_files
+from mpt.checkpoint_text import find_template, token_names
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UserError
 from mpt.sentencepiece_model import FILES as SENTENCEPIECE_FILES
@@ -153,7 +154,7 @@ def write_beside(source: Source, dtype: torch.dtype, out: Path) -> None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    found = find_source(folder)
+    found = find_template(folder)
     return None if found is None else found[0]
 
 

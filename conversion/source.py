@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from conversion.tensors import Lazy
-from mpt.checkpoint import check_names, read_manifest, sha256
+from mpt.checkpoint import check_names
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
+from mpt.manifest import read_manifest, sha256
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mpt.errors import DamagedFile
-from mpt.stored import Weight
+from mpt.packed.matrix import Weight
 
 _LARGE = 100_000_000  # bytes
 _NAMES = {

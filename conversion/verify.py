@@ -19,8 +19,8 @@ from conversion.format_table import exports
 from conversion.open import open_source, open_written
 from conversion.running import Extend, Forward, Runner
 from conversion.source import Source
-from mpt.checkpoint import verify_manifest
 from mpt.errors import MPTError
+from mpt.manifest import verify_manifest
 from mpt.memory import available_bytes
 from mpt.tokenizer import Tokenizer
 

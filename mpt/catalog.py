@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from mpt.chat_template import find_source
+from mpt.checkpoint_text import find_template
 from mpt.config_keys import language_model
 from mpt.errors import CheckpointNotFound, MachineRefused, UserError
 from mpt.files import read_json, read_optional_json
@@ -236,7 +236,7 @@ def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
         return entry.prompt_style, "the catalog"
     if folder is None:
         raise CheckpointNotFound(_not_found(given))
-    if find_source(folder) is not None:
+    if find_template(folder) is not None:
         return "template", "its chat template"
     if _has_chatml(folder):
         return "chatml", f"its tokenizer has `{CHATML_START}`"

@@ -358,24 +358,6 @@ def _hidden(content: str) -> str:
     return "".join(c if _is_kept(c) else chr(ord(c) + _PLANE) for c in content)
 
 
-def find_source(folder: Path) -> tuple[str, str] | None:
-    """The template that lies in a checkpoint's folder and where; of several the one called `default`.
-
-    Raises DamagedFile for a file that is no text.
-    """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_source(path), f"`{path}`"
-    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        template = read_optional_json(path).get("chat_template")
-        if isinstance(template, list):  # transformers 4 keeps several so
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-            template = named.get("default")
-        if isinstance(template, str) and template.strip():
-            return template, f"`{path}`"
-    return None
-
-
 def read_source(path: Path) -> str:
     """The text of a template's file. Raises UserError where there is none, DamagedFile where it is no text."""
     try:
@@ -395,18 +377,3 @@ def write_template(folder: Path, source: str, names: Mapping[str, str]) -> None:
     for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         text = json.dumps({**read_optional_json(path), **names}, indent=2, ensure_ascii=False)
         path.write_text(f"{text}\n", encoding="utf-8")
-
-
-def token_names(folder: Path) -> dict[str, str]:
-    """What templates of this folder call its tokens by: `bos_token`, `eos_token` and the like."""
-    config = read_optional_json(folder / "tokenizer_config.json")
-    files = [config, read_optional_json(folder / "special_tokens_map.json")]
-    if "added_tokens_decoder" in config:  # then transformers does not read the other one
-        files.pop()
-    names: dict[str, str] = {}
-    for file in files:
-        for name, token in file.items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(text, str):
-                names[name] = text
-    return names

@@ -1,13 +1,15 @@
-"""Reads and writes checkpoint folders: config.json, weights, manifest.json with the sha256 of every file.
+"""Reads checkpoints, Hugging Face style folders and GGUF files, into the model, and writes such folders.
+
+A checkpoint's place is its folder, or the GGUF file that it is.
 
 Reading streams: each tensor goes from the file straight into its parameter, so loading peaks at the model plus its
 largest tensor (a memory-mapped reader keeps every page it touched: 3 times the model when measured). Weights are data:
 safetensors, or `pytorch_model*.bin` through torch's weights-only unpickler; code beside a checkpoint is never run.
 
-Not here: Composer and FasterTransformer folders, ONNX, GGUF (`conversion/`); training state (`training/checkpoint.py`).
+Not here: what a checkpoint says about text (`checkpoint_text.py`); Composer and FasterTransformer folders, ONNX
+(`conversion/`); training state (`training/checkpoint.py`).
 """
 
-import hashlib
 import json
 import logging
 import pickle
@@ -28,9 +30,15 @@ from mpt.config import MPTConfig
 from mpt.config_keys import READ_TYPES, extended_type, language_model
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
 from mpt.files import read_json, read_optional_json, whole_folder
+from mpt.gguf import model as gguf_model
+from mpt.gguf.file import is_gguf, open_gguf
+from mpt.manifest import verify_manifest, write_manifest
 from mpt.model import MPTForCausalLM
-from mpt.packing import packing_in
-from mpt.stored import StoredTensor, Weight, unpacked, unpacking_in_words
+from mpt.packed import layers as packed_layers
+from mpt.packed.folder import unpacked, unpacking_in_words
+from mpt.packed.matrix import PackedTensor, Weight
+from mpt.packed.packing import packing_in
+from mpt.stored import StoredTensor
 
 if TYPE_CHECKING:
     from mpt.chat_template import ChatTemplate
@@ -39,7 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 _HEADER_LIMIT = 100_000_000  # the safetensors format's own bound on its JSON header
 _DTYPES = {
     "F64": torch.float64,
@@ -78,36 +85,43 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = True,
     shard: "Shard | None" = None,
+    stay_packed: bool = False,
 ) -> MPTForCausalLM:
-    """The model in a folder, or under a name of the catalog, ready for inference.
+    """The model at a place, or under a name of the catalog, ready for inference.
 
-    dtype: None keeps the file's. verify: check every file against the folder's manifest.json, where it has one. shard:
-    load a share of a model that several processes hold together.
+    dtype: None keeps the file's. verify: check every file against its manifest.json, where it has one. shard: load a
+    share of a model that several processes hold together. stay_packed: leave quantised matrices as they lie, in layers
+    that unpack them while they multiply; such a model can be run and not saved.
     Raises CheckpointNotFound, UnsupportedConfig, DamagedFile.
     """
     from mpt.catalog import resolve
 
-    folder = resolve(str(name_or_path))
+    place = resolve(str(name_or_path))
     if verify:
-        verify_manifest(folder)
-    config = read_config(folder)
+        verify_manifest(place)
+    config = read_config(place)
     with torch.device("meta"):
         model = MPTForCausalLM(config)
-    weights = weights_of(model, folder)
+    weights = weights_of(model, place)
     if shard is not None:
         shard.cut(model)
     if dtype is None:
-        dtype = stored_dtype(folder, config, weights)
+        dtype = stored_dtype(place, config, weights)
     model.config.dtype = dtype
+    if stay_packed:
+        assert shard is None, "a model shared over processes is cut into parts of its real values"
+        packed_layers.put_into(model, weights, device, dtype)
+    else:
+        say_unpacked(place, weights)
     model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
+    packed_layers.tie_weights(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if shard is None or weights[name].shape == parameter.shape:
                 weights[name].read_into(parameter)
             else:
                 parameter.copy_(shard.part(name, weights[name].read(), config))
-    model.generation_config = _generation_config(folder)
+    model.generation_config = _generation_config(place)
     model.name_or_path = str(name_or_path)
     return model.eval()
 
@@ -124,9 +138,10 @@ def save(
     """Write a Hugging Face folder that appears only once it is whole; returns it.
 
     manifest: entries to put beside the files' sha256 in manifest.json (name, recipe, scores ...). Raises UserError if
-    the folder exists and is not empty, MachineRefused when it cannot be written.
+    the folder exists and is not empty or the model's matrices are packed, MachineRefused when it cannot be written.
     """
     folder = Path(folder)
+    packed_layers.refuse_to_save(model)
     with whole_folder(folder) as partial:
         with without_progress_bar():
             model.save_pretrained(partial, max_shard_size=max_shard_bytes)
@@ -142,12 +157,14 @@ def save(
     return folder
 
 
-def read_config(folder: Path) -> MPTConfig:
-    """The folder's config.json. Raises CheckpointNotFound, DamagedFile, UnsupportedConfig."""
-    path = folder / "config.json"
+def read_config(place: Path) -> MPTConfig:
+    """The config of a folder or a GGUF file. Raises CheckpointNotFound, DamagedFile, UnsupportedConfig."""
+    if is_gguf(place):
+        return gguf_model.read_config(open_gguf(place))
+    path = place / "config.json"
     if not path.is_file():
-        raise CheckpointNotFound(f"`{folder}` has no config.json; give the folder of a Hugging Face style checkpoint")
-    refuse_ctranslate2(folder)
+        raise CheckpointNotFound(f"`{place}` has no config.json; give the folder of a Hugging Face style checkpoint")
+    refuse_ctranslate2(place)
     raw = read_json(path)
     if language_model(raw) is None:
         kinds = ", ".join(f"`{kind}`" for kind in READ_TYPES)
@@ -158,12 +175,16 @@ def read_config(folder: Path) -> MPTConfig:
     return MPTConfig.from_dict(raw)
 
 
-def stored_tensors(folder: Path) -> dict[str, Weight]:
-    """Every weight of the folder under the name the model uses, without reading it.
+def stored_tensors(place: Path) -> dict[str, Weight]:
+    """Every weight of a folder or a GGUF file under the name the model uses, without reading it.
 
     Understands hub, in-tree and `mosaic_gpt` names and the prefixes of trainers; single and sharded files; what AWQ,
     GPTQ and bitsandbytes packed, as its real values. Of a larger model, such as LLaVA, only the language model's.
     """
+    return gguf_model.read_weights(open_gguf(place)) if is_gguf(place) else _tensors_of_folder(place)
+
+
+def _tensors_of_folder(folder: Path) -> dict[str, Weight]:
     packing = packing_in(folder)
     is_larger = extended_type(read_optional_json(folder / "config.json")) is not None
     found: dict[str, StoredTensor] = {}
@@ -253,47 +274,15 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointNotFound(f"`{folder}` has no model.safetensors or pytorch_model.bin, single or sharded")
 
 
-def write_manifest(folder: Path, entries: Mapping[str, Any], known: Mapping[Path, str] | None = None) -> None:
-    """Write manifest.json over every file of the folder; last, so that its presence means the folder is whole.
-
-    known: sha256 of files that were hashed while they were written.
-    """
-    known = known or {}
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    files = {path.relative_to(folder).as_posix(): known.get(path) or sha256(path) for path in paths}
-    text = json.dumps({**entries, "files": files}, indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, or None where there is none (most foreign checkpoints)."""
-    return read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
-
-
-def verify_manifest(folder: Path) -> None:
-    """Check every file against manifest.json, if there is one. Raises DamagedFile naming the first that differs."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return
-    if not isinstance(manifest.get("files"), dict):
-        raise DamagedFile(f"`{folder / MANIFEST}` has no `files` with their sha256; copy the checkpoint again")
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedFile(f"`{name}` is in manifest.json but not in `{folder}`; copy the checkpoint again")
-        if sha256(path) != expected:
-            raise DamagedFile(f"`{path}` does not match its sha256 in manifest.json; copy the checkpoint again")
-
-
-def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, Weight]:
+def weights_of(model: MPTForCausalLM, place: Path) -> dict[str, Weight]:
     """Where each of the model's parameters is stored, tied ones once; the model may be on the meta device.
 
     Raises DamagedFile unless names and shapes match exactly and a stored head equals the embedding it is tied to.
     """
-    stored = stored_tensors(folder)
+    stored = stored_tensors(place)
     targets = dict(model.named_parameters())  # tied weights appear once
     head = stored.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    check_names(folder, stored.keys(), targets.keys())
+    check_names(place, stored.keys(), targets.keys())
     for name, parameter in targets.items():
         if not stored[name].dtype.is_floating_point:
             raise UnsupportedConfig(
@@ -308,11 +297,8 @@ def weights_of(model: MPTForCausalLM, folder: Path) -> dict[str, Weight]:
     if head is not None and not _are_equal(head, stored["transformer.wte.weight"]):
         raise DamagedFile(
             f"`lm_head.weight` differs from the embedding it is tied to; set tie_word_embeddings to false in "
-            f"`{folder / 'config.json'}` if the head was trained on its own"
+            f"`{place / 'config.json'}` if the head was trained on its own"
         )
-    unpacking = unpacking_in_words(stored, packing_in(folder))
-    if unpacking is not None:
-        log.info("`%s`: %s", folder, unpacking)
     return stored
 
 
@@ -417,17 +403,38 @@ def place(file: Path, state: Any) -> Iterator[tuple[str, StoredTensor]]:
         yield name, found
 
 
-def stored_dtype(folder: Path, config: MPTConfig, weights: Mapping[str, Weight] | None = None) -> torch.dtype:
+def stored_dtype(place: Path, config: MPTConfig, weights: Mapping[str, Weight] | None = None) -> torch.dtype:
     """What a checkpoint's weights are loaded as when nothing is asked for: what its config says, else most of them."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    dtypes = [tensor.dtype for tensor in (weights or stored_tensors(folder)).values()]
-    return max(set(dtypes), key=dtypes.count)
+    n_values: dict[torch.dtype, int] = {}
+    for tensor in (weights or stored_tensors(place)).values():
+        n_values[tensor.dtype] = n_values.get(tensor.dtype, 0) + torch.Size(tensor.shape).numel()
+    return max(n_values, key=lambda dtype: n_values[dtype])
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def say_unpacked(place: Path, weights: Mapping[str, Weight]) -> None:
+    """Log what unpacking costs, where something is packed."""
+    packing = packing_in(place)
+    said = unpacking_in_words(weights, None if packing is None else packing.tool)
+    if said is not None:
+        log.info("`%s`: %s", place, said)
+
+
+def packed_kinds(place: Path) -> str | None:
+    """What most matrices of a checkpoint are packed as, and what others are: "Q4_0 and Q6_K"; None where none is."""
+    n_bytes: dict[str, int] = {}
+    for tensor in stored_tensors(place).values():
+        if isinstance(tensor, PackedTensor) and tensor.packed_bytes:
+            n_bytes[tensor.kind] = n_bytes.get(tensor.kind, 0) + tensor.packed_bytes
+    return " and ".join(sorted(n_bytes, key=lambda kind: -n_bytes[kind])) or None
+
+
+def _generation_config(place: Path) -> GenerationConfig:
     """The folder's generation_config.json; the cache is always on, though the published files switch it off."""
-    path = folder / "generation_config.json"
+    if is_gguf(place):
+        return GenerationConfig(eos_token_id=open_gguf(place).end_id, use_cache=True)
+    path = place / "generation_config.json"
     config = GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig(eos_token_id=0)
     config.use_cache = True
     try:
@@ -449,9 +456,3 @@ def without_progress_bar() -> Iterator[None]:
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

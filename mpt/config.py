@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from mpt import config_keys
 from mpt.errors import UnsupportedConfig
-from mpt.packing import read_packing
+from mpt.packed.packing import read_packing
 
 log = logging.getLogger(__name__)
 

@@ -30,27 +30,32 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 _FEW_ROWS = 32  # up to here W x is faster than x W (measured at the 125M, 1B and 7B shapes)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, its bfloat16 products of a few rows on CPU done the other way round, W x instead of x W, where nothing
-    is learned: torch reads W at the memory's speed this way, and at half to two thirds of it in `F.linear`. Both sum in
-    float32 and round once.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, (..., n_in) to (..., n_out); W (n_out, n_in).
+
+    bfloat16 products of a few rows on CPU are done the other way round, W x instead of x W, where nothing is learned:
+    torch reads W at the memory's speed this way, and at half to two thirds of it in `F.linear`. Both sum in float32 and
+    round once. The result may be strided: copying wide logits would cost half of what was won.
     """
+    n_out, n_in = weight.shape
+    n_rows = x.numel() // n_in
+    is_bfloat16_on_cpu = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if not is_bfloat16_on_cpu or not 0 < n_rows <= _FEW_ROWS or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if n_rows == 1:
+        row = x.reshape(-1)
+        out = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
+    else:
+        columns = x.reshape(n_rows, -1).t()
+        out = (weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)).t()
+    return out.view(*x.shape[:-1], n_out)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        n_rows = x.numel() // self.in_features
-        is_bfloat16_on_cpu = x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if not is_bfloat16_on_cpu or not 0 < n_rows <= _FEW_ROWS or torch.is_grad_enabled():
-            return super().forward(x)
-        if n_rows == 1:
-            row = x.reshape(-1)
-            out = self.weight.mv(row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
-        else:
-            columns = x.reshape(n_rows, -1).t()
-            product = (
-                self.weight @ columns if self.bias is None else torch.addmm(self.bias[:, None], self.weight, columns)
-            )
-            out = product.t()  # strided: copying wide logits here would cost half of what was won
-        return out.view(*x.shape[:-1], self.out_features)
+        return product(x, self.weight, self.bias)
 
 
 class MPTAttention(nn.Module):
@@ -162,11 +167,11 @@ class MPTModel(MPTPreTrainedModel):
     def alibi_slopes(self) -> Tensor | None:
         """ALiBi's slopes of the heads this process holds, (H,) float32 beside the weights; None without ALiBi."""
         slopes = self.attention.slopes()
-        return None if slopes is None else slopes[self.heads].to(self.wte.weight.device)
+        return None if slopes is None else slopes[self.heads].to(self.norm_f.weight.device)
 
     def alibi_bias(self, n_keys: int) -> Tensor | None:
         """ALiBi's bias for n_keys keys, (1, H, 1, S) float32, a view of a table that grows; None without ALiBi."""
-        device = self.wte.weight.device
+        device = self.norm_f.weight.device
         if self._bias is None or self._bias.shape[-1] < n_keys or self._bias.device != device:
             slopes = self.alibi_slopes()
             if slopes is None:

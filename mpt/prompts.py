@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict, get_args
 
-from mpt.chat_template import ChatTemplate, find_source, read_source, token_names
+from mpt.chat_template import ChatTemplate, read_source
+from mpt.checkpoint_text import find_template, token_names
 from mpt.errors import UserError
 from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
 
@@ -114,7 +115,7 @@ def open_format(folder: Path, style: PromptStyle, tokenizer: Tokenizer, file: Pa
     names = token_names(folder)
     if file is not None:
         return PromptFormat(style, ChatTemplate(read_source(file), f"`{file}`", tokenizer, names))
-    found = find_source(folder)
+    found = find_template(folder)
     if found is None:
         raise UserError(f"`{folder}` has no chat template; give one with --chat-template FILE")
     return PromptFormat(style, ChatTemplate(*found, tokenizer, names))

@@ -1,6 +1,6 @@
 """Packs matrices as AutoAWQ and GPTQ publish it, code by code and bit by bit, and says what each code means.
 
-Shares nothing with `mpt/packed_weights.py`. bitsandbytes packs by itself: it is installed. Also writes whole folders.
+Shares nothing with `mpt/formulas.py`. bitsandbytes packs by itself: it is installed. Also writes whole folders.
 """
 
 import json

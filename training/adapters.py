@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mpt.checkpoint
+import mpt.manifest
 from mpt.chat_template import ChatTemplate
 from mpt.errors import UserError
 from mpt.files import whole_folder
@@ -139,7 +140,7 @@ def save(
         tokenizer.save(partial)
         if chat_template is not None:
             chat_template.save(partial)
-        mpt.checkpoint.write_manifest(partial, {**manifest, "base": base})
+        mpt.manifest.write_manifest(partial, {**manifest, "base": base})
     return folder
 
 
@@ -153,11 +154,11 @@ def merge(folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"`{folder}` has no adapter_config.json; give the `model` folder of a LoRA run")
-    mpt.checkpoint.verify_manifest(folder)
+    mpt.manifest.verify_manifest(folder)
     base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     model = mpt.checkpoint.load(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    entries = {k: v for k, v in (mpt.checkpoint.read_manifest(folder) or {}).items() if k != "files"}
+    entries = {k: v for k, v in (mpt.manifest.read_manifest(folder) or {}).items() if k != "files"}
     tokenizer = Tokenizer.from_folder(folder)
     template = open_format(folder, entries.get("prompt_style", "none"), tokenizer).template
     return mpt.checkpoint.save(merged.to(dtype), out, tokenizer=tokenizer, chat_template=template, manifest=entries)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import mpt.checkpoint
+import mpt.manifest
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
-from mpt.stored import Weight
+from mpt.packed.matrix import Weight
 from training import adapters, distributed, memory
 from training.distributed import World
 from training.run import Run
@@ -30,7 +31,7 @@ def model(run: Run, world: World) -> MPTForCausalLM:
     stored = None
     if run.base is not None:
         folder = resolve(run.base)
-        mpt.checkpoint.verify_manifest(folder)
+        mpt.manifest.verify_manifest(folder)
         stored = mpt.checkpoint.weights_of(built, folder)
     if run.lora is not None:
         adapters.add(built, run.lora, run.precision)

@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from mpt.checkpoint import MANIFEST, read_manifest, verify_manifest, write_manifest
 from mpt.errors import DamagedFile, MachineRefused
+from mpt.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
 from training.distributed import World
 from training.mirror import Mirror
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import mpt.checkpoint
+import mpt.manifest
 from mpt.errors import Interrupted, MPTError, TrainingDiverged
 from training import batches, build, checkpoint, curves, distributed, export, folder, memory, optimizer, packing, plan
 from training.batches import Batches
@@ -47,7 +48,7 @@ def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume:
     """
     finished = Path(run.out) / "model"
     with distributed.join() as world, folder.own(run, world, resume):
-        if (finished / mpt.checkpoint.MANIFEST).is_file():
+        if (finished / mpt.manifest.MANIFEST).is_file():
             log.info("`%s` is finished", finished)
             return finished
         try:

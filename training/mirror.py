@@ -7,7 +7,7 @@ starts with the same command and finds the newest checkpoint there.
 import shutil
 from pathlib import Path
 
-from mpt.checkpoint import MANIFEST, verify_manifest
+from mpt.manifest import MANIFEST, verify_manifest
 from training.remote import Remote
 
 

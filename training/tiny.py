@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from mpt.checkpoint import MANIFEST, read_manifest, write_manifest
 from mpt.errors import UserError
 from mpt.files import whole_folder
+from mpt.manifest import MANIFEST, read_manifest, write_manifest
 from training import loop, recipes, vocabulary
 from training.corpora import chat, novels, yaml_json
 from training.evaluation import tiny_tasks

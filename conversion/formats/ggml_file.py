@@ -20,10 +20,10 @@ from torch import Tensor
 from conversion import tensors
 from conversion.source import Source, complete, unpack
 from conversion.tensors import Lazy
-from mpt import ggml_blocks
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
-from mpt.gguf_model import attention_keys
+from mpt.gguf import ggml_blocks, ggml_types
+from mpt.gguf.model import attention_keys
 from mpt.tokenizer import Tokenizer
 
 _LAYOUTS = {
@@ -142,10 +142,10 @@ def _tensors(file: _File, magic: bytes, version: int | None, path: Path) -> dict
                 raise DamagedFile(f"`{path}` holds `{name}` twice")
             found[name] = stored
     except DamagedFile:
-        if version is None and any(stored.kind in ggml_blocks.BLOCK_TYPES for stored in found.values()):
+        if version is None and any(stored.kind in ggml_types.BLOCK_TYPES for stored in found.values()):
             raise _no_version(path) from None
         raise
-    kinds = {stored.kind for stored in found.values()} & ggml_blocks.BLOCK_TYPES.keys()
+    kinds = {stored.kind for stored in found.values()} & ggml_types.BLOCK_TYPES.keys()
     if version is None and kinds and not kinds & _OLD_BYTES.keys():
         raise _no_version(path)
     return found
@@ -165,16 +165,16 @@ def _tensor(file: _File, magic: bytes, version: int, path: Path) -> tuple[str, _
     shape = file.take(f"{n_dimensions}i")[::-1]
     (raw_name,) = file.take(f"{length}s")
     name = raw_name.decode("utf-8", "replace")
-    kind = ggml_blocks.type_name(number)
+    kind = ggml_types.type_name(number)
     if kind is None or kind == "BF16":
-        raise DamagedFile(f"`{name}` in `{path}` has {ggml_blocks.unknown_type(number)}")
+        raise DamagedFile(f"`{name}` in `{path}` has {ggml_types.unknown_type(number)}")
     if version < 2 and kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"):
         raise DamagedFile(f"`{name}` in `{path}` is {kind}, which version {version} of the quantisation does not have")
-    size = ggml_blocks.n_bytes(kind, shape) if min(shape) > 0 else None
+    size = ggml_types.n_bytes(kind, shape) if min(shape) > 0 else None
     if size is None:
         raise DamagedFile(f"`{name}` in `{path}` is {list(shape)}, whose rows do not fill blocks of {kind}")
     if version < 2 and kind in _OLD_BYTES:
-        size = math.prod(shape) // ggml_blocks.BLOCK_TYPES[kind].n_values * _OLD_BYTES[kind]
+        size = math.prod(shape) // ggml_types.BLOCK_TYPES[kind].n_values * _OLD_BYTES[kind]
     if magic == b"tjgg":
         file.skip(-file.at % 32)
     offset = file.at
@@ -212,14 +212,14 @@ def _lazy(path: Path, stored: _Stored, version: int | None) -> Lazy:
     def read() -> Tensor:
         data = tensors.read_exactly(path, stored.offset, stored.n_bytes)
         is_old = version == 0 or (version == 1 and stored.kind in _OLD_BYTES)
-        if stored.kind in ggml_blocks.PLAIN_TYPES or not is_old:
+        if stored.kind in ggml_types.PLAIN_TYPES or not is_old:
             return ggml_blocks.values(stored.kind, stored.shape, data)
         n_blocks = math.prod(stored.shape) // 32
         blocks = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(n_blocks, -1)
         parts = [_old_values(stored.kind, part, version == 0) for part in blocks.split(_PART)]
         return torch.cat(parts).view(stored.shape)
 
-    return Lazy(ggml_blocks.PLAIN_TYPES.get(stored.kind, torch.float32), stored.shape, read, path.name)
+    return Lazy(ggml_blocks.PLAIN_DTYPES.get(stored.kind, torch.float32), stored.shape, read, path.name)
 
 
 def _old_values(kind: str, blocks: Tensor, are_neighbours: bool) -> Tensor:

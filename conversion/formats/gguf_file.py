@@ -1,11 +1,10 @@
 """GGUF, llama.cpp's file: header, keys and values, tensor descriptions, then the tensors.
 
-It is written through the `gguf` package. What llama.cpp's own tools wrote is read by `mpt/gguf_header.py`,
-`gguf_model.py` and `gguf_tokenizer.py`.
+It is written through the `gguf` package. What llama.cpp's own tools wrote is read by `mpt/gguf/`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ from conversion.options import Options
 from conversion.running import Runner
 from conversion.source import Source, complete
 from conversion.tensors import Lazy
-from mpt import ggml_blocks
-from mpt.config import MPTConfig
-from mpt.errors import DamagedFile, UserError
-from mpt.gguf_header import GGUFTensor, read_header
-from mpt.gguf_model import ARCHITECTURE, gguf_name, how_made, read_config
-from mpt.gguf_tokenizer import read_tokenizer
+from mpt.errors import UserError
+from mpt.gguf import ggml_blocks, ggml_types
+from mpt.gguf.file import open_gguf
+from mpt.gguf.model import ARCHITECTURE, gguf_name, how_made, read_config, read_weights
 from mpt.tokenizer import CHATML_END, Tokenizer
 
 PRE = "mpt"  # llama.cpp's name for the GPT-2 pattern that NeoX's ByteLevel splits by; tested against llama.cpp itself
@@ -89,11 +86,11 @@ def runners(source: Source, target: Source, folder: Path) -> list[Runner]:
 def _add_description(writer: Any, name: str, tensor: Lazy, kind: str) -> None:
     import gguf
 
-    size = ggml_blocks.n_bytes(kind, tensor.shape)
+    size = ggml_types.n_bytes(kind, tensor.shape)
     if size is None:
-        block = ggml_blocks.BLOCK_TYPES[kind]
+        block = ggml_types.BLOCK_TYPES[kind]
         raise UserError(f"`{name}` has rows of {tensor.shape[-1]}; {kind} needs a multiple of {block.n_values}")
-    is_plain = kind in ggml_blocks.PLAIN_TYPES
+    is_plain = kind in ggml_types.PLAIN_TYPES
     shape = tensor.shape if is_plain else (*tensor.shape[:-1], size // torch.Size(tensor.shape[:-1]).numel())
     dtype = np.dtype(np.float32) if is_plain else np.dtype(np.uint8)
     writer.add_tensor_info(gguf_name(name), shape, dtype, size, gguf.GGMLQuantizationType[kind])
@@ -110,8 +107,8 @@ def _kind(name: str, tensor: Lazy, quantisation: str) -> str:
 def _encoded(values: Tensor, kind: str, name: str, tensor: Lazy) -> "np.ndarray[Any, Any]":
     import gguf
 
-    if kind in ggml_blocks.PLAIN_TYPES:
-        dtype = ggml_blocks.PLAIN_TYPES[kind]
+    if kind in ggml_types.PLAIN_TYPES:
+        dtype = ggml_blocks.PLAIN_DTYPES[kind]
         found = Lazy(values.dtype, tensor.shape, lambda: values, tensor.where).cast(dtype, name).read()
         return np.frombuffer(tensors.raw(found), np.uint8)
     return gguf.quants.quantize(values.float().numpy(), gguf.GGMLQuantizationType[kind])
@@ -176,48 +173,18 @@ def _add_tokenizer(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
 
 def read(path: Path, tokenizer: Path | None = None) -> Source:
     """An MPT of llama.cpp: F32, F16 and BF16 as they are, blocks as float32. Raises DamagedFile."""
-    keys, stored = read_header(path)
-    config, made = read_config(keys, stored, path), how_made(keys, stored)
-    ours = {gguf_name(name): name for name in _names(config)}
-    unknown = next((name for name in stored if name not in ours), None)
-    if unknown is not None:
-        raise DamagedFile(f"`{path}` holds `{unknown}`, which is none of MPT's tensors")
-    if config.tie_word_embeddings:
-        stored = {name: tensor for name, tensor in stored.items() if name != "output.weight"}  # was found equal
-    found, why_none = (
-        (Tokenizer.from_folder(tokenizer), None)
-        if tokenizer
-        else read_tokenizer(keys, stored["token_embd.weight"].shape[0], path)
-    )
+    file = open_gguf(path)
+    config = read_config(file)
+    found, why_none = (Tokenizer.from_folder(tokenizer), None) if tokenizer else file.tokenizer
+    stored = {name: tensors.stored(tensor) for name, tensor in read_weights(file).items()}
     return Source(
         kind="gguf",
         path=path,
         config=config,
-        tensors=complete(config, {ours[name]: _lazy(path, tensor) for name, tensor in stored.items()}, path),
+        tensors=complete(config, stored, path),
         tokenizer=found,
         files=(path,),
-        chat_template=_text(keys, "tokenizer.chat_template"),
-        licence=_text(keys, "general.license"),
-        notes=tuple(note for note in (made, why_none) if note is not None),
+        chat_template=file.chat_template,
+        licence=file.text("general.license"),
+        notes=tuple(note for note in (how_made(file), why_none) if note is not None),
     )
-
-
-def _text(keys: Mapping[str, Any], name: str) -> str | None:
-    value = keys.get(name)
-    return value if isinstance(value, str) else None
-
-
-def _lazy(path: Path, tensor: GGUFTensor) -> Lazy:
-    def read() -> Tensor:
-        data = tensors.read_exactly(path, tensor.offset, tensor.n_bytes)
-        return ggml_blocks.values(tensor.kind, tensor.shape, data)
-
-    return Lazy(ggml_blocks.PLAIN_TYPES.get(tensor.kind, torch.float32), tensor.shape, read, path.name)
-
-
-def _names(config: MPTConfig) -> list[str]:
-    from mpt.model import MPTForCausalLM
-
-    with torch.device("meta"):
-        names = [name for name, _ in MPTForCausalLM(config).named_parameters()]
-    return [*names, "lm_head.weight"] if config.tie_word_embeddings else names

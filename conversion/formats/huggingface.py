@@ -14,8 +14,8 @@ from conversion.options import Options
 from conversion.running import Runner
 from conversion.source import Source
 from mpt.checkpoint import left_out, read_config, stored_tensors, without_progress_bar
-from mpt.packing import packing_in
-from mpt.stored import unpacking_in_words
+from mpt.packed.folder import unpacking_in_words
+from mpt.packed.packing import packing_in
 
 
 def cannot_express(source: Source) -> dict[str, str]:
@@ -28,7 +28,8 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
     config = read_config(path)
     weights = stored_tensors(path)
     found = {name: tensors.stored(tensor) for name, tensor in weights.items()}
-    unpacking, parts = unpacking_in_words(weights, packing_in(path)), left_out(path)
+    packing, parts = packing_in(path), left_out(path)
+    unpacking = unpacking_in_words(weights, None if packing is None else packing.tool)
     notes = [f"opened as the language model inside; left out: {', '.join(parts)}"] if parts else []
     notes += [] if unpacking is None else [unpacking]
     return model_folder.opened(path, "huggingface", config, found, tokenizer, tuple(notes))

@@ -18,9 +18,10 @@ from mpt.backends.backend import Backend
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.native.available import ModelFacts, Unavailable, features, why_no_prompts, why_no_step
 from mpt.backends.native.library import load as load_c
-from mpt.checkpoint import load, read_config, read_manifest, stored_dtype, verify_manifest
+from mpt.checkpoint import load, read_config, stored_dtype
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
+from mpt.manifest import read_manifest, verify_manifest
 from mpt.options import ModelOptions
 
 Kind = Literal["one token", "few tokens", "prompt", "draw"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import mpt.checkpoint
+import mpt.manifest
 from conversion import verify
 from conversion.convert import convert
 from conversion.open import open_source
@@ -145,7 +146,7 @@ def test_a_setting_given_up_is_in_the_manifest(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "storywriter")
     allow = ("clip_qkv", "alibi_bias_max")
     convert(source, tmp_path / "out", Options(to="fastertransformer", allow=allow))
-    manifest = mpt.checkpoint.read_manifest(tmp_path / "out")
+    manifest = mpt.manifest.read_manifest(tmp_path / "out")
     assert manifest is not None and [what.split()[0] for what in manifest["given_up"]] == list(allow)
 
 

@@ -21,9 +21,9 @@ import pytest
 import mpt
 from mpt import generation
 from mpt.chat import LocalPartner, Sampling, ServerPartner, converse, sse_data
-from mpt.checkpoint import MANIFEST
 from mpt.engine.local import LocalModel
 from mpt.errors import UserError
+from mpt.manifest import MANIFEST
 from mpt.options import ModelOptions
 from mpt.prompts import Message
 from mpt.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mpt import chat_template
-from mpt.chat_template import ChatTemplate, find_source, token_names
+from mpt.chat_template import ChatTemplate
+from mpt.checkpoint_text import find_template, token_names
 from mpt.errors import DamagedFile, UserError
 from mpt.prompts import Message
 from mpt.tokenizer import Tokenizer
@@ -405,17 +406,17 @@ def test_the_process_ends_with_its_template_and_sees_no_environment(
 
 
 def test_a_template_is_found_where_tools_put_it(tmp_path: Path) -> None:
-    assert find_source(tmp_path) is None
+    assert find_template(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one", "bos_token": {"content": "<s>"}}')
-    assert find_source(tmp_path) == ("one", f"`{tmp_path / 'tokenizer_config.json'}`")
+    assert find_template(tmp_path) == ("one", f"`{tmp_path / 'tokenizer_config.json'}`")
     assert token_names(tmp_path) == {"bos_token": "<s>"}
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<|endoftext|>", "pad_token": null}')
     assert token_names(tmp_path) == {"bos_token": "<|endoftext|>"}
     several = '{"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]}'
     (tmp_path / "tokenizer_config.json").write_text(several)
-    assert find_source(tmp_path) == ("two", f"`{tmp_path / 'tokenizer_config.json'}`")
+    assert find_template(tmp_path) == ("two", f"`{tmp_path / 'tokenizer_config.json'}`")
     (tmp_path / "chat_template.jinja").write_text("three")
-    assert find_source(tmp_path) == ("three", f"`{tmp_path / 'chat_template.jinja'}`")
+    assert find_template(tmp_path) == ("three", f"`{tmp_path / 'chat_template.jinja'}`")
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(DamagedFile, match="not UTF-8"):
-        find_source(tmp_path)
+        find_template(tmp_path)

@@ -23,6 +23,7 @@ import mpt
 from mpt import checkpoint
 from mpt.config import MPTConfig
 from mpt.errors import CheckpointNotFound, DamagedFile, MachineRefused, UnsupportedConfig, UserError
+from mpt.manifest import read_manifest
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 
@@ -460,7 +461,7 @@ def saved(model: MPTForCausalLM, tmp_path: Path) -> Path:
 
 
 def test_the_manifest_covers_every_file(saved: Path) -> None:
-    manifest = checkpoint.read_manifest(saved)
+    manifest = read_manifest(saved)
     assert manifest is not None
     assert (manifest["name"], manifest["scores"]) == ("mine", {"loss": 1.5})
     assert manifest["files"].keys() == {p.name for p in saved.iterdir()} - {"manifest.json"}

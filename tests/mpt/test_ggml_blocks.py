@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpt import ggml_blocks
-from mpt.ggml_blocks import BLOCK_TYPES, dequantise
+from mpt.gguf import ggml_blocks
+from mpt.gguf.ggml_blocks import dequantise
+from mpt.gguf.ggml_types import BLOCK_TYPES
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)

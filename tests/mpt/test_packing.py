@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mpt.errors import DamagedFile, UnsupportedConfig
-from mpt.packing import Packing, packing_in, read_packing
+from mpt.packed.packing import Packing, packing_in, read_packing
 
 AWQ = {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}
 GPTQ = {"bits": 4, "group_size": 128, "quant_method": "gptq", "desc_act": True, "sym": True, "damp_percent": 0.1}

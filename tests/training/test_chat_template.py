@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import mpt.checkpoint
+import mpt.manifest
 from mpt.catalog import describe
 from mpt.config import MPTConfig
 from mpt.engine.local import LocalModel
@@ -74,7 +75,7 @@ def test_a_finetune_keeps_the_template_of_its_base(small_run: Run, base: Path, t
     assert LocalModel(ModelOptions(str(folder))).encode_prompt("Hi") == expected
     stock = PreTrainedTokenizerFast.from_pretrained(str(folder))
     assert stock.apply_chat_template(ASKED, return_dict=False) == expected
-    mpt.checkpoint.verify_manifest(folder)
+    mpt.manifest.verify_manifest(folder)
 
 
 def test_an_adapter_merged_into_its_base_keeps_the_template_it_was_trained_in(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mpt.checkpoint
+import mpt.manifest
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.model import MPTMLP
 from tests.training.killing import Killed, kill_at_eight
@@ -226,7 +227,7 @@ def test_a_finetune_starts_from_its_base_under_a_changed_config(small_run: Run) 
 
 def test_the_manifest_holds_the_recipe(small_run: Run) -> None:
     folder = loop.fit(small_run)
-    manifest = mpt.checkpoint.read_manifest(folder)
+    manifest = mpt.manifest.read_manifest(folder)
     assert manifest is not None
     assert Run.from_json(json.dumps(manifest["recipe"])) == small_run
     assert (manifest["prompt_style"], manifest["context_length"]) == ("instruct", 64)

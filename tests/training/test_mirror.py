@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mpt.checkpoint
+import mpt.manifest
 from mpt.errors import DamagedFile, MachineRefused, UserError
 from tests.training.killing import Killed, kill_at_eight
 from training import loop, remote
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "step-000007"
     made.mkdir()
     (made / "weights.safetensors").write_bytes(b"weights")
-    mpt.checkpoint.write_manifest(made, {"step": 7})
+    mpt.manifest.write_manifest(made, {"step": 7})
     return made
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 import mpt
-from mpt.checkpoint import read_manifest
 from mpt.config import MPTConfig
 from mpt.errors import UserError
+from mpt.manifest import read_manifest
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from training import loop, tiny

@@ -1,4 +1,4 @@
-"""What a GGUF header says of an MPT model: its config, the names of its tensors, and which tool made the file.
+"""What a GGUF file says of an MPT model: its config, its weights under the model's names, and which tool made it.
 
 Three layouts are read. llama.cpp's converters of 2023 (`convert-mpt-hf-to-gguf.py`) stored the embedding a second time
 as `output.weight`. Today's (`convert_hf_to_gguf.py`) stores it once and adds `tokenizer.ggml.pre`. `mpt convert` adds a
@@ -6,15 +6,21 @@ whole tokenizer.json. llama-quantize keeps the layout of what it was given, in o
 `src/models/mpt.cpp`, which applies ALiBi for any bias max, clip_qkv and learned positions.
 """
 
-from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UnsupportedConfig
-from mpt.gguf_header import GGUFTensor
+from mpt.gguf import ggml_blocks
+from mpt.gguf.file import GGUFFile
+from mpt.gguf.header import GGUFTensor
+from mpt.packed.matrix import Formula, PackedTensor, Rows, Weight
+from mpt.stored import StoredTensor
 
 ARCHITECTURE = "mpt"
 _OUTSIDE = {
@@ -25,6 +31,8 @@ _IN_BLOCK = {
     "norm_1": "attn_norm", "attn.Wqkv": "attn_qkv", "attn.out_proj": "attn_output", "norm_2": "ffn_norm",
     "ffn.up_proj": "ffn_up", "ffn.down_proj": "ffn_down", "attn.q_ln": "attn_q_norm", "attn.k_ln": "attn_k_norm",
 }  # fmt: skip
+_OURS_OUTSIDE = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+_OURS_IN_BLOCK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
 # `general.file_type`: what llama-quantize was asked for. Most tensors have the type of that name.
 _FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
@@ -33,6 +41,19 @@ _FILE_TYPES = {
 }  # fmt: skip
 _CONVERTERS_WRITE = {"F32", "F16", "BF16", "Q8_0"}
 _PIECE = 1 << 24  # bytes that are compared at a time
+
+
+def model_name(name: str) -> str | None:
+    """The model's name for a tensor of GGUF's; None for one that MPT does not have."""
+    module, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    if module in _OURS_OUTSIDE:
+        return f"{_OURS_OUTSIDE[module]}.{kind}"
+    block, _, rest = module.removeprefix("blk.").partition(".")
+    if not module.startswith("blk.") or not block.isdecimal() or rest not in _OURS_IN_BLOCK:
+        return None
+    return f"transformer.blocks.{block}.{_OURS_IN_BLOCK[rest]}.{kind}"
 
 
 def gguf_name(name: str) -> str:
@@ -44,8 +65,9 @@ def gguf_name(name: str) -> str:
     return f"{_OUTSIDE[module]}.{kind}"
 
 
-def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path: Path) -> MPTConfig:
+def read_config(file: GGUFFile) -> MPTConfig:
     """The config. Raises UnsupportedConfig for another architecture, DamagedFile where something is missing."""
+    keys, tensors, path = file.keys, file.tensors, file.path
     architecture = keys.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise UnsupportedConfig(f"`{path}` holds a `{architecture}`; this reads MPT (`{ARCHITECTURE}`)")
@@ -81,7 +103,7 @@ def read_config(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], path
         vocab_size=tensors["token_embd.weight"].shape[0],
         norm_eps=_decimal(number("attention.layer_norm_epsilon", 1e-5)),
         no_bias="output_norm.bias" not in tensors,
-        tie_word_embeddings="output.weight" not in tensors or is_doubled(tensors, path),
+        tie_word_embeddings="output.weight" not in tensors or is_doubled(file),
         learned_pos_emb=bias_max > 0 or "position_embd.weight" in tensors,
         attn_config=attention_keys(n_heads, n_kv_heads, bias_max, clip, qk_ln),
     )
@@ -97,12 +119,14 @@ def attention_keys(n_heads: int, n_kv_heads: int, bias_max: float, clip: float, 
     return keys
 
 
-def is_doubled(tensors: Mapping[str, GGUFTensor], path: Path) -> bool:
+@lru_cache(maxsize=4)  # a config is asked for several times, and the embedding of 256,000 tokens takes 2 GB
+def is_doubled(file: GGUFFile) -> bool:
     """Whether the output matrix is the embedding once more, byte for byte. An untied one differs in its first piece."""
+    tensors = file.tensors
     one, other = tensors.get("token_embd.weight"), tensors.get("output.weight")
     if one is None or other is None or (one.kind, one.shape) != (other.kind, other.shape):
         return False
-    data = np.memmap(path, np.uint8, "r")
+    data = np.memmap(file.path, np.uint8, "r")
     return all(
         np.array_equal(
             data[one.offset + at : one.offset + min(at + _PIECE, one.n_bytes)],
@@ -112,8 +136,51 @@ def is_doubled(tensors: Mapping[str, GGUFTensor], path: Path) -> bool:
     )
 
 
-def how_made(keys: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> str:
+def read_weights(file: GGUFFile) -> dict[str, Weight]:
+    """Every tensor under the model's name, blocks as packed matrices, a doubled output matrix once.
+
+    Raises DamagedFile for a tensor that MPT does not have.
+    """
+    is_tied = read_config(file).tie_word_embeddings
+    found: dict[str, Weight] = {}
+    for name, tensor in file.tensors.items():
+        ours = model_name(name)
+        if ours is None:
+            raise DamagedFile(f"`{file.path}` holds `{name}`, which is none of MPT's tensors")
+        if name != "output.weight" or not is_tied:  # tied: was found equal
+            found[ours] = _weight(file.path, tensor)
+    return found
+
+
+def _weight(path: Path, tensor: GGUFTensor) -> Weight:
+    if tensor.kind in ggml_blocks.PLAIN_DTYPES:
+        return StoredTensor(path, tensor.offset, ggml_blocks.PLAIN_DTYPES[tensor.kind], tensor.shape)
+    if len(tensor.shape) != 2:
+        raise DamagedFile(f"`{tensor.name}` in `{path}` is {list(tensor.shape)} of {tensor.kind}; blocks make matrices")
+    data = StoredTensor(path, tensor.offset, torch.uint8, (tensor.shape[0], tensor.n_bytes // max(1, tensor.shape[0])))
+    return PackedTensor(
+        file=path,
+        dtype=torch.float32,
+        shape=tensor.shape,
+        packed_bytes=tensor.n_bytes,
+        kind=tensor.kind,
+        packing=tensor.kind,
+        parts=(data,),
+        step=1,
+        formula=_rows_of(tensor.kind),
+    )
+
+
+def _rows_of(kind: str) -> Formula:
+    def values(parts: tuple[Tensor, ...], rows: Rows) -> Tensor:
+        return ggml_blocks.dequantise(kind, parts[0][rows])
+
+    return values
+
+
+def how_made(file: GGUFFile) -> str:
     """The tool, its layout and its types, in words."""
+    keys, tensors = file.keys, file.tensors
     if "tokenizer.huggingface.json" in keys:
         tool = "`mpt convert`"
     elif "tokenizer.ggml.pre" in keys:

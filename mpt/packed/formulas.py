@@ -3,9 +3,10 @@
 Every result is a matrix (out, in), as `nn.Linear.weight`. Values are computed in float32 and rounded once, which is
 what the packages' own dequantisation gives. In shapes, G counts the groups of inputs that share a scale, n the values.
 
-Not here: what a folder says of its packing (`packing.py`), where its tensors lie (`stored.py`), products with weights
-that stay packed. Sources: AutoAWQ 0.2.9 (`WQLinear_GEMM`, `WQLinear_GEMV`), AutoGPTQ 0.7.1 and GPTQModel 7.7.0
-(`QuantLinear`, `dequantize_weight`), bitsandbytes 0.50.2 (`dequantize_4bit`, `int8_vectorwise_dequant`).
+Not here: what a folder says of its packing (`packing.py`), where its tensors lie (`folder.py`), products with weights
+that stay packed (`layers.py`). Sources: AutoAWQ 0.2.9 (`WQLinear_GEMM`, `WQLinear_GEMV`), AutoGPTQ 0.7.1,
+GPTQModel 7.7.0 (`QuantLinear`, `dequantize_weight`), bitsandbytes 0.50.2 (`dequantize_4bit` and
+`int8_vectorwise_dequant`).
 """
 
 import torch
@@ -24,7 +25,7 @@ def awq_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -
     """
     codes = _codes(qweight.t(), 4, _AWQ_ORDER).t()
     zeros = _codes(qzeros.t(), 4, _AWQ_ORDER).t()
-    return _scaled(codes, zeros, scales, torch.arange(len(codes)) // group_size)
+    return _scaled(codes, zeros, scales, torch.arange(len(codes), device=codes.device) // group_size)
 
 
 def awq_gemv(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -35,7 +36,7 @@ def awq_gemv(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -
     """
     codes = _codes(qweight.t(), 4)
     zeros = _codes(qzeros.t(), 4)
-    return _scaled(codes, zeros, scales.t(), torch.arange(len(codes)) // group_size)
+    return _scaled(codes, zeros, scales.t(), torch.arange(len(codes), device=codes.device) // group_size)
 
 
 def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, groups: Tensor, bits: int, zero_offset: int) -> Tensor:
@@ -65,12 +66,13 @@ def bitsandbytes_4bit(packed: Tensor, absmax: Tensor, quant_map: Tensor, block_s
     return _scaled_blocks(values, absmax, block_size)
 
 
-def nested_absmax(codes: Tensor, absmax: Tensor, quant_map: Tensor, block_size: int, offset: float) -> Tensor:
-    """The absmax of double quantisation, float32: quant_map[code] * absmax of the block + offset.
+def nested_absmax(codes: Tensor, absmax: Tensor, quant_map: Tensor, offset: float) -> Tensor:
+    """The absmax of double quantisation, float32: quant_map[code] * absmax of its block + offset.
 
-    codes: uint8, one for each block of weights. absmax: one for each block of these. quant_map: 256 values.
+    codes: (n,) uint8, one for each block of weights. absmax: (n,), of the block that each code is in. quant_map: 256
+    values.
     """
-    return _scaled_blocks(quant_map[codes.int()], absmax, block_size) + offset
+    return quant_map[codes.int()] * absmax + offset
 
 
 def _codes(words: Tensor, bits: int, places: tuple[int, ...] | None = None) -> Tensor:
@@ -81,7 +83,7 @@ def _codes(words: Tensor, bits: int, places: tuple[int, ...] | None = None) -> T
     period = 3 if bits == 3 else 1  # words after which codes and words begin together again
     n = period * 32 // bits
     words = words.contiguous().unflatten(0, (-1, period))  # (W / period, period, m)
-    out = torch.empty(words.shape[0], n, words.shape[2], dtype=torch.uint8)
+    out = torch.empty(words.shape[0], n, words.shape[2], dtype=torch.uint8, device=words.device)
     for k, place in enumerate(places or range(n)):
         word, shift = divmod(bits * k, 32)
         code = words[:, word] >> shift
@@ -98,7 +100,7 @@ def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Ten
     input: picking single values of a matrix (out, G) took several times as long.
     """
     codes = codes.contiguous()
-    out = torch.empty(codes.shape[::-1], dtype=scales.dtype)
+    out = torch.empty(codes.shape[::-1], dtype=scales.dtype, device=scales.device)
     for start in range(0, len(out), _OUTPUTS):
         part = slice(start, start + _OUTPUTS)
         values = codes[:, part].float() - zeros[:, part].float()[groups]

@@ -3,7 +3,7 @@
 Known are AWQ (AutoAWQ), GPTQ (AutoGPTQ, GPTQModel, optimum) and bitsandbytes; other packings are refused by name.
 Keys that say how the weights were found (damping, calibration) or which kernel is to run change no value and are left.
 
-Not here: the formulas (`packed_weights.py`), the tensors (`stored.py`).
+Not here: the formulas (`formulas.py`), the tensors (`folder.py`).
 """
 
 from collections.abc import Mapping

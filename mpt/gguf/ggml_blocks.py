@@ -1,86 +1,25 @@
-"""GGML's tensor types: the plain ones, the blocks that quantised weights are stored in, and the values of both.
+"""The values of GGML's tensors, equal bit for bit to those of the `gguf` package.
 
-A row of a matrix is cut into blocks of 32 or 256 values. A block holds small integers and one or two scales in float16;
-in the types of 256 values the scales of its parts are small integers too. The values are equal bit for bit to those of
-the `gguf` package. Source: ggml, `ggml-common.h` and `dequantize_row_*` of `ggml-quants.c`.
-
-Not here: files that hold such blocks (`conversion/formats/`), and writing blocks, which the `gguf` package does.
+Source: ggml, `dequantize_row_*` of `ggml-quants.c`. Not here: the types (`ggml_types.py`), files that hold such tensors
+(`file.py`, `conversion/formats/ggml_file.py`), and writing blocks, which the `gguf` package does.
 """
-
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_PART = (
-    1 << 18
-)  # values that are computed at a time: they stay in the cache, and a matrix takes little more than its own
+from mpt.gguf.ggml_types import BLOCK_TYPES
+
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_PART = 1 << 18  # values computed at a time: they stay in the cache, and a matrix takes little more than its own
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # what its four bits stand for
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """One type of blocks."""
-
-    name: str
-    number: int  # in files: `enum ggml_type`
-    n_values: int
-    n_bytes: int
-
-
-BLOCK_TYPES: dict[str, BlockType] = {
-    block.name: block
-    for block in (
-        BlockType("Q4_0", 2, 32, 18),
-        BlockType("Q4_1", 3, 32, 20),
-        BlockType("Q5_0", 6, 32, 22),
-        BlockType("Q5_1", 7, 32, 24),
-        BlockType("Q8_0", 8, 32, 34),
-        BlockType("Q2_K", 10, 256, 84),
-        BlockType("Q3_K", 11, 256, 110),
-        BlockType("Q4_K", 12, 256, 144),
-        BlockType("Q5_K", 13, 256, 176),
-        BlockType("Q6_K", 14, 256, 210),
-        BlockType("IQ4_NL", 20, 32, 18),
-    )
-}
-
-PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {0: "F32", 1: "F16", 30: "BF16"} | {block.number: block.name for block in BLOCK_TYPES.values()}
-_NOT_READ = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4",
-}  # fmt: skip
-
-
-def type_name(number: int) -> str | None:
-    """The name of a type that is read, by its number in a file."""
-    return _NAMES.get(number)
-
-
-def unknown_type(number: int) -> str:
-    """For errors: a type that is not read, and those that are."""
-    name = f"{number} ({_NOT_READ[number]})" if number in _NOT_READ else str(number)
-    return f"GGML's type {name}; supported: {', '.join(_NAMES.values())}"
-
-
-def n_bytes(kind: str, shape: tuple[int, ...]) -> int | None:
-    """What a tensor takes; None where its rows do not fill their blocks."""
-    if kind in PLAIN_TYPES:
-        return math.prod(shape) * PLAIN_TYPES[kind].itemsize
-    block = BLOCK_TYPES[kind]
-    if not shape or shape[-1] % block.n_values:
-        return None
-    return math.prod(shape) // block.n_values * block.n_bytes
 
 
 def values(kind: str, shape: tuple[int, ...], data: bytes) -> Tensor:
     """A stored tensor: a plain one in its dtype, one in blocks in float32."""
     stored = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    if kind in PLAIN_TYPES:
-        return stored.view(PLAIN_TYPES[kind]).view(shape)
+    if kind in PLAIN_DTYPES:
+        return stored.view(PLAIN_DTYPES[kind]).view(shape)
     return dequantise(kind, stored.view(*shape[:-1], -1))
 
 
@@ -89,7 +28,7 @@ def dequantise(kind: str, data: Tensor) -> Tensor:
     block = BLOCK_TYPES[kind]
     assert data.dtype == torch.uint8 and data.shape[-1] % block.n_bytes == 0, (kind, data.dtype, data.shape)
     blocks = data.reshape(-1, block.n_bytes)
-    values = torch.empty(len(blocks), block.n_values)
+    values = torch.empty(len(blocks), block.n_values, device=data.device)
     step = _PART // block.n_values
     for start in range(0, len(blocks), step):
         values[start : start + step] = _values(kind, blocks[start : start + step])
@@ -111,7 +50,8 @@ def _values(kind: str, blocks: Tensor) -> Tensor:
     if kind == "Q8_0":
         return _float16(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
     if kind == "IQ4_NL":
-        return _float16(blocks, 0) * torch.tensor(_IQ4_NL, dtype=torch.float32)[halves(blocks[:, 2:]).long()]
+        meant = torch.tensor(_IQ4_NL, dtype=torch.float32, device=blocks.device)
+        return _float16(blocks, 0) * meant[halves(blocks[:, 2:]).long()]
     if kind == "Q2_K":
         return _q2_k(blocks)
     if kind == "Q3_K":
@@ -147,7 +87,7 @@ def _shifted(data: Tensor, shifts: range, mask: int) -> Tensor:
     axis = data.shape.index(1, 1)
     shape = [1] * data.dim()
     shape[axis] = len(shifts)
-    return data >> torch.tensor(list(shifts), dtype=torch.uint8).view(shape) & mask
+    return data >> torch.tensor(list(shifts), dtype=torch.uint8, device=data.device).view(shape) & mask
 
 
 def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,18 +3,17 @@
 The `gguf` package's reader trusts its input. So this one is ours: every count and length is bounded by the file's size
 before anything is allocated. Source: the GGUF specification (ggml, docs/gguf.md).
 
-Not here: what the keys mean for MPT (`gguf_model.py`, `gguf_tokenizer.py`), and writing (`conversion/formats/`).
+Not here: what the keys mean for MPT ((`model.py`, `tokenizer.py`)), and writing (`conversion/formats/`).
 """
 
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mpt import ggml_blocks
 from mpt.errors import DamagedFile, UserError
+from mpt.gguf import ggml_types
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -26,7 +25,7 @@ class GGUFTensor:
     """One tensor of the file."""
 
     name: str
-    kind: str  # a name of `ggml_blocks`
+    kind: str  # a name of `ggml_types`
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
@@ -46,10 +45,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     found: dict[str, GGUFTensor] = {}
     end = 0
     for name, shape, number, offset in sorted(described, key=lambda entry: entry[3]):
-        kind = ggml_blocks.type_name(number)
+        kind = ggml_types.type_name(number)
         if kind is None:
-            raise DamagedFile(f"`{name}` in `{path}` has {ggml_blocks.unknown_type(number)}")
-        size = ggml_blocks.n_bytes(kind, shape)
+            raise DamagedFile(f"`{name}` in `{path}` has {ggml_types.unknown_type(number)}")
+        size = ggml_types.n_bytes(kind, shape)
         if size is None:
             raise DamagedFile(f"`{name}` in `{path}` is {list(shape)}, whose rows do not fill blocks of {kind}")
         if name in found or offset < end or start + offset + size > header.size:
@@ -64,7 +63,10 @@ class _Header:
 
     def __init__(self, path: Path) -> None:
         self._path, self.size, self.at = path, path.stat().st_size, 0
-        self._data = np.memmap(path, np.uint8, "r") if self.size else np.empty(0, np.uint8)
+        self._data: bytes | mmap.mmap = b""
+        if self.size:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def parse(self) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]]]:
         """Keys, and of each tensor name, shape, type and offset."""
@@ -88,7 +90,7 @@ class _Header:
 
     def _take(self, format_: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + format_)
-        data = self._data[self.at : self.at + size].tobytes()
+        data = self._data[self.at : self.at + size]
         if len(data) != size:
             raise DamagedFile(f"`{self._path}` ends early; copy it again")
         self.at += size

@@ -1,0 +1,113 @@
+"""A model whose matrices stay packed: layers that unpack some rows at a time while they multiply.
+
+Right on every machine, in the memory of the packed matrices and of one piece. Not here: what a matrix is packed as
+(`matrix.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpt.errors import UserError
+from mpt.model import MPTForCausalLM, product
+from mpt.packed.matrix import PackedMatrix, PackedTensor, Weight
+
+
+class PackedLinear(nn.Linear):
+    """A projection whose weight (n_out, n_in) stays packed, in place of the one it is made of."""
+
+    def __init__(self, linear: nn.Linear, matrix: PackedMatrix) -> None:
+        nn.Module.__init__(self)  # nothing of nn.Linear's: its weight is a parameter, which packed integers cannot be
+        self.matrix = matrix
+        self.bias = linear.bias
+        self.out_features, self.in_features = matrix.shape
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Product.apply(x, self.matrix)
+        return out if self.bias is None else out + self.bias
+
+
+class PackedEmbedding(nn.Embedding):
+    """An embedding (vocabulary, C) that stays packed; rows are unpacked when they are looked up."""
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.matrix, self.dtype = matrix, dtype
+        self.num_embeddings, self.embedding_dim = matrix.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.matrix.pick(ids.reshape(-1)).to(self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedEmbedding":
+        """Of `.to(dtype)`: what it gives from now on; the matrix stays."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, whose gradient unpacks W again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix) -> Tensor:
+        ctx.matrix = matrix
+        out = x.new_empty(*x.shape[:-1], matrix.shape[0])
+        for rows, values in matrix.pieces():
+            out[..., rows] = product(x, values.to(x.dtype))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        found = gradient.new_zeros(*gradient.shape[:-1], ctx.matrix.shape[1], dtype=torch.float32)
+        for rows, values in ctx.matrix.pieces():
+            found += gradient[..., rows] @ values.to(gradient.dtype)
+        return found.to(gradient.dtype), None
+
+
+def put_into(
+    model: MPTForCausalLM, weights: Mapping[str, Weight], device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Let a model's packed matrices stay so, in place; the model may be on the meta device.
+
+    weights: where each parameter is stored. dtype: of what an embedding gives.
+    """
+    for name, module in list(model.named_modules()):
+        weight = weights.get(f"{name}.weight")
+        if not isinstance(weight, PackedTensor) or not weight.packed_bytes:
+            continue
+        is_embedding = isinstance(module, nn.Embedding)
+        if is_embedding and weight.step != 1:  # single rows cannot be had
+            continue
+        matrix = weight.open(mapped=True).to(device)
+        parent, _, key = name.rpartition(".")
+        made = PackedEmbedding(matrix, dtype) if is_embedding else PackedLinear(_linear(module), matrix)
+        setattr(model.get_submodule(parent), key, made)
+    wte = model.transformer.wte
+    if model.config.tie_word_embeddings and isinstance(wte, PackedEmbedding):
+        model.lm_head = PackedLinear(model.lm_head, wte.matrix)
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear), module
+    return module
+
+
+def tie_weights(model: MPTForCausalLM) -> None:
+    """As `model.tie_weights`, for a model whose embedding may be packed, and so be its head already."""
+    if not isinstance(model.transformer.wte, PackedEmbedding):
+        model.tie_weights()
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What the packed matrices of a model take, each once."""
+    layers = (module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding))
+    return sum({id(layer.matrix): layer.matrix.n_bytes for layer in layers}.values())
+
+
+def refuse_to_save(model: nn.Module) -> None:
+    """Raises UserError for a model whose matrices are packed: it has no weights that other tools read."""
+    if packed_bytes(model):
+        raise UserError("the model's matrices are packed, so it cannot be saved; load it with `stay_packed=False`")
