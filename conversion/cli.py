@@ -181,10 +181,17 @@ def _described(source: "Source") -> dict[str, Any]:
 
 
 def _memory(source: "Source") -> str:
-    """Weights in their dtype, and what each 1,000 tokens of every running request add."""
-    config, dtype = source.config, str(source.dtype).removeprefix("torch.")
-    kv_bytes = 1000 * config.kv_bytes_per_token // 2 * source.dtype.itemsize
-    return f"{source.n_bytes / 1e9:.3g} GB of weights in {dtype}, {kv_bytes / 1e9:.3g} GB of KV cache per 1,000 tokens"
+    """Weights in their dtype or as they are packed, and what each 1,000 tokens of every running request add."""
+    from mpt.checkpoint import packed_sizes, stored_tensors
+    from mpt.stored import StoredTensor
+
+    n_bytes, itemsize, kinds = source.n_bytes, source.dtype.itemsize, str(source.dtype).removeprefix("torch.")
+    packed = packed_sizes(source.path) if source.kind in ("huggingface", "gguf") else {}
+    if packed:
+        plain = [tensor.n_bytes for tensor in stored_tensors(source.path).values() if isinstance(tensor, StoredTensor)]
+        n_bytes, itemsize, kinds = sum(packed.values()) + sum(plain), 2, " and ".join(packed)
+    kv_bytes = 1000 * source.config.kv_bytes_per_token // 2 * itemsize
+    return f"{n_bytes / 1e9:.3g} GB of weights in {kinds}, {kv_bytes / 1e9:.3g} GB of KV cache per 1,000 tokens"
 
 
 def _next_commands(source: "Source", given: str) -> dict[str, str]:
@@ -204,7 +211,7 @@ def _next_commands(source: "Source", given: str) -> dict[str, str]:
     serve, finetune = f"{through}mpt serve --model FOLDER", f"{through}train finetune --base FOLDER --data FILE.jsonl"
     if any(row.is_run for row in rows):
         serve = f"mpt serve --model {named}"
-    if any(row.marker == "config.json" for row in rows):
+    if any(row.is_base for row in rows):
         finetune = f"train finetune --base {path} --data FILE.jsonl"
     return {"serve": serve, "convert": f"mpt convert {path} TARGET --to {formats}", "finetune": finetune}
 

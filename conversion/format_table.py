@@ -56,6 +56,7 @@ class Format:
     marker: str = ""  # the file by which a folder is recognised, for messages
     suffix: str = ""  # of a checkpoint that is one file
     is_run: bool = False  # whether `mpt serve` runs it as it is
+    is_base: bool = False  # whether `train finetune` takes it as a base as it is
 
     def reader(self) -> Reader:
         return self.module()
@@ -140,6 +141,7 @@ FORMATS: dict[str, Format] = {
         is_at=lambda path: (path / "config.json").is_file(),
         marker="config.json",
         is_run=True,
+        is_base=True,
         help="safetensors, for transformers and every tool that reads them",
         dtypes=("float32", "float16", "bfloat16"),
         has_card=True,
@@ -179,6 +181,8 @@ FORMATS: dict[str, Format] = {
         module=_gguf,
         is_at=lambda path: _magic(path) == b"GGUF",
         suffix=".gguf",
+        is_run=True,
+        is_base=True,
         help="for llama.cpp",
         dtypes=("float32", "float16", "bfloat16", "int8", "int4"),
         file="model.gguf",

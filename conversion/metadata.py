@@ -53,9 +53,7 @@ def chat_template(source: Source) -> str | None:
 
 
 def _entry(source: Source) -> Entry | None:
-    if source.folder is None:
-        return None
     try:
-        return describe(str(source.folder))
+        return describe(str(source.folder or source.path))
     except MPTError:
         return None

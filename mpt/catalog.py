@@ -1,8 +1,9 @@
 """The checkpoints with a name, what is known of each, and where a name or path leads on this machine.
 
-A name is looked up as a folder, in the folder `$MPT_HOME`, in this package (the mpt-tiny family), in the Hugging Face
-cache, and last on the hub. MosaicML's originals were withdrawn from the hub in January 2026, so a local copy or a
-mirror's repository id is the usual way to them. Code that lies beside a checkpoint is neither downloaded nor run.
+A place is a Hugging Face style folder, or a GGUF file. A name is looked up as a place, in the folder `$MPT_HOME`, in
+this package (the mpt-tiny family), in the Hugging Face cache, and last on the hub. MosaicML's originals were withdrawn
+from the hub in January 2026, so a local copy or a mirror's repository id is the usual way to them. Code that lies
+beside a checkpoint is neither downloaded nor run.
 """
 
 import logging
@@ -12,18 +13,24 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from mpt.checkpoint_text import find_template
+from mpt.checkpoint_text import find_template, open_tokenizer
 from mpt.config_keys import language_model
 from mpt.errors import CheckpointNotFound, MachineRefused, UserError
 from mpt.files import read_json, read_optional_json
+from mpt.gguf.file import is_gguf, open_gguf
+from mpt.manifest import MANIFEST, read_manifest
 from mpt.prompts import MPT_7B_CHAT_SYSTEM, MPT_30B_CHAT_SYSTEM, PROMPT_STYLES, PromptStyle
-from mpt.tokenizer import CHATML_START, Tokenizer
+from mpt.tokenizer import CHATML_START
 
 log = logging.getLogger(__name__)
 
 UNKNOWN_LICENCE = "unknown"
 _TINY = Path(__file__).parent / "tiny"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What quantisers add to a checkpoint's name: `.Q4_K_M.gguf`, `-f16.gguf`, `-AWQ`, `-GPTQ-4bit-128g`.
+_PACKED_NAME = re.compile(
+    r"([.-](gguf|awq|gptq|bnb|nf4|fp4|int[48]|w?[2-8]-?bit|\d+g|i?q\d\w*|b?f(16|32)|fp(16|32)))+$", re.IGNORECASE
+)
 _SMALL_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja", "LICENSE*"]
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is absent
 
@@ -130,14 +137,14 @@ def descendant(path: Path, shape: tuple[int, int, int, int]) -> tuple[Descendant
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder of a checkpoint, downloaded if need be (gigabytes, into the Hugging Face cache).
+    """The place of a checkpoint, downloaded if need be (gigabytes, into the Hugging Face cache).
 
     Raises CheckpointNotFound with the next step to take, MachineRefused when the disk is full.
     """
     given = str(name_or_path)
-    folder = find_local(given)
-    if folder is not None:
-        return folder
+    place = find_local(given)
+    if place is not None:
+        return place
     entry = _known(given)
     repo_id = entry.repo_id if entry else given if _REPO_ID.fullmatch(given) else None
     if repo_id is not None:
@@ -148,13 +155,14 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def find_local(name_or_path: str | Path) -> Path | None:
-    """The folder of a checkpoint that is already on this machine, or None; never touches the network.
+    """The place of a checkpoint that is already on this machine, or None; never touches the network.
 
-    Raises CheckpointNotFound for a file, and for a folder without config.json that no name of the catalog explains.
+    Raises CheckpointNotFound for a file that is no GGUF, and for a folder without config.json that no name of the
+    catalog explains.
     """
     given = str(name_or_path)
     path = Path(given).expanduser()
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_gguf(path):
         return path
     entry = _known(given)
     if entry is None and (path / "adapter_config.json").is_file():
@@ -162,7 +170,9 @@ def find_local(name_or_path: str | Path) -> Path | None:
         raise CheckpointNotFound(f"`{path}` holds adapters alone; add them to their base with `{merge}`")
     refuse_ctranslate2(path)
     if entry is None and path.exists():
-        what = "has no config.json" if path.is_dir() else "is a file"
+        if inside := sorted(path.glob("*.gguf")):
+            raise CheckpointNotFound(f"`{path}` has no config.json; give one of its GGUF files, such as `{inside[0]}`")
+        what = "has no config.json" if path.is_dir() else "is a file and no GGUF"
         raise CheckpointNotFound(
             f"`{path}` {what}; give the folder that holds a checkpoint's config.json and weights, or make one of a "
             f"copy in another format: `mpt convert {path} FOLDER --to hf`"
@@ -188,21 +198,25 @@ def refuse_ctranslate2(folder: Path) -> None:
 
 
 def describe(name_or_path: str | Path) -> Entry:
-    """What is known of a checkpoint: its catalog entry, corrected by the folder on this machine, if there is one.
+    """What is known of a checkpoint: its catalog entry, corrected by the copy on this machine, if there is one.
 
-    A folder's manifest.json and config.json come before the catalog. A folder that states no prompt style is taken for
-    an instruct model when its name says so. Never downloads.
+    A copy's manifest.json and config.json, or the keys of its GGUF file, come before the catalog. A copy that states no
+    prompt style is taken for an instruct model when its name says so. Never downloads.
     """
     given = str(name_or_path)
-    folder = find_local(given)
-    entry = _known(given) or (_known(folder.name) if folder else None)
-    if folder is None:
+    place = find_local(given)
+    entry = _entry_of(given, place)
+    if place is None:
         if entry is None:
             raise CheckpointNotFound(_not_found(given))
         return entry
-    manifest, config = read_optional_json(folder / "manifest.json"), read_optional_json(folder / "config.json")
+    manifest, config = read_manifest(place) or {}, read_optional_json(place / "config.json")
+    if is_gguf(place):
+        file = open_gguf(place)
+        config = {"max_seq_len": file.keys.get("mpt.context_length")}
+        manifest = {"name": place.stem, "licence": file.text("general.license")} | manifest
     if entry is None:
-        name = str(manifest.get("name") or folder.resolve().name)
+        name = str(manifest.get("name") or place.resolve().name)
         entry = Entry(name, None, 2048, "instruct" if "instruct" in name.lower() else "none", UNKNOWN_LICENCE)
     stated = stated_style(given)
     config = language_model(config) or config
@@ -219,35 +233,41 @@ def describe(name_or_path: str | Path) -> Entry:
 def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
     """A checkpoint's prompt style and what states it, or None where nothing does; a name is never read for hints.
 
-    The folder's manifest.json comes first, then the catalog, the tokenizer's chat template and its ChatML tokens. Never
+    The copy's manifest.json comes first, then the catalog, the tokenizer's chat template and its ChatML tokens. Never
     downloads.
     """
     given = str(name_or_path)
-    folder = find_local(given)
-    manifest = read_optional_json(folder / "manifest.json") if folder else {}
-    if folder and "prompt_style" in manifest:
+    place = find_local(given)
+    manifest = (read_manifest(place) if place else None) or {}
+    if place and "prompt_style" in manifest:
         style = manifest["prompt_style"]
         if style not in PROMPT_STYLES:
             known = ", ".join(PROMPT_STYLES)
-            raise UserError(f"`{folder / 'manifest.json'}` has prompt_style `{style}`; known: {known}")
+            raise UserError(f"the {MANIFEST} of `{place}` has prompt_style `{style}`; known: {known}")
         return style, "its manifest.json"
-    entry = _known(given) or (_known(folder.name) if folder else None)
+    entry = _entry_of(given, place)
     if entry is not None:
         return entry.prompt_style, "the catalog"
-    if folder is None:
+    if place is None:
         raise CheckpointNotFound(_not_found(given))
-    if find_template(folder) is not None:
+    if find_template(place) is not None:
         return "template", "its chat template"
-    if _has_chatml(folder):
+    if _has_chatml(place):
         return "chatml", f"its tokenizer has `{CHATML_START}`"
     return None
 
 
-def _has_chatml(folder: Path) -> bool:
+def _has_chatml(place: Path) -> bool:
     try:
-        return Tokenizer.from_folder(folder).special_id(CHATML_START) is not None
+        return open_tokenizer(place).special_id(CHATML_START) is not None
     except UserError:  # none that is read, which whoever needs it says
         return False
+
+
+def _entry_of(given: str, place: Path | None) -> Entry | None:
+    """The catalog's entry of a name, a folder's name, or a copy whose name says of which checkpoint and how packed."""
+    names = [given] if place is None else [given, place.name, _PACKED_NAME.sub("", place.name)]
+    return next((entry for entry in map(_known, names) if entry is not None), None)
 
 
 def _known(name_or_path: str) -> Entry | None:

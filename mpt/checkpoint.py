@@ -421,13 +421,13 @@ def say_unpacked(place: Path, weights: Mapping[str, Weight]) -> None:
         log.info("`%s`: %s", place, said)
 
 
-def packed_kinds(place: Path) -> str | None:
-    """What most matrices of a checkpoint are packed as, and what others are: "Q4_0 and Q6_K"; None where none is."""
+def packed_sizes(place: Path) -> dict[str, int]:
+    """What a checkpoint's matrices are packed as, and the bytes of each kind as they lie, the largest first."""
     n_bytes: dict[str, int] = {}
     for tensor in stored_tensors(place).values():
         if isinstance(tensor, PackedTensor) and tensor.packed_bytes:
             n_bytes[tensor.kind] = n_bytes.get(tensor.kind, 0) + tensor.packed_bytes
-    return " and ".join(sorted(n_bytes, key=lambda kind: -n_bytes[kind])) or None
+    return dict(sorted(n_bytes.items(), key=lambda item: -item[1]))
 
 
 def _generation_config(place: Path) -> GenerationConfig:

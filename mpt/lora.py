@@ -106,7 +106,7 @@ def adaptable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
 def load_adapter(name: str, folder: Path, model: torch.nn.Module) -> Adapter:
     """An adapter for this model, in its dtype and on its device. Raises like `open_lora` and `LoraFolder.pairs`."""
     lora = open_lora(folder)
-    shapes = {f"{name}.weight": tuple(module.weight.shape) for name, module in adaptable(model)}
+    shapes = {f"{name}.weight": (module.out_features, module.in_features) for name, module in adaptable(model)}
     like = next(weight for weight in model.parameters() if weight.is_floating_point())  # projections may be int8
     pairs = {}
     for matrix, (a, b) in lora.pairs(shapes).items():

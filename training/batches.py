@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mpt.catalog import resolve
+from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.prompts import PromptFormat, open_format
 from mpt.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from training.run import Run
 
 def load_tokenizer(run: Run) -> Tokenizer:
     """The tokenizer the run names, or its base's."""
-    return Tokenizer.from_folder(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
+    return open_tokenizer(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
 
 
 def load_format(run: Run, tokenizer: Tokenizer) -> PromptFormat:

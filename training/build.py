@@ -14,6 +14,7 @@ import mpt.manifest
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
+from mpt.packed import layers as packed_layers
 from mpt.packed.matrix import Weight
 from training import adapters, distributed, memory
 from training.distributed import World
@@ -30,9 +31,13 @@ def model(run: Run, world: World) -> MPTForCausalLM:
     built.to(torch.float32)
     stored = None
     if run.base is not None:
-        folder = resolve(run.base)
-        mpt.manifest.verify_manifest(folder)
-        stored = mpt.checkpoint.weights_of(built, folder)
+        place = resolve(run.base)
+        mpt.manifest.verify_manifest(place)
+        stored = mpt.checkpoint.weights_of(built, place)
+        if run.lora is not None and run.lora.bits != 4:  # frozen, so they may lie as they are; QLoRA packs them anew
+            packed_layers.put_into(built, stored, world.device, torch.float32)
+        else:
+            mpt.checkpoint.say_unpacked(place, stored)
     if run.lora is not None:
         adapters.add(built, run.lora, run.precision)
     torch.manual_seed(run.seed)
@@ -40,7 +45,7 @@ def model(run: Run, world: World) -> MPTForCausalLM:
         _fill(built, f"transformer.blocks.{number}", stored, run, world.device)
         distributed.shard(block, run, world)
     _fill(built, "", stored, run, world.device)
-    built.tie_weights()
+    packed_layers.tie_weights(built)
     built.train()
     memory.checkpoint_activations(built, run.activation_checkpointing)
     distributed.shard_root(built, run, world)

@@ -115,7 +115,7 @@ def pretrain(
         _refuse({"--recipe": recipe}, "does not go with --config, which holds a whole run")
         run = recipes.change(Run.read(config), **changes)
     else:
-        from mpt.tokenizer import Tokenizer
+        from mpt.checkpoint_text import open_tokenizer
         from training.data import files
 
         recipe = recipe or recipes.DEFAULT_SIZE
@@ -124,7 +124,7 @@ def pretrain(
                 raise UserError(f"`--{name}` is missing; give --data and --tokenizer, or --config with a run.json")
         data, tokenizer = changes.pop("data"), changes.pop("tokenizer")
         out = changes.pop("out", None) or f"runs/{recipe}-{files.stem(data)}"
-        vocab_size = Tokenizer.from_folder(tokenizer).vocab_size
+        vocab_size = open_tokenizer(tokenizer).vocab_size
         run = recipes.make_pretraining(recipe, data, out, tokenizer, vocab_size, **changes)
     _train(run, resume, dry_run, gpus)
 

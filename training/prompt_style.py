@@ -9,9 +9,10 @@ the user's turn (`mpt/prompts.py`).
 from typing import Any
 
 from mpt.catalog import find_local, stated_style
+from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.prompts import PROMPT_STYLES, PromptStyle
-from mpt.tokenizer import CHATML_START, Tokenizer
+from mpt.tokenizer import CHATML_START
 from training import datasets, recipes
 from training.run import Run
 
@@ -51,4 +52,4 @@ def settle(changes: dict[str, Any]) -> None:
 def _lacks_chatml(run: Run) -> bool:
     """Whether a tokenizer on this machine cannot write ChatML; one that is still to be downloaded is not judged."""
     folder = run.tokenizer or find_local(str(run.base))
-    return folder is not None and Tokenizer.from_folder(folder).special_id(CHATML_START) is None
+    return folder is not None and open_tokenizer(folder).special_id(CHATML_START) is None

@@ -18,7 +18,7 @@ from mpt.backends.backend import Backend
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.native.available import ModelFacts, Unavailable, features, why_no_prompts, why_no_step
 from mpt.backends.native.library import load as load_c
-from mpt.checkpoint import load, read_config, stored_dtype
+from mpt.checkpoint import load, packed_sizes, read_config, stored_dtype
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
 from mpt.manifest import read_manifest, verify_manifest
@@ -44,7 +44,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a model. precision: of weights and cache, in words; dtype: of weights, where torch reads them."""
+    """What computes a model. precision: of weights and cache, in words; dtype: of weights, where torch reads them;
+    stay_packed: quantised weights are left as they lie."""
 
     backend: Literal["torch", "paged", "sharded", "onnx", "triton"]
     device: str
@@ -52,6 +53,7 @@ class Choice:
     steps: tuple[Step, ...]
     capabilities: Capabilities
     dtype: torch.dtype | None = None
+    stay_packed: bool = False
 
     def sentences(self) -> Iterator[str]:
         """What runs and why nothing faster does, the kinds of steps that run alike in one sentence."""
@@ -103,7 +105,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 
         return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device)
     assert choice.backend in ("torch", "paged"), choice
-    model = load(folder, dtype=choice.dtype, device=choice.device)
+    model = load(folder, dtype=choice.dtype, device=choice.device, stay_packed=choice.stay_packed)
     if choice.backend == "paged":
         from mpt.backends.paged_backend import PagedBackend
 
@@ -121,7 +123,8 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 
 def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     """A model in this process on CPU: C where it can, torch elsewhere."""
-    dtype = _dtype(folder, config, options)
+    dtype = _dtype(folder, config, options, "cpu")
+    packed = " and ".join(packed_sizes(folder)) if options.quantize is None else ""  # int8 is made of the real values
     int8_weights, int8_cache = options.quantize == "int8", options.kv_cache == "int8"
     if (int8_weights or int8_cache) and dtype != torch.bfloat16:
         flag = "--quantize" if int8_weights else "--kv-cache"
@@ -129,7 +132,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
             f"`{flag} int8` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
             f"`--dtype bfloat16`, or leave `{flag}` out"
         )
-    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False)
+    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed or None)
     why_not = why_no_step(config, **facts)
     if int8_cache and why_not is not None:
         raise MachineRefused(
@@ -143,7 +146,9 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
         )
     why_not = why_no_prompts(config, **facts)
     prompt = Step("prompt", "torch", why_not) if why_not else Step("prompt", *_in_c())
-    precision = "int8 weights, bfloat16" if int8_weights else _name(dtype)
+    precision = f"{'int8' if int8_weights else packed} weights, {_name(dtype)}"
+    if not (int8_weights or packed):
+        precision = _name(dtype)
     return Choice(
         backend="torch",
         device="cpu",
@@ -151,6 +156,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
         steps=(replace(few, kind="one token"), few, prompt, _draw("cpu")),
         capabilities=replace(capabilities.TORCH, exact_guesses=few.runs != "torch"),
         dtype=dtype,
+        stay_packed=bool(packed),
     )
 
 
@@ -158,7 +164,7 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
     """A model in this process on CUDA, its cache in pages."""
     from mpt.backends.paged_attention import has_triton, why_no_flash
 
-    dtype = _dtype(folder, read_config(folder), options)
+    dtype = _dtype(folder, read_config(folder), options, "cuda")
     no_flash = why_no_flash("cuda", dtype)
     prompt = Step("prompt", "FlexAttention" if no_flash else "flash-attn", no_flash)
     no_triton = None if has_triton() else "Triton is not installed"
@@ -178,8 +184,8 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
 
 def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> Choice:
     """A model over several processes, each with a share of the heads."""
-    dtype = _dtype(folder, config, options)
-    why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True)
+    dtype = _dtype(folder, config, options, device)
+    why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True, packed=None)
     return Choice(
         backend="sharded",
         device=device,
@@ -242,13 +248,16 @@ def _device(options: ModelOptions) -> str:
     return options.device
 
 
-def _dtype(folder: Path, config: MPTConfig, options: ModelOptions) -> torch.dtype:
-    """What was asked for; else bfloat16 where int8 is computed beside it; else what the checkpoint stores."""
+def _dtype(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> torch.dtype:
+    """What was asked for; else bfloat16 beside int8 and beside packed weights, unless a GPU's config says another; else
+    what the checkpoint stores."""
     if options.dtype != "auto":
         found = getattr(torch, options.dtype)
         assert isinstance(found, torch.dtype)
         return found
     if options.quantize or options.kv_cache == "int8":
+        return torch.bfloat16
+    if packed_sizes(folder) and (device == "cpu" or config.dtype is None):
         return torch.bfloat16
     return stored_dtype(folder, config)
 

@@ -29,7 +29,7 @@ class PackedModel:
         attend: over (1, H, N + n_extra, D), the last n_extra of which mean nothing.
         """
         transformer = self.model.transformer
-        device = transformer.wte.weight.device
+        device = transformer.norm_f.weight.device
         tokens = [token for item in work for token in item.tokens]
         ids = torch.tensor(tokens + [0] * n_extra, device=device)[None]  # (1, N)
         positions = None

@@ -64,7 +64,7 @@ class TorchBackend:
         self.model: MPTForCausalLM = model
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
-        self._weight = model.transformer.wte.weight
+        self._weight = model.transformer.norm_f.weight  # whose dtype and device the cache has
         attn: Any = model.transformer.blocks[0].attn
         self._shape = (2, int(attn.n_kv_heads), config.d_head)
         self._n_layers: int = config.n_layers

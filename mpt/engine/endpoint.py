@@ -14,6 +14,7 @@ from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import Entry, describe, resolve
 from mpt.chat_template import ChatTemplate
 from mpt.checkpoint import load, read_config
+from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.adapters import Adapters
 from mpt.engine.engine import Engine
 from mpt.engine.grammar import Grammars
@@ -23,6 +24,7 @@ from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
 from mpt.errors import MachineRefused, UserError
 from mpt.memory import available_bytes
 from mpt.options import ModelOptions
+from mpt.packed.layers import packed_bytes
 from mpt.prompts import PromptStyle, open_format
 from mpt.tokenizer import Tokenizer
 
@@ -77,7 +79,7 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
     config = read_config(folder)
     choice = choose(name, folder, options)
     context = options.context_length or config.max_seq_len
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = open_tokenizer(folder)
     tokenizer.require_rows(config.vocab_size, folder)
     prompts = open_format(folder, options.asked_style or entry.prompt_style, tokenizer, options.template_file)
     engine: Engine | TritonEngine
@@ -161,7 +163,7 @@ def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: Mod
         return Speculation(PromptLookup()) if options.speculate and is_exact else None
     assert is_exact, "`choose` has refused a draft elsewhere"
     folder = resolve(options.draft)
-    if Tokenizer.from_folder(folder).vocabulary != tokenizer.vocabulary:
+    if open_tokenizer(folder).vocabulary != tokenizer.vocabulary:
         raise UserError(f"`{options.draft}` has another tokenizer than `{name}`; a draft must read the same tokens")
     model = load(folder, dtype=torch.bfloat16, device="cpu")
     return Speculation(DraftModel(TorchBackend(model), min(backend.vocab_size, model.config.vocab_size)))
@@ -170,6 +172,8 @@ def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: Mod
 def _default_kv_bytes(backend: Backend, context: int, max_running: int, choice: Choice, n_sharing: int) -> int:
     """Room for every row at full context, or this model's share of the free memory if that is less."""
     free = torch.cuda.mem_get_info()[0] if choice.device == "cuda" else available_bytes()
+    if choice.stay_packed and backend.model is not None:
+        free -= packed_bytes(backend.model)  # mapped: they count as free until they are read
     share = int(free * _KV_SHARE / n_sharing)
     wanted = backend.bytes_per_token * backend.capacity_for(context) * max_running
     if share < backend.bytes_per_token * backend.capacity_for(1):

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from mpt.catalog import describe, resolve
 from mpt.checkpoint import read_config
+from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Progress, Sampling
@@ -32,7 +33,7 @@ class LocalModel:
         """Raises MPTError for a checkpoint that is not there."""
         folder = resolve(options.root)
         self.entry = describe(options.root)
-        self.tokenizer = Tokenizer.from_folder(folder)
+        self.tokenizer: Tokenizer = open_tokenizer(folder)
         style = options.asked_style or self.entry.prompt_style
         self.style, self._template = open_format(folder, style, self.tokenizer, options.template_file)
         self._config = read_config(folder)

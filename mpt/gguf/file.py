@@ -14,7 +14,7 @@ from mpt.gguf.header import GGUFTensor, read_header
 from mpt.gguf.tokenizer import read_tokenizer
 from mpt.tokenizer import Tokenizer
 
-MAGIC = b"GGUF"
+_MAGIC = b"GGUF"
 _TOKEN_KEYS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # GGUF's names and templates'
 
 
@@ -63,7 +63,7 @@ def is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def open_gguf(path: Path) -> GGUFFile:

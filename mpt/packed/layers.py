@@ -24,8 +24,15 @@ class PackedLinear(nn.Linear):
         self.bias = linear.bias
         self.out_features, self.in_features = matrix.shape
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Its shape without values, for peft, which asks every layer for it."""
+        return torch.empty(self.matrix.shape, device="meta")
+
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         out: Tensor = _Product.apply(x, self.matrix)
         return out if self.bias is None else out + self.bias
 

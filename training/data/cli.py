@@ -73,7 +73,7 @@ def inspect(
 ) -> None:
     """Say what a folder of shards holds, and show its first samples."""
     from mpt.catalog import resolve
-    from mpt.tokenizer import Tokenizer
+    from mpt.checkpoint_text import open_tokenizer
     from training.data.streams import Source
 
     source = Source(path)
@@ -84,7 +84,7 @@ def inspect(
     print("columns " + ", ".join(f"{name}: {encoding}" for name, encoding, _ in source.shards[0].columns))
     if lengths:
         print(f"tokens_per_sample {min(lengths)} to {max(lengths)} (of the first {len(lengths)})")
-    known = Tokenizer.from_folder(resolve(tokenizer)) if tokenizer else None
+    known = open_tokenizer(resolve(tokenizer)) if tokenizer else None
     for n in range(min(samples, source.n_samples)):
         tokens = source.tokens(n, known)
         print(f"\nsample {n}, {len(tokens)} tokens:")

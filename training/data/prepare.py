@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ _tokenizer: Tokenizer | None = None  # a worker's own
 
 def _start(folder: Path) -> None:
     global _tokenizer
-    _tokenizer = Tokenizer.from_folder(folder)
+    _tokenizer = open_tokenizer(folder)
 
 
 def _tokenize(texts: list[str]) -> mds.Tokens:

@@ -8,8 +8,8 @@ import torch
 
 import mpt.checkpoint
 from mpt.catalog import resolve
+from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import MachineRefused, UserError
-from mpt.tokenizer import Tokenizer
 from training.evaluation import scoring, tiny_tasks
 from training.evaluation.scoring import Score
 from training.evaluation.tasks import Query
@@ -22,10 +22,10 @@ class Local:
     """A checkpoint loaded here."""
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """dtype: None keeps the file's."""
+        """dtype: None keeps the file's. Quantised weights stay as they lie."""
         folder = resolve(name)
-        self.tokenizer = Tokenizer.from_folder(folder)
-        self.model = mpt.checkpoint.load(folder, device=device, dtype=dtype)
+        self.tokenizer = open_tokenizer(folder)
+        self.model = mpt.checkpoint.load(folder, device=device, dtype=dtype, stay_packed=True)
         self.max_seq_len: int = self.model.config.max_seq_len
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:
@@ -55,7 +55,7 @@ class Served:
     def __init__(self, url: str, name: str, tokenizer: str, api_key: str | None = None) -> None:
         import httpx
 
-        self.tokenizer = Tokenizer.from_folder(resolve(tokenizer))
+        self.tokenizer = open_tokenizer(resolve(tokenizer))
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(base_url=url.rstrip("/") + "/", headers=headers, timeout=600)
         self._name = name

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 import mpt.checkpoint
 from mpt.catalog import describe, resolve
+from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
@@ -34,8 +35,8 @@ _CHUNK = 4096  # tokens of a long prompt read at a time
 def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
     """Scores of a checkpoint on these tasks, by default those its prompt style is made for."""
     folder = resolve(model_name)
-    model = mpt.checkpoint.load(folder)
-    tokenizer = Tokenizer.from_folder(folder)
+    model = mpt.checkpoint.load(folder, stay_packed=True)
+    tokenizer = open_tokenizer(folder)
     entry = describe(folder)
     if not tasks:
         by_style: dict[PromptStyle, tuple[str, ...]] = {"instruct": ("yaml_to_json",), "chatml": ("chat",)}

@@ -28,6 +28,7 @@ class ModelFacts(TypedDict):
     device: str
     int8_weights: bool
     is_shared: bool  # over processes, each with some of the heads
+    packed: str | None  # what weights stay packed as, in words
 
 
 def why_no_step(config: MPTConfig, *, variant: str | None = None, **facts: Unpack[ModelFacts]) -> str | None:
@@ -39,6 +40,8 @@ def why_no_step(config: MPTConfig, *, variant: str | None = None, **facts: Unpac
     dtype, int8_weights = facts["dtype"], facts["int8_weights"]
     if facts["is_shared"]:
         return "a model shared over processes adds up their parts between its layers"
+    if facts["packed"]:
+        return f"the weights stay packed ({facts['packed']}), which C does not multiply with"
     device_type = torch.device(facts["device"]).type
     if device_type != "cpu" or dtype != torch.bfloat16:
         return f"C is for bfloat16 on CPU, and this model is {str(dtype).removeprefix('torch.')} on {device_type}"

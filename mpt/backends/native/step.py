@@ -22,6 +22,7 @@ from mpt.backends.native.structures import PANEL, PROJECTIONS
 from mpt.backends.quantization import Int8Linear
 from mpt.lora import Adapter
 from mpt.model import MPTForCausalLM
+from mpt.packed.layers import packed_bytes
 
 
 @dataclass
@@ -55,12 +56,13 @@ class NativeStep:
         """drop: the share of a query's attention that may be left out with old keys. variant: another one of those that
         can run here than the fastest. Raises Unavailable."""
         config, transformer = model.config, model.transformer
-        weight = transformer.wte.weight
+        weight = transformer.norm_f.weight
         facts: ModelFacts = {
             "dtype": weight.dtype,
             "device": weight.device.type,
             "int8_weights": isinstance(model.lm_head, Int8Linear),
             "is_shared": transformer.heads != slice(None),
+            "packed": "in this model" if packed_bytes(model) else None,
         }
         reason = why_no_step(config, **facts, variant=variant)
         if reason is not None:
