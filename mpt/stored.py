@@ -67,4 +67,7 @@ class StoredTensor:
 @lru_cache(maxsize=64)  # files of a checkpoint: one mapping each, however many tensors lie in it
 def _mapped(file: Path, n_bytes: int, modified_ns: int) -> mmap.mmap:
     with file.open("rb") as opened:
-        return mmap.mmap(opened.fileno(), n_bytes, access=mmap.ACCESS_COPY)
+        mapped = mmap.mmap(opened.fileno(), n_bytes, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_WILLNEED)  # the system reads ahead while the model is built
+    return mapped
