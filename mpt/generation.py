@@ -30,7 +30,7 @@ def generate(
         raise UserError("the prompt is empty; give at least one token, for example the end-of-text token")
     random_numbers = random.Random(seed)
     cache = DynamicCache()
-    device = model.transformer.wte.weight.device
+    device = model.device
     unread = list(ids)
     tokens: list[int] = []
     wanted = columns([DrawParameters(temperature=temperature, top_p=top_p, top_k=top_k)])

@@ -158,16 +158,21 @@ def _weight(path: Path, tensor: GGUFTensor) -> Weight:
     if len(tensor.shape) != 2:
         raise DamagedFile(f"`{tensor.name}` in `{path}` is {list(tensor.shape)} of {tensor.kind}; blocks make matrices")
     data = StoredTensor(path, tensor.offset, torch.uint8, (tensor.shape[0], tensor.n_bytes // max(1, tensor.shape[0])))
+    return block_matrix(data, tensor.kind, tensor.shape)
+
+
+def block_matrix(data: StoredTensor, kind: str, shape: tuple[int, ...]) -> PackedTensor:
+    """A matrix in blocks of a type. data: its rows of bytes."""
     return PackedTensor(
-        file=path,
+        file=data.file,
         dtype=torch.float32,
-        shape=tensor.shape,
-        packed_bytes=tensor.n_bytes,
-        kind=tensor.kind,
-        packing=tensor.kind,
+        shape=shape,
+        packed_bytes=data.n_bytes,
+        kind=kind,
+        packing=kind,
         parts=(data,),
         step=1,
-        formula=_rows_of(tensor.kind),
+        formula=_rows_of(kind),
     )
 
 

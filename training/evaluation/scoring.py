@@ -79,7 +79,7 @@ def _shared(query: Query) -> int:
 
 @torch.inference_mode()
 def _score(model: MPTForCausalLM, queries: Sequence[Query]) -> list[list[Score]]:
-    device = model.transformer.wte.weight.device
+    device = model.device
     ids: list[int] = []
     positions: list[int] = []
     spans: list[_Span] = []

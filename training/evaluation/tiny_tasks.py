@@ -193,7 +193,7 @@ def _greedy_batch(
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = model.transformer.wte.weight.device
+    device = model.device
     ids, mask = ids.to(device), mask.to(device)
     cache = DynamicCache()
     for chunk, seen in _chunks(ids):
@@ -220,7 +220,7 @@ def _greedy_batch(
 @torch.inference_mode()
 def token_losses(model: MPTForCausalLM, ids: Tensor) -> Tensor:
     """The loss of predicting each token of a text from those before it, (T - 1,) float32."""
-    device = model.transformer.wte.weight.device
+    device = model.device
     cache = DynamicCache()
     losses = []
     targets = ids[1:].to(device)
