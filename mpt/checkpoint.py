@@ -423,6 +423,8 @@ def say_unpacked(place: Path, weights: Mapping[str, Weight]) -> None:
 
 def packed_sizes(place: Path) -> dict[str, int]:
     """What a checkpoint's matrices are packed as, and the bytes of each kind as they lie, the largest first."""
+    if not is_gguf(place) and packing_in(place) is None:
+        return {}
     n_bytes: dict[str, int] = {}
     for tensor in stored_tensors(place).values():
         if isinstance(tensor, PackedTensor) and tensor.packed_bytes:

@@ -16,7 +16,7 @@ from mpt.attention import AttentionSpec
 from mpt.backends import capabilities
 from mpt.backends.backend import Backend
 from mpt.backends.capabilities import Capabilities
-from mpt.backends.native.available import ModelFacts, Unavailable, features, why_no_prompts, why_no_step
+from mpt.backends.native.available import ModelFacts, Unavailable, prompt_variant, step_variant, why_no_step
 from mpt.backends.native.library import load as load_c
 from mpt.checkpoint import load, packed_sizes, read_config, stored_dtype
 from mpt.config import MPTConfig
@@ -124,7 +124,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     """A model in this process on CPU: C where it can, torch elsewhere."""
     dtype = _dtype(folder, config, options, "cpu")
-    packed = " and ".join(packed_sizes(folder)) if options.quantize is None else ""  # int8 is made of the real values
+    packed = tuple(packed_sizes(folder)) if options.quantize is None else ()  # int8 is made of the real values
     int8_weights, int8_cache = options.quantize == "int8", options.kv_cache == "int8"
     if (int8_weights or int8_cache) and dtype != torch.bfloat16:
         flag = "--quantize" if int8_weights else "--kv-cache"
@@ -132,21 +132,23 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
             f"`{flag} int8` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
             f"`--dtype bfloat16`, or leave `{flag}` out"
         )
-    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed or None)
+    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed)
     why_not = why_no_step(config, **facts)
     if int8_cache and why_not is not None:
         raise MachineRefused(
             f"`--kv-cache int8` is for the C step, which cannot run here ({why_not}); leave `--kv-cache` out"
         )
-    few = Step("few tokens", "torch", why_not) if why_not else Step("few tokens", *_in_c())
     if options.draft is not None and why_not is not None:
         raise UserError(
             f"a draft guesses for a bfloat16 model on CPU with a C compiler at hand, which `{options.root}` is not "
             f"({why_not}); leave `--draft` out"
         )
-    why_not = why_no_prompts(config, **facts)
-    prompt = Step("prompt", "torch", why_not) if why_not else Step("prompt", *_in_c())
-    precision = f"{'int8' if int8_weights else packed} weights, {_name(dtype)}"
+    if why_not:
+        few, prompt = Step("few tokens", "torch", why_not), Step("prompt", "torch", why_not)
+    else:
+        few = Step("few tokens", *_in_c(*step_variant(config, **facts)))
+        prompt = Step("prompt", *_in_c(*prompt_variant(config, **facts)))
+    precision = f"{'int8' if int8_weights else ' and '.join(packed)} weights, {_name(dtype)}"
     if not (int8_weights or packed):
         precision = _name(dtype)
     return Choice(
@@ -185,7 +187,7 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
 def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> Choice:
     """A model over several processes, each with a share of the heads."""
     dtype = _dtype(folder, config, options, device)
-    why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True, packed=None)
+    why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True, packed=())
     return Choice(
         backend="sharded",
         device=device,
@@ -262,9 +264,8 @@ def _dtype(folder: Path, config: MPTConfig, options: ModelOptions, device: str) 
     return stored_dtype(folder, config)
 
 
-def _in_c() -> tuple[str, str | None]:
-    found = features()
-    return f"C ({found.variant})", found.why_not_faster
+def _in_c(variant: str, why_not_faster: str | None) -> tuple[str, str | None]:
+    return f"C ({variant})", why_not_faster
 
 
 def _draw(device: str) -> Step:

@@ -139,7 +139,7 @@ class TorchBackend:
             elif len(item.tokens) <= _FEW_TOKENS:
                 few.append(item)
             else:
-                (many if native.reads_prompts else rest).append(item)
+                many.append(item)
         parts: list[tuple[Sequence[Work], Callable[[Sequence[Work]], Tensor]]] = []
         while few:
             group = _at_most(few, native.max_tokens)

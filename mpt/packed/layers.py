@@ -114,6 +114,12 @@ def packed_bytes(model: nn.Module) -> int:
     return sum({id(layer.matrix): layer.matrix.n_bytes for layer in layers}.values())
 
 
+def packed_kinds(model: nn.Module) -> tuple[str, ...]:
+    """What the projections of a model are packed as, each kind once."""
+    kinds = [module.matrix.kind for module in model.modules() if isinstance(module, PackedLinear)]
+    return tuple(dict.fromkeys(kinds))
+
+
 def refuse_to_save(model: nn.Module) -> None:
     """Raises UserError for a model whose matrices are packed: it has no weights that other tools read."""
     if packed_bytes(model):

@@ -23,6 +23,7 @@ _PIECE = 1 << 20  # values that are unpacked at a time: what is in between stays
 class PackedMatrix:
     """A matrix (out, in) in memory, packed. formula: parts and rows to real values (rows, in)."""
 
+    kind: str  # in a word or two: "Q4_0", "AWQ 4-bit"
     parts: tuple[Tensor, ...]
     shape: tuple[int, int]
     dtype: torch.dtype  # of its real values
@@ -65,7 +66,7 @@ class PackedTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     packed_bytes: int  # 0 for one that is plain and only scaled
-    kind: str  # in a word or two: "Q4_0", "AWQ 4-bit"
+    kind: str
     packing: str  # in words
     parts: tuple[StoredTensor | Tensor, ...]
     step: int
@@ -79,7 +80,7 @@ class PackedTensor:
         """It in memory, still packed. mapped: leave what can be mapped in the file. Raises DamagedFile."""
         parts = tuple(_opened(part, mapped) if isinstance(part, StoredTensor) else part for part in self.parts)
         n_out, n_in = self.shape
-        return PackedMatrix(parts, (n_out, n_in), self.dtype, self.step, self.formula)
+        return PackedMatrix(self.kind, parts, (n_out, n_in), self.dtype, self.step, self.formula)
 
     def read(self) -> Tensor:
         """Its real values."""

@@ -1,4 +1,4 @@
-/* Attention of one head of one row for few queries, as step.c calls it; prompt.c has its own for many, in tiles.
+/* Attention of one head of one row for few queries, of up to MAX_TOKENS; tiles_prompt.c has its own for many, in tiles.
  *
  *   dots, dots_int8    scores: a query times keys
  *   add, add_int8      weights times values
@@ -37,11 +37,12 @@ static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float
         __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
         for (int d = 0; d < D; d += 32) {
             const __mmask32 mask = D - d >= 32 ? 0xffffffff : ((__mmask32)1 << (D - d)) - 1;
-            const __m512bh q = (__m512bh)_mm512_maskz_loadu_epi16(mask, query + d);
-            s0 = _mm512_dpbf16_ps(s0, (__m512bh)_mm512_maskz_loadu_epi16(mask, k0 + d), q);
-            s1 = _mm512_dpbf16_ps(s1, (__m512bh)_mm512_maskz_loadu_epi16(mask, k1 + d), q);
-            s2 = _mm512_dpbf16_ps(s2, (__m512bh)_mm512_maskz_loadu_epi16(mask, k2 + d), q);
-            s3 = _mm512_dpbf16_ps(s3, (__m512bh)_mm512_maskz_loadu_epi16(mask, k3 + d), q);
+            const int is_whole = D - d >= 32; /* nothing is fetched ahead of loads under a mask */
+#define LOAD(from) ((__m512bh)(is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from)))
+            const __m512bh q = LOAD(query + d);
+            s0 = _mm512_dpbf16_ps(s0, LOAD(k0 + d), q), s1 = _mm512_dpbf16_ps(s1, LOAD(k1 + d), q);
+            s2 = _mm512_dpbf16_ps(s2, LOAD(k2 + d), q), s3 = _mm512_dpbf16_ps(s3, LOAD(k3 + d), q);
+#undef LOAD
         }
         _mm_storeu_ps(out + j, sums_of(s0, s1, s2, s3));
     }

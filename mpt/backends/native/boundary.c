@@ -16,7 +16,7 @@ typedef struct { /* the lists below end with one that has no name */
 const Place *mpt_places(void) {
     static const Place places[] = {
         WHOLE(Linear), FIELD(Linear, weight), FIELD(Linear, scale), FIELD(Linear, bias), FIELD(Linear, n_out),
-        FIELD(Linear, n_in),
+        FIELD(Linear, n_in), FIELD(Linear, format),
         WHOLE(Norm), FIELD(Norm, weight), FIELD(Norm, bias),
         WHOLE(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank),
         WHOLE(Layer), FIELD(Layer, norm_1), FIELD(Layer, norm_2), FIELD(Layer, q_ln), FIELD(Layer, k_ln),
@@ -46,10 +46,14 @@ const Constant *mpt_constants(void) {
     static const Constant constants[] = {
         CONSTANT(PANEL), CONSTANT(MAX_TOKENS), CONSTANT(MAX_HEAD), CONSTANT(N_OUT_MULTIPLE), CONSTANT(N_IN_MULTIPLE),
         CONSTANT(N_IN_MULTIPLE_INT8), CONSTANT(WQKV), CONSTANT(OUT_PROJ), CONSTANT(UP_PROJ), CONSTANT(DOWN_PROJ),
+        CONSTANT(BFLOAT16), CONSTANT(INT8_ROWS), CONSTANT(Q4_0), CONSTANT(Q4_1), CONSTANT(Q5_0), CONSTANT(Q5_1),
+        CONSTANT(Q8_0), CONSTANT(Q2_K), CONSTANT(Q3_K), CONSTANT(Q4_K), CONSTANT(Q5_K), CONSTANT(Q6_K), CONSTANT(IQ4_NL),
         {NULL, 0},
     };
     return constants;
 }
 
 /* The name in VARIANTS of library.py. */
-const char *mpt_variant(void) { return AMX ? "amx" : AVX512_BF16 ? "avx512_bf16" : AVX512 ? "avx512" : "portable"; }
+const char *mpt_variant(void) {
+    return AMX ? "amx" : AVX512_BF16 ? "avx512_bf16" : AVX512 ? "avx512" : AVX2 ? "avx2" : NEON ? "neon" : "generic";
+}

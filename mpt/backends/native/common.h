@@ -22,20 +22,31 @@
 #include <omp.h>
 
 /* The variants of this code, by what the compiler predefines; VARIANTS in library.py says the same in Python, and the
- * loader compares. Everything else is plain C, of which the compiler makes the vectors it has. */
+ * loader compares. */
 #if defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define AVX512 1 /* attention's vectors are written out */
+#define AVX512 1
 #include <immintrin.h>
 #else
 #define AVX512 0
 #endif
 #if AVX512 && defined(__AVX512BF16__)
-#define AVX512_BF16 1 /* and its products of bfloat16 */
+#define AVX512_BF16 1 /* and products of bfloat16, and of int8: VNNI comes with it */
 #else
 #define AVX512_BF16 0
 #endif
+#if !AVX512 && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define AVX2 1
+#else
+#define AVX2 0
+#endif
+#if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define NEON 1 /* with the dot products of int8 */
+#define SIGNED_CODES 1 /* which multiply signed numbers, while x86 multiplies unsigned ones by signed ones */
+#else
+#define NEON 0
+#endif
 #if AVX512_BF16 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
-#define AMX 1 /* and products with weights are made of tiles, and whole prompts are read: prompt.c */
+#define AMX 1 /* and products with weights are made of tiles: tiles_step.c, tiles_prompt.c */
 #else
 #define AMX 0
 #endif
@@ -52,11 +63,17 @@ enum {
 
 typedef uint16_t bf16;
 
+/* What a matrix is stored in; FORMATS in structures.py has the same order. Ggml's blocks are in formats.h. */
+typedef enum {
+    BFLOAT16, INT8_ROWS, /* int8 with a scale for each output */
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, N_FORMATS
+} Format;
+
 typedef struct {
-    const void *weight; /* (n_out, n_in) row-major, bfloat16 or int8 */
-    const bf16 *scale;  /* (n_out) of an int8 weight, else NULL */
+    const void *weight; /* (n_out, n_in) row-major, in the format */
+    const bf16 *scale;  /* (n_out) of INT8_ROWS, else NULL */
     const bf16 *bias;   /* (n_out) or NULL */
-    int32_t n_out, n_in;
+    int32_t n_out, n_in, format;
 } Linear;
 
 typedef struct {
@@ -97,7 +114,7 @@ typedef struct {
     float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
     const Lora *adapters;       /* (adapters, layers, N_PROJECTIONS) of all adapters that rows of this step use */
     const int32_t *row_adapter; /* (rows) the index of each row's adapter, or -1 */
-    float *low;                 /* memory for a x of one projection: its shape differs in step.c and prompt.c */
+    float *low;                 /* memory for a x of one projection: its shape is each file's own */
     const int32_t *logit_tokens; /* (n_logits) which tokens want logits */
     float *logits;              /* (n_logits, V) */
     float *scratch;             /* mpt_scratch_floats() */
@@ -119,6 +136,16 @@ static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN 
     memcpy(&bits, &x, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* n numbers rounded. */
+static inline void narrow_all(const float *x, int n, bf16 *out) {
+    int i = 0;
+#if AVX512_BF16
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+#endif
+    for (; i < n; i++) out[i] = narrow(x[i]);
 }
 
 /* The largest of n numbers and `most`. In 16 lanes: gcc makes no vectors of a single running maximum, and the scalar
@@ -211,7 +238,7 @@ static inline void store_at(Stored to, size_t position, const float *key, const 
         return;
     }
     bf16 *keys = (bf16 *)to.keys + position * D, *values = (bf16 *)to.values + position * D;
-    for (int d = 0; d < D; d++) keys[d] = narrow(key[d]), values[d] = narrow(value[d]);
+    narrow_all(key, D, keys), narrow_all(value, D, values);
 }
 
 /* An upper bound of |k| of the key at a position, as it is stored. */

@@ -22,7 +22,7 @@ from mpt.backends.native import structures
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # Sums may be reordered, once and for all when compiling; infinities and NaN stay what they are.
 _FLAGS = [
-    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall"),
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wall", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"),
 ]
 
@@ -41,10 +41,13 @@ class Variant:
     instructions: str  # how people call them
     compilers: str  # the first that know them
     without: tuple[str, ...]  # macros of faster variants, which must not be predefined when this one is made
+    architecture: str = "__x86_64__"  # the macro of the only architecture that has it; "": all do
 
 
 _AMX = ("__AMX_TILE__", "__AMX_BF16__", "__AMX_INT8__")
 _AVX512 = ("__AVX512BW__", "__AVX512DQ__")
+_NEON = ("__ARM_NEON", "__ARM_FEATURE_DOTPROD")
+_AVX2 = ("__AVX2__", "__FMA__", "__F16C__")
 # From the fastest to the slowest; each needs less than the one before, and the last needs nothing.
 VARIANTS = (
     Variant(
@@ -52,7 +55,11 @@ VARIANTS = (
     ),
     Variant("avx512_bf16", (*_AVX512, "__AVX512BF16__"), ("avx512_bf16",), "AVX-512 BF16", "gcc 10", without=_AMX),
     Variant("avx512", _AVX512, ("avx512bw", "avx512dq"), "AVX-512", "gcc 5", without=(*_AMX, "__AVX512BF16__")),
-    Variant("portable", (), (), "", "", without=(*_AMX, "__AVX512F__")),
+    Variant("avx2", _AVX2, ("avx2", "fma", "f16c"), "AVX2", "gcc 4.9", without=(*_AMX, "__AVX512F__")),
+    Variant("neon", _NEON, ("asimddp",), "dot products of NEON", "gcc 8", without=(), architecture="__aarch64__"),
+    Variant(
+        "generic", (), (), "", "", without=(*_AMX, "__AVX512F__", "__AVX2__", "__ARM_FEATURE_DOTPROD"), architecture=""
+    ),
 )
 _SWITCHED_OFF_BY = {
     "__AMX_TILE__": "-mno-amx-tile",
@@ -60,6 +67,8 @@ _SWITCHED_OFF_BY = {
     "__AMX_INT8__": "-mno-amx-int8",
     "__AVX512BF16__": "-mno-avx512bf16",
     "__AVX512F__": "-mno-avx512f",  # and with it all other kinds of AVX-512
+    "__AVX2__": "-mno-avx2",
+    "__ARM_FEATURE_DOTPROD": "-march=armv8-a",
 }
 
 
@@ -95,10 +104,10 @@ def features() -> Features:
         raise Unavailable("there is no C compiler; install gcc (Debian: `apt install gcc libc6-dev`)")
     version = _version(compiler)
     macros = frozenset(line.split()[1] for line in _predefined(compiler, ("-march=native",)).splitlines())
-    if "__x86_64__" not in macros:  # the faster variants are for x86-64
-        return Features(compiler, version, macros, (VARIANTS[-1].name,), {})
     runs, missing = [], {}
     for variant in VARIANTS:
+        if variant.architecture and variant.architecture not in macros:
+            continue
         reason = _why_not(variant, macros, version)
         if reason is None:
             runs.append(variant.name)
@@ -108,7 +117,7 @@ def features() -> Features:
 
 
 def _why_not(variant: Variant, macros: frozenset[str], version: str) -> str | None:
-    """Why a variant cannot run on this x86-64, or None where it can."""
+    """Why a variant of this processor's architecture cannot run here, or None where it can."""
     if not set(variant.macros) <= macros:
         if set(variant.processor_flags) <= _processor_flags():
             return (
@@ -121,9 +130,9 @@ def _why_not(variant: Variant, macros: frozenset[str], version: str) -> str | No
 
 
 def _processor_flags() -> set[str]:
-    """The instruction sets of this x86-64, as Linux calls them."""
+    """The instruction sets of this processor, as Linux calls them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
 def _may_use_amx() -> bool:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from mpt.backends.int8_cache import Int8Layer
 from mpt.backends.native import structures
-from mpt.backends.native.available import ModelFacts, why_no_prompts, why_no_step
-from mpt.backends.native.library import Unavailable, load
+from mpt.backends.native.available import ModelFacts, prompt_variant, step_variant
+from mpt.backends.native.library import load
 from mpt.backends.native.structures import PANEL, PROJECTIONS
 from mpt.backends.quantization import Int8Linear
 from mpt.lora import Adapter
 from mpt.model import MPTForCausalLM
-from mpt.packed.layers import packed_bytes
+from mpt.packed.layers import PackedLinear, packed_kinds
 
 
 @dataclass
@@ -62,12 +62,10 @@ class NativeStep:
             "device": weight.device.type,
             "int8_weights": isinstance(model.lm_head, Int8Linear),
             "is_shared": transformer.heads != slice(None),
-            "packed": "in this model" if packed_bytes(model) else None,
+            "packed": packed_kinds(model),
         }
-        reason = why_no_step(config, **facts, variant=variant)
-        if reason is not None:
-            raise Unavailable(reason)
-        self._library = load(variant)
+        self._library = load(step_variant(config, **facts, variant=variant)[0])
+        self._prompts = load(prompt_variant(config, **facts, variant=variant)[0])
         self.max_tokens = structures.MAX_TOKENS
         self._kept: list[object] = []  # what the structures point into
         layers = (structures.Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
@@ -84,7 +82,6 @@ class NativeStep:
         self._n_threads = torch.get_num_threads()
         n_floats = self._library.mpt_scratch_floats(ctypes.byref(self._model), self.max_tokens, self._n_threads)
         self._scratch = torch.empty(n_floats)
-        self.reads_prompts = why_no_prompts(config, **facts, variant=variant) is None
         self._prompt_scratch = torch.empty(0)
         self._keys_read = torch.zeros(1, dtype=torch.int64)
         self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
@@ -109,12 +106,12 @@ class NativeStep:
 
         embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
         holds already. wanted: places in the step. adapters: each row's, if any has one. as_prompts: by the code for any
-        number of tokens, the faster the more; only where `reads_prompts`. The rows' caches are all bfloat16, or all
+        number of tokens, the faster the more. The rows' caches are all bfloat16, or all
         int8.
         """
         T, n = embeddings.shape[0], len(row_tokens)
-        assert self.reads_prompts if as_prompts else self.max_tokens >= T
-        function = self._library.mpt_prompt if as_prompts else self._library.mpt_step
+        assert as_prompts or self.max_tokens >= T
+        function = self._prompts.mpt_prompt if as_prompts else self._library.mpt_step
         scratch = self._scratch_of_prompts(row_tokens, memories, len(wanted)) if as_prompts else self._scratch
         assert sum(row_tokens) == T and len(lengths) == len(memories) == n
         assert embeddings.dtype == torch.float32 and embeddings.is_contiguous()
@@ -149,7 +146,7 @@ class NativeStep:
     def _scratch_of_prompts(self, row_tokens: Sequence[int], memories: Sequence[RowMemory], n_logits: int) -> Tensor:
         """As large as the largest step so far needed it."""
         n_panels = sum(-(-n // PANEL) for n in row_tokens)
-        n_floats = self._library.mpt_prompt_scratch_floats(
+        n_floats = self._prompts.mpt_prompt_scratch_floats(
             ctypes.byref(self._model), n_panels, n_logits, self._n_threads, memories[0].scale_addresses is not None
         )
         if n_floats > self._prompt_scratch.numel():
@@ -175,11 +172,20 @@ class NativeStep:
             return structures.Norm()
         return structures.Norm(self._pointer(norm.weight), self._pointer(norm.bias))
 
-    def _linear(self, linear: nn.Module) -> structures.Linear:
-        weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-        scale = linear.scale if isinstance(linear, Int8Linear) else None
-        return structures.Linear(self._pointer(weight), self._pointer(scale), self._pointer(bias), *weight.shape)
+    def _linear(self, linear: nn.Linear) -> structures.Linear:
+        bias = linear.bias
+        assert bias is None or isinstance(bias, Tensor)
+        scale, kind = None, "BFLOAT16"
+        if isinstance(linear, PackedLinear):
+            (weight,), kind = linear.matrix.parts, linear.matrix.kind
+        else:
+            assert isinstance(linear.weight, Tensor)
+            weight = linear.weight
+        if isinstance(linear, Int8Linear):
+            scale, kind = linear.scale, "INT8_ROWS"
+        shape = linear.out_features, linear.in_features
+        pointers = map(self._pointer, (weight, scale, bias))
+        return structures.Linear(*pointers, *shape, structures.FORMATS.index(kind))
 
     def _layer(self, block: Any) -> structures.Layer:
         attn, ffn = block.attn, block.ffn

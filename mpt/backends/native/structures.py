@@ -17,6 +17,7 @@ class Linear(ctypes.Structure):
         ("bias", Pointer),
         ("n_out", ctypes.c_int32),
         ("n_in", ctypes.c_int32),
+        ("format", ctypes.c_int32),
     )
 
 
@@ -68,11 +69,15 @@ MAX_HEAD = 256
 N_OUT_MULTIPLE = 16
 N_IN_MULTIPLE = 32
 N_IN_MULTIPLE_INT8 = 64
+FORMATS = (
+    "BFLOAT16", "INT8_ROWS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+)  # of weights, by their numbers in C  # fmt: skip
 PROJECTIONS = ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")  # in the order of a layer's adapters
 CONSTANTS: Mapping[str, int] = {
     "PANEL": PANEL, "MAX_TOKENS": MAX_TOKENS, "MAX_HEAD": MAX_HEAD, "N_OUT_MULTIPLE": N_OUT_MULTIPLE,
     "N_IN_MULTIPLE": N_IN_MULTIPLE, "N_IN_MULTIPLE_INT8": N_IN_MULTIPLE_INT8,
     **{name.split(".")[1].upper(): place for place, name in enumerate(PROJECTIONS)},
+    **{name: number for number, name in enumerate(FORMATS)},
 }  # fmt: skip
 
 
@@ -86,7 +91,7 @@ class _Constant(ctypes.Structure):
 
 _int32, _int64 = ctypes.c_int32, ctypes.c_int64
 _model, _step = ctypes.POINTER(Model), ctypes.POINTER(Step)
-# Each function's result and arguments. Those of prompt.c are there with AMX only.
+# Each function's result and arguments.
 _FUNCTIONS = {
     "mpt_places": (ctypes.POINTER(_Place), ()),
     "mpt_constants": (ctypes.POINTER(_Constant), ()),
@@ -96,8 +101,6 @@ _FUNCTIONS = {
     "mpt_wish_names": (ctypes.c_char_p, ()),
     "mpt_draw_scratch_doubles": (ctypes.c_size_t, (_int64, _int32)),
     "mpt_draw": (None, (Pointer, _int64, _int64, Pointer, Pointer, Pointer, _int32)),
-}
-_PROMPT_FUNCTIONS = {
     "mpt_prompt_scratch_floats": (ctypes.c_size_t, (_model, _int32, _int32, _int32, _int32)),
     "mpt_prompt": (None, (_model, _step)),
 }
@@ -109,8 +112,7 @@ class Mismatch(Exception):
 
 def declare(library: ctypes.CDLL) -> None:
     """Give a library's functions their types."""
-    functions = _FUNCTIONS | (_PROMPT_FUNCTIONS if hasattr(library, "mpt_prompt") else {})
-    for name, (result, arguments) in functions.items():
+    for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
 

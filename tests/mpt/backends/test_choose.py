@@ -35,13 +35,12 @@ def runs(choice: choosing.Choice) -> dict[str, tuple[str, str | None]]:
 def machine(monkeypatch: pytest.MonkeyPatch):
     """Makes this machine another one, for as much of it as is asked."""
 
-    def become(*, variant="amx", why_not_faster: str | None = None, prompts: str | None = None, cuda=False, **has):
-        missing = {"faster": why_not_faster} if why_not_faster else {}
-        features = library.Features("cc", "gcc 13", frozenset(), (variant,), missing)
-        monkeypatch.setattr(choosing, "features", lambda: features)
+    def become(*, variant="amx", why_not_faster: str | None = None, prompts=("", None), cuda=False, **has):
+        fastest = variant, why_not_faster
+        monkeypatch.setattr(choosing, "step_variant", lambda config, **facts: fastest)
+        monkeypatch.setattr(choosing, "prompt_variant", lambda config, **facts: prompts if prompts[0] else fastest)
         monkeypatch.setattr(choosing, "load_c", lambda: None)
         monkeypatch.setattr(choosing, "why_no_step", lambda config, **facts: has.get("step"))
-        monkeypatch.setattr(choosing, "why_no_prompts", lambda config, **facts: has.get("step") or prompts)
         monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
         monkeypatch.setattr("mpt.backends.paged_attention.has_triton", lambda: has.get("triton", True))
         monkeypatch.setattr("mpt.backends.paged_attention.why_no_flash", lambda device, dtype: has.get("flash"))
@@ -57,13 +56,13 @@ def test_with_amx_all_steps_run_in_c(machine, tmp_path):
     assert choice.capabilities.exact_guesses
 
 
-def test_without_amx_prompts_run_through_torch_and_that_is_said(machine, tmp_path):
-    no_amx = "this processor has no AMX"
-    machine(variant="avx512_bf16", why_not_faster=no_amx, prompts=no_amx)
+def test_what_the_fastest_code_does_not_compute_runs_in_other_code_and_that_is_said(machine, tmp_path):
+    reason = "AMX's tiles do not take queries and keys that are normalised (qk_ln)"
+    machine(prompts=("avx512_bf16", reason))
     choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
-    assert runs(choice)["one token"] == ("C (avx512_bf16)", no_amx)
-    assert runs(choice)["prompt"] == ("torch", no_amx)
-    assert "prompts run through torch: this processor has no AMX" in list(choice.sentences())
+    assert runs(choice)["one token"] == ("C (amx)", None)
+    assert runs(choice)["prompt"] == ("C (avx512_bf16)", reason)
+    assert f"prompts run through C (avx512_bf16): {reason}" in list(choice.sentences())
     json.dumps(choice.as_json())
 
 
@@ -161,7 +160,7 @@ def test_what_was_chosen_is_what_is_opened(dtype):
     backend = open_backend(choice, folder, options)
     native = backend.native  # type: ignore[attr-defined]
     assert (native is not None) == runs(choice)["one token"][0].startswith("C ")
-    assert (native is not None and native.reads_prompts) == runs(choice)["prompt"][0].startswith("C ")
+    assert (native is not None) == runs(choice)["prompt"][0].startswith("C ")
     assert backend.capabilities == choice.capabilities
 
 

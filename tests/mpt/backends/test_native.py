@@ -24,7 +24,7 @@ from mpt.lora import Adapter, adaptable
 try:
     FOUND, WHY_NONE = library.features(), ""
 except library.Unavailable as reason:
-    FOUND, WHY_NONE = library.Features("", "", frozenset(), ("portable",), {}), str(reason)
+    FOUND, WHY_NONE = library.Features("", "", frozenset(), ("generic",), {}), str(reason)
 pytestmark = pytest.mark.skipif(bool(WHY_NONE), reason=WHY_NONE)
 
 CAPACITY = 768
@@ -35,13 +35,12 @@ every_variant = pytest.mark.parametrize("variant", FOUND.variants)
 
 
 def every_variant_and(**at_once: int) -> pytest.MarkDecorator:
-    """Each way to read a text: some tokens at a time with each variant, and `many` with the one that reads prompts."""
-    ways = []
-    for name, n_tokens in at_once.items():
-        if n_tokens > structures.PANEL:
-            ways.append(pytest.param("amx", n_tokens, id=f"amx-{name}", marks=needs_amx))
-        else:
-            ways += [pytest.param(variant, n_tokens, id=f"{variant}-{name}") for variant in FOUND.variants]
+    """Each way to read a text: some tokens at a time, and `many` by the code for prompts, with each variant."""
+    ways = [
+        pytest.param(variant, n_tokens, id=f"{variant}-{name}")
+        for name, n_tokens in at_once.items()
+        for variant in FOUND.variants
+    ]
     return pytest.mark.parametrize(("variant", "at_once"), ways)
 
 
@@ -143,10 +142,10 @@ def torch_of(shape: str, n: int) -> Tensor:
     return make(shape)(torch.tensor([ids(n)])).logits[0].float()
 
 
-def skip_unless_read(runner: Runner, at_once: int) -> None:
-    """Prompts of some models are read by torch."""
-    if at_once > structures.PANEL and not runner.step.reads_prompts:
-        pytest.skip("queries and keys are normalised (qk_ln)")
+def skip_unless_read(shape: str, variant: str, at_once: int) -> None:
+    """Prompts of some models are not for AMX's tiles."""
+    if variant == "amx" and shape == "normed" and at_once > structures.PANEL:
+        pytest.skip("tiles do not take queries and keys that are normalised (qk_ln)")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -154,7 +153,7 @@ def skip_unless_read(runner: Runner, at_once: int) -> None:
 def test_it_computes_the_model(shape, variant, at_once):
     model, text = make(shape), ids(150)
     runner = Runner(model, variant=variant)
-    skip_unless_read(runner, at_once)
+    skip_unless_read(shape, variant, at_once)
     expected, found = truth_of(shape, 150), runner.read(text, at_once)
     torchs = torch_of(shape, 150)
     # Inputs of products are rounded to bfloat16 and nothing else: better than torch, which rounds everything.
@@ -186,12 +185,12 @@ def test_no_bit_depends_on_the_other_rows(shape, is_int8, int8_cache, variant):
 
 @pytest.mark.parametrize("shape", ["mpt", "storywriter", "replit", "head_of_112"])
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
-@needs_amx
-def test_no_bit_of_a_prompt_depends_on_its_chunks_or_other_rows(shape, is_int8):
+@every_variant
+def test_no_bit_of_a_prompt_depends_on_its_chunks_or_other_rows(shape, is_int8, variant):
     model, text, other = make(shape), ids(700), ids(77, seed=1)
     if is_int8:
         quantize_model(model)
-    runner = Runner(model, variant="amx")
+    runner = Runner(model, variant=variant)
     row, again, beside = runner.row(), runner.row(), runner.row()
     expected = runner.feed([row], [0], [text])
     pieces, start = [], 0
@@ -468,7 +467,7 @@ def over(cache: list[Int8Layer], model: mpt.MPTForCausalLM, text: list[int]) -> 
 def test_the_step_computes_with_what_it_stored_in_int8(shape, variant, at_once):
     model, text = make(shape), ids(150)
     runner = Runner(model, int8_cache=True, variant=variant)
-    skip_unless_read(runner, at_once)
+    skip_unless_read(shape, variant, at_once)
     row, plain = runner.row(), Runner(model, variant=variant)
     found = runner.read(text, at_once, row=row)
     expected = over(row[0], model, text)
@@ -489,7 +488,7 @@ def config(**settings: object) -> mpt.MPTConfig:
     return mpt.MPTConfig(**{"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 512, **settings})
 
 
-FACTS = available.ModelFacts(dtype=torch.bfloat16, device="cpu", int8_weights=False, is_shared=False)
+FACTS = available.ModelFacts(dtype=torch.bfloat16, device="cpu", int8_weights=False, is_shared=False, packed=())
 
 
 def test_what_it_is_not_made_for_is_said():
@@ -498,39 +497,39 @@ def test_what_it_is_not_made_for_is_said():
         ({}, {"device": "cuda:0"}, "C is for bfloat16 on CPU, and this model is bfloat16 on cuda"),
         ({}, {"is_shared": True}, "a model shared over processes adds up their parts between its layers"),
         ({"d_model": 544, "n_heads": 2}, {}, "heads of 272; at most 256 are made for"),
-        ({"d_model": 48, "n_heads": 2}, {}, "`attn.Wqkv` is 144 x 48; multiples of 16 and 32"),
-        ({"vocab_size": 500}, {}, "`lm_head` is 500 x 256; multiples"),
-        (
-            {"d_model": 96, "n_heads": 2},
-            {"int8_weights": True},
-            "`attn.Wqkv` is 288 x 96; multiples of 16 and 32 (int8",
-        ),
+        ({"d_model": 48, "n_heads": 2}, {"int8_weights": True}, "`attn.Wqkv` is 144 x 48; int8 weights are made for"),
+        ({}, {"packed": ("AWQ 4-bit",)}, "the weights stay packed (AWQ 4-bit), which C does not multiply with"),
     ]:
-        for why in (available.why_no_step, available.why_no_prompts):
-            said = why(config(**settings), **{**FACTS, **facts})
-            assert said is not None and said.startswith(reason)
-    assert available.why_no_step(config(), **FACTS) is None
-    assert available.why_no_step(config(d_model=96, n_heads=2), **FACTS) is None
+        said = available.why_no_step(config(**settings), **{**FACTS, **facts})
+        assert said is not None and said.startswith(reason)
+    for settings in ({}, {"d_model": 96, "n_heads": 2}, {"d_model": 50, "n_heads": 5}, {"vocab_size": 501}):
+        assert available.why_no_step(config(**settings), **FACTS) is None
+    assert available.why_no_step(config(), **{**FACTS, "packed": ("Q4_0", "Q6_K")}) is None
 
 
-def test_what_prompts_are_not_made_for_is_said():
-    normed = config(attn_config={"alibi": True, "qk_ln": True})
-    for settings, reason in [
-        (normed, "queries and keys are normalised (qk_ln)"),
-        (config(d_model=160, n_heads=8), "heads of 20 are no multiple of 16"),
+def test_what_tiles_do_not_take_is_computed_by_the_next_variant(monkeypatch):
+    found = library.Features("cc", "gcc 13", frozenset(), ("amx", "avx512_bf16", "avx512"), {})
+    monkeypatch.setattr(available, "features", lambda: found)
+    normed, sizes = {"attn_config": {"alibi": True, "qk_ln": True}}, "multiples of 16 and 32 (int8: 64)"
+    for settings, facts, step, prompt in [
+        ({}, {}, None, None),
+        (normed, {}, None, "queries and keys that are normalised (qk_ln)"),
+        ({"d_model": 160, "n_heads": 8}, {}, None, "heads of 20, no multiple of 16"),
+        ({"vocab_size": 500}, {}, f"take {sizes}, and `lm_head` is 500 x 256", ""),
+        ({"d_model": 96, "n_heads": 2}, {"int8_weights": True}, f"take {sizes}, and `attn.Wqkv` is 288 x 96", ""),
+        ({}, {"packed": ("Q4_0",)}, "do not take weights that stay packed (Q4_0)", ""),
     ]:
-        assert available.why_no_step(settings, **FACTS) is None
-        assert available.why_no_prompts(settings, **FACTS) == reason
-    no_amx = None if "amx" in FOUND.variants else FOUND.missing.get("amx", "this processor has no AMX")
-    assert available.why_no_prompts(config(), **FACTS) == no_amx
+        asked = config(**settings), {**FACTS, **facts}
+        for variant, reason in ((available.step_variant, step), (available.prompt_variant, prompt or step)):
+            name, said = variant(asked[0], **asked[1])
+            assert name == ("amx" if reason is None else "avx512_bf16")
+            assert said is None if reason is None else said.startswith("AMX's tiles") and said.endswith(reason)
 
 
 @every_variant
 def test_a_decision_is_what_happens(variant):
-    for shape in ("mpt", "normed"):
-        model = make(shape)
-        why = available.why_no_prompts(model.config, **FACTS, variant=variant)
-        assert Runner(model, variant=variant).step.reads_prompts == (why is None)
+    step = Runner(make("mpt"), variant=variant).step
+    assert step._library.mpt_variant().decode() == step._prompts.mpt_variant().decode() == variant
     with pytest.raises(library.Unavailable, match="bfloat16 on CPU"):
         NativeStep(make("mpt").float(), variant=variant)
 
@@ -566,11 +565,11 @@ x86_64 = pytest.mark.skipif("__x86_64__" not in FOUND.macros, reason="asks a com
 @pytest.mark.parametrize(
     ("march", "variants", "reason"),
     [
-        ("sapphirerapids", ("amx", "avx512_bf16", "avx512", "portable"), None),
-        ("cooperlake", ("avx512_bf16", "avx512", "portable"), "this processor has no AMX"),
-        ("cascadelake", ("avx512", "portable"), "this processor has no AVX-512 BF16"),
-        ("x86-64-v3", ("portable",), "this processor has no AVX-512"),
-        ("x86-64", ("portable",), "this processor has no AVX-512"),
+        ("sapphirerapids", ("amx", "avx512_bf16", "avx512", "avx2", "generic"), None),
+        ("cooperlake", ("avx512_bf16", "avx512", "avx2", "generic"), "this processor has no AMX"),
+        ("cascadelake", ("avx512", "avx2", "generic"), "this processor has no AVX-512 BF16"),
+        ("x86-64-v3", ("avx2", "generic"), "this processor has no AVX-512"),
+        ("x86-64", ("generic",), "this processor has no AVX2"),
     ],
 )
 def test_each_processor_runs_what_it_can(elsewhere, march, variants, reason):
@@ -589,15 +588,16 @@ def test_an_old_compiler_and_a_system_that_refuses_are_said(elsewhere):
 
 
 @x86_64
-@pytest.mark.parametrize("variant", [variant.name for variant in library.VARIANTS])
+@pytest.mark.parametrize("variant", ["amx", "avx512_bf16", "avx512", "avx2", "generic"])
 def test_flags_choose_the_variant_in_c(elsewhere, variant, tmp_path):
     """On the processor that can do most, by the compiler's own preprocessor: common.h and library.py agree."""
     flags = library.flags_of(variant, elsewhere("sapphirerapids"))[len(library._FLAGS) :]
     source = tmp_path / "which.c"
-    source.write_text(f'#include "{Path(library.__file__).with_name("common.h")}"\nAMX AVX512_BF16 AVX512')
+    source.write_text(f'#include "{Path(library.__file__).with_name("common.h")}"\nAMX AVX512_BF16 AVX512 AVX2')
     command = [FOUND.compiler, "-fopenmp", "-march=sapphirerapids", *flags, "-E", str(source)]
     seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    assert seen == {"amx": "1 1 1", "avx512_bf16": "0 1 1", "avx512": "0 0 1", "portable": "0 0 0"}[variant]
+    expected = {"amx": "1 1 1 0", "avx512_bf16": "0 1 1 0", "avx512": "0 0 1 0", "avx2": "0 0 0 1"}
+    assert seen == expected.get(variant, "0 0 0 0")
 
 
 @x86_64

@@ -1,5 +1,5 @@
 /* One step of an MPT model for many tokens, as in prompts, on CPUs with AMX: embeddings to logits in one parallel
- * region. Without AMX this file is empty, and prompts are read through torch.
+ * region. Without AMX this file is empty, and rows.c does it.
  *
  *   vectors                   transposing, exp, GELU in 16 lanes of AVX-512; `tile_of`, the layout of inputs; LayerNorm
  *   products                  weights packed into tiles, `multiply`: 32 outputs of 32 tokens; keys and values stored

@@ -1,8 +1,8 @@
-/* One step of an MPT model for a few tokens on CPU: everything from the embeddings to the logits in one parallel
- * region.
+/* One step of an MPT model for a few tokens on CPUs with AMX: everything from the embeddings to the logits in one
+ * parallel region. Without AMX this file is empty, and rows.c does it.
  *
  *   inputs of products        `put` and `finish` lay them out as the weights take them; LayerNorm writes through them
- *   products                  `multiply`: 32 outputs of up to 32 tokens, by tiles of AMX or by plain loops
+ *   products                  `multiply`: 32 outputs of up to 32 tokens, by tiles
  *   adapters                  low-rank products beside each product
  *   products and their use    `product`: outputs over the threads, into rows, the residual stream, or through GELU
  *   the step                  memory, and `mpt_step`, which calls all of it, with attention.h, layer by layer
@@ -12,12 +12,14 @@
  * matrix at half the memory's speed for a few rows, one attention call for each row.
  *
  * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases and norms are bfloat16.
- * The residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. With AMX, inputs of
- * int8 weights become two int8 numbers, 15 bits of a token's largest value, which leaves enough of the others beside an
- * outlier (Dettmers et al. 2022); without AMX they are rounded to bfloat16 too. No bit of a token's result depends on
- * which other tokens share the step: every sum runs in its own fixed order.
+ * The residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. Inputs of int8
+ * weights become two int8 numbers, 15 bits of a token's largest value, which leaves enough of the others beside an
+ * outlier (Dettmers et al. 2022). No bit of a token's result depends on which other tokens share the step: every sum
+ * runs in its own fixed order.
  */
 #include "attention.h"
+
+#if AMX
 
 /* -- inputs of products -------------------------------------------------------------------------------------------- */
 
@@ -27,12 +29,10 @@ static inline int columns_of(int T) { return (T + PANEL - 1) / PANEL * PANEL; }
 
 /* The inputs of a product, (K, T), as its weights take them; k counts inputs.
  *
- * Without AMX: bfloat16 (T, K) in `packed`.
- *
- * With AMX and bfloat16 weights: bfloat16 in `packed`, by panels of 16 tokens, each of blocks of 32 k, each (16 pairs
+ * For bfloat16 weights: bfloat16 in `packed`, by panels of 16 tokens, each of blocks of 32 k, each (16 pairs
  * of k, 16 tokens, 2).
  *
- * With AMX and int8 weights: first float32 in `staged` (K, columns), with each thread's largest |x| of a token in
+ * For int8 weights: first float32 in `staged` (K, columns), with each thread's largest |x| of a token in
  * `peaks` (threads, MAX_TOKENS). Then `finish` makes two int8 numbers in `packed`, x = step * (128 high + low), by
  * panels of 16 columns, each of blocks of 64 k, each (16 fours of k, 16 columns, 4). `high` fills one panel and `low`
  * the next; up to 8 tokens share one panel, `high` in its first half and `low` in its second. */
@@ -54,21 +54,14 @@ static inline void put(const Inputs *inputs, int panel, int k, const float *even
         }
         return;
     }
-#if AMX
     bf16 *at = (bf16 *)inputs->packed + (size_t)panel * inputs->K * PANEL + (size_t)(k / 32) * 512 + k % 32 / 2 * 32;
     uint32_t both[PANEL];
     for (int c = 0; c < PANEL; c++) both[c] = (uint32_t)narrow(even[c]) | (uint32_t)narrow(odd[c]) << 16;
     memcpy(at, both, sizeof both);
-#else
-    for (int c = 0; c < PANEL; c++) {
-        bf16 *at = (bf16 *)inputs->packed + (size_t)(panel * PANEL + c) * inputs->K + k;
-        at[0] = narrow(even[c]), at[1] = narrow(odd[c]);
-    }
-#endif
 }
 
 static void start(Inputs *inputs, int K, const Linear *linear) {
-    inputs->K = K, inputs->is_int8 = AMX && linear->scale;
+    inputs->K = K, inputs->is_int8 = linear->scale != NULL;
     if (inputs->is_int8)
         for (int c = 0; c < MAX_TOKENS; c++) inputs->peaks[(size_t)inputs->thread * MAX_TOKENS + c] = 0;
 }
@@ -148,7 +141,6 @@ static void normalize_one(float *x, Norm norm, float eps, int n) {
 
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
-#if AMX
 /* Prefetch the beginning of 32 rows of weights, while sums are stored and memory would be idle: the processor
  * prefetches the rest of a row by itself, but not where the next begins. One token: 6 to 9 % faster at 125M, 2 % at
  * 1B. */
@@ -221,44 +213,6 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
             sums[r * 32 + c] = ((float)high * 128 + (float)low) * inputs->steps[first + c];
         }
 }
-#else
-static void multiply(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first, int n_here,
-                     float *sums) {
-    (void)soon;
-    const int K = linear->n_in;
-    for (int r = 0; r < 16 * n_blocks; r++) {
-        const size_t at = (size_t)(n0 + r) * K;
-        for (int token = 0; token < n_here; token += 4) {
-            const bf16 *x = (const bf16 *)inputs->packed + (size_t)(first + token) * K;
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-            if (linear->scale) {
-                const int8_t *w = (const int8_t *)linear->weight + at;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-                for (int k = 0; k < K; k++) {
-                    float value = w[k];
-                    s0 += value * wide(x[k]), s1 += value * wide(x[K + k]);
-                    s2 += value * wide(x[2 * K + k]), s3 += value * wide(x[3 * K + k]);
-                }
-            } else {
-                const bf16 *w = (const bf16 *)linear->weight + at;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-                for (int k = 0; k < K; k++) {
-                    float value = wide(w[k]);
-                    s0 += value * wide(x[k]), s1 += value * wide(x[K + k]);
-                    s2 += value * wide(x[2 * K + k]), s3 += value * wide(x[3 * K + k]);
-                }
-            }
-            float *out = sums + r * 32 + token;
-            out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
-        }
-    }
-}
-
-static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, const Inputs *inputs, int first,
-                          int n_here, float *sums) {
-    multiply(linear, n0, n_blocks, soon, inputs, first, n_here, sums);
-}
-#endif
 
 /* -- adapters ------------------------------------------------------------------------------------------------------ */
 
@@ -287,7 +241,6 @@ static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out
         }
         return;
     }
-#if AMX
     const bf16 *x = (const bf16 *)inputs->packed + (size_t)panel * K * PANEL;
     __m512 sums[4] = {0};
     for (int k = 0; k < K; k += 8, x += 8 * PANEL)
@@ -298,14 +251,6 @@ static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out
                                        (__m512bh)_mm512_loadu_si512(x + 2 * i * PANEL));
         }
     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
-#else
-    for (int c = 0; c < PANEL; c++) {
-        const bf16 *x = (const bf16 *)inputs->packed + (size_t)(panel * PANEL + c) * K;
-        float sum = 0;
-        for (int k = 0; k < K; k++) sum += wide(a[k]) * wide(x[k]);
-        out[c] = sum;
-    }
-#endif
 }
 
 /* low = a x for all adapters and all tokens, also for tokens of other adapters, whose results are not used. */
@@ -609,9 +554,9 @@ void mpt_step(const Model *model, const Step *step) {
             normalize_all(x, model->norm_f, model->eps, &inputs, &model->head, T, &worker);
             product(&model->head, &inputs, (Adapted){0}, T, TO_ROWS, step->logits, NULL, logits_of, &worker);
         }
-#if AMX
         _tile_release();
-#endif
     }
     if (step->keys_read) *step->keys_read += n_read;
 }
+
+#endif

@@ -1,0 +1,246 @@
+/* Products with AVX-512: of bfloat16 by its own instruction where there is one, of codes by VNNI where there is it. */
+#pragma once
+
+enum { TOKENS_AT_ONCE = 4 };
+
+/* Four sums, each over 16 lanes, into four lanes. */
+static inline __m128 four_sums(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
+    const __m512 ab = _mm512_add_ps(low, high);
+    const __m256 part = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(part), _mm256_extractf128_ps(part, 1));
+}
+
+#if AVX512_BF16
+typedef bf16 Dense;
+enum { DENSE_LANES = 32 };
+#else
+typedef float Dense;
+enum { DENSE_LANES = 16 };
+#endif
+
+/* The products of four rows and n_tokens tokens, a constant, at DENSE_LANES inputs from k on. is_whole: no input is
+ * missing. Loads under a mask are for the end alone: the processor fetches nothing ahead of them, and a matrix was read
+ * at half the speed. */
+static inline __attribute__((always_inline)) void dense_lanes(const bf16 *const *rows, const Dense *x, size_t x_stride,
+                                                              int k, int left, const int is_whole, const int n_tokens,
+                                                              __m512 (*s)[TOKENS_AT_ONCE]) {
+#if AVX512_BF16
+    const __mmask32 mask = is_whole ? 0xffffffff : ((__mmask32)1 << left) - 1;
+    __m512bh w[4];
+    for (int r = 0; r < 4; r++)
+        w[r] = (__m512bh)(is_whole ? _mm512_loadu_si512(rows[r] + k) : _mm512_maskz_loadu_epi16(mask, rows[r] + k));
+    for (int t = 0; t < n_tokens; t++) {
+        const bf16 *from = x + t * x_stride + k;
+        const __m512bh xs = (__m512bh)(is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from));
+        for (int r = 0; r < 4; r++) s[r][t] = _mm512_dpbf16_ps(s[r][t], w[r], xs);
+    }
+#else
+    const __mmask16 mask = is_whole ? 0xffff : ((__mmask16)1 << left) - 1;
+    __m512 w[4];
+    for (int r = 0; r < 4; r++) {
+        const __m256i narrow_ = is_whole ? _mm256_loadu_si256((const __m256i *)(rows[r] + k))
+                                         : _mm256_maskz_loadu_epi16(mask, rows[r] + k);
+        w[r] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_), 16));
+    }
+    for (int t = 0; t < n_tokens; t++) {
+        const float *from = x + t * x_stride + k;
+        const __m512 xs = is_whole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(mask, from);
+        for (int r = 0; r < 4; r++) s[r][t] = _mm512_fmadd_ps(w[r], xs, s[r][t]);
+    }
+#endif
+}
+
+/* Four rows (K) times n_tokens tokens, a constant. */
+static inline __attribute__((always_inline)) void four_rows(const bf16 *const *rows, const Dense *x, size_t x_stride,
+                                                            int K, const int n_tokens, int is_first, float *sums) {
+    __m512 s[4][TOKENS_AT_ONCE];
+    for (int r = 0; r < 4; r++)
+        for (int t = 0; t < n_tokens; t++) s[r][t] = _mm512_setzero_ps();
+    int k = 0;
+    for (; k + DENSE_LANES <= K; k += DENSE_LANES) dense_lanes(rows, x, x_stride, k, 0, 1, n_tokens, s);
+    if (k < K) dense_lanes(rows, x, x_stride, k, K - k, 0, n_tokens, s);
+    for (int t = 0; t < n_tokens; t++) {
+        const __m128 found = four_sums(s[0][t], s[1][t], s[2][t], s[3][t]);
+        float *to = sums + t * STRIP;
+        _mm_storeu_ps(to, is_first ? found : _mm_add_ps(_mm_loadu_ps(to), found));
+    }
+}
+
+/* n_rows rows of weights, `stride` numbers apart, times T tokens, `x_stride` apart; K inputs. is_first: overwrite the
+ * sums, else add to them. */
+static void multiply_dense(const bf16 *rows, size_t stride, int n_rows, const Dense *x, size_t x_stride, int T, int K,
+                           int is_first, float *sums) {
+    for (int t = 0; t < T; t += TOKENS_AT_ONCE) {
+        const Dense *tokens = x + t * x_stride;
+        const int n = T - t < TOKENS_AT_ONCE ? T - t : TOKENS_AT_ONCE;
+        for (int r = 0; r < n_rows; r += 4) {
+            const bf16 *four[4];
+            for (int i = 0; i < 4; i++) four[i] = rows + (r + i < n_rows ? r + i : r) * stride;
+            float *to = sums + t * STRIP + r;
+            if (n == 4) four_rows(four, tokens, x_stride, K, 4, is_first, to);
+            if (n == 3) four_rows(four, tokens, x_stride, K, 3, is_first, to);
+            if (n == 2) four_rows(four, tokens, x_stride, K, 2, is_first, to);
+            if (n == 1) four_rows(four, tokens, x_stride, K, 1, is_first, to);
+        }
+    }
+}
+
+/* 64 products into 16 sums, added to `sums`; exact. */
+#if defined(__AVX512VNNI__)
+static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sums, codes, x); }
+#else
+static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { /* by way of int16 */
+    const __m512i ones = _mm512_set1_epi16(1), low_codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+    const __m512i high_codes = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
+    const __m512i low = _mm512_madd_epi16(_mm512_maddubs_epi16(low_codes, x), ones);
+    const __m512i high = _mm512_madd_epi16(_mm512_maddubs_epi16(high_codes, x), ones);
+    const __m512i found = _mm512_add_epi32(low, _mm512_slli_epi32(high, 4)); /* no sum passes 15 * 127 * 2 */
+    return _mm512_add_epi32(sums, found);
+}
+#endif
+
+enum { SPAN_CODES = 256 }; /* codes of a row whose scales are loaded together */
+
+/* Up to 256 codes of one row times n_tokens tokens, a constant, added to two sums a token. */
+static inline __attribute__((always_inline)) void one_span(const uint8_t *codes, const float *a, const float *b,
+                                                           const int group, const Coded *tokens, int at, int left,
+                                                           const int is_whole, const int n_tokens, __m512 *even,
+                                                           __m512 *odd) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i first = _mm512_srli_epi32(lanes, group == 32 ? 3 : 2); /* the group of each lane of 64 codes */
+    const __mmask16 mask = (1u << left / group) - 1;
+    const __m512 scales = _mm512_maskz_loadu_ps(mask, a), offsets = _mm512_maskz_loadu_ps(mask, b);
+    for (int t = 0; t < n_tokens; t++) {
+        const float *sums = group == 32 ? tokens[t].sums32 + at / 32 : tokens[t].sums16 + at / 16;
+        odd[t] = _mm512_fnmadd_ps(offsets, _mm512_maskz_loadu_ps(mask, sums), odd[t]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < SPAN_CODES; i += 64) {
+        if (!is_whole && left <= i) break;
+        const __mmask64 bytes = left - i >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (left - i)) - 1;
+#define LOAD(from) (is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(bytes, from))
+        const __m512i c = LOAD(codes + i);
+        const __m512 factor = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(i / group)), scales);
+        for (int t = 0; t < n_tokens; t++) {
+            const __m512i high = LOAD(tokens[t].high + at + i), low = LOAD(tokens[t].low + at + i);
+            const __m512i of_high = _mm512_slli_epi32(dot_codes(_mm512_setzero_si512(), c, high), 7);
+            const __m512 dots = _mm512_cvtepi32_ps(dot_codes(of_high, c, low));
+            if (i & 64)
+                odd[t] = _mm512_fmadd_ps(dots, factor, odd[t]);
+            else
+                even[t] = _mm512_fmadd_ps(dots, factor, even[t]);
+        }
+#undef LOAD
+    }
+}
+
+/* One row of n codes times n_tokens tokens, a constant; `at`: the first input. */
+static inline __attribute__((always_inline)) void one_row(const uint8_t *codes, const float *a, const float *b, int n,
+                                                          const int group, const Coded *tokens, int at,
+                                                          const int n_tokens, float *out) {
+    __m512 even[TOKENS_AT_ONCE], odd[TOKENS_AT_ONCE];
+    for (int t = 0; t < n_tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
+    int k = 0;
+    for (; k + SPAN_CODES <= n; k += SPAN_CODES)
+        one_span(codes + k, a + k / group, b + k / group, group, tokens, at + k, SPAN_CODES, 1, n_tokens, even, odd);
+    if (k < n) one_span(codes + k, a + k / group, b + k / group, group, tokens, at + k, n - k, 0, n_tokens, even, odd);
+    for (int t = 0; t < n_tokens; t++)
+        out[t * STRIP] = _mm512_reduce_add_ps(_mm512_add_ps(even[t], odd[t])) * tokens[t].step;
+}
+
+/* A row of n codes with its scales a and offsets b, from input `at` on, times T tokens; sums to out[token * STRIP]. */
+static void multiply_codes(const uint8_t *codes, const float *a, const float *b, int n, int group, const Coded *tokens,
+                           int at, int T, int is_first, float *out) {
+    float found[TOKENS_AT_ONCE * STRIP];
+    for (int t = 0; t < T; t += TOKENS_AT_ONCE) {
+        const int here = T - t < TOKENS_AT_ONCE ? T - t : TOKENS_AT_ONCE;
+#define OF_GROUP(group)                                                             \
+    if (here == 4) one_row(codes, a, b, n, group, tokens + t, at, 4, found);        \
+    if (here == 3) one_row(codes, a, b, n, group, tokens + t, at, 3, found);        \
+    if (here == 2) one_row(codes, a, b, n, group, tokens + t, at, 2, found);        \
+    if (here == 1) one_row(codes, a, b, n, group, tokens + t, at, 1, found)
+        if (group == 32) {
+            OF_GROUP(32);
+        } else {
+            OF_GROUP(16);
+        }
+#undef OF_GROUP
+        for (int i = 0; i < here; i++) {
+            float *to = out + (size_t)(t + i) * STRIP;
+            *to = is_first ? found[i * STRIP] : *to + found[i * STRIP];
+        }
+    }
+}
+
+#define INT8_AS_IT_IS 1
+
+/* Four sums of int32, each over 16 lanes. */
+static inline __m128i four_totals(__m512i s0, __m512i s1, __m512i s2, __m512i s3) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s1), _mm512_unpackhi_epi32(s0, s1));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(s2, s3), _mm512_unpackhi_epi32(s2, s3));
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i part = _mm256_add_epi32(_mm512_castsi512_si256(ab), _mm512_extracti64x4_epi64(ab, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(part), _mm256_extracti128_si256(part, 1));
+}
+
+/* 64 inputs of four rows of int8 weights and n_tokens tokens, 1 or 2, added to exact sums of both of their numbers. */
+static inline __attribute__((always_inline)) void int8_lanes(const int8_t *const *rows, const Coded *tokens, int at, int k,
+                                                             int left, const int is_whole, const int n_tokens,
+                                                             __m512i (*high)[2], __m512i (*low)[2]) {
+    const __mmask64 mask = is_whole ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+#define LOAD(from) (is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(mask, from))
+    __m512i codes[4]; /* + 128 */
+    for (int r = 0; r < 4; r++) codes[r] = _mm512_xor_si512(LOAD(rows[r] + k), _mm512_set1_epi8((char)0x80));
+    for (int t = 0; t < n_tokens; t++) {
+        const __m512i h = LOAD(tokens[t].high + at + k), l = LOAD(tokens[t].low + at + k);
+        for (int r = 0; r < 4; r++) {
+            high[r][t] = dot_codes(high[r][t], codes[r], h);
+            low[r][t] = dot_codes(low[r][t], codes[r], l);
+        }
+    }
+#undef LOAD
+}
+
+/* Four rows of int8 weights times n_tokens tokens, 1 or 2; exact up to the last rounding. */
+static inline __attribute__((always_inline)) void four_int8_rows(const int8_t *const *rows, int n, const Coded *tokens,
+                                                                 int at, __m128 scales, const int n_tokens,
+                                                                 int is_first, float *sums) {
+    __m512i h[4][2], l[4][2];
+    for (int r = 0; r < 4; r++)
+        for (int t = 0; t < n_tokens; t++) h[r][t] = l[r][t] = _mm512_setzero_si512();
+    int k = 0;
+    for (; k + 64 <= n; k += 64) int8_lanes(rows, tokens, at, k, 0, 1, n_tokens, h, l);
+    if (k < n) int8_lanes(rows, tokens, at, k, n - k, 0, n_tokens, h, l);
+    for (int t = 0; t < n_tokens; t++) {
+        const int32_t *totals = tokens[t].totals + at / CHUNK * 2;
+        __m128i high = four_totals(h[0][t], h[1][t], h[2][t], h[3][t]);
+        __m128i low = four_totals(l[0][t], l[1][t], l[2][t], l[3][t]);
+        high = _mm_sub_epi32(high, _mm_set1_epi32(totals[0] * 128)); /* what the 128 of each code added */
+        low = _mm_sub_epi32(low, _mm_set1_epi32(totals[1] * 128));
+        const __m128 dots = _mm_fmadd_ps(_mm_cvtepi32_ps(high), _mm_set1_ps(128), _mm_cvtepi32_ps(low));
+        const __m128 found = _mm_mul_ps(_mm_mul_ps(dots, scales), _mm_set1_ps(tokens[t].step));
+        float *to = sums + t * STRIP;
+        _mm_storeu_ps(to, is_first ? found : _mm_add_ps(_mm_loadu_ps(to), found));
+    }
+}
+
+/* n_rows rows of n int8 weights, `stride` apart, with a scale each, from input `at` on, times T tokens. */
+static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const bf16 *scales, int n, const Coded *tokens,
+                          int at, int T, int is_first, float *sums) {
+    for (int r = 0; r < n_rows; r += 4) {
+        const int8_t *four[4];
+        float own[4];
+        for (int i = 0; i < 4; i++) {
+            const int row = r + i < n_rows ? r + i : r;
+            four[i] = rows + row * stride, own[i] = wide(scales[row]);
+        }
+        const __m128 s = _mm_loadu_ps(own);
+        int t = 0;
+        for (; t + 2 <= T; t += 2)
+            four_int8_rows(four, n, tokens + t, at, s, 2, is_first, sums + t * STRIP + r);
+        if (t < T) four_int8_rows(four, n, tokens + t, at, s, 1, is_first, sums + t * STRIP + r);
+    }
+}

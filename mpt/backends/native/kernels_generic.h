@@ -1,0 +1,13 @@
+/* Products on any processor: all in plain C and the compiler's vectors. */
+#pragma once
+#include "kernels_lanes.h"
+
+/* See `multiply_groups`. */
+static inline Ints dot8(const uint8_t *codes, const int8_t *high, const int8_t *low) {
+    Ints sums = {0};
+    for (int i = 0; i < 32; i += 4)
+        for (int k = i; k < i + 4; k++) sums[i / 4] += codes[k] * (high[k] * 128 + low[k]);
+    return sums;
+}
+
+#include "kernels_vectors.h"

@@ -1,0 +1,517 @@
+/* One step of an MPT model for any number of tokens, on CPUs without AMX: embeddings to logits in one parallel region.
+ * With AMX, whose tiles want another layout, tiles_step.c and tiles_prompt.c do the same.
+ *
+ *   inputs of products        what a token's inputs are made into for the weights that they meet
+ *   adapters                  low-rank products beside each product
+ *   products and their use    `product`: outputs over the threads, into rows, the residual stream, or through GELU
+ *   attention                 keys and values stored; heads and spans of queries over the threads (attention.h)
+ *   the step                  memory, and `mpt_step` and `mpt_prompt`, which call all of it layer by layer
+ *
+ * Everything lies row by row, a token's numbers side by side, as the weights do: a product is then dot products of rows
+ * with rows, whose kernels (kernels.h) need no layout of their own. Decoding reads each weight once and computes little
+ * with it, so memory sets its speed. In prompts a strip of weights stays in the second-level cache and four tokens'
+ * inputs in the first.
+ *
+ * Weights are bfloat16, or blocks of small integers (formats.h). The residual stream and all sums are float32. Beside
+ * bfloat16, inputs are rounded to bfloat16. Beside blocks, a step of few tokens makes two int8 numbers of each input,
+ * 15 bits of a token's largest, which leaves enough of the others beside an outlier (Dettmers et al. 2022), and
+ * multiplies integers; a prompt widens each strip of blocks to bfloat16 once for all its tokens. No bit of a
+ * token's result depends on which other tokens share the step: every sum runs in its own fixed order.
+ */
+#include "attention.h"
+#include "kernels.h"
+
+#if !AMX
+
+enum {
+    SPAN = MAX_TOKENS,     /* queries of a row that share each block of keys */
+    LOOPS_PER_LAYER = 5 + N_PROJECTIONS,
+};
+
+/* -- inputs of products -------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int K, is_coded;
+    float *plain;   /* (T, K) as they are */
+    Dense *dense;   /* (T, K), for bfloat16 weights and for strips of widened ones */
+    int8_t *high, *low; /* (T, K), for weights in codes, with what belongs to them: */
+    float *steps, *sums32, *sums16; /* (T), (T, K / 32), (T, K / 16) */
+    int32_t *totals;                /* (T, chunks, 2) */
+} Inputs;
+
+static inline size_t n_chunks(int K) { return (K + CHUNK - 1) / CHUNK; }
+
+static inline void to_dense(const float *x, int n, Dense *out) {
+#if AVX512_BF16
+    narrow_all(x, n, out);
+#else
+    for (int i = 0; i < n; i++) out[i] = wide(narrow(x[i]));
+#endif
+}
+
+/* Round the inputs of one token for weights in codes. */
+static void encode_coded(const Inputs *inputs, size_t token) {
+    const int K = inputs->K;
+    const float *x = inputs->plain + token * K;
+    int8_t *high = inputs->high + token * K, *low = inputs->low + token * K;
+    float *sums32 = inputs->sums32 + token * K / 32, *sums16 = inputs->sums16 + token * K / 16;
+    int32_t most = 0; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
+    for (int k = 0; k < K; k++) {
+        int32_t bits;
+        memcpy(&bits, x + k, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    largest = largest < 1e-30f ? 1e-30f : largest;
+    inputs->steps[token] = largest / (127 * 128); /* NaN or infinite where an input is: damage is not hidden */
+    const float inverse = (127 * 128) / largest;
+    for (int k = 0; k < K; k += 16) {
+        int32_t sum = 0;
+        for (int i = k; i < k + 16; i++) {
+            const int32_t code = (int32_t)__builtin_rintf(x[i] * inverse), top = (code + 64) >> 7;
+            high[i] = (int8_t)top, low[i] = (int8_t)(code - (top << 7)), sum += code;
+        }
+        sums16[k / 16] = (float)sum;
+    }
+    for (int g = 0; g < K / 32; g++) sums32[g] = sums16[2 * g] + sums16[2 * g + 1];
+    for (int k = 0; k < K; k += CHUNK) {
+        int32_t of_high = 0, of_low = 0;
+        for (int i = k; i < K && i < k + CHUNK; i++) of_high += high[i], of_low += low[i];
+        int32_t *totals = inputs->totals + (token * n_chunks(K) + k / CHUNK) * 2;
+        totals[0] = of_high, totals[1] = of_low;
+    }
+}
+
+/* Round inputs k0 to k0 + n of one token to bfloat16; weights in codes wait until all of a token's are known. */
+static void encode(const Inputs *inputs, size_t token, int k0, int n) {
+    if (inputs->is_coded) return;
+    to_dense(inputs->plain + token * inputs->K + k0, n, inputs->dense + token * inputs->K + k0);
+}
+
+/* After all inputs of a product are there: round them for weights in codes. Every thread calls it. */
+static void finish(const Inputs *inputs, int T, Worker *worker) {
+    if (!inputs->is_coded) return;
+    for (int token = worker->thread; token < T; token += worker->n) encode_coded(inputs, token);
+    wait_for_all(worker);
+}
+
+/* For which weights inputs are made. is_prompt: many tokens, for which blocks are widened. */
+static void start(Inputs *inputs, const Linear *linear, int is_prompt) {
+    inputs->K = linear->n_in, inputs->is_coded = linear->format != BFLOAT16 && !is_prompt;
+}
+
+/* LayerNorm of n numbers. */
+static void normalize(const float *x, Norm norm, float eps, int n, float *out) {
+    float sum = 0, squares = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    const float mean = sum / n;
+    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / sqrtf(squares / n + eps);
+    if (norm.bias)
+        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]) + wide(norm.bias[i]);
+    else
+        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]);
+}
+
+/* LayerNorm of tokens' residual streams (C) into the inputs of a product. which: (n) the tokens, or NULL for all. */
+static void normalize_all(const float *x, Norm norm, float eps, Inputs *inputs, const Linear *linear, int is_prompt,
+                          int n, const int32_t *which, Worker *worker) {
+    start(inputs, linear, is_prompt);
+    const size_t C = inputs->K;
+    for (int at = worker->thread; at < n; at += worker->n) {
+        normalize(x + (which ? which[at] : at) * C, norm, eps, inputs->K, inputs->plain + at * C);
+        encode(inputs, at, 0, inputs->K);
+        if (inputs->is_coded) encode_coded(inputs, at);
+    }
+    wait_for_all(worker);
+}
+
+/* -- adapters ------------------------------------------------------------------------------------------------------ */
+
+/* The adapters of one projection: y += b (a x), with low = a x (adapters, max_rank, tokens). */
+typedef struct {
+    int n, max_rank, n_tokens, stride;
+    const Lora *loras;         /* of the first adapter; the next adapter's is `stride` further */
+    const int32_t *adapter_of; /* (T) the index of each token's adapter, or -1 */
+    float *low;
+} Adapted;
+
+static Adapted adapted_at(const Model *model, const Step *step, const int32_t *adapter_of, int layer, int projection) {
+    return (Adapted){.n = step->n_adapters, .max_rank = step->max_rank, .n_tokens = step->n_tokens,
+                     .stride = model->n_layers * N_PROJECTIONS, .adapter_of = adapter_of, .low = step->low,
+                     .loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL};
+}
+
+static float dot_wide(const bf16 *a, const float *x, int n) {
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += wide(a[i]) * x[i];
+    return sum;
+}
+
+#if AVX512_BF16
+static float dot_narrow(const bf16 *a, const bf16 *x, int n) {
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += wide(a[i]) * wide(x[i]);
+    return sum;
+}
+#else
+#define dot_narrow dot_wide
+#endif
+
+/* low = a x for the tokens of each adapter. */
+static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker) {
+    if (!adapted.n) return;
+    const size_t K = inputs->K;
+    for (int task; (task = take(worker, 1)) < adapted.n * adapted.max_rank;) {
+        const int which = task / adapted.max_rank, r = task % adapted.max_rank;
+        const Lora *lora = adapted.loras + (size_t)which * adapted.stride;
+        float *low = adapted.low + (size_t)task * adapted.n_tokens;
+        if (r >= lora->rank) continue;
+        const bf16 *a = lora->a + r * K;
+        for (int token = 0; token < adapted.n_tokens; token++)
+            if (adapted.adapter_of[token] == which)
+                low[token] = inputs->is_coded ? dot_wide(a, inputs->plain + token * K, inputs->K)
+                                              : dot_narrow(a, inputs->dense + token * K, inputs->K);
+    }
+    end_loop(worker);
+    wait_for_all(worker);
+}
+
+/* Add b low to n outputs of one token, from n0 on. */
+static void add_adapted(const Adapted *adapted, int token, int N, int n0, int n, float *out) {
+    const int which = adapted->adapter_of[token];
+    if (which < 0) return;
+    const Lora *lora = adapted->loras + (size_t)which * adapted->stride;
+    const float *low = adapted->low + (size_t)which * adapted->max_rank * adapted->n_tokens + token;
+    const bf16 *b = lora->b + n0;
+    for (int r = 0; r < lora->rank; r++, low += adapted->n_tokens, b += N)
+        for (int i = 0; i < n; i++) out[i] += *low * wide(b[i]);
+}
+
+/* -- products and their use ---------------------------------------------------------------------------------------- */
+
+typedef struct { /* one thread's memory */
+    float *sums;    /* (T, STRIP) */
+    bf16 *strip;    /* (STRIP, CHUNK) widened weights */
+    uint8_t *codes; /* (CHUNK) of one row, with a and b of its groups */
+    float *a, *b;
+} Own;
+
+/* Widen n weights of a row. */
+static void widen(const Linear *linear, size_t row, int k0, int n, const Own *own, bf16 *out) {
+    const int group = BLOCK_FORMATS[linear->format].group;
+    unpack(linear, row, k0, n, own->codes, own->a, own->b);
+    for (int g = 0; g < n / group; g++) {
+        float values[32];
+        for (int i = 0; i < group; i++) {
+#ifdef SIGNED_CODES
+            const float code = (int8_t)own->codes[g * group + i];
+#else
+            const float code = own->codes[g * group + i];
+#endif
+            values[i] = own->a[g] * code - own->b[g];
+        }
+        narrow_all(values, group, out + g * group);
+    }
+}
+
+/* Sums (T, STRIP) of n_rows outputs from n0 on. */
+static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
+    const int K = linear->n_in;
+    for (int k0 = 0; k0 < K; k0 += CHUNK) {
+        const int n = K - k0 < CHUNK ? K - k0 : CHUNK;
+        if (inputs->is_coded) {
+            Coded tokens[T];
+            for (size_t t = 0; t < (size_t)T; t++)
+                tokens[t] = (Coded){inputs->high + t * K, inputs->low + t * K, inputs->sums32 + t * K / 32,
+                                    inputs->sums16 + t * K / 16, inputs->totals + t * n_chunks(K) * 2,
+                                    inputs->steps[t]};
+#ifdef INT8_AS_IT_IS
+            if (linear->format == INT8_ROWS) {
+                multiply_int8((const int8_t *)linear->weight + (size_t)n0 * K + k0, K, n_rows, linear->scale + n0, n,
+                              tokens, k0, T, !k0, own->sums);
+                continue;
+            }
+#endif
+            for (int r = 0; r < n_rows; r++) {
+                unpack(linear, n0 + r, k0, n, own->codes, own->a, own->b);
+                multiply_codes(own->codes, own->a, own->b, n, BLOCK_FORMATS[linear->format].group, tokens, k0, T, !k0,
+                               own->sums + r);
+            }
+            continue;
+        }
+        const bf16 *rows = (const bf16 *)linear->weight + (size_t)n0 * K + k0;
+        size_t stride = K;
+        if (linear->format != BFLOAT16) {
+            for (int r = 0; r < n_rows; r++) widen(linear, n0 + r, k0, n, own, own->strip + (size_t)r * n);
+            rows = own->strip, stride = n;
+        }
+        multiply_dense(rows, stride, n_rows, inputs->dense + k0, K, T, n, !k0, own->sums);
+    }
+}
+
+typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
+
+/* GELU of n numbers, in place. Never inlined, so that it rounds in one way for all callers. */
+static __attribute__((noinline)) void gelu(float *x, int n) {
+    for (int i = 0; i < n; i++) x[i] = gelu_(x[i]);
+}
+
+/* All outputs for T tokens, over the threads. TO_ROWS writes token t's to out + t * N; TO_RESIDUAL adds them there.
+ * TO_GELU makes them, through GELU, the inputs `next` of another product. */
+static void product(const Linear *linear, const Inputs *inputs, Adapted adapted, int T, Target target, float *out,
+                    const Inputs *next, const Own *own, Worker *worker) {
+    const int N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP;
+    const int at_once = n_strips / (8 * worker->n) + 1; /* neighbours, as memory is fetched ahead */
+    for (int strip = 0, end = 0;; strip++) {
+        if (strip == end) strip = take(worker, at_once), end = strip + at_once;
+        if (strip >= n_strips) break;
+        const int n0 = strip * STRIP, n = N - n0 < STRIP ? N - n0 : STRIP;
+        multiply(linear, n0, n, inputs, T, own);
+        for (int token = 0; token < T; token++) {
+            float *values = own->sums + (size_t)token * STRIP;
+            if (linear->bias)
+                for (int i = 0; i < n; i++) values[i] += wide(linear->bias[n0 + i]);
+            if (adapted.n) add_adapted(&adapted, token, N, n0, n, values);
+            if (target == TO_GELU) {
+                float *to = next->plain + (size_t)token * N + n0;
+                gelu(values, n);
+                if (next->is_coded) {
+                    memcpy(to, values, n * sizeof *to);
+                } else {
+                    to_dense(values, n, next->dense + (size_t)token * N + n0);
+                }
+                continue;
+            }
+            float *to = out + (size_t)token * N + n0;
+            if (target == TO_RESIDUAL)
+                for (int i = 0; i < n; i++) to[i] += values[i];
+            else
+                memcpy(to, values, n * sizeof *to);
+        }
+    }
+    end_loop(worker);
+    wait_for_all(worker);
+}
+
+/* -- attention ----------------------------------------------------------------------------------------------------- */
+
+typedef struct { /* of one layer, for the functions below */
+    const Model *model;
+    const Step *step;
+    int layer, width;     /* of qkv: C queries, then keys, then values */
+    const int32_t *first; /* (rows) their first token in the step */
+    float *qkv;
+    const Inputs *next; /* gets the results */
+} Place;
+
+/* Clip the queries, keys and values of one token and normalise its queries and keys, where the model does so. */
+static void prepare_token(const Place *at, int token) {
+    const Model *model = at->model;
+    const Layer *layer = model->layers + at->layer;
+    float *own = at->qkv + (size_t)token * at->width;
+    const float limit = model->clip_qkv;
+    if (limit > 0)
+        for (int i = 0; i < at->width; i++) own[i] = own[i] > limit ? limit : own[i] < -limit ? -limit : own[i];
+    if (layer->q_ln.weight) {
+        const int n_keys = model->n_kv_heads * model->d_head;
+        normalize(own, layer->q_ln, model->eps, model->d_model, own);
+        normalize(own + model->d_model, layer->k_ln, model->eps, n_keys, own + model->d_model);
+    }
+}
+
+/* Store the new keys and values of one head of one row after those stored before. */
+static void store(const Place *at, int row, int g) {
+    const Model *model = at->model;
+    const Step *step = at->step;
+    const int D = model->d_head, G = model->n_kv_heads;
+    const Stored to = stored_of(model, step, at->layer, row, g);
+    float *largest = step->key_norm[row] + at->layer * G + g;
+    for (int t = 0; t < step->row_tokens[row]; t++) {
+        const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
+        const size_t position = step->row_length[row] + t;
+        store_at(to, position, key, key + G * D, D);
+        const float length = length_of_key(to, position, D);
+        if (length > *largest) *largest = length;
+    }
+}
+
+/* Attention of one head of some queries of one row, the first one the row's t0-th new token. Returns the keys read. */
+static int64_t attend_head(const Place *at, int row, int head, int t0) {
+    const Model *model = at->model;
+    const Step *step = at->step;
+    const int D = model->d_head, G = model->n_kv_heads, g = head * G / model->n_heads, C = model->d_model;
+    const int left = step->row_tokens[row] - t0, T = left < SPAN ? left : SPAN;
+    const int stored = step->row_length[row] + t0 + T, token = at->first[row] + t0;
+    const float *q = at->qkv + (size_t)token * at->width + head * D;
+    const float slope = model->slopes ? model->slopes[head] : 0, key_norm = step->key_norm[row][at->layer * G + g];
+    const Stored from = stored_of(model, step, at->layer, row, g);
+    float *out = at->next->plain + (size_t)token * C + head * D;
+    int64_t n_read;
+    if (from.key_scales) {
+        _Alignas(64) float queries[T * D];
+        for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
+        n_read = attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 1);
+    } else {
+        _Alignas(64) bf16 queries[T * D];
+        for (int t = 0; t < T; t++) narrow_all(q + (size_t)t * at->width, D, queries + t * D);
+        n_read = attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 0);
+    }
+    for (int t = 0; t < T; t++) encode(at->next, token + t, head * D, D);
+    return n_read;
+}
+
+/* Store all new keys and values and attend over them. Returns the keys read by this thread. */
+static int64_t attend_all(const Place *at, Worker *worker) {
+    const Model *model = at->model;
+    const Step *step = at->step;
+    const int H = model->n_heads, G = model->n_kv_heads;
+    const int stores_alone = G != H || step->n_tokens > MAX_TOKENS; /* who shares keys waits until all are stored */
+    int64_t n_read = 0;
+    if (model->clip_qkv > 0 || model->layers[at->layer].q_ln.weight) {
+        for (int token = worker->thread; token < step->n_tokens; token += worker->n) prepare_token(at, token);
+        wait_for_all(worker);
+    }
+    if (stores_alone) {
+        for (int task = worker->thread; task < step->n_rows * G; task += worker->n) store(at, task / G, task % G);
+        wait_for_all(worker);
+    }
+    /* Turns are counted from the last row's last span to the first, as those see the most keys. */
+    int n_spans = 0;
+    for (int row = 0; row < step->n_rows; row++) n_spans += (step->row_tokens[row] + SPAN - 1) / SPAN;
+    for (int task, row = step->n_rows - 1, before = 0; (task = take(worker, 1)) < n_spans * H;) {
+        const int turn = task / H, head = task % H;
+        int spans = (step->row_tokens[row] + SPAN - 1) / SPAN;
+        while (turn >= before + spans) before += spans, row--, spans = (step->row_tokens[row] + SPAN - 1) / SPAN;
+        if (!stores_alone) store(at, row, head);
+        n_read += attend_head(at, row, head, (spans - 1 - (turn - before)) * SPAN);
+    }
+    end_loop(worker);
+    wait_for_all(worker);
+    finish(at->next, step->n_tokens, worker);
+    return n_read;
+}
+
+/* -- the step ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    float *x, *qkv;     /* (T, C) residual stream; (T, ...) */
+    Inputs inputs, inner; /* as wide as C, and as the MLP inside */
+    atomic_int *queues; /* one for each loop that is shared out, a cache line each */
+} Scratch;
+
+/* The floats that a step of T tokens needs. With a block of so many, `out` and `own` get their parts, each on a cache
+ * line. */
+static size_t carve(const Model *model, size_t T, int is_prompt, int n_threads, float *block, Scratch *out, Own *own) {
+    const size_t C = model->d_model, F = model->d_ffn;
+    const size_t width = C + 2 * (size_t)model->n_kv_heads * model->d_head;
+    size_t used = 0;
+    float *at = block ? (float *)(((uintptr_t)block + 63) & ~(uintptr_t)63) : NULL;
+#define TAKE(name, floats) name = at ? (void *)(at + used) : NULL, used += ((floats) + 15) / 16 * 16
+    TAKE(out->x, T * C);
+    TAKE(out->qkv, T * width);
+    for (int i = 0; i < 2; i++) {
+        Inputs *inputs = i ? &out->inner : &out->inputs;
+        const size_t K = i ? F : C;
+        TAKE(inputs->plain, i && is_prompt ? 0 : T * K);
+        TAKE(inputs->dense, T * K * sizeof(Dense) / sizeof(float) + 1);
+        TAKE(inputs->high, is_prompt ? 0 : T * K / 4 + 1);
+        TAKE(inputs->low, is_prompt ? 0 : T * K / 4 + 1);
+        TAKE(inputs->steps, is_prompt ? 0 : T);
+        TAKE(inputs->sums32, is_prompt ? 0 : T * K / 32 + 1);
+        TAKE(inputs->sums16, is_prompt ? 0 : T * K / 16 + 1);
+        TAKE(inputs->totals, is_prompt ? 0 : T * n_chunks(K) * 2);
+    }
+    TAKE(out->queues, 16 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
+    for (int thread = 0; thread < n_threads; thread++) {
+        Own *mine = own ? own + thread : &(Own){0};
+        TAKE(mine->sums, T * STRIP);
+        TAKE(mine->strip, STRIP * CHUNK / 2);
+        TAKE(mine->codes, CHUNK / 4);
+        TAKE(mine->a, CHUNK / 16);
+        TAKE(mine->b, CHUNK / 16);
+    }
+#undef TAKE
+    return used + 16;
+}
+
+size_t mpt_scratch_floats(const Model *model, int32_t n_tokens, int32_t n_threads) {
+    Scratch scratch;
+    return carve(model, n_tokens, 0, n_threads, NULL, &scratch, NULL);
+}
+
+/* n_panels: of 16 tokens. */
+size_t mpt_prompt_scratch_floats(const Model *model, int32_t n_panels, int32_t n_logits, int32_t n_threads,
+                                 int32_t is_int8) {
+    (void)n_logits, (void)is_int8;
+    Scratch scratch;
+    return carve(model, (size_t)n_panels * PANEL, 1, n_threads, NULL, &scratch, NULL);
+}
+
+static int64_t run_layer(const Model *model, const Step *step, int layer, int is_prompt, const int32_t *first,
+                         const int32_t *adapter_of, Scratch *scratch, const Own *own, Worker *worker) {
+    const Layer *now = model->layers + layer;
+    const int T = step->n_tokens;
+    Inputs inputs = scratch->inputs, inner = scratch->inner, mixed = scratch->inputs;
+    Adapted adapted[N_PROJECTIONS];
+    for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, layer, i);
+    normalize_all(scratch->x, now->norm_1, model->eps, &inputs, &now->wqkv, is_prompt, T, NULL, worker);
+    multiply_by_a(adapted[WQKV], &inputs, worker);
+    product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch->qkv, NULL, own, worker);
+    start(&mixed, &now->out_proj, is_prompt);
+    const Place at = {model, step, layer, now->wqkv.n_out, first, scratch->qkv, &mixed};
+    const int64_t n_read = attend_all(&at, worker);
+    multiply_by_a(adapted[OUT_PROJ], &mixed, worker);
+    product(&now->out_proj, &mixed, adapted[OUT_PROJ], T, TO_RESIDUAL, scratch->x, NULL, own, worker);
+    normalize_all(scratch->x, now->norm_2, model->eps, &inputs, &now->up_proj, is_prompt, T, NULL, worker);
+    multiply_by_a(adapted[UP_PROJ], &inputs, worker);
+    start(&inner, &now->down_proj, is_prompt);
+    product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, own, worker);
+    finish(&inner, T, worker);
+    multiply_by_a(adapted[DOWN_PROJ], &inner, worker);
+    product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, scratch->x, NULL, own, worker);
+    return n_read;
+}
+
+static void run(const Model *model, const Step *step, int is_prompt) {
+    const int T = step->n_tokens, C = model->d_model;
+    int32_t first[step->n_rows], adapter_of[T];
+    int64_t n_read = 0;
+    Scratch scratch;
+    Own own[step->n_threads];
+    Team team = {0};
+    carve(model, is_prompt ? (T + PANEL - 1) / PANEL * PANEL : T, is_prompt, step->n_threads, step->scratch, &scratch,
+          own);
+    memset(scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
+    memcpy(scratch.x, step->x, (size_t)T * C * sizeof(float));
+    for (int row = 0, token = 0; row < step->n_rows; row++) {
+        first[row] = token;
+        for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
+    }
+
+#pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
+    {
+        Worker worker = {&team, scratch.queues, omp_get_thread_num(), omp_get_num_threads()};
+        const Own *mine = own + worker.thread;
+        for (int layer = 0; layer < model->n_layers; layer++)
+            n_read += run_layer(model, step, layer, is_prompt, first, adapter_of, &scratch, mine, &worker);
+        if (step->n_logits) {
+            Inputs inputs = scratch.inputs;
+            normalize_all(scratch.x, model->norm_f, model->eps, &inputs, &model->head, is_prompt, step->n_logits,
+                          step->logit_tokens, &worker);
+            product(&model->head, &inputs, (Adapted){0}, step->n_logits, TO_ROWS, step->logits, NULL, mine, &worker);
+        }
+    }
+    if (step->keys_read) *step->keys_read += n_read;
+}
+
+/* One step: keys and values of all its tokens are stored in their rows, logits are written for those that want them.
+ * At most MAX_TOKENS. */
+void mpt_step(const Model *model, const Step *step) { run(model, step, 0); }
+
+/* The same for any number of tokens. */
+void mpt_prompt(const Model *model, const Step *step) { run(model, step, 1); }
+
+#endif
