@@ -152,7 +152,7 @@ def test_c_computes_with_blocks_as_they_lie(kind: str, n_tokens: int, tmp_path: 
         row.length += len(tokens)
     expected = float64.logits(values_of(path), ids, 4)
     error = (torch.cat(found) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error < 0.02, error  # inputs and keys are rounded to bfloat16
+    assert error < 0.03, error  # inputs and keys are rounded to bfloat16
 
 
 @needs_llama_cpp
