@@ -35,6 +35,7 @@ from mpt.gguf.file import is_gguf, open_gguf
 from mpt.manifest import verify_manifest, write_manifest
 from mpt.model import MPTForCausalLM
 from mpt.packed import layers as packed_layers
+from mpt.packed import rounding
 from mpt.packed.folder import unpacked, unpacking_in_words
 from mpt.packed.matrix import PackedTensor, Weight
 from mpt.packed.packing import packing_in
@@ -86,12 +87,14 @@ def load(
     verify: bool = True,
     shard: "Shard | None" = None,
     stay_packed: bool = False,
+    in_four_bits: bool = False,
 ) -> MPTForCausalLM:
     """The model at a place, or under a name of the catalog, ready for inference.
 
     dtype: None keeps the file's. verify: check every file against its manifest.json, where it has one. shard: load a
     share of a model that several processes hold together. stay_packed: leave quantised matrices as they lie, in layers
-    that unpack them while they multiply; such a model can be run and not saved.
+    that unpack them while they multiply. in_four_bits: round every matrix to 4 bits as it is read, into such layers. A
+    model with either can be run and not saved.
     Raises CheckpointNotFound, UnsupportedConfig, DamagedFile.
     """
     from mpt.catalog import resolve
@@ -108,9 +111,10 @@ def load(
     if dtype is None:
         dtype = stored_dtype(place, config, weights)
     model.config.dtype = dtype
-    if stay_packed:
+    if stay_packed or in_four_bits:
         assert shard is None, "a model shared over processes is cut into parts of its real values"
-        packed_layers.put_into(model, weights, device, dtype)
+        pack = rounding.four_bits if in_four_bits else packed_layers.as_it_lies
+        packed_layers.put_into(model, weights, device, dtype, pack)
     else:
         say_unpacked(place, weights)
     model = model.to(dtype).to_empty(device=device)

@@ -112,7 +112,7 @@ PAGED = Capabilities(
     options=Fields(
         _ENGINE_OPTIONS | {"adapters", "named_adapters"},
         {
-            "quantize": "int8 weights are computed with in bfloat16 on CPU; give `--dtype bfloat16 --device cpu`, or "
+            "quantize": "rounded weights are for bfloat16 on CPU; give `--dtype bfloat16 --device cpu`, or "
             "leave `--quantize` out",
             "kv_cache": "an int8 KV cache is for bfloat16 models computed on CPU in this process; give "
             "`--dtype bfloat16 --device cpu`, or leave `--kv-cache` out",
@@ -128,7 +128,7 @@ SHARDED = Capabilities(
     options=Fields(
         _ENGINE_OPTIONS | {"tensor_parallel"},
         {
-            "quantize": "int8 weights are for a model in one process; leave `--quantize` out",
+            "quantize": "rounded weights are for a model in one process; leave `--quantize` out",
             "kv_cache": "an int8 KV cache is for a model in one process; leave `--kv-cache` out",
             "draft": _EXACT_ONLY,
             "adapters": _NO_ADAPTERS,
@@ -146,7 +146,7 @@ ONNX = Capabilities(
     options=Fields(
         _ENGINE_OPTIONS,
         {
-            "quantize": "choose its precision with `mpt convert --dtype int8`",
+            "quantize": "choose its precision with `mpt convert --dtype int8` (or int4)",
             "kv_cache": "an int8 KV cache is for Hugging Face style folders in bfloat16; leave `--kv-cache` out",
             "draft": _EXACT_ONLY,
             "tensor_parallel": "onnxruntime runs in one process; leave it out",

@@ -23,6 +23,7 @@ from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
 from mpt.manifest import read_manifest, verify_manifest
 from mpt.options import ModelOptions
+from mpt.packed import rounding
 
 Kind = Literal["one token", "few tokens", "prompt", "draw"]
 _SUBJECTS: dict[Kind, str] = {
@@ -105,7 +106,13 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 
         return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device)
     assert choice.backend in ("torch", "paged"), choice
-    model = load(folder, dtype=choice.dtype, device=choice.device, stay_packed=choice.stay_packed)
+    model = load(
+        folder,
+        dtype=choice.dtype,
+        device=choice.device,
+        stay_packed=choice.stay_packed,
+        in_four_bits=options.quantize == "int4",
+    )
     if choice.backend == "paged":
         from mpt.backends.paged_backend import PagedBackend
 
@@ -113,7 +120,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
     from mpt.backends.quantization import quantize_model
     from mpt.backends.torch_backend import TorchBackend
 
-    if options.quantize:
+    if options.quantize == "int8":
         quantize_model(model)
     return TorchBackend(model, int8_cache=options.kv_cache == "int8")
 
@@ -124,12 +131,14 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     """A model in this process on CPU: C where it can, torch elsewhere."""
     dtype = _dtype(folder, config, options, "cpu")
-    packed = tuple(packed_sizes(folder)) if options.quantize is None else ()  # int8 is made of the real values
+    packed = tuple(packed_sizes(folder))
+    if options.quantize is not None:  # which rounds the real values
+        packed = rounding.KINDS if options.quantize == "int4" else ()
     int8_weights, int8_cache = options.quantize == "int8", options.kv_cache == "int8"
-    if (int8_weights or int8_cache) and dtype != torch.bfloat16:
-        flag = "--quantize" if int8_weights else "--kv-cache"
+    if (options.quantize or int8_cache) and dtype != torch.bfloat16:
+        flag, value = ("--quantize", options.quantize) if options.quantize else ("--kv-cache", "int8")
         raise UserError(
-            f"`{flag} int8` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
+            f"`{flag} {value}` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
             f"`--dtype bfloat16`, or leave `{flag}` out"
         )
     facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed)
@@ -148,9 +157,8 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     else:
         few = Step("few tokens", *_in_c(*step_variant(config, **facts)))
         prompt = Step("prompt", *_in_c(*prompt_variant(config, **facts)))
-    precision = f"{'int8' if int8_weights else ' and '.join(packed)} weights, {_name(dtype)}"
-    if not (int8_weights or packed):
-        precision = _name(dtype)
+    kinds = options.quantize or " and ".join(packed)
+    precision = f"{kinds} weights, {_name(dtype)}" if kinds else _name(dtype)
     return Choice(
         backend="torch",
         device="cpu",
@@ -158,7 +166,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
         steps=(replace(few, kind="one token"), few, prompt, _draw("cpu")),
         capabilities=replace(capabilities.TORCH, exact_guesses=few.runs != "torch"),
         dtype=dtype,
-        stay_packed=bool(packed),
+        stay_packed=bool(packed) and options.quantize is None,
     )
 
 

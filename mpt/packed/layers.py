@@ -4,7 +4,7 @@ Right on every machine, in the memory of the packed matrices and of one piece. N
 (`matrix.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,21 +74,32 @@ class _Product(torch.autograd.Function):
         return found.to(gradient.dtype), None
 
 
-def put_into(
-    model: MPTForCausalLM, weights: Mapping[str, Weight], device: torch.device | str, dtype: torch.dtype
-) -> None:
-    """Let a model's packed matrices stay so, in place; the model may be on the meta device.
+def as_it_lies(name: str, weight: Weight) -> PackedMatrix | None:
+    """A weight that is packed, mapped from its file; None for another one."""
+    return weight.open(mapped=True) if isinstance(weight, PackedTensor) and weight.packed_bytes else None
 
-    weights: where each parameter is stored. dtype: of what an embedding gives.
+
+def put_into(
+    model: MPTForCausalLM,
+    weights: Mapping[str, Weight],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    pack: Callable[[str, Weight], PackedMatrix | None] = as_it_lies,
+) -> None:
+    """Give a model packed matrices, in place; the model may be on the meta device.
+
+    weights: where each parameter is stored. dtype: of what an embedding gives. pack: makes a matrix of a module's name
+    and its weight, or None where the module stays as it is.
     """
     for name, module in list(model.named_modules()):
         weight = weights.get(f"{name}.weight")
-        if not isinstance(weight, PackedTensor) or not weight.packed_bytes:
+        if weight is None or not isinstance(module, nn.Linear | nn.Embedding):
             continue
         is_embedding = isinstance(module, nn.Embedding)
-        if is_embedding and weight.step != 1:  # single rows cannot be had
+        matrix = pack(name, weight)
+        if matrix is None or (is_embedding and matrix.step != 1):  # of which single rows cannot be had
             continue
-        matrix = weight.open(mapped=True).to(device)
+        matrix = matrix.to(device)
         parent, _, key = name.rpartition(".")
         made = PackedEmbedding(matrix, dtype) if is_embedding else PackedLinear(_linear(module), matrix)
         setattr(model.get_submodule(parent), key, made)

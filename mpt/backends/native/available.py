@@ -82,6 +82,8 @@ def _fastest(
         return variant, None
     if found.variant != "amx" or why_no_tiles is None:
         return found.variant, found.why_not_faster
+    if len(found.variants) == 1:  # MPT_NATIVE_ISA=amx
+        raise Unavailable(why_no_tiles)
     return found.variants[1], why_no_tiles
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt.backends.native import structures
+from mpt.errors import UserError
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # Sums may be reordered, once and for all when compiling; infinities and NaN stay what they are.
@@ -94,7 +95,11 @@ class Features:
 
 
 def features() -> Features:
-    """What can be compiled and run here. Nothing is compiled for it. Raises Unavailable where nothing can."""
+    """What can be compiled and run here. Nothing is compiled for it.
+
+    `MPT_NATIVE_ISA` names the only variant that may run. Raises Unavailable where nothing can, UserError where that one
+    cannot.
+    """
     if os.environ.get("MPT_NATIVE") == "0":
         raise Unavailable("MPT_NATIVE=0")
     if sys.platform != "linux":
@@ -113,6 +118,13 @@ def features() -> Features:
             runs.append(variant.name)
         else:
             missing[variant.name] = reason
+    forced = os.environ.get("MPT_NATIVE_ISA")
+    if forced is not None:
+        if forced not in runs:
+            known = ", ".join(variant.name for variant in VARIANTS)
+            why = missing.get(forced, f"the variants are {known}")
+            raise UserError(f"`MPT_NATIVE_ISA={forced}` cannot run here: {why}; those that can: {', '.join(runs)}")
+        runs, missing = [forced], {"faster": f"MPT_NATIVE_ISA={forced}"}
     return Features(compiler, version, macros, tuple(runs), missing)
 
 

@@ -19,6 +19,7 @@ from mpt.backends.native import available, library, structures
 from mpt.backends.native.draw import draw
 from mpt.backends.native.step import NativeStep, RowMemory
 from mpt.backends.quantization import quantize_model
+from mpt.errors import UserError
 from mpt.lora import Adapter, adaptable
 
 try:
@@ -616,6 +617,23 @@ def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):
     with pytest.raises(library.Unavailable, match="install gcc"):
         NativeStep(make("mpt"))
     library.load.cache_clear()
+
+
+@every_variant
+def test_a_variant_can_be_asked_for(monkeypatch, variant):
+    monkeypatch.setenv("MPT_NATIVE_ISA", variant)
+    assert available.step_variant(config(), **FACTS) == (variant, f"MPT_NATIVE_ISA={variant}")
+    library.load.cache_clear()
+    assert NativeStep(make("mpt"))._library.mpt_variant().decode() == variant
+    library.load.cache_clear()
+
+
+def test_a_variant_that_is_not_here_is_refused_in_one_line(monkeypatch):
+    for name, reason in (("avx9000", "the variants are amx, avx512_bf16"), *FOUND.missing.items()):
+        monkeypatch.setenv("MPT_NATIVE_ISA", name)
+        with pytest.raises(UserError, match=f"`MPT_NATIVE_ISA={name}` cannot run here: {reason}") as caught:
+            available.step_variant(config(), **FACTS)
+        assert "\n" not in str(caught.value)
 
 
 def test_it_can_be_switched_off(monkeypatch):
