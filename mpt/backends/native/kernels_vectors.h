@@ -19,6 +19,14 @@ static inline Lanes eight_wide(const bf16 *from) {
 
 static inline float sum_of_eight(Lanes s) { return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7])); }
 
+/* The sum of eight lanes and of what is left of a row from k on. Never inlined, so that it rounds in one way for all
+ * callers: the compiler may reorder sums. */
+static __attribute__((noinline)) float with_the_rest(const Lanes *lanes, const bf16 *w, const float *x, int k, int K) {
+    float sum = sum_of_eight(*lanes);
+    for (; k < K; k++) sum += wide(w[k]) * x[k];
+    return sum;
+}
+
 /* Two rows times n_tokens tokens, a constant. */
 static inline __attribute__((always_inline)) void two_rows(const bf16 *w0, const bf16 *w1, const Dense *x,
                                                            size_t x_stride, int K, const int n_tokens, int is_first,
@@ -33,8 +41,8 @@ static inline __attribute__((always_inline)) void two_rows(const bf16 *w0, const
         }
     }
     for (int t = 0; t < n_tokens; t++) {
-        float a = sum_of_eight(s0[t]), b = sum_of_eight(s1[t]);
-        for (int i = k; i < K; i++) a += wide(w0[i]) * x[t * x_stride + i], b += wide(w1[i]) * x[t * x_stride + i];
+        const float a = with_the_rest(s0 + t, w0, x + t * x_stride, k, K);
+        const float b = with_the_rest(s1 + t, w1, x + t * x_stride, k, K);
         sums[t * STRIP] = is_first ? a : sums[t * STRIP] + a;
         more[t * STRIP] = is_first ? b : more[t * STRIP] + b;
     }

@@ -1,0 +1,132 @@
+"""Products of every weight format by every set of kernels, also by those for ARM, which an emulator runs.
+
+Expected values are those of the `gguf` package's dequantisation, in float64.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from mpt.backends.native import library, structures
+from mpt.gguf.ggml_types import BLOCK_TYPES
+
+try:
+    FOUND, WHY_NONE = library.features(), ""
+except library.Unavailable as reason:
+    FOUND, WHY_NONE = library.Features("", "", frozenset(), (), {}), str(reason)
+pytestmark = pytest.mark.skipif(bool(WHY_NONE), reason=WHY_NONE)
+NATIVE = Path(library.__file__).parent
+PROGRAM = Path(__file__).with_name("products.c")
+ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
+ARM_FLAGS = {"neon": "-march=armv8.2-a+dotprod", "generic on ARM": "-march=armv8-a"}
+HERE = tuple(variant for variant in FOUND.variants if variant != "amx")
+HALVES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)
+}  # fmt: skip
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Each set of kernels with the command that runs it, compiled when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("products"), dict[str, list[str]]()
+
+    class Programs(dict[str, list[str]]):
+        def __missing__(self, name: str) -> list[str]:
+            out = folder / name.replace(" ", "_")
+            if name in ARM_FLAGS:
+                if missing := [tool for tool in ARM if shutil.which(tool) is None]:
+                    pytest.skip(f"{missing[0]} is not here; Debian has it in gcc-aarch64-linux-gnu and qemu-user")
+                flags = [flag for flag in library._FLAGS if flag != "-march=native"]
+                compile_ = [ARM[0], *flags, ARM_FLAGS[name], "-static"]
+                self[name] = [ARM[1], str(out)]
+            else:
+                compile_ = [FOUND.compiler, *library.flags_of(name, FOUND)]
+                self[name] = [str(out)]
+            command = [*compile_, "-Wno-unused", f"-I{NATIVE}", str(PROGRAM), "-o", str(out), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            return self[name]
+
+    return Programs(made)
+
+
+def bfloat16(x: Array) -> Array:
+    """The nearest bfloat16 numbers, as their bits."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def widened(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def matrix(kind: str, n_out: int, n_in: int) -> tuple[bytes, Array, Array]:
+    """A random matrix as it is stored, the scales of its rows in bfloat16, and its real values."""
+    random = np.random.default_rng(1)
+    scales = bfloat16(random.uniform(0.01, 0.02, n_out))
+    if kind == "BFLOAT16":
+        bits = bfloat16(random.standard_normal((n_out, n_in)))
+        return bits.tobytes(), scales, widened(bits)
+    if kind == "INT8_ROWS":
+        codes = random.integers(-127, 128, (n_out, n_in)).astype(np.int8)
+        return codes.tobytes(), scales, codes * widened(scales)[:, None]
+    block = BLOCK_TYPES[kind]
+    data = random.integers(0, 256, (n_out, n_in // block.n_values, block.n_bytes), dtype=np.uint8)
+    for at in HALVES.get(kind, (0,)):
+        halves = random.uniform(0.01, 0.02, data.shape[:2]).astype(np.float16)
+        data[..., at : at + 2] = halves[..., None].view(np.uint8)
+    real = gguf.quants.dequantize(data.reshape(n_out, -1), gguf.GGMLQuantizationType[kind])
+    return data.tobytes(), scales, real.astype(np.float64)
+
+
+def product(command: list[str], kind: str, n_out: int, x: Array, is_prompt: bool) -> tuple[Array, Array]:
+    """What a program computes, and the truth."""
+    stored, scales, real = matrix(kind, n_out, x.shape[1])
+    asked = [structures.FORMATS.index(kind), n_out, x.shape[1], len(x), int(is_prompt)]
+    data = np.array(asked, "<i4").tobytes() + stored + scales.tobytes() + x.astype("<f4").tobytes()
+    done = subprocess.run(command, input=data, capture_output=True, check=True)
+    return np.frombuffer(done.stdout, "<f4").reshape(len(x), n_out), x.astype(np.float64) @ real.T
+
+
+@pytest.mark.parametrize("is_prompt", [False, True], ids=["few", "prompt"])
+@pytest.mark.parametrize("kind", structures.FORMATS)
+@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+def test_products_are_those_of_the_real_values(
+    programs: dict[str, list[str]], kernels: str, kind: str, is_prompt: bool
+) -> None:
+    """Of 37 outputs, which fill no strip, and 2,816 inputs, which fill no chunk; one input is 30 times the others."""
+    command = programs[kernels]
+    x = np.random.default_rng(2).standard_normal((7, 2816))
+    x[:, 5] *= 30
+    rounds = kind == "BFLOAT16" or is_prompt  # inputs to bfloat16, else to 15 bits of the largest
+    if kind == "BFLOAT16":
+        x = widened(bfloat16(x))
+    found, expected = product(command, kind, 37, x, is_prompt)
+    size = np.abs(expected).mean()
+    error = np.abs(found - expected).max() / size
+    assert error < (1e-5 if kind == "BFLOAT16" else 0.03 if rounds else 3e-3), error
+
+
+@pytest.mark.parametrize("kind", ["BFLOAT16", "INT8_ROWS", "Q4_0", "Q6_K"])
+@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
+    command = programs[kernels]
+    x = np.random.default_rng(3).standard_normal((9, 768))
+    together = product(command, kind, 40, x, False)[0]
+    for n in (0, 3, 8):
+        assert np.array_equal(product(command, kind, 40, x[n : n + 1], False)[0][0], together[n])
+    assert np.array_equal(product(command, kind, 40, x[2:7], False)[0], together[2:7])
+
+
+@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("n_in", [1, 7, 33, 50, 100])
+def test_rows_of_any_width(programs: dict[str, list[str]], kernels: str, n_in: int) -> None:
+    x = widened(bfloat16(np.random.default_rng(4).standard_normal((5, n_in))))
+    found, expected = product(programs[kernels], "BFLOAT16", 3, x, True)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max() + 1e-6
