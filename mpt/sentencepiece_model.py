@@ -23,7 +23,7 @@ FILES = ("tokenizer.model", "spiece.model")
 MAX_BYTES = 64 << 20  # of a file; 256,000 pieces take 5 MB
 _MAX_PIECES = 1 << 21
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
-_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 _NAMES = {3: "WORD", 4: "CHAR"}
 _NEVER = -1e5  # a score that keeps a piece out of every text; real ones lie between -30 and 0
 
@@ -54,13 +54,18 @@ def load(path: Path) -> tuple[tokenizers.Tokenizer, str]:
 @lru_cache(maxsize=2)
 def _load(path: Path, n_bytes: int, modified_ns: int) -> tuple[tokenizers.Tokenizer, str]:
     model = read(path)
+    return tokenizer_of(model, path), model.end
+
+
+def tokenizer_of(model: SentencePieceModel, path: Path) -> tokenizers.Tokenizer:
+    """A fast tokenizer of the same ids. path: of the file that says it. Raises DamagedFile."""
     ids = {text: number for number, (text, _, _) in enumerate(model.pieces)}
     if len(ids) != len(model.pieces):
         raise DamagedFile(f"`{path}` holds a piece twice; copy it again")
     if model.byte_fallback and not all(f"<0x{byte:02X}>" in ids for byte in range(256)):
         raise DamagedFile(f"`{path}` falls back to bytes and lacks some of the 256; copy it again")
     try:
-        made = tokenizers.Tokenizer(_bpe(model, ids) if model.model_type == _BPE else _unigram(model, path))
+        made = tokenizers.Tokenizer(_bpe(model, ids) if model.model_type == BPE else _unigram(model, path))
         made.normalizer = _normalizer(model)
     except Exception as error:  # `tokenizers` raises Exception itself, nothing narrower
         if isinstance(error, DamagedFile):
@@ -69,9 +74,9 @@ def _load(path: Path, n_bytes: int, modified_ns: int) -> tuple[tokenizers.Tokeni
     made.decoder = _decoder(model)
     special = [text for text, _, kind in model.pieces if kind in (_UNKNOWN, _CONTROL)]
     made.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    if model.model_type == _BPE:
+    if model.model_type == BPE:
         made.add_tokens([AddedToken(text, normalized=True) for text in _user_defined(model)])
-    return made, model.end
+    return made
 
 
 def read(path: Path) -> SentencePieceModel:
@@ -97,8 +102,8 @@ def _parsed(data: bytes, path: Path) -> SentencePieceModel:
             normalizer |= dict(_fields(value))
     if not pieces or len(pieces) > _MAX_PIECES:
         raise ValueError(f"it holds {len(pieces)} pieces, the limit is 1 to {_MAX_PIECES}")
-    kind = trainer.get(3, _UNIGRAM)
-    if kind not in (_UNIGRAM, _BPE):
+    kind = trainer.get(3, UNIGRAM)
+    if kind not in (UNIGRAM, BPE):
         name = _NAMES.get(kind, kind)
         raise UnsupportedTokenizer(f"`{path}` is a SentencePiece model of the kind {name}; BPE and UNIGRAM are read")
     if trainer.get(24, 0):
@@ -220,7 +225,7 @@ def _prefix(model: SentencePieceModel) -> normalizers.Normalizer:
 
     `tokenizers` looks for those symbols in the normalised text, and normalises them for that as if each were a text.
     """
-    if model.model_type == _UNIGRAM or not _user_defined(model):
+    if model.model_type == UNIGRAM or not _user_defined(model):
         return normalizers.Prepend(" ")
     symbols = "|".join(re.escape(symbol) for symbol in sorted(_user_defined(model), key=len, reverse=True))
     return normalizers.Replace(Regex(rf"\A(?!(?:{symbols})?\z)"), " ")

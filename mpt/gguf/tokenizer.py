@@ -4,7 +4,8 @@ llama.cpp's converters write every row of the embedding as a token. A row that t
 after its number, of type user-defined in 2023, unused today, and normal in the first weeks, when every token was. Those
 are left out here, or a user's `[PAD123]` would become one token. Added tokens may have any id.
 
-Not here: a SentencePiece vocabulary (`tokenizer.ggml.model` `llama`), which is left out with a note.
+A SentencePiece vocabulary (`tokenizer.ggml.model` `llama` or `t5`), as of SEA-LION or Replit, has scores instead of
+merges. Its normaliser is not in the file, unless as `precompiled_charsmap`; llama.cpp applies none then, nor does this.
 """
 
 import json
@@ -15,9 +16,11 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from mpt.errors import DamagedFile
+from mpt.sentencepiece_model import BPE, UNIGRAM, SentencePieceModel, tokenizer_of
 from mpt.tokenizer import END_OF_TEXT, Tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # token types
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # token types
+_SENTENCEPIECE = {"llama": BPE, "t5": UNIGRAM}  # llama.cpp's names
 _GPT_2 = {None, "default", "gpt-2", "gpt2", "mpt", "olmo"}  # names of GPT-2's pattern, which NeoX's tokenizers use too
 _BLOOM = {"bloom", "poro-chat", "gpt3-finnish"}
 _BLOOMS_PATTERN = r" ?[^(\s|[.,!?…。，、।۔،])]+"
@@ -34,6 +37,8 @@ def read_tokenizer(keys: Mapping[str, Any], n_rows: int, path: Path) -> tuple[To
     advice = "give --tokenizer FOLDER for one"
     if not tokens:
         return None, f"it holds no tokenizer; {advice}"
+    if model in _SENTENCEPIECE:
+        return _sentencepiece(keys, tokens, types, end, path), None
     if model != "gpt2" or not isinstance(merges, list):
         return None, f"its tokenizer (`{model}`) is not read; {advice}"
     if pre not in _GPT_2 | _BLOOM:
@@ -44,6 +49,31 @@ def read_tokenizer(keys: Mapping[str, Any], n_rows: int, path: Path) -> tuple[To
     eot = keys.get("tokenizer.ggml.eot_token_id")
     end_ids = [eot] if isinstance(eot, int) and 0 <= eot < len(tokens) else []
     return Tokenizer.from_json(text, str(path), eos_token=end, end_ids=end_ids), None
+
+
+def _sentencepiece(
+    keys: Mapping[str, Any], tokens: list[str], types: list[int], end: str | None, path: Path
+) -> Tokenizer:
+    scores = keys.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise DamagedFile(f"`{path}` has {len(tokens)} tokens and not as many scores")
+    charsmap = keys.get("tokenizer.ggml.precompiled_charsmap", [])
+    has_bytes = sum(kind == _BYTE for kind in types)
+    model = SentencePieceModel(
+        pieces=[
+            # A row that the tokenizer lacks gets a text that no text spells.
+            (f"\uffff\uffff{n}" if kind == _UNUSED and token == f"[PAD{n}]" else token, float(score), kind)
+            for n, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True))
+        ],
+        model_type=_SENTENCEPIECE[keys["tokenizer.ggml.model"]],
+        byte_fallback=has_bytes > 0,
+        end=end or "",
+        charsmap=bytes(byte & 255 for byte in charsmap) if isinstance(charsmap, list) else b"",
+        add_dummy_prefix=bool(keys.get("tokenizer.ggml.add_space_prefix", True)),
+        remove_extra_whitespaces=bool(keys.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+        escape_whitespaces=True,
+    )
+    return Tokenizer(tokenizer_of(model, path), eos_token=end or "")
 
 
 def _tokens(keys: Mapping[str, Any], n_rows: int, path: Path) -> tuple[list[str], list[int]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from typer.testing import CliRunner
 
@@ -359,3 +360,45 @@ def test_the_chat_template_inside_is_what_the_converted_model_talks_in(tmp_path:
     ids = model.encode_messages([Message(role="user", content="Apa kabar? <|endoftext|>")])
     expected = "### USER:\nApa kabar? <|endoftext|>\n\n### RESPONSE:\n"
     assert ids == model.tokenizer.encode(expected) and not model.tokenizer.special_ids.intersection(ids)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(kind: str, tmp_path: Path) -> None:
+    """Written by the rules of convert_hf_to_gguf.py: every row a token, with its score and type; rows beyond unused."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS, "The quick brown fox jumps over the lazy dog.", "{'name': 'Ada'}"] * 20),
+        model_prefix=str(tmp_path / "spm"), model_type=kind, vocab_size=900, hard_vocab_limit=False,
+        character_coverage=1.0, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+        remove_extra_whitespaces=False, num_threads=1,
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    n = theirs.vocab_size()
+    source = make(tmp_path / "source", "mpt-7b", **WIDE)
+
+    def add_vocabulary(writer: Any, *_: Any) -> None:
+        writer.add_tokenizer_model("llama" if kind == "bpe" else "t5")
+        writer.add_tokenizer_pre("default")
+        pieces = [theirs.id_to_piece(k) for k in range(n)] + [f"[PAD{k}]" for k in range(n, 2176)]
+        types = [
+            gguf.TokenType.UNKNOWN if theirs.is_unknown(k)
+            else gguf.TokenType.CONTROL if theirs.is_control(k)
+            else gguf.TokenType.BYTE if theirs.is_byte(k)
+            else gguf.TokenType.NORMAL
+            for k in range(n)
+        ]  # fmt: skip
+        writer.add_token_list(pieces)
+        writer.add_token_scores([theirs.get_score(k) for k in range(n)] + [-10000.0] * (2176 - n))
+        writer.add_token_types(types + [gguf.TokenType.UNUSED] * (2176 - n))
+        writer.add_eos_token_id(theirs.eos_id())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "add_tokenizer", add_vocabulary)
+        path = write(tmp_path / "model.gguf", source, "today")
+    opened = open_source(path)
+    found = opened.tokenizer
+    assert found is not None and found.eos_id == theirs.eos_id()
+    for text in (*TEXTS, "  two  spaces ", "x\ty", "[PAD2000] </s>", "日本語 🙂"):
+        assert found.encode(text) == theirs.encode(text), text
+        assert found.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
+    convert(path, tmp_path / "out", Options(to="hf"))
+    assert Tokenizer.from_folder(tmp_path / "out").encode(TEXTS[0]) == theirs.encode(TEXTS[0])
