@@ -64,10 +64,13 @@ def sides() -> list[Side]:
     ours, stock, ctranslate2 = (str(PEERS / name) for name in ("ours.py", "in_transformers.py", "in_ctranslate2.py"))
     llama = ("node", str(PEERS / "llama.mjs"), str(LLAMA), "{model}/model.gguf")
     return [
-        Side("ours bfloat16", "bfloat16", (python, ours, "torch", "{model}", "bfloat16")),
-        Side("ours int8", "bfloat16", (python, ours, "torch", "{model}", "int8")),
-        Side("ours onnx float32", "onnx float32", (python, ours, "onnx", "{model}", "float32")),
-        Side("ours onnx int8", "onnx int8", (python, ours, "onnx", "{model}", "int8")),
+        Side("ours bfloat16", "bfloat16", (python, ours, "{model}", "bfloat16")),
+        Side("ours int8", "bfloat16", (python, ours, "{model}", "int8")),
+        Side("ours int4", "bfloat16", (python, ours, "{model}", "int4")),
+        Side("ours Q8_0 file", "gguf int8", (python, ours, "{model}/model.gguf", "auto")),
+        Side("ours Q4_0 file", "gguf int4", (python, ours, "{model}/model.gguf", "auto")),
+        Side("ours onnx float32", "onnx float32", (python, ours, "{model}", "auto")),
+        Side("ours onnx int8", "onnx int8", (python, ours, "{model}", "auto")),
         Side("transformers generate", "bfloat16", (python, stock, "generate", "{model}", "bfloat16")),
         Side("transformers continuous", "bfloat16", (python, stock, "continuous", "{model}", "bfloat16")),
         *(
@@ -334,7 +337,7 @@ class Ladder:
 
     def _expected(self, shape: str) -> list[list[int]]:
         if shape not in self.data["expected"]:
-            command = [sys.executable, str(PEERS / "ours.py"), "torch", str(self._make_model(shape, "bfloat16"))]
+            command = [sys.executable, str(PEERS / "ours.py"), str(self._make_model(shape, "bfloat16"))]
             with Worker([*command, "float32"], THREADS) as worker:
                 self.data["expected"][shape] = self._ask(worker, CHECK_PROMPTS, CHECKED_TOKENS)["tokens"]
         return self.data["expected"][shape]

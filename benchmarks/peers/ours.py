@@ -1,46 +1,47 @@
-"""Our engine in this process, without HTTP: `ours.py torch|onnx FOLDER bfloat16|float32|int8`."""
+"""Our engine in this process, without HTTP: `ours.py PLACE auto|bfloat16|float32|int8|int4`."""
 
 import asyncio
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from cells import Answer, Prompts, answer, size_of
 
-import mpt
 from benchmarks.peers.worker import available_bytes
-from mpt.backends.onnx_backend import OnnxBackend
-from mpt.backends.quantization import quantize_model
-from mpt.backends.torch_backend import TorchBackend
+from mpt.backends.choose import choose, open_backend
+from mpt.checkpoint_text import open_tokenizer
+from mpt.command_line import Quantization
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
-from mpt.tokenizer import Tokenizer
+from mpt.options import ModelOptions
+from mpt.packed.layers import packed_bytes
 
 _SHARE_OF_MEMORY = 0.6  # of what is available goes to the KV cache at most; what does not fit queues
 
 
 def main() -> None:
-    kind, folder, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    tokenizer = Tokenizer.from_folder(folder)
-    if kind == "onnx":
+    place, precision = Path(sys.argv[1]), sys.argv[2]
+    tokenizer = open_tokenizer(place)
+    rounds = precision in get_args(Quantization)
+    options = ModelOptions(str(place), device="cpu", **{"quantize" if rounds else "dtype": precision})  # type: ignore[arg-type]
+    choice = choose("ours", place, options)
+    backend: Any = open_backend(choice, place, options)
+    if choice.backend == "onnx":
         import onnxruntime
 
-        backend: Any = OnnxBackend(folder, "cpu")
         kv_item_bytes = backend.session.dtype.itemsize
-        weight_bytes = size_of(folder, "*.onnx", "*.safetensors")
+        weight_bytes = size_of(place, "*.onnx", "*.safetensors")
         version = f"onnxruntime {onnxruntime.__version__}"
     else:
-        backend = torch_backend(folder, dtype)
         config = backend.model.config
         kv_item_bytes = backend.bytes_per_token // (2 * config.d_model * config.n_layers)
-        # What a step reads: of an embedding that is not the head too, only rows.
-        state = backend.model.state_dict()
-        head = state["lm_head.weight"].data_ptr()
-        read = [t for name, t in state.items() if name != "transformer.wte.weight" and t.data_ptr() != head]
-        weight_bytes = sum(t.nbytes for t in [*read, state["lm_head.weight"]])
-        version = f"torch {torch.__version__}"
+        weights = backend.model.state_dict()
+        tied = backend.model.config.tie_word_embeddings
+        weights.pop("lm_head.weight" if tied else "transformer.wte.weight", None)  # of an embedding rows are read
+        weight_bytes = sum(t.nbytes for t in weights.values()) + packed_bytes(backend.model)
+        version = f"torch {torch.__version__}, {choice.steps[0].runs}"
 
     def run(prompts: Prompts, n_tokens: int) -> Answer:
         longest = len(prompts[0]) + n_tokens
@@ -62,15 +63,6 @@ def main() -> None:
 
     about = {"version": version, "weight_bytes": weight_bytes, "kv_item_bytes": kv_item_bytes, "queues": True}
     answer(about, run)
-
-
-def torch_backend(folder: Path, dtype: str) -> TorchBackend:
-    """The backend in a dtype; int8 is that of the weights."""
-    if dtype != "int8":
-        return TorchBackend(mpt.load(folder, dtype=getattr(torch, dtype), verify=False))
-    model = mpt.load(folder, dtype=torch.bfloat16, verify=False)
-    quantize_model(model)
-    return TorchBackend(model)
 
 
 async def streams(engine: Engine, prompts: Prompts, n_tokens: int) -> Answer:
