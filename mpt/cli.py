@@ -13,7 +13,7 @@ import typer
 
 from conversion.cli import convert, inspect, verify
 from demos.cli import demo
-from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style, new_app, run_app
+from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style, ThreadsOption, new_app, run_app
 from mpt.errors import UserError
 from mpt.options import ModelOptions
 from serving.cli import cluster, serve, top
@@ -76,6 +76,7 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Continue a text, or answer an instruction, with a model loaded here."""
     import time
@@ -85,7 +86,7 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    with _load(ModelOptions(model, device, dtype, quantize, prompt_style=style)) as local:
+    with _load(ModelOptions(model, device, dtype, quantize, prompt_style=style, threads=threads)) as local:
         ids = local.encode_prompt(prompt)
         local.open(len(ids) + max_tokens)
         start, n_tokens, first = time.monotonic(), 0, 0.0
@@ -142,6 +143,7 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    threads: ThreadsOption = None,
     chat_template: Annotated[
         str | None,
         typer.Option(
@@ -156,7 +158,7 @@ def chat(
 
     sampling = terminal.Sampling(max_tokens, temperature, top_p, seed)
     if url is None and model is not None:
-        with _load(ModelOptions(model, device, dtype, quantize, chat_template=chat_template)) as local:
+        with _load(ModelOptions(model, device, dtype, quantize, chat_template=chat_template, threads=threads)) as local:
             terminal.converse(terminal.LocalPartner(local, sampling), system)
     elif chat_template is not None:
         raise UserError(

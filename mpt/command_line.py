@@ -28,6 +28,10 @@ QuantizeOption = Annotated[
         show_default="no",
     ),
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="On CPU.", show_default="the physical cores, at most the container's quota"),
+]
 KVCacheOption = Annotated[
     KVCache,
     typer.Option(

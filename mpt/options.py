@@ -39,10 +39,11 @@ class ModelOptions:
     chat_template: str | None = None  # instead of prompt_style: the file of a Jinja template, or the name of a style
     adapters: Path | None = None  # folder of LoRA adapters, served as `model:adapter`
     named_adapters: Mapping[str, Path] = field(default_factory=dict)  # single ones, by the name they are served under
+    threads: int | None = None  # of the process, on CPU; None is what machine and container allow
     profile: Path | None = None  # folder that gets a trace of the first busy steps
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "context_length", "max_running", "tensor_parallel")
+        at_least(self, 1, "context_length", "max_running", "tensor_parallel", "threads")
         at_least(self, 0, "max_waiting")
         at_least(self, 16, "prefill_chunk")
         at_least(self, 1e-3, "kv_gb")

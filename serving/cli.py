@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style
+from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style, ThreadsOption
 from mpt.errors import UserError
 from mpt.options import MODEL_NAME, TINY, TRITON, ModelOptions
 from serving.options import ServeOptions, is_loopback
@@ -132,6 +132,7 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    threads: ThreadsOption = None,
     kv_cache: KVCacheOption = "auto",
     speculate: _Speculate = True,
     draft: _Draft = None,
@@ -185,6 +186,7 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         prefill_chunk=prefill_chunk,
+        threads=threads,
         profile=profile,
     )
     models = _models(shared, sources, draft, context_length, prompt_style, chat_template, adapter)

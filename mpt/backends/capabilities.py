@@ -82,7 +82,7 @@ _HTTP_NAMES = {"grammar": "response_format` or `structured_outputs"}
 
 _ENGINE_OPTIONS = frozenset(
     {"root", "device", "dtype", "speculate", "kv_gb", "max_running", "max_waiting", "prefill_chunk", "context_length",
-     "prompt_style", "chat_template", "profile"}
+     "prompt_style", "chat_template", "profile", "threads"}
 )  # fmt: skip
 _ENGINE_REQUEST = frozenset(
     {"max_tokens", "min_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -169,7 +169,7 @@ TRITON = Capabilities(
         frozenset({"root", "speculate", "max_waiting", "context_length", "prompt_style", "chat_template"}),
         {
             **dict.fromkeys(("device", "dtype", "quantize", "kv_cache", "draft", "tensor_parallel", "kv_gb"), _SERVERS),
-            **dict.fromkeys(("max_running", "prefill_chunk"), _SERVERS),
+            **dict.fromkeys(("max_running", "prefill_chunk", "threads"), _SERVERS),
             "adapters": _NO_ADAPTERS,
             "named_adapters": _NO_ADAPTERS,
             "profile": "only steps of this process can be recorded; leave it out",

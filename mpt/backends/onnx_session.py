@@ -29,6 +29,7 @@ class Session:
         self.config = read_config(folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
         providers = ["CUDAExecutionProvider"] if where == "cuda" else []
         providers.append("CPUExecutionProvider")
         try:

@@ -25,6 +25,7 @@ from mpt.errors import MachineRefused, UserError
 from mpt.memory import available_bytes
 from mpt.options import ModelOptions
 from mpt.packed.layers import packed_bytes
+from mpt.processors import choose_threads
 from mpt.prompts import PromptStyle, open_format
 from mpt.tokenizer import Tokenizer
 
@@ -78,6 +79,10 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
     folder, entry = resolve(root), describe(root)
     config = read_config(folder)
     choice = choose(name, folder, options)
+    if address is None:
+        threads = choose_threads(options.threads)
+        torch.set_num_threads(threads.n)
+        log.info("%s: %d thread%s (%s)", name, threads.n, "s" * (threads.n > 1), threads.why)
     context = options.context_length or config.max_seq_len
     tokenizer = open_tokenizer(folder)
     tokenizer.require_rows(config.vocab_size, folder)

@@ -11,7 +11,6 @@ the answer itself goes from the replica's socket to the router's, at the speed o
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import socket
 import time
@@ -29,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mpt.engine.adapters import MAX_LOADED, available
 from mpt.errors import MPTError, UserError
+from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
@@ -109,9 +109,8 @@ class Model:
 
     def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
-        _choose_threads(model, cluster)
         self._name, self._cluster = name, cluster
-        self._endpoint = _open(name, model, cluster)
+        self._endpoint = _open(name, _with_threads(model, cluster), cluster)
         self._tickets: dict[str, _Ticket] = {}
         self._token = secrets.token_hex(16)
         self._listener, self._url = _listen(cluster.replica_host)
@@ -254,12 +253,10 @@ def _listen(host: str) -> tuple[socket.socket, str]:
     return listener, f"http://{address}:{listener.getsockname()[1]}"
 
 
-def _choose_threads(model: ReplicaOptions, cluster: ClusterOptions) -> None:
+def _with_threads(model: ReplicaOptions, cluster: ClusterOptions) -> ReplicaOptions:
     """Ray sets one thread for a share of a CPU; more threads than cores would wait for each other at every product."""
-    import torch
-
-    share = max(1, (os.cpu_count() or 1) // len(cluster.models))
-    torch.set_num_threads(model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
+    share = max(1, allowed_threads().n // len(cluster.models))
+    return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
 def _replica_id() -> str:

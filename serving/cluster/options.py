@@ -29,7 +29,6 @@ class ReplicaOptions(ModelOptions):
     routing: Routing = "least_loaded"  # `prefix`: prompts that begin alike go to the same replica, and find its cache
     num_gpus: float = 0  # of each process of a replica
     num_cpus: float = 0.25
-    threads: int | None = None  # of a replica on CPU; None is num_cpus from 1 on, else the cores over the models
     resources: Mapping[str, float] = field(default_factory=dict)  # Ray's custom resources, to pin a model to a group
     min_replicas: int = 1  # 0 lets go of the model when nobody asks
     max_replicas: int = 1
@@ -46,7 +45,7 @@ class ReplicaOptions(ModelOptions):
             raise UserError(
                 f"`root` is {self.root}: a cluster computes its models itself; take `mpt serve` for this one"
             )
-        at_least(self, 1, "max_replicas", "threads")
+        at_least(self, 1, "max_replicas")
         at_least(self, 0, "num_gpus", "num_cpus", "min_replicas", "upscale_delay_s")
         at_least(self, 0, "downscale_delay_s", "graceful_shutdown_timeout_s")
         at_least(self, 1e-3, "target_ongoing_requests")

@@ -1,0 +1,85 @@
+"""How many threads: cores, quotas and wishes, read from a machine made of files."""
+
+from pathlib import Path
+
+import pytest
+
+from mpt import processors
+from mpt.errors import UserError
+from mpt.processors import choose_threads
+
+V2 = "proc/self/cgroup"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine of eight CPUs, two of each core, with these files."""
+    monkeypatch.setattr(processors, "_affinity", lambda: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def make(**files: str) -> Path:
+        for cpu in range(8):
+            files[f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = f"{cpu % 4},{cpu % 4 + 4}"
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text + "\n")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("files", "n", "why"),
+    [
+        ({}, 4, "4 physical cores"),
+        ({"sys/devices/cpu_core/cpus": "0-1,4-5"}, 2, "2 fast cores"),
+        ({V2: "0::/", "sys/fs/cgroup/cpu.max": "max 100000"}, 4, "4 physical cores"),
+        (
+            {V2: "0::/", "sys/fs/cgroup/cpu.max": "150000 100000"},
+            1,
+            "the container's quota is 1.5 CPUs",
+        ),
+        ({V2: "0::/", "sys/fs/cgroup/cpu.max": "50000 100000"}, 1, "the container's quota is 0.5 CPUs"),
+        ({V2: "0::/", "sys/fs/cgroup/cpu.max": "900000 100000"}, 4, "4 physical cores"),
+        (
+            {"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/x": "", "sys/fs/cgroup/a/cpu.max": "200000 100000"},
+            2,
+            "the container's quota is 2 CPUs",
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/docker/1\n3:memory:/docker/1",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            3,
+            "the container's quota is 3 CPUs",
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            },
+            4,
+            "4 physical cores",
+        ),
+    ],
+)
+def test_cores_and_quotas(machine, files: dict[str, str], n: int, why: str) -> None:
+    found = choose_threads(system=machine(**files))
+    assert (found.n, found.why) == (n, why)
+
+
+def test_an_affinity_mask_is_honoured(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "_affinity", lambda: {0, 4, 5})
+    assert choose_threads(system=machine()).n == 2
+
+
+def test_what_is_asked_for_comes_first(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = machine(**{V2: "0::/", "sys/fs/cgroup/cpu.max": "100000 100000"})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")
+    assert choose_threads(system=system).n == 3
+    assert choose_threads(8, system).n == 8
+    with pytest.raises(UserError, match=r"`--threads 9` is more than the 8 CPUs that this process may use"):
+        choose_threads(9, system)
