@@ -186,7 +186,8 @@ def _memory(source: "Source") -> str:
     from mpt.stored import StoredTensor
 
     n_bytes, itemsize, kinds = source.n_bytes, source.dtype.itemsize, str(source.dtype).removeprefix("torch.")
-    packed = packed_sizes(source.path) if source.kind in ("huggingface", "gguf") else {}
+    is_run = any(row.is_base for row in FORMATS.values() if row.kind == source.kind)
+    packed = packed_sizes(source.path) if is_run else {}
     if packed:
         plain = [tensor.n_bytes for tensor in stored_tensors(source.path).values() if isinstance(tensor, StoredTensor)]
         n_bytes, itemsize, kinds = sum(packed.values()) + sum(plain), 2, " and ".join(packed)

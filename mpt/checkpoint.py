@@ -35,7 +35,6 @@ from mpt.gguf.file import is_gguf, open_gguf
 from mpt.manifest import verify_manifest, write_manifest
 from mpt.model import MPTForCausalLM
 from mpt.packed import layers as packed_layers
-from mpt.packed import rounding
 from mpt.packed.folder import unpacked, unpacking_in_words
 from mpt.packed.matrix import PackedTensor, Weight
 from mpt.packed.packing import packing_in
@@ -43,6 +42,7 @@ from mpt.stored import StoredTensor
 
 if TYPE_CHECKING:
     from mpt.chat_template import ChatTemplate
+    from mpt.packed.layers import Pack
     from mpt.sharding import Shard
     from mpt.tokenizer import Tokenizer
 
@@ -86,15 +86,14 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = True,
     shard: "Shard | None" = None,
-    stay_packed: bool = False,
-    in_four_bits: bool = False,
+    pack: "Pack | None" = None,
 ) -> MPTForCausalLM:
     """The model at a place, or under a name of the catalog, ready for inference.
 
     dtype: None keeps the file's. verify: check every file against its manifest.json, where it has one. shard: load a
-    share of a model that several processes hold together. stay_packed: leave quantised matrices as they lie, in layers
-    that unpack them while they multiply. in_four_bits: round every matrix to 4 bits as it is read, into such layers. A
-    model with either can be run and not saved.
+    share of a model that several processes hold together. pack: keeps matrices packed, in layers that unpack
+    them while they multiply: `as_it_lies` of `packed/layers.py`, or one of `packed/rounding.py`; such a model can be
+    run and not saved.
     Raises CheckpointNotFound, UnsupportedConfig, DamagedFile.
     """
     from mpt.catalog import resolve
@@ -111,9 +110,8 @@ def load(
     if dtype is None:
         dtype = stored_dtype(place, config, weights)
     model.config.dtype = dtype
-    if stay_packed or in_four_bits:
+    if pack is not None:
         assert shard is None, "a model shared over processes is cut into parts of its real values"
-        pack = rounding.four_bits if in_four_bits else packed_layers.as_it_lies
         packed_layers.put_into(model, weights, device, dtype, pack)
     else:
         say_unpacked(place, weights)
@@ -425,14 +423,18 @@ def say_unpacked(place: Path, weights: Mapping[str, Weight]) -> None:
         log.info("`%s`: %s", place, said)
 
 
-def packed_sizes(place: Path) -> dict[str, int]:
-    """What a checkpoint's matrices are packed as, and the bytes of each kind as they lie, the largest first."""
+def packed_sizes(place: Path, *, to_run: bool = False) -> dict[str, int]:
+    """What a checkpoint's matrices are packed as, and the bytes of each kind as they lie, the largest first.
+
+    to_run: what C multiplies with instead.
+    """
     if not is_gguf(place) and packing_in(place) is None:
         return {}
     n_bytes: dict[str, int] = {}
     for tensor in stored_tensors(place).values():
         if isinstance(tensor, PackedTensor) and tensor.packed_bytes:
-            n_bytes[tensor.kind] = n_bytes.get(tensor.kind, 0) + tensor.packed_bytes
+            kind = tensor.runs_as if to_run else tensor.kind
+            n_bytes[kind] = n_bytes.get(kind, 0) + tensor.packed_bytes
     return dict(sorted(n_bytes.items(), key=lambda item: -item[1]))
 
 

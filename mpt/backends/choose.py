@@ -24,6 +24,7 @@ from mpt.errors import MachineRefused, UserError
 from mpt.manifest import read_manifest, verify_manifest
 from mpt.options import ModelOptions
 from mpt.packed import rounding
+from mpt.packed.layers import as_it_lies
 
 Kind = Literal["one token", "few tokens", "prompt", "draw"]
 _SUBJECTS: dict[Kind, str] = {
@@ -106,13 +107,12 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 
         return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device)
     assert choice.backend in ("torch", "paged"), choice
-    model = load(
-        folder,
-        dtype=choice.dtype,
-        device=choice.device,
-        stay_packed=choice.stay_packed,
-        in_four_bits=options.quantize == "int4",
-    )
+    pack = None
+    if choice.stay_packed:  # packed anew only for C, which is one of bfloat16
+        pack = rounding.in_blocks if choice.dtype == torch.bfloat16 else as_it_lies
+    elif options.quantize == "int4":
+        pack = rounding.four_bits
+    model = load(folder, dtype=choice.dtype, device=choice.device, pack=pack)
     if choice.backend == "paged":
         from mpt.backends.paged_backend import PagedBackend
 
@@ -131,9 +131,11 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     """A model in this process on CPU: C where it can, torch elsewhere."""
     dtype = _dtype(folder, config, options, "cpu")
-    packed = tuple(packed_sizes(folder))
+    packed = packed_as = tuple(packed_sizes(folder))
+    if dtype == torch.bfloat16:  # which C computes
+        packed_as = tuple(packed_sizes(folder, to_run=True))
     if options.quantize is not None:  # which rounds the real values
-        packed = rounding.KINDS if options.quantize == "int4" else ()
+        packed = packed_as = rounding.KINDS if options.quantize == "int4" else ()
     int8_weights, int8_cache = options.quantize == "int8", options.kv_cache == "int8"
     if (options.quantize or int8_cache) and dtype != torch.bfloat16:
         flag, value = ("--quantize", options.quantize) if options.quantize else ("--kv-cache", "int8")
@@ -141,7 +143,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
             f"`{flag} {value}` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
             f"`--dtype bfloat16`, or leave `{flag}` out"
         )
-    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed)
+    facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed_as)
     why_not = why_no_step(config, **facts)
     if int8_cache and why_not is not None:
         raise MachineRefused(

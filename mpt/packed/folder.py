@@ -6,7 +6,7 @@ Not here: which files a folder has (`mpt/checkpoint.py`), what it says of its pa
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -141,7 +141,18 @@ def _awq(base: str, left: dict[str, StoredTensor], packing: Packing) -> PackedTe
         parts=(qweight, qzeros, scales),
         step=step,
         formula=formula,
+        codes=None if group_size % 32 else _codes_of_awq_gemm if packing.layout == "gemm" else _codes_of_awq_gemv,
+        group_size=group_size,
     )
+
+
+def _codes_of_awq_gemm(parts: tuple[Tensor, ...], rows: Rows) -> formulas.Codes:
+    words = _scaled(rows, 1, 8)
+    return formulas.awq_gemm_codes(parts[0][:, words], parts[1][:, words], parts[2][:, rows])
+
+
+def _codes_of_awq_gemv(parts: tuple[Tensor, ...], rows: Rows) -> formulas.Codes:
+    return formulas.awq_gemv_codes(parts[0][rows], parts[1][rows], parts[2][rows])
 
 
 def _rows_of_awq_gemm(group_size: int) -> Formula:
@@ -179,6 +190,7 @@ def _gptq(base: str, left: dict[str, StoredTensor], packing: Packing) -> PackedT
     if g_idx is not None:
         _check(f"{base}.g_idx", g_idx, torch.int64 if g_idx.dtype == torch.int64 else torch.int32, (n_inputs,))
     groups = in_order if g_idx is None else g_idx.read().long()
+    is_moved = not torch.equal(groups, in_order)
     if int(groups.min()) < 0 or int(groups.max()) >= n_groups:
         raise DamagedFile(f"`{base}.g_idx` beside `{name}` names a group outside 0 to {n_groups - 1}")
     return PackedTensor(
@@ -187,11 +199,21 @@ def _gptq(base: str, left: dict[str, StoredTensor], packing: Packing) -> PackedT
         shape=(n_outputs, n_inputs),
         packed_bytes=qweight.n_bytes + qzeros.n_bytes + scales.n_bytes + (g_idx.n_bytes if g_idx else 0),
         kind=f"GPTQ {bits}-bit",
-        packing=_in_words(packing, act_order=not torch.equal(groups, in_order)),
+        packing=_in_words(packing, act_order=is_moved),
         parts=(qweight, qzeros, scales, groups),
         step=32,  # so many zeros fill whole words in any number of bits
         formula=_rows_of_gptq(bits, int(packing.layout == "gptq")),
+        codes=None if is_moved or bits > 4 or group_size % 32 else _codes_of_gptq(bits, int(packing.layout == "gptq")),
+        group_size=group_size,
     )
+
+
+def _codes_of_gptq(bits: int, zero_offset: int) -> Callable[[tuple[Tensor, ...], Rows], formulas.Codes]:
+    def codes(parts: tuple[Tensor, ...], rows: Rows) -> formulas.Codes:
+        words = _scaled(rows, bits, 32)
+        return formulas.gptq_codes(parts[0][:, rows], parts[1][:, words], parts[2][:, rows], bits, zero_offset)
+
+    return codes
 
 
 def _rows_of_gptq(bits: int, zero_offset: int) -> Formula:
@@ -249,6 +271,7 @@ def _divided(weight: Weight, divisors: Tensor) -> PackedTensor:
         dtype=torch.float32,
         parts=(*weight.parts, divisors),
         formula=lambda parts, rows: formula(parts[:-1], rows).float().div_(parts[-1]),
+        codes=None,
     )
 
 

@@ -12,6 +12,7 @@ GPTQModel 7.7.0 (`QuantLinear`, `dequantize_weight`), bitsandbytes 0.50.2 (`dequ
 import torch
 from torch import Tensor
 
+Codes = tuple[Tensor, Tensor, Tensor]  # codes (in, out) and zeros (G or more, out), uint8; scales (G or more, out)
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the i-th 4 bits of a word, lowest first, are this column of its eight
 _INT8_FACTOR = 7.874015718698502e-3  # bitsandbytes multiplies by this instead of dividing by 127
 _OUTPUTS = 512  # unpacked at a time, so that what is in between stays below the matrix
@@ -23,9 +24,12 @@ def awq_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -
     qweight: (in, out / 8) int32, eight columns of 4 bits in the order 0 2 4 6 1 3 5 7. qzeros: (G, out / 8), likewise.
     scales: (G, out). Input i belongs to group i // group_size.
     """
-    codes = _codes(qweight.t(), 4, _AWQ_ORDER).t()
-    zeros = _codes(qzeros.t(), 4, _AWQ_ORDER).t()
-    return _scaled(codes, zeros, scales, torch.arange(len(codes), device=codes.device) // group_size)
+    return _scaled(*awq_gemm_codes(qweight, qzeros, scales), group_size)
+
+
+def awq_gemm_codes(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Codes:
+    """What `awq_gemm` computes with."""
+    return _codes(qweight.t(), 4, _AWQ_ORDER).t(), _codes(qzeros.t(), 4, _AWQ_ORDER).t(), scales
 
 
 def awq_gemv(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -34,9 +38,12 @@ def awq_gemv(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -
     qweight: (out, in / 8) int32, eight inputs of 4 bits in order. qzeros: (out, W), eight groups in order. scales:
     (out, 8 W). W is large enough for G groups; what lies behind them is padding.
     """
-    codes = _codes(qweight.t(), 4)
-    zeros = _codes(qzeros.t(), 4)
-    return _scaled(codes, zeros, scales.t(), torch.arange(len(codes), device=codes.device) // group_size)
+    return _scaled(*awq_gemv_codes(qweight, qzeros, scales), group_size)
+
+
+def awq_gemv_codes(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Codes:
+    """What `awq_gemv` computes with."""
+    return _codes(qweight.t(), 4), _codes(qzeros.t(), 4), scales.t()
 
 
 def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, groups: Tensor, bits: int, zero_offset: int) -> Tensor:
@@ -46,8 +53,12 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, groups: Tensor, bits: 
     qzeros: (G, out * bits / 32), a stream along each row. scales: (G, out). groups: (in,), the group of each input:
     `g_idx` of act-order. zero_offset: 1 where zeros are stored minus one, in `bits` bits (`gptq`), else 0 (`gptq_v2`).
     """
-    zeros = _codes(qzeros.t(), bits).t() + zero_offset & 2**bits - 1
-    return _scaled(_codes(qweight, bits), zeros, scales, groups.long())
+    return _scaled(*gptq_codes(qweight, qzeros, scales, bits, zero_offset), groups.long())
+
+
+def gptq_codes(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, zero_offset: int) -> Codes:
+    """What `gptq` computes with."""
+    return _codes(qweight, bits), _codes(qzeros.t(), bits).t() + zero_offset & 2**bits - 1, scales
 
 
 def bitsandbytes_int8(weight: Tensor, row_scales: Tensor) -> Tensor:
@@ -93,13 +104,15 @@ def _codes(words: Tensor, bits: int, places: tuple[int, ...] | None = None) -> T
     return out.flatten(0, 1)
 
 
-def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | int) -> Tensor:
     """(code - zero) * scale of each input's group, (out, in) in the scales' dtype.
 
-    codes: (in, out). zeros, scales: (G or more, out). groups: (in,). Whole rows of zeros and scales are taken for each
-    input: picking single values of a matrix (out, G) took several times as long.
+    codes: (in, out). zeros, scales: (G or more, out). groups: (in,), or how many inputs in order each has. Whole rows
+    of zeros and scales are taken for each input: picking single values of a matrix (out, G) took several times as long.
     """
     codes = codes.contiguous()
+    if isinstance(groups, int):
+        groups = torch.arange(len(codes), device=codes.device) // groups
     out = torch.empty(codes.shape[::-1], dtype=scales.dtype, device=scales.device)
     for start in range(0, len(out), _OUTPUTS):
         part = slice(start, start + _OUTPUTS)

@@ -74,6 +74,9 @@ class _Product(torch.autograd.Function):
         return found.to(gradient.dtype), None
 
 
+Pack = Callable[[str, Weight], PackedMatrix | None]  # of a module's name and its weight; None: it stays as it is
+
+
 def as_it_lies(name: str, weight: Weight) -> PackedMatrix | None:
     """A weight that is packed, mapped from its file; None for another one."""
     return weight.open(mapped=True) if isinstance(weight, PackedTensor) and weight.packed_bytes else None
@@ -84,7 +87,7 @@ def put_into(
     weights: Mapping[str, Weight],
     device: torch.device | str,
     dtype: torch.dtype,
-    pack: Callable[[str, Weight], PackedMatrix | None] = as_it_lies,
+    pack: Pack = as_it_lies,
 ) -> None:
     """Give a model packed matrices, in place; the model may be on the meta device.
 
@@ -134,4 +137,4 @@ def packed_kinds(model: nn.Module) -> tuple[str, ...]:
 def refuse_to_save(model: nn.Module) -> None:
     """Raises UserError for a model whose matrices are packed: it has no weights that other tools read."""
     if packed_bytes(model):
-        raise UserError("the model's matrices are packed, so it cannot be saved; load it with `stay_packed=False`")
+        raise UserError("the model's matrices are packed, so it cannot be saved; load it without `pack`")

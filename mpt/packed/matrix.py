@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpt.packed.formulas import Codes
 from mpt.stored import StoredTensor
 
 Rows = slice | Tensor  # which rows of a matrix; a tensor of row numbers where every row can be had alone
@@ -71,6 +72,13 @@ class PackedTensor:
     parts: tuple[StoredTensor | Tensor, ...]
     step: int
     formula: Formula
+    codes: Callable[[tuple[Tensor, ...], Rows], Codes] | None = None  # of rows, where they may be packed anew as Q4_1
+    group_size: int = 0  # inputs of those that share a scale, a multiple of 32
+
+    @property
+    def runs_as(self) -> str:
+        """The kind that C multiplies with, where it does: its own, or the one it is packed anew as."""
+        return self.kind if self.codes is None else "Q4_1"
 
     @property
     def n_bytes(self) -> int:

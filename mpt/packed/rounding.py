@@ -1,8 +1,8 @@
-"""Rounds weights to 4 bits while a model is loaded: ggml's blocks, made in memory, for `--quantize int4`.
+"""Makes ggml's blocks in memory while a model is loaded, of weights in bfloat16 and of those that others packed.
 
-Matrices become Q4_0, 32 weights with a scale in half precision, to the nearest of 16 levels; embedding and head become
-Q8_0, since they also make the logits. Bit-equal to what the `gguf` package makes of the same float32 values. Source:
-ggml, `quantize_row_q4_0_ref` and `quantize_row_q8_0_ref`.
+For `--quantize int4` matrices become Q4_0, 32 weights with a scale in half precision, to the nearest of 16 levels;
+embedding and head become Q8_0, since they also make the logits. Bit-equal to what the `gguf` package makes of the same
+float32 values. Source: ggml, `quantize_row_q4_0_ref` and `quantize_row_q8_0_ref`.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpt.errors import UserError
 from mpt.gguf.model import block_matrix
-from mpt.packed.matrix import PackedMatrix, Weight
+from mpt.packed.layers import as_it_lies
+from mpt.packed.matrix import PackedMatrix, PackedTensor, Weight
 from mpt.stored import StoredTensor
 
 KINDS = ("Q4_0", "Q8_0")
@@ -37,6 +38,34 @@ def four_bits(module: str, weight: Weight) -> PackedMatrix | None:
     for start in range(0, n_out, _ROWS):
         rows = slice(start, start + _ROWS)
         data[rows] = rounded(values[rows], kind)
+    return _matrix(data, kind, weight)
+
+
+def in_blocks(module: str, weight: Weight) -> PackedMatrix | None:
+    """A packed weight as C multiplies with it: as it lies, or AWQ's and GPTQ's 4 bits as Q4_1.
+
+    weight = scale code - scale zero; Q4_1 rounds the second product to half precision, an error like that of the tools'
+    own real values, which they round to it.
+    """
+    if not isinstance(weight, PackedTensor) or weight.codes is None:
+        return as_it_lies(module, weight)
+    parts = weight.open(mapped=True).parts
+    n_out, n_in = weight.shape
+    data = torch.empty(n_out, n_in // 32 * 20, dtype=torch.uint8)
+    for start in range(0, n_out, _ROWS):
+        rows = slice(start, min(start + _ROWS, n_out))
+        codes, zeros, scales = weight.codes(parts, rows)
+        of_block = torch.arange(n_in // 32) * 32 // weight.group_size
+        scale, zero = scales[of_block].t().float(), zeros[of_block].t()  # (rows, blocks)
+        least = (-scale * zero).half()
+        low, high = codes.t().reshape(len(scale), -1, 2, 16).unbind(2)
+        halves = torch.stack([scale.half(), least], dim=-1).view(torch.uint8)  # (rows, blocks, 4)
+        data[rows] = torch.cat([halves, low | high << 4], dim=-1).flatten(1)
+    return _matrix(data, "Q4_1", weight)
+
+
+def _matrix(data: Tensor, kind: str, weight: Weight) -> PackedMatrix:
+    n_out, n_in = weight.shape
     described = block_matrix(StoredTensor(weight.file, 0, torch.uint8, tuple(data.shape)), kind, (n_out, n_in))
     return PackedMatrix(kind, (data,), (n_out, n_in), torch.float32, 1, described.formula)
 

@@ -31,7 +31,7 @@ from mpt.engine.local import LocalModel
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.gguf.ggml_types import BLOCK_TYPES
 from mpt.options import ModelOptions
-from mpt.packed.layers import packed_bytes
+from mpt.packed.layers import as_it_lies, packed_bytes
 from mpt.tokenizer import Tokenizer
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
@@ -155,6 +155,49 @@ def test_c_computes_with_blocks_as_they_lie(kind: str, n_tokens: int, tmp_path: 
     assert error < 0.03, error  # inputs and keys are rounded to bfloat16
 
 
+def gptq_in_order(bits: int) -> Any:
+    """Packs a weight in groups of 64 inputs, in order."""
+
+    def pack(weight: Tensor, number: int) -> tuple[packers.Parts, Tensor]:
+        groups = [i // 64 for i in range(weight.shape[1])]
+        codes, zeros, scales = packers.rounded(weight, bits, groups)
+        parts = packers.gptq(codes, zeros, scales, None, bits, minus_one=True)
+        return parts, packers.real_values(codes, zeros, scales, groups)
+
+    return pack
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", ["AWQ", 2, 3, 4])
+def test_c_computes_with_four_bits_of_awq_and_gptq(bits: Any, tmp_path: Path) -> None:
+    """They are packed anew while they are read, into blocks whose values are the same but for half precision."""
+    source = make(tmp_path / "source", "mpt-7b")
+    if bits == "AWQ":
+        quantization, pack = {"bits": 4, "group_size": 32, "quant_method": "awq", "version": "gemm"}, packers.awq_weight
+    else:
+        quantization = {"bits": bits, "group_size": 64, "quant_method": "gptq", "desc_act": False, "sym": False}
+        pack = gptq_in_order(bits)
+    real = packers.write_packed(source, tmp_path / "packed", quantization, pack)
+    options = ModelOptions(str(tmp_path / "packed"))
+    choice = choose("mine", tmp_path / "packed", options)
+    assert choice.precision == f"{'AWQ 4' if bits == 'AWQ' else f'GPTQ {bits}'}-bit weights, bfloat16"
+    assert all(step.runs.startswith("C") for step in choice.steps), choice
+    backend = open_backend(choice, tmp_path / "packed", options)
+    ids = random_ids(1, 40)[0].tolist()
+    expected = packers.forward(real, torch.tensor(ids), 4)
+    for at_once in (8, 40):
+        row, found = backend.reserve(None, 64), []
+        for start in range(0, 40, at_once):
+            found.append(backend.forward([Work(row, ids[start : start + at_once], at_once)]).double())
+            row.length += at_once
+        error = (torch.cat(found) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < 0.02, error
+    assert backend.model is not None
+    values = backend.model.transformer.blocks[0].ffn.up_proj.matrix.values().double()
+    off = (values - real["transformer.blocks.0.ffn.up_proj.weight"]).abs().max()
+    assert off < 2**-10 * real["transformer.blocks.0.ffn.up_proj.weight"].abs().max()
+
+
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", ["Q4_K_M", "Q3_K_S", "Q6_K"])
 def test_greedy_tokens_of_k_quants_are_llama_cpps(kind: str, tmp_path: Path) -> None:
@@ -263,13 +306,13 @@ def test_a_converted_file_is_known_by_the_manifest_beside_it(tmp_path: Path) -> 
     convert(source, tmp_path / "out", Options(to="gguf", dtype="int8", verify=False))
     path = tmp_path / "out" / "model.gguf"
     assert describe(path).licence == "Apache-2.0"
-    model = mpt.checkpoint.load(path, stay_packed=True)
+    model = mpt.checkpoint.load(path, pack=as_it_lies)
     assert packed_bytes(model)
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(MPTError, match="does not match its sha256"):
-        mpt.checkpoint.load(path, stay_packed=True)
+        mpt.checkpoint.load(path, pack=as_it_lies)
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(chat_file: Path, tmp_path: Path) -> None:

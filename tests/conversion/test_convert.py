@@ -101,7 +101,10 @@ def test_the_command_line_converts_inspects_and_verifies(
     n = sum(tensor.numel() for name, tensor in weights(checkpoint).items() if name != "lm_head.weight")
     assert (facts["kind"], facts["parameters"], facts["dtype"], facts["context"]) == ("gguf", n, "float16", 512)
     assert facts["licence"] == "Apache-2.0"
-    assert "convert it `--to hf` first" in run("inspect", str(out / "model.gguf"), "--run")[2]
+    facts = json.loads(run("inspect", str(out / "model.gguf"), "--run", "--device", "cpu", "--json")[1])
+    assert facts["runs on"] == "cpu, float16"
+    assert run("convert", str(checkpoint), str(tmp_path / "ft"), "--to", "fastertransformer")[0] == 0
+    assert "convert it `--to hf` first" in run("inspect", str(tmp_path / "ft"), "--run")[2]
     facts = json.loads(run("inspect", str(checkpoint), "--run", "--dtype", "float32", "--device", "cpu", "--json")[1])
     assert facts["runs on"] == "cpu, float32"
     assert facts["runs"]["prompt"] == "torch (C is for bfloat16 on CPU, and this model is float32 on cpu)"

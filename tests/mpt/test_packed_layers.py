@@ -23,7 +23,7 @@ from mpt.gguf.model import block_matrix
 from mpt.model import MPTForCausalLM
 from mpt.packed import matrix as packed_matrix
 from mpt.packed.folder import unpacked
-from mpt.packed.layers import PackedEmbedding, PackedLinear, packed_bytes
+from mpt.packed.layers import PackedEmbedding, PackedLinear, as_it_lies, packed_bytes
 from mpt.packed.matrix import PackedMatrix, PackedTensor
 from mpt.packed.packing import Packing
 from mpt.stored import StoredTensor
@@ -175,7 +175,7 @@ def test_a_model_keeps_its_packed_matrices_and_cannot_be_saved(tmp_path: Path) -
     source = mpt.save(MPTForCausalLM(config), tmp_path / "model")
     quantization = {"bits": 4, "group_size": 32, "quant_method": "awq", "version": "gemm"}
     packers.write_packed(source, tmp_path / "packed", quantization, packers.awq_weight)
-    model = mpt.load(tmp_path / "packed", stay_packed=True)
+    model = mpt.load(tmp_path / "packed", pack=as_it_lies)
     assert not [name for name, p in model.named_parameters() if ".blocks." in name and p.dim() == 2]
     # Each of 12 C^2 weights a layer: half a byte; each group of 32: half a byte of zero and two of scale.
     assert packed_bytes(model) == 2 * 12 * 64 * 64 * (32 // 2 + 2.5) / 32

@@ -14,7 +14,7 @@ from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
 from mpt.packed.layers import packed_bytes
-from mpt.packed.rounding import rounded
+from mpt.packed.rounding import four_bits, rounded
 from tests import packers
 
 
@@ -57,7 +57,7 @@ def test_a_model_is_rounded_as_it_is_read(folder: Path) -> None:
     ids = torch.randint(0, 96, (30,), generator=torch.Generator().manual_seed(1))
     expected = packers.forward(real, ids, 4)
     with torch.inference_mode():
-        found = mpt.load(folder, dtype=torch.float32, in_four_bits=True)(ids[None]).logits[0].double()
+        found = mpt.load(folder, dtype=torch.float32, pack=four_bits)(ids[None]).logits[0].double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 

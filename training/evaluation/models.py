@@ -10,6 +10,7 @@ import mpt.checkpoint
 from mpt.catalog import resolve
 from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import MachineRefused, UserError
+from mpt.packed.layers import as_it_lies
 from training.evaluation import scoring, tiny_tasks
 from training.evaluation.scoring import Score
 from training.evaluation.tasks import Query
@@ -25,7 +26,7 @@ class Local:
         """dtype: None keeps the file's. Quantised weights stay as they lie."""
         folder = resolve(name)
         self.tokenizer = open_tokenizer(folder)
-        self.model = mpt.checkpoint.load(folder, device=device, dtype=dtype, stay_packed=True)
+        self.model = mpt.checkpoint.load(folder, device=device, dtype=dtype, pack=as_it_lies)
         self.max_seq_len: int = self.model.config.max_seq_len
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:

@@ -22,6 +22,7 @@ from mpt.catalog import describe, resolve
 from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
+from mpt.packed.layers import as_it_lies
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
 from mpt.tokenizer import Tokenizer
 from training.corpora import chat, novels, yaml_json
@@ -35,7 +36,7 @@ _CHUNK = 4096  # tokens of a long prompt read at a time
 def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
     """Scores of a checkpoint on these tasks, by default those its prompt style is made for."""
     folder = resolve(model_name)
-    model = mpt.checkpoint.load(folder, stay_packed=True)
+    model = mpt.checkpoint.load(folder, pack=as_it_lies)
     tokenizer = open_tokenizer(folder)
     entry = describe(folder)
     if not tasks:

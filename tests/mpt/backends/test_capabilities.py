@@ -14,9 +14,9 @@ from mpt.options import ModelOptions
 # For each field, a value at which it asks for something.
 OPTIONS = {
     "device": "cpu", "dtype": "bfloat16", "quantize": "int8", "kv_cache": "int8", "speculate": False,
-    "draft": "mpt-tiny", "tensor_parallel": 2, "kv_gb": 1.0, "max_running": 3, "max_waiting": 5, "prefill_chunk": 64, "threads": 1,
+    "draft": "mpt-tiny", "tensor_parallel": 2, "kv_gb": 1.0, "max_running": 3, "max_waiting": 5, "prefill_chunk": 64,
     "context_length": 99, "prompt_style": "chatml", "adapters": "folder", "named_adapters": {"a": "folder"},
-    "chat_template": "file", "profile": "folder",
+    "threads": 1, "chat_template": "file", "profile": "folder",
 }  # fmt: skip
 SAMPLING = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "min_tokens": 2, "n": 2, "presence_penalty": 0.5,
