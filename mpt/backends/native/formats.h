@@ -94,11 +94,11 @@ static inline void add_fifth_bits(const uint8_t *from, uint8_t *codes) {
 
 /* The scales and minimums of Q4_K and Q5_K, of six bits each, of eight groups. */
 static inline void six_bits(const uint8_t *from, uint8_t *scales, uint8_t *minimums) {
-    for (int i = 0; i < 4; i++) {
-        scales[i] = from[i] & 63, minimums[i] = from[4 + i] & 63;
-        scales[4 + i] = (from[8 + i] & 15) | (from[i] >> 6) << 4;
-        minimums[4 + i] = from[8 + i] >> 4 | (from[4 + i] >> 6) << 4;
-    }
+    uint32_t low, middle, high; /* four bytes at a time */
+    memcpy(&low, from, 4), memcpy(&middle, from + 4, 4), memcpy(&high, from + 8, 4);
+    const uint32_t of_scales[2] = {low & 0x3f3f3f3f, (high & 0x0f0f0f0f) | (low >> 6 & 0x03030303) << 4};
+    const uint32_t of_minimums[2] = {middle & 0x3f3f3f3f, (high >> 4 & 0x0f0f0f0f) | (middle >> 6 & 0x03030303) << 4};
+    memcpy(scales, of_scales, 8), memcpy(minimums, of_minimums, 8);
 }
 
 static inline void unpack_k(Format format, const uint8_t *block, uint8_t *codes, float *a, float *b) {
@@ -186,11 +186,16 @@ static inline void unpack_32(Format format, const uint8_t *block, int n, uint8_t
     }
 }
 
+/* Where a row's block of weight k0 begins. */
+static inline const uint8_t *block_at(const Linear *linear, size_t row, int k0) {
+    const BlockFormat *format = BLOCK_FORMATS + linear->format;
+    return (const uint8_t *)linear->weight + row * row_bytes(linear) + (size_t)k0 / format->values * format->bytes;
+}
+
 /* n weights of a row of a matrix from k0 on, whole blocks: their codes, and each group's a and b. `row`: the row. */
 static inline void unpack(const Linear *linear, size_t row, int k0, int n, uint8_t *codes, float *a, float *b) {
     const BlockFormat *format = BLOCK_FORMATS + linear->format;
-    const uint8_t *block = (const uint8_t *)linear->weight + row * row_bytes(linear) +
-                           (size_t)k0 / format->values * format->bytes;
+    const uint8_t *block = block_at(linear, row, k0);
     if (linear->format == INT8_ROWS) {
         const float scale = wide(linear->scale[row]);
         for (int i = 0; i < n; i++) codes[i] = (uint8_t)(block[i] + ADDED);

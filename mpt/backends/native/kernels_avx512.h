@@ -104,37 +104,54 @@ static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { /* by 
 
 enum { SPAN_CODES = 256 }; /* codes of a row whose scales are loaded together */
 
-/* Up to 256 codes of one row times n_tokens tokens, a constant, added to two sums a token. */
-static inline __attribute__((always_inline)) void one_span(const uint8_t *codes, const float *a, const float *b,
-                                                           const int group, const Coded *tokens, int at, int left,
-                                                           const int is_whole, const int n_tokens, __m512 *even,
-                                                           __m512 *odd) {
+/* The scales of one span, and its codes in four registers. */
+typedef struct {
+    __m512i codes[4];
+    __m512 scales, offsets; /* (groups) */
+} Span;
+
+/* Up to 256 codes of one row times n_tokens tokens, a constant, added to two sums a token. is_whole: none is missing. */
+static inline __attribute__((always_inline)) void one_span(const Span *span, const int group, const Coded *tokens, int at,
+                                                           int left, const int is_whole, const int n_tokens,
+                                                           __m512 *even, __m512 *odd) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i first = _mm512_srli_epi32(lanes, group == 32 ? 3 : 2); /* the group of each lane of 64 codes */
     const __mmask16 mask = (1u << left / group) - 1;
-    const __m512 scales = _mm512_maskz_loadu_ps(mask, a), offsets = _mm512_maskz_loadu_ps(mask, b);
     for (int t = 0; t < n_tokens; t++) {
         const float *sums = group == 32 ? tokens[t].sums32 + at / 32 : tokens[t].sums16 + at / 16;
-        odd[t] = _mm512_fnmadd_ps(offsets, _mm512_maskz_loadu_ps(mask, sums), odd[t]);
+        odd[t] = _mm512_fnmadd_ps(span->offsets, _mm512_maskz_loadu_ps(mask, sums), odd[t]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < SPAN_CODES; i += 64) {
         if (!is_whole && left <= i) break;
         const __mmask64 bytes = left - i >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (left - i)) - 1;
-#define LOAD(from) (is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(bytes, from))
-        const __m512i c = LOAD(codes + i);
-        const __m512 factor = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(i / group)), scales);
+        const __m512i which = _mm512_add_epi32(first, _mm512_set1_epi32(i / group));
+        const __m512 factor = _mm512_permutexvar_ps(which, span->scales);
         for (int t = 0; t < n_tokens; t++) {
+#define LOAD(from) (is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(bytes, from))
             const __m512i high = LOAD(tokens[t].high + at + i), low = LOAD(tokens[t].low + at + i);
-            const __m512i of_high = _mm512_slli_epi32(dot_codes(_mm512_setzero_si512(), c, high), 7);
-            const __m512 dots = _mm512_cvtepi32_ps(dot_codes(of_high, c, low));
+#undef LOAD
+            const __m512i of_high = _mm512_slli_epi32(dot_codes(_mm512_setzero_si512(), span->codes[i / 64], high), 7);
+            const __m512 dots = _mm512_cvtepi32_ps(dot_codes(of_high, span->codes[i / 64], low));
             if (i & 64)
                 odd[t] = _mm512_fmadd_ps(dots, factor, odd[t]);
             else
                 even[t] = _mm512_fmadd_ps(dots, factor, even[t]);
         }
-#undef LOAD
     }
+}
+
+/* A span out of memory; `left` codes of it are there. */
+static inline __attribute__((always_inline)) Span span_at(const uint8_t *codes, const float *a, const float *b,
+                                                          const int group, int left, const int is_whole) {
+    const __mmask16 mask = (1u << left / group) - 1;
+    Span span = {.scales = _mm512_maskz_loadu_ps(mask, a), .offsets = _mm512_maskz_loadu_ps(mask, b)};
+    for (int i = 0; i < 4; i++) {
+        const int here = left - 64 * i;
+        const __mmask64 bytes = here >= 64 ? ~(__mmask64)0 : here > 0 ? ((__mmask64)1 << here) - 1 : 0;
+        span.codes[i] = is_whole ? _mm512_loadu_si512(codes + 64 * i) : _mm512_maskz_loadu_epi8(bytes, codes + 64 * i);
+    }
+    return span;
 }
 
 /* One row of n codes times n_tokens tokens, a constant; `at`: the first input. */
@@ -144,9 +161,14 @@ static inline __attribute__((always_inline)) void one_row(const uint8_t *codes, 
     __m512 even[TOKENS_AT_ONCE], odd[TOKENS_AT_ONCE];
     for (int t = 0; t < n_tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
     int k = 0;
-    for (; k + SPAN_CODES <= n; k += SPAN_CODES)
-        one_span(codes + k, a + k / group, b + k / group, group, tokens, at + k, SPAN_CODES, 1, n_tokens, even, odd);
-    if (k < n) one_span(codes + k, a + k / group, b + k / group, group, tokens, at + k, n - k, 0, n_tokens, even, odd);
+    for (; k + SPAN_CODES <= n; k += SPAN_CODES) {
+        const Span span = span_at(codes + k, a + k / group, b + k / group, group, SPAN_CODES, 1);
+        one_span(&span, group, tokens, at + k, SPAN_CODES, 1, n_tokens, even, odd);
+    }
+    if (k < n) {
+        const Span span = span_at(codes + k, a + k / group, b + k / group, group, n - k, 0);
+        one_span(&span, group, tokens, at + k, n - k, 0, n_tokens, even, odd);
+    }
     for (int t = 0; t < n_tokens; t++)
         out[t * STRIP] = _mm512_reduce_add_ps(_mm512_add_ps(even[t], odd[t])) * tokens[t].step;
 }
@@ -243,4 +265,117 @@ static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const b
             four_int8_rows(four, n, tokens + t, at, s, 2, is_first, sums + t * STRIP + r);
         if (t < T) four_int8_rows(four, n, tokens + t, at, s, 1, is_first, sums + t * STRIP + r);
     }
+}
+
+#define BLOCKS_AS_THEY_ARE 1 /* the commonest formats go from their blocks to registers, for few tokens */
+
+static inline __m512i two_halves(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+static inline __m256i at_256(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+
+/* 16 bytes each of two places. */
+static inline __m256i two_places(const uint8_t *one, const uint8_t *other) {
+    const __m256i first = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)one));
+    return _mm256_inserti128_si256(first, _mm_loadu_si128((const __m128i *)other), 1);
+}
+
+/* The numbers at the beginning of eight blocks. */
+static inline __m512 eight_scales(const uint8_t *block, int stride) {
+    uint16_t eight[8];
+    for (int i = 0; i < 8; i++) memcpy(eight + i, block + i * stride, 2);
+    return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)eight)));
+}
+
+/* 256 weights of a format, a constant; the same numbers as by way of `unpack`. */
+static inline __attribute__((always_inline)) Span span_of(const Format format, const uint8_t *block) {
+    const __m256i four = _mm256_set1_epi8(15);
+    Span span;
+    if (format == Q8_0 || format == Q4_0) {
+        span.scales = eight_scales(block, format == Q8_0 ? 34 : 18);
+        span.offsets = _mm512_mul_ps(span.scales, _mm512_set1_ps(format == Q8_0 ? 128 : 8));
+        for (int i = 0; i < 4; i++) {
+            if (format == Q8_0) {
+                const __m512i both = two_halves(at_256(block + 68 * i + 2), at_256(block + 68 * i + 36));
+                span.codes[i] = _mm512_xor_si512(both, _mm512_set1_epi8((char)0x80));
+            } else {
+                const __m256i both = two_places(block + 36 * i + 2, block + 36 * i + 20);
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), four);
+                const __m512i apart = two_halves(_mm256_and_si256(both, four), high);
+                span.codes[i] = _mm512_shuffle_i64x2(apart, apart, 0xd8); /* each block's low ones before its high ones */
+            }
+        }
+        return span;
+    }
+    if (format == Q4_K) {
+        uint8_t scales[8], minimums[8];
+        six_bits(block + 4, scales, minimums);
+        const __m256 a = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)scales)));
+        const __m256 b = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)minimums)));
+        span.scales = _mm512_castps256_ps512(_mm256_mul_ps(a, _mm256_set1_ps(half(block))));
+        span.offsets = _mm512_castps256_ps512(_mm256_mul_ps(b, _mm256_set1_ps(half(block + 2))));
+        for (int i = 0; i < 4; i++) {
+            const __m256i both = at_256(block + 16 + 32 * i);
+            span.codes[i] = two_halves(_mm256_and_si256(both, four), _mm256_and_si256(_mm256_srli_epi16(both, 4), four));
+        }
+        return span;
+    }
+    const __m512i low_four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30); /* Q6_K */
+    const __m512i scales = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(block + 192)));
+    span.scales = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(half(block + 208)));
+    span.offsets = _mm512_mul_ps(span.scales, _mm512_set1_ps(32));
+    for (int i = 0; i < 2; i++) {
+        const __m512i both = _mm512_loadu_si512(block + 64 * i);
+        const __m256i pairs = at_256(block + 128 + 32 * i);
+        /* The upper two bits of the first 64 codes at bits 4 and 5, and of the others at 0 and 1 above them. */
+        const __m512i first = two_halves(_mm256_slli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 2));
+        const __m512i second = two_halves(pairs, _mm256_srli_epi16(pairs, 2));
+        span.codes[2 * i] = _mm512_or_si512(_mm512_and_si512(both, low_four), _mm512_and_si512(first, two));
+        span.codes[2 * i + 1] =
+            _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(both, 4), low_four), _mm512_and_si512(second, two));
+    }
+    return span;
+}
+
+static inline __attribute__((always_inline)) void row_of_blocks(const Format format, const uint8_t *row, int n,
+                                                                const Coded *tokens, int at, const int n_tokens,
+                                                                float *out) {
+    const int bytes = format == Q8_0 ? 272 : format == Q6_K ? 210 : 144, group = format == Q6_K ? 16 : 32;
+    __m512 even[TOKENS_AT_ONCE], odd[TOKENS_AT_ONCE];
+    for (int t = 0; t < n_tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
+    for (int k = 0; k < n; k += SPAN_CODES, row += bytes) {
+        const Span span = span_of(format, row);
+        one_span(&span, group, tokens, at + k, SPAN_CODES, 1, n_tokens, even, odd);
+    }
+    for (int t = 0; t < n_tokens; t++)
+        out[t * STRIP] = _mm512_reduce_add_ps(_mm512_add_ps(even[t], odd[t])) * tokens[t].step;
+}
+
+/* Whether `multiply_blocks` takes n weights of a format for T tokens. */
+static inline int takes_blocks(Format format, int n, int T) {
+    return T <= TOKENS_AT_ONCE && n % SPAN_CODES == 0 &&
+           (format == Q8_0 || format == Q4_0 || format == Q4_K || format == Q6_K);
+}
+
+/* A row of n weights in blocks, from input `at` on, times T tokens; the same bits as by way of `multiply_codes`. */
+static void multiply_blocks(Format format, const uint8_t *row, int n, const Coded *tokens, int at, int T, int is_first,
+                            float *out) {
+    float found[TOKENS_AT_ONCE * STRIP] = {0};
+#define OF(format)                                                     \
+    case format:                                                       \
+        if (T == 1) row_of_blocks(format, row, n, tokens, at, 1, found); \
+        if (T == 2) row_of_blocks(format, row, n, tokens, at, 2, found); \
+        if (T == 3) row_of_blocks(format, row, n, tokens, at, 3, found); \
+        if (T == 4) row_of_blocks(format, row, n, tokens, at, 4, found); \
+        break
+    switch (format) {
+        OF(Q8_0);
+        OF(Q4_0);
+        OF(Q4_K);
+        OF(Q6_K);
+    default:;
+    }
+#undef OF
+    for (int t = 0; t < T; t++) out[t * STRIP] = is_first ? found[t * STRIP] : out[t * STRIP] + found[t * STRIP];
 }

@@ -235,6 +235,13 @@ static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inp
                 continue;
             }
 #endif
+#ifdef BLOCKS_AS_THEY_ARE
+            if (takes_blocks(linear->format, n, T)) {
+                for (int r = 0; r < n_rows; r++)
+                    multiply_blocks(linear->format, block_at(linear, n0 + r, k0), n, tokens, k0, T, !k0, own->sums + r);
+                continue;
+            }
+#endif
             for (int r = 0; r < n_rows; r++) {
                 unpack(linear, n0 + r, k0, n, own->codes, own->a, own->b);
                 multiply_codes(own->codes, own->a, own->b, n, BLOCK_FORMATS[linear->format].group, tokens, k0, T, !k0,
