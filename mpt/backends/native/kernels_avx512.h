@@ -226,15 +226,19 @@ static inline __attribute__((always_inline)) void int8_lanes(const int8_t *const
 #undef LOAD
 }
 
-/* Four rows of int8 weights times n_tokens tokens, 1 or 2; exact up to the last rounding. */
+/* Four rows of int8 weights times n_tokens tokens, 1 or 2; exact up to the last rounding. next: what is fetched
+ * meanwhile, or NULL. */
 static inline __attribute__((always_inline)) void four_int8_rows(const int8_t *const *rows, int n, const Coded *tokens,
-                                                                 int at, __m128 scales, const int n_tokens,
-                                                                 int is_first, float *sums) {
+                                                                 int at, __m128 scales, const char *next,
+                                                                 const int n_tokens, int is_first, float *sums) {
     __m512i h[4][2], l[4][2];
     for (int r = 0; r < 4; r++)
         for (int t = 0; t < n_tokens; t++) h[r][t] = l[r][t] = _mm512_setzero_si512();
     int k = 0;
-    for (; k + 64 <= n; k += 64) int8_lanes(rows, tokens, at, k, 0, 1, n_tokens, h, l);
+    for (; k + 64 <= n; k += 64) {
+        for (int i = 0; i < 256 && next; i += 64) _mm_prefetch(next + 4 * k + i, _MM_HINT_T0);
+        int8_lanes(rows, tokens, at, k, 0, 1, n_tokens, h, l);
+    }
     if (k < n) int8_lanes(rows, tokens, at, k, n - k, 0, n_tokens, h, l);
     for (int t = 0; t < n_tokens; t++) {
         const int32_t *totals = tokens[t].totals + at / CHUNK * 2;
@@ -250,8 +254,8 @@ static inline __attribute__((always_inline)) void four_int8_rows(const int8_t *c
 }
 
 /* n_rows rows of n int8 weights, `stride` apart, with a scale each, from input `at` on, times T tokens. */
-static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const bf16 *scales, int n, const Coded *tokens,
-                          int at, int T, int is_first, float *sums) {
+static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const bf16 *scales, int n, size_t ahead,
+                          const Coded *tokens, int at, int T, int is_first, float *sums) {
     for (int r = 0; r < n_rows; r += 4) {
         const int8_t *four[4];
         float own[4];
@@ -260,10 +264,11 @@ static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const b
             four[i] = rows + row * stride, own[i] = wide(scales[row]);
         }
         const __m128 s = _mm_loadu_ps(own);
+        const char *next = (const char *)four[0] + ahead;
         int t = 0;
         for (; t + 2 <= T; t += 2)
-            four_int8_rows(four, n, tokens + t, at, s, 2, is_first, sums + t * STRIP + r);
-        if (t < T) four_int8_rows(four, n, tokens + t, at, s, 1, is_first, sums + t * STRIP + r);
+            four_int8_rows(four, n, tokens + t, at, s, t ? NULL : next, 2, is_first, sums + t * STRIP + r);
+        if (t < T) four_int8_rows(four, n, tokens + t, at, s, t ? NULL : next, 1, is_first, sums + t * STRIP + r);
     }
 }
 
@@ -339,12 +344,13 @@ static inline __attribute__((always_inline)) Span span_of(const Format format, c
 }
 
 static inline __attribute__((always_inline)) void row_of_blocks(const Format format, const uint8_t *row, int n,
-                                                                const Coded *tokens, int at, const int n_tokens,
-                                                                float *out) {
+                                                                size_t ahead, const Coded *tokens, int at,
+                                                                const int n_tokens, float *out) {
     const int bytes = format == Q8_0 ? 272 : format == Q6_K ? 210 : 144, group = format == Q6_K ? 16 : 32;
     __m512 even[TOKENS_AT_ONCE], odd[TOKENS_AT_ONCE];
     for (int t = 0; t < n_tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
     for (int k = 0; k < n; k += SPAN_CODES, row += bytes) {
+        for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)row + ahead + i, _MM_HINT_T0);
         const Span span = span_of(format, row);
         one_span(&span, group, tokens, at + k, SPAN_CODES, 1, n_tokens, even, odd);
     }
@@ -358,16 +364,17 @@ static inline int takes_blocks(Format format, int n, int T) {
            (format == Q8_0 || format == Q4_0 || format == Q4_K || format == Q6_K);
 }
 
-/* A row of n weights in blocks, from input `at` on, times T tokens; the same bits as by way of `multiply_codes`. */
-static void multiply_blocks(Format format, const uint8_t *row, int n, const Coded *tokens, int at, int T, int is_first,
-                            float *out) {
+/* A row of n weights in blocks, from input `at` on, times T tokens; the same bits as by way of `multiply_codes`. Memory is
+ * fetched `ahead` bytes ahead: a file's pages are small, and the processor by itself stops at the end of each. */
+static void multiply_blocks(Format format, const uint8_t *row, int n, size_t ahead, const Coded *tokens, int at, int T,
+                            int is_first, float *out) {
     float found[TOKENS_AT_ONCE * STRIP] = {0};
 #define OF(format)                                                     \
     case format:                                                       \
-        if (T == 1) row_of_blocks(format, row, n, tokens, at, 1, found); \
-        if (T == 2) row_of_blocks(format, row, n, tokens, at, 2, found); \
-        if (T == 3) row_of_blocks(format, row, n, tokens, at, 3, found); \
-        if (T == 4) row_of_blocks(format, row, n, tokens, at, 4, found); \
+        if (T == 1) row_of_blocks(format, row, n, ahead, tokens, at, 1, found); \
+        if (T == 2) row_of_blocks(format, row, n, ahead, tokens, at, 2, found); \
+        if (T == 3) row_of_blocks(format, row, n, ahead, tokens, at, 3, found); \
+        if (T == 4) row_of_blocks(format, row, n, ahead, tokens, at, 4, found); \
         break
     switch (format) {
         OF(Q8_0);

@@ -24,6 +24,7 @@
 #if !AMX
 
 enum {
+    MOST_AHEAD = 1 << 15,  /* bytes */
     SPAN = MAX_TOKENS,     /* queries of a row that share each block of keys */
     LOOPS_PER_LAYER = 5 + N_PROJECTIONS,
 };
@@ -197,6 +198,7 @@ typedef struct { /* one thread's memory */
     bf16 *strip;    /* (STRIP, CHUNK) widened weights */
     uint8_t *codes; /* (CHUNK) of one row, with a and b of its groups */
     float *a, *b;
+    size_t ahead;   /* bytes of weights to fetch before they are used */
 } Own;
 
 /* Widen n weights of a row. */
@@ -217,46 +219,58 @@ static void widen(const Linear *linear, size_t row, int k0, int n, const Own *ow
     }
 }
 
-/* Sums (T, STRIP) of n_rows outputs from n0 on. */
-static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
-    const int K = linear->n_in;
-    for (int k0 = 0; k0 < K; k0 += CHUNK) {
-        const int n = K - k0 < CHUNK ? K - k0 : CHUNK;
-        if (inputs->is_coded) {
-            Coded tokens[T];
-            for (size_t t = 0; t < (size_t)T; t++)
-                tokens[t] = (Coded){inputs->high + t * K, inputs->low + t * K, inputs->sums32 + t * K / 32,
-                                    inputs->sums16 + t * K / 16, inputs->totals + t * n_chunks(K) * 2,
-                                    inputs->steps[t]};
+/* Sums (T, STRIP) of n_rows outputs from n0 on, in integers: of n inputs from k0 on, added to those of inputs before. */
+static void multiply_coded(const Linear *linear, int n0, int n_rows, const Coded *tokens, int T, int k0, int n,
+                           const Own *own, float *sums) {
 #ifdef INT8_AS_IT_IS
-            if (linear->format == INT8_ROWS) {
-                multiply_int8((const int8_t *)linear->weight + (size_t)n0 * K + k0, K, n_rows, linear->scale + n0, n,
-                              tokens, k0, T, !k0, own->sums);
-                continue;
-            }
+    if (linear->format == INT8_ROWS) {
+        const int8_t *rows = (const int8_t *)linear->weight + (size_t)n0 * linear->n_in + k0;
+        multiply_int8(rows, linear->n_in, n_rows, linear->scale + n0, n, own->ahead, tokens, k0, T, !k0,
+                      sums);
+        return;
+    }
 #endif
+    for (int r = 0; r < n_rows; r++) {
 #ifdef BLOCKS_AS_THEY_ARE
-            if (takes_blocks(linear->format, n, T)) {
-                for (int r = 0; r < n_rows; r++)
-                    multiply_blocks(linear->format, block_at(linear, n0 + r, k0), n, tokens, k0, T, !k0, own->sums + r);
-                continue;
-            }
-#endif
-            for (int r = 0; r < n_rows; r++) {
-                unpack(linear, n0 + r, k0, n, own->codes, own->a, own->b);
-                multiply_codes(own->codes, own->a, own->b, n, BLOCK_FORMATS[linear->format].group, tokens, k0, T, !k0,
-                               own->sums + r);
-            }
+        if (takes_blocks(linear->format, n, T)) {
+            multiply_blocks(linear->format, block_at(linear, n0 + r, k0), n, own->ahead, tokens, k0, T, !k0,
+                            sums + r);
             continue;
         }
-        const bf16 *rows = (const bf16 *)linear->weight + (size_t)n0 * K + k0;
-        size_t stride = K;
-        if (linear->format != BFLOAT16) {
-            for (int r = 0; r < n_rows; r++) widen(linear, n0 + r, k0, n, own, own->strip + (size_t)r * n);
-            rows = own->strip, stride = n;
-        }
-        multiply_dense(rows, stride, n_rows, inputs->dense + k0, K, T, n, !k0, own->sums);
+#endif
+        unpack(linear, n0 + r, k0, n, own->codes, own->a, own->b);
+        multiply_codes(own->codes, own->a, own->b, n, BLOCK_FORMATS[linear->format].group, tokens, k0, T, !k0, sums + r);
     }
+}
+
+/* The same in bfloat16. */
+static void multiply_wide(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, int k0, int n,
+                          const Own *own, float *sums) {
+    const bf16 *rows = (const bf16 *)linear->weight + (size_t)n0 * linear->n_in + k0;
+    size_t stride = linear->n_in;
+    if (linear->format != BFLOAT16) {
+        for (int r = 0; r < n_rows; r++) widen(linear, n0 + r, k0, n, own, own->strip + (size_t)r * n);
+        rows = own->strip, stride = n;
+    }
+    multiply_dense(rows, stride, n_rows, inputs->dense + k0, linear->n_in, T, n, !k0, sums);
+}
+
+/* Sums (T, STRIP) of n_rows outputs from n0 on. With few tokens memory sets the speed, and it is fetched ahead where a
+ * row is read to its end; with many a strip stays in the second-level cache until all of them have met it. */
+static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
+    const int K = linear->n_in, at_once = T > 2 * TOKENS_AT_ONCE ? n_rows : 4;
+    Coded tokens[inputs->is_coded ? T : 1];
+    for (size_t t = 0; inputs->is_coded && t < (size_t)T; t++)
+        tokens[t] = (Coded){inputs->high + t * K, inputs->low + t * K, inputs->sums32 + t * K / 32,
+                            inputs->sums16 + t * K / 16, inputs->totals + t * n_chunks(K) * 2, inputs->steps[t]};
+    for (int r = 0; r < n_rows; r += at_once)
+        for (int k0 = 0; k0 < K; k0 += CHUNK) {
+            const int n = K - k0 < CHUNK ? K - k0 : CHUNK, here = n_rows - r < at_once ? n_rows - r : at_once;
+            if (inputs->is_coded)
+                multiply_coded(linear, n0 + r, here, tokens, T, k0, n, own, own->sums + r);
+            else
+                multiply_wide(linear, n0 + r, here, inputs, T, k0, n, own, own->sums + r);
+        }
 }
 
 typedef enum { TO_ROWS, TO_RESIDUAL, TO_GELU } Target;
@@ -269,9 +283,11 @@ static __attribute__((noinline)) void gelu(float *x, int n) {
 /* All outputs for T tokens, over the threads. TO_ROWS writes token t's to out + t * N; TO_RESIDUAL adds them there.
  * TO_GELU makes them, through GELU, the inputs `next` of another product. */
 static void product(const Linear *linear, const Inputs *inputs, Adapted adapted, int T, Target target, float *out,
-                    const Inputs *next, const Own *own, Worker *worker) {
+                    const Inputs *next, Own *own, Worker *worker) {
     const int N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP;
     const int at_once = n_strips / (8 * worker->n) + 1; /* neighbours, as memory is fetched ahead */
+    const size_t n_bytes = at_once * STRIP * row_bytes(linear) / 8; /* little of what another thread multiplies */
+    own->ahead = n_bytes < MOST_AHEAD ? n_bytes : MOST_AHEAD;
     for (int strip = 0, end = 0;; strip++) {
         if (strip == end) strip = take(worker, at_once), end = strip + at_once;
         if (strip >= n_strips) break;
@@ -458,7 +474,7 @@ size_t mpt_prompt_scratch_floats(const Model *model, int32_t n_panels, int32_t n
 }
 
 static int64_t run_layer(const Model *model, const Step *step, int layer, int is_prompt, const int32_t *first,
-                         const int32_t *adapter_of, Scratch *scratch, const Own *own, Worker *worker) {
+                         const int32_t *adapter_of, Scratch *scratch, Own *own, Worker *worker) {
     const Layer *now = model->layers + layer;
     const int T = step->n_tokens;
     Inputs inputs = scratch->inputs, inner = scratch->inner, mixed = scratch->inputs;
@@ -501,7 +517,7 @@ static void run(const Model *model, const Step *step, int is_prompt) {
 #pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
     {
         Worker worker = {&team, scratch.queues, omp_get_thread_num(), omp_get_num_threads()};
-        const Own *mine = own + worker.thread;
+        Own *mine = own + worker.thread;
         for (int layer = 0; layer < model->n_layers; layer++)
             n_read += run_layer(model, step, layer, is_prompt, first, adapter_of, &scratch, mine, &worker);
         if (step->n_logits) {
