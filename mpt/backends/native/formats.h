@@ -92,8 +92,8 @@ static inline void add_fifth_bits(const uint8_t *from, uint8_t *codes) {
     }
 }
 
-/* The scales and minimums of Q4_K and Q5_K, of six bits each, of eight groups. */
-static inline void six_bits(const uint8_t *from, uint8_t *scales, uint8_t *minimums) {
+/* The scales and minimums of Q4_K and Q5_K, of six bits each, of eight groups, a byte each. */
+static inline void six_bits(const uint8_t *from, uint64_t *scales, uint64_t *minimums) {
     uint32_t low, middle, high; /* four bytes at a time */
     memcpy(&low, from, 4), memcpy(&middle, from + 4, 4), memcpy(&high, from + 8, 4);
     const uint32_t of_scales[2] = {low & 0x3f3f3f3f, (high & 0x0f0f0f0f) | (low >> 6 & 0x03030303) << 4};
@@ -104,8 +104,9 @@ static inline void six_bits(const uint8_t *from, uint8_t *scales, uint8_t *minim
 static inline void unpack_k(Format format, const uint8_t *block, uint8_t *codes, float *a, float *b) {
     if (format == Q4_K || format == Q5_K) {
         const float d = half(block), least = half(block + 2);
-        uint8_t scales[8], minimums[8];
-        six_bits(block + 4, scales, minimums);
+        uint64_t both[2];
+        six_bits(block + 4, both, both + 1);
+        const uint8_t *scales = (const uint8_t *)both, *minimums = (const uint8_t *)(both + 1);
         const uint8_t *quarters = block + (format == Q4_K ? 16 : 48), *fifths = block + 16;
         for (int i = 0; i < 8; i++) low_then_high(quarters + 16 * i, 32, codes + 64 * (i / 2) + 16 * (i % 2));
         if (format == Q5_K)

@@ -272,7 +272,7 @@ static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const b
     }
 }
 
-#define BLOCKS_AS_THEY_ARE 1 /* the commonest formats go from their blocks to registers, for few tokens */
+#define BLOCKS_AS_THEY_ARE 1 /* most formats go from their blocks to registers, for few tokens */
 
 static inline __m512i two_halves(__m256i low, __m256i high) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -293,60 +293,103 @@ static inline __m512 eight_scales(const uint8_t *block, int stride) {
     return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)eight)));
 }
 
-/* 256 weights of a format, a constant; the same numbers as by way of `unpack`. */
-static inline __attribute__((always_inline)) Span span_of(const Format format, const uint8_t *block) {
-    const __m256i four = _mm256_set1_epi8(15);
-    Span span;
-    if (format == Q8_0 || format == Q4_0) {
-        span.scales = eight_scales(block, format == Q8_0 ? 34 : 18);
-        span.offsets = _mm512_mul_ps(span.scales, _mm512_set1_ps(format == Q8_0 ? 128 : 8));
-        for (int i = 0; i < 4; i++) {
-            if (format == Q8_0) {
-                const __m512i both = two_halves(at_256(block + 68 * i + 2), at_256(block + 68 * i + 36));
-                span.codes[i] = _mm512_xor_si512(both, _mm512_set1_epi8((char)0x80));
-            } else {
-                const __m256i both = two_places(block + 36 * i + 2, block + 36 * i + 20);
-                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), four);
-                const __m512i apart = two_halves(_mm256_and_si256(both, four), high);
-                span.codes[i] = _mm512_shuffle_i64x2(apart, apart, 0xd8); /* each block's low ones before its high ones */
-            }
+/* The bits of 32 bytes shifted right by two numbers, one after the other, under a mask. */
+static inline __m512i shifted(__m256i bytes, int one, int other, int mask) {
+    const __m512i both = two_halves(_mm256_srli_epi16(bytes, one), _mm256_srli_epi16(bytes, other));
+    return _mm512_and_si512(both, _mm512_set1_epi8((char)mask));
+}
+
+static inline __m512 scaled_bytes(__m128i bytes, float factor) { /* 16 signed ones */
+    const __m512i wide_ = _mm512_cvtepi8_epi32(bytes);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(wide_), _mm512_set1_ps(factor));
+}
+
+/* Eight blocks of 32 weights. */
+static inline __attribute__((always_inline)) Span span_of_32(const Format format, const uint8_t *block) {
+    const int bytes = format == Q8_0 ? 34 : format == Q4_1 ? 20 : 18, from = format == Q4_1 ? 4 : 2;
+    Span span = {.scales = eight_scales(block, bytes)};
+    span.offsets = format == Q4_1 ? _mm512_sub_ps(_mm512_setzero_ps(), eight_scales(block + 2, bytes))
+                                  : _mm512_mul_ps(span.scales, _mm512_set1_ps(format == Q8_0 ? 128 : 8));
+    for (int i = 0; i < 4; i++) {
+        const uint8_t *one = block + 2 * i * bytes + from, *other = one + bytes;
+        if (format == Q8_0) {
+            span.codes[i] = _mm512_xor_si512(two_halves(at_256(one), at_256(other)), _mm512_set1_epi8((char)0x80));
+        } else {
+            const __m512i apart = shifted(two_places(one, other), 0, 4, 15);
+            span.codes[i] = _mm512_shuffle_i64x2(apart, apart, 0xd8); /* each block's low ones before its high ones */
         }
-        return span;
-    }
-    if (format == Q4_K) {
-        uint8_t scales[8], minimums[8];
-        six_bits(block + 4, scales, minimums);
-        const __m256 a = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)scales)));
-        const __m256 b = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)minimums)));
-        span.scales = _mm512_castps256_ps512(_mm256_mul_ps(a, _mm256_set1_ps(half(block))));
-        span.offsets = _mm512_castps256_ps512(_mm256_mul_ps(b, _mm256_set1_ps(half(block + 2))));
-        for (int i = 0; i < 4; i++) {
-            const __m256i both = at_256(block + 16 + 32 * i);
-            span.codes[i] = two_halves(_mm256_and_si256(both, four), _mm256_and_si256(_mm256_srli_epi16(both, 4), four));
-        }
-        return span;
-    }
-    const __m512i low_four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30); /* Q6_K */
-    const __m512i scales = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(block + 192)));
-    span.scales = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(half(block + 208)));
-    span.offsets = _mm512_mul_ps(span.scales, _mm512_set1_ps(32));
-    for (int i = 0; i < 2; i++) {
-        const __m512i both = _mm512_loadu_si512(block + 64 * i);
-        const __m256i pairs = at_256(block + 128 + 32 * i);
-        /* The upper two bits of the first 64 codes at bits 4 and 5, and of the others at 0 and 1 above them. */
-        const __m512i first = two_halves(_mm256_slli_epi16(pairs, 4), _mm256_slli_epi16(pairs, 2));
-        const __m512i second = two_halves(pairs, _mm256_srli_epi16(pairs, 2));
-        span.codes[2 * i] = _mm512_or_si512(_mm512_and_si512(both, low_four), _mm512_and_si512(first, two));
-        span.codes[2 * i + 1] =
-            _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(both, 4), low_four), _mm512_and_si512(second, two));
     }
     return span;
+}
+
+/* A block of Q4_K or Q5_K. */
+static inline __attribute__((always_inline)) Span span_of_six_bits(const Format format, const uint8_t *block) {
+    uint64_t scales, minimums;
+    six_bits(block + 4, &scales, &minimums);
+    Span span = {.scales = scaled_bytes(_mm_cvtsi64_si128((int64_t)scales), half(block)),
+                 .offsets = scaled_bytes(_mm_cvtsi64_si128((int64_t)minimums), half(block + 2))};
+    const uint8_t *fours = block + (format == Q5_K ? 48 : 16);
+    for (int i = 0; i < 4; i++) {
+        span.codes[i] = shifted(at_256(fours + 32 * i), 0, 4, 15);
+        if (format == Q5_K) {
+            const __m512i fifth = shifted(at_256(block + 16), 2 * i, 2 * i + 1, 1);
+            span.codes[i] = _mm512_or_si512(span.codes[i], _mm512_slli_epi16(fifth, 4));
+        }
+    }
+    return span;
+}
+
+/* A block of Q2_K, Q3_K or Q6_K, whose sixteen groups have scales of their own. */
+static inline __attribute__((always_inline)) Span span_of_sixteen(const Format format, const uint8_t *block) {
+    Span span;
+    if (format == Q6_K) {
+        span.scales = scaled_bytes(_mm_loadu_si128((const __m128i *)(block + 192)), half(block + 208));
+        span.offsets = _mm512_mul_ps(span.scales, _mm512_set1_ps(32));
+        for (int i = 0; i < 4; i++) {
+            const uint8_t *fours = block + 64 * (i / 2), *pairs = block + 128 + 32 * (i / 2);
+            const __m512i both = _mm512_srli_epi16(_mm512_loadu_si512(fours), i % 2 * 4);
+            const __m512i high = _mm512_slli_epi16(shifted(at_256(pairs), i % 2 * 4, i % 2 * 4 + 2, 3), 4);
+            span.codes[i] = _mm512_or_si512(_mm512_and_si512(both, _mm512_set1_epi8(15)), high);
+        }
+        return span;
+    }
+    if (format == Q3_K) {
+        uint32_t low, next, high; /* four bytes at a time */
+        memcpy(&low, block + 96, 4), memcpy(&next, block + 100, 4), memcpy(&high, block + 104, 4);
+        const uint32_t four = 0x0f0f0f0f, two = 0x03030303;
+        const __m128i scales = _mm_set_epi32(
+            (int)((next >> 4 & four) | (high >> 6 & two) << 4), (int)((low >> 4 & four) | (high >> 4 & two) << 4),
+            (int)((next & four) | (high >> 2 & two) << 4), (int)((low & four) | (high & two) << 4));
+        span.scales = scaled_bytes(_mm_sub_epi8(scales, _mm_set1_epi8(32)), half(block + 108));
+        span.offsets = _mm512_mul_ps(span.scales, _mm512_set1_ps(4));
+    } else {
+        const __m128i both = _mm_loadu_si128((const __m128i *)block), four = _mm_set1_epi8(15);
+        span.scales = scaled_bytes(_mm_and_si128(both, four), half(block + 80));
+        span.offsets = scaled_bytes(_mm_and_si128(_mm_srli_epi16(both, 4), four), half(block + 82));
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m256i pairs = at_256(block + (format == Q3_K ? 32 : 16) + 32 * (i / 2));
+        span.codes[i] = shifted(pairs, i % 2 * 4, i % 2 * 4 + 2, 3);
+        if (format == Q3_K) {
+            const __m512i third = shifted(at_256(block), 2 * i, 2 * i + 1, 1);
+            span.codes[i] = _mm512_or_si512(span.codes[i], _mm512_slli_epi16(third, 2));
+        }
+    }
+    return span;
+}
+
+/* 256 weights of a format, a constant; the same numbers as by way of `unpack`. */
+static inline __attribute__((always_inline)) Span span_of(const Format format, const uint8_t *block) {
+    if (format == Q8_0 || format == Q4_0 || format == Q4_1) return span_of_32(format, block);
+    if (format == Q4_K || format == Q5_K) return span_of_six_bits(format, block);
+    return span_of_sixteen(format, block);
 }
 
 static inline __attribute__((always_inline)) void row_of_blocks(const Format format, const uint8_t *row, int n,
                                                                 size_t ahead, const Coded *tokens, int at,
                                                                 const int n_tokens, float *out) {
-    const int bytes = format == Q8_0 ? 272 : format == Q6_K ? 210 : 144, group = format == Q6_K ? 16 : 32;
+    const int bytes = BLOCK_FORMATS[format].bytes * (SPAN_CODES / BLOCK_FORMATS[format].values);
+    const int group = format == Q6_K || format == Q3_K || format == Q2_K ? 16 : 32;
     __m512 even[TOKENS_AT_ONCE], odd[TOKENS_AT_ONCE];
     for (int t = 0; t < n_tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
     for (int k = 0; k < n; k += SPAN_CODES, row += bytes) {
@@ -360,8 +403,8 @@ static inline __attribute__((always_inline)) void row_of_blocks(const Format for
 
 /* Whether `multiply_blocks` takes n weights of a format for T tokens. */
 static inline int takes_blocks(Format format, int n, int T) {
-    return T <= TOKENS_AT_ONCE && n % SPAN_CODES == 0 &&
-           (format == Q8_0 || format == Q4_0 || format == Q4_K || format == Q6_K);
+    const int is_known = format != INT8_ROWS && format != Q5_0 && format != Q5_1 && format != IQ4_NL;
+    return T <= TOKENS_AT_ONCE && n % SPAN_CODES == 0 && is_known;
 }
 
 /* A row of n weights in blocks, from input `at` on, times T tokens; the same bits as by way of `multiply_codes`. Memory is
@@ -379,7 +422,11 @@ static void multiply_blocks(Format format, const uint8_t *row, int n, size_t ahe
     switch (format) {
         OF(Q8_0);
         OF(Q4_0);
+        OF(Q4_1);
+        OF(Q2_K);
+        OF(Q3_K);
         OF(Q4_K);
+        OF(Q5_K);
         OF(Q6_K);
     default:;
     }

@@ -113,7 +113,7 @@ def test_products_are_those_of_the_real_values(
     assert error < (1e-5 if kind == "BFLOAT16" else 0.03 if rounds else 3e-3), error
 
 
-@pytest.mark.parametrize("kind", ["BFLOAT16", "INT8_ROWS", "Q4_0", "Q6_K"])
+@pytest.mark.parametrize("kind", structures.FORMATS)
 @pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
 def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
     command = programs[kernels]
