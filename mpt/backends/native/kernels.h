@@ -4,6 +4,8 @@
  *   TOKENS_AT_ONCE          tokens that share what is read of the weights
  *   multiply_dense          bfloat16 weights
  *   multiply_int8           int8 weights with a scale for each row, where this is faster than as codes (INT8_AS_IT_IS)
+ *   multiply_blocks         ggml's blocks from their place, where a file has it (BLOCKS_AS_THEY_ARE): few tokens, the
+ *                           same bits as by way of codes
  *   multiply_codes          weights as codes with scales (formats.h), inputs as two int8 numbers each
  *
  * Sums go to (tokens, STRIP): a token's sum with row r is at sums[token * STRIP + r]. Of a token and a row the same
