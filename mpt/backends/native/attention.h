@@ -13,16 +13,6 @@
 enum { KEYS = 64 }; /* weighed at once */
 
 #if AVX512
-/* Four sums, each over 16 lanes, into four lanes. */
-static inline __m128 sums_of(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
-    const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
-    const __m512 ab = _mm512_add_ps(low, high);
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 static inline __m512 widened(const int8_t *from) { /* 16 of them */
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 }

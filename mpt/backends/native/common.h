@@ -138,6 +138,18 @@ static inline bf16 narrow(float x) { /* to nearest, ties to even; NaN stays NaN 
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+#if AVX512
+/* Four sums, each over 16 lanes, into four lanes. */
+static inline __m128 sums_of(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
+    const __m512 ab = _mm512_add_ps(low, high);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#endif
+
 /* n numbers rounded. */
 static inline void narrow_all(const float *x, int n, bf16 *out) {
     int i = 0;
@@ -160,6 +172,22 @@ static inline float largest_of(const float *x, int n, float most) {
     for (int half = PANEL / 2; half; half /= 2)
         for (int c = 0; c < half; c++) lanes[c] = lanes[c + half] > lanes[c] ? lanes[c + half] : lanes[c];
     return lanes[0];
+}
+
+/* The largest |x| of n numbers, at least 1e-30; NaN if one of them is. */
+static inline float largest_size(const float *x, int n) {
+    const float least = 1e-30f;
+    int32_t largest; /* as bits: they are in the order of the numbers, and NaN is above all */
+    float found;
+    memcpy(&largest, &least, 4);
+    for (int i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    memcpy(&found, &largest, 4);
+    return found;
 }
 
 /* e^x for x <= 88, relative error 2e-7: 2^n times a polynomial, without a call so that loops over it become vectors.
@@ -214,18 +242,7 @@ static inline Stored stored_of(const Model *model, const Step *step, int layer, 
  * they are stored as zero. If one of them is NaN or infinite, so is the scale, and all of them are NaN when they are
  * read: damage is not hidden. The same bits as `Int8Layer.write` in mpt/backends/int8_cache.py. */
 static inline float quantize_head(const float *x, int D, int8_t *out) {
-    const float least = 1e-30f;
-    int32_t largest; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
-    memcpy(&largest, &least, 4);
-    for (int d = 0; d < D; d++) {
-        int32_t bits;
-        memcpy(&bits, x + d, 4);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
-    }
-    float scale;
-    memcpy(&scale, &largest, 4);
-    scale /= 127;
+    const float scale = largest_size(x, D) / 127;
     for (int d = 0; d < D; d++) out[d] = (int8_t)(int32_t)__builtin_rintf(x[d] / scale);
     return scale;
 }

@@ -3,16 +3,6 @@
 
 enum { TOKENS_AT_ONCE = 4 };
 
-/* Four sums, each over 16 lanes, into four lanes. */
-static inline __m128 four_sums(__m512 s0, __m512 s1, __m512 s2, __m512 s3) {
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
-    const __m512 low = _mm512_shuffle_ps(a, b, 0x44), high = _mm512_shuffle_ps(a, b, 0xee);
-    const __m512 ab = _mm512_add_ps(low, high);
-    const __m256 part = _mm256_add_ps(_mm512_castps512_ps256(ab), _mm512_extractf32x8_ps(ab, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(part), _mm256_extractf128_ps(part, 1));
-}
-
 #if AVX512_BF16
 typedef bf16 Dense;
 enum { DENSE_LANES = 32 };
@@ -63,7 +53,7 @@ static inline __attribute__((always_inline)) void four_rows(const bf16 *const *r
     for (; k + DENSE_LANES <= K; k += DENSE_LANES) dense_lanes(rows, x, x_stride, k, 0, 1, n_tokens, s);
     if (k < K) dense_lanes(rows, x, x_stride, k, K - k, 0, n_tokens, s);
     for (int t = 0; t < n_tokens; t++) {
-        const __m128 found = four_sums(s[0][t], s[1][t], s[2][t], s[3][t]);
+        const __m128 found = sums_of(s[0][t], s[1][t], s[2][t], s[3][t]);
         float *to = sums + t * STRIP;
         _mm_storeu_ps(to, is_first ? found : _mm_add_ps(_mm_loadu_ps(to), found));
     }

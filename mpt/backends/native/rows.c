@@ -18,7 +18,7 @@
  * multiplies integers; a prompt widens each strip of blocks to bfloat16 once for all its tokens. No bit of a
  * token's result depends on which other tokens share the step: every sum runs in its own fixed order.
  */
-#include "attention.h"
+#include "layer.h"
 #include "kernels.h"
 
 #if !AMX
@@ -56,16 +56,7 @@ static void encode_coded(const Inputs *inputs, size_t token) {
     const float *x = inputs->plain + token * K;
     int8_t *high = inputs->high + token * K, *low = inputs->low + token * K;
     float *sums32 = inputs->sums32 + token * K / 32, *sums16 = inputs->sums16 + token * K / 16;
-    int32_t most = 0; /* of |x|, as bits: they are in the order of the numbers, and NaN is above all */
-    for (int k = 0; k < K; k++) {
-        int32_t bits;
-        memcpy(&bits, x + k, 4);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    float largest;
-    memcpy(&largest, &most, 4);
-    largest = largest < 1e-30f ? 1e-30f : largest;
+    const float largest = largest_size(x, K);
     inputs->steps[token] = largest / (127 * 128); /* NaN or infinite where an input is: damage is not hidden */
     const float inverse = (127 * 128) / largest;
     for (int k = 0; k < K; k += 16) {
@@ -103,26 +94,13 @@ static void start(Inputs *inputs, const Linear *linear, int is_prompt) {
     inputs->K = linear->n_in, inputs->is_coded = linear->format != BFLOAT16 && !is_prompt;
 }
 
-/* LayerNorm of n numbers. */
-static void normalize(const float *x, Norm norm, float eps, int n, float *out) {
-    float sum = 0, squares = 0;
-    for (int i = 0; i < n; i++) sum += x[i];
-    const float mean = sum / n;
-    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
-    const float factor = 1.0f / sqrtf(squares / n + eps);
-    if (norm.bias)
-        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]) + wide(norm.bias[i]);
-    else
-        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]);
-}
-
 /* LayerNorm of tokens' residual streams (C) into the inputs of a product. which: (n) the tokens, or NULL for all. */
 static void normalize_all(const float *x, Norm norm, float eps, Inputs *inputs, const Linear *linear, int is_prompt,
                           int n, const int32_t *which, Worker *worker) {
     start(inputs, linear, is_prompt);
     const size_t C = inputs->K;
     for (int at = worker->thread; at < n; at += worker->n) {
-        normalize(x + (which ? which[at] : at) * C, norm, eps, inputs->K, inputs->plain + at * C);
+        normalize_one(x + (which ? which[at] : at) * C, norm, eps, inputs->K, inputs->plain + at * C);
         encode(inputs, at, 0, inputs->K);
         if (inputs->is_coded) encode_coded(inputs, at);
     }
@@ -130,20 +108,6 @@ static void normalize_all(const float *x, Norm norm, float eps, Inputs *inputs, 
 }
 
 /* -- adapters ------------------------------------------------------------------------------------------------------ */
-
-/* The adapters of one projection: y += b (a x), with low = a x (adapters, max_rank, tokens). */
-typedef struct {
-    int n, max_rank, n_tokens, stride;
-    const Lora *loras;         /* of the first adapter; the next adapter's is `stride` further */
-    const int32_t *adapter_of; /* (T) the index of each token's adapter, or -1 */
-    float *low;
-} Adapted;
-
-static Adapted adapted_at(const Model *model, const Step *step, const int32_t *adapter_of, int layer, int projection) {
-    return (Adapted){.n = step->n_adapters, .max_rank = step->max_rank, .n_tokens = step->n_tokens,
-                     .stride = model->n_layers * N_PROJECTIONS, .adapter_of = adapter_of, .low = step->low,
-                     .loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL};
-}
 
 static float dot_wide(const bf16 *a, const float *x, int n) {
     float sum = 0;
@@ -168,10 +132,10 @@ static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker)
     for (int task; (task = take(worker, 1)) < adapted.n * adapted.max_rank;) {
         const int which = task / adapted.max_rank, r = task % adapted.max_rank;
         const Lora *lora = adapted.loras + (size_t)which * adapted.stride;
-        float *low = adapted.low + (size_t)task * adapted.n_tokens;
+        float *low = adapted.low + (size_t)task * adapted.columns;
         if (r >= lora->rank) continue;
         const bf16 *a = lora->a + r * K;
-        for (int token = 0; token < adapted.n_tokens; token++)
+        for (int token = 0; token < adapted.columns; token++)
             if (adapted.adapter_of[token] == which)
                 low[token] = inputs->is_coded ? dot_wide(a, inputs->plain + token * K, inputs->K)
                                               : dot_narrow(a, inputs->dense + token * K, inputs->K);
@@ -185,9 +149,9 @@ static void add_adapted(const Adapted *adapted, int token, int N, int n0, int n,
     const int which = adapted->adapter_of[token];
     if (which < 0) return;
     const Lora *lora = adapted->loras + (size_t)which * adapted->stride;
-    const float *low = adapted->low + (size_t)which * adapted->max_rank * adapted->n_tokens + token;
+    const float *low = adapted->low + (size_t)which * adapted->max_rank * adapted->columns + token;
     const bf16 *b = lora->b + n0;
-    for (int r = 0; r < lora->rank; r++, low += adapted->n_tokens, b += N)
+    for (int r = 0; r < lora->rank; r++, low += adapted->columns, b += N)
         for (int i = 0; i < n; i++) out[i] += *low * wide(b[i]);
 }
 
@@ -321,73 +285,9 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
 
 /* -- attention ----------------------------------------------------------------------------------------------------- */
 
-typedef struct { /* of one layer, for the functions below */
-    const Model *model;
-    const Step *step;
-    int layer, width;     /* of qkv: C queries, then keys, then values */
-    const int32_t *first; /* (rows) their first token in the step */
-    float *qkv;
-    const Inputs *next; /* gets the results */
-} Place;
-
-/* Clip the queries, keys and values of one token and normalise its queries and keys, where the model does so. */
-static void prepare_token(const Place *at, int token) {
-    const Model *model = at->model;
-    const Layer *layer = model->layers + at->layer;
-    float *own = at->qkv + (size_t)token * at->width;
-    const float limit = model->clip_qkv;
-    if (limit > 0)
-        for (int i = 0; i < at->width; i++) own[i] = own[i] > limit ? limit : own[i] < -limit ? -limit : own[i];
-    if (layer->q_ln.weight) {
-        const int n_keys = model->n_kv_heads * model->d_head;
-        normalize(own, layer->q_ln, model->eps, model->d_model, own);
-        normalize(own + model->d_model, layer->k_ln, model->eps, n_keys, own + model->d_model);
-    }
-}
-
-/* Store the new keys and values of one head of one row after those stored before. */
-static void store(const Place *at, int row, int g) {
-    const Model *model = at->model;
-    const Step *step = at->step;
-    const int D = model->d_head, G = model->n_kv_heads;
-    const Stored to = stored_of(model, step, at->layer, row, g);
-    float *largest = step->key_norm[row] + at->layer * G + g;
-    for (int t = 0; t < step->row_tokens[row]; t++) {
-        const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
-        const size_t position = step->row_length[row] + t;
-        store_at(to, position, key, key + G * D, D);
-        const float length = length_of_key(to, position, D);
-        if (length > *largest) *largest = length;
-    }
-}
-
-/* Attention of one head of some queries of one row, the first one the row's t0-th new token. Returns the keys read. */
-static int64_t attend_head(const Place *at, int row, int head, int t0) {
-    const Model *model = at->model;
-    const Step *step = at->step;
-    const int D = model->d_head, G = model->n_kv_heads, g = head * G / model->n_heads, C = model->d_model;
-    const int left = step->row_tokens[row] - t0, T = left < SPAN ? left : SPAN;
-    const int stored = step->row_length[row] + t0 + T, token = at->first[row] + t0;
-    const float *q = at->qkv + (size_t)token * at->width + head * D;
-    const float slope = model->slopes ? model->slopes[head] : 0, key_norm = step->key_norm[row][at->layer * G + g];
-    const Stored from = stored_of(model, step, at->layer, row, g);
-    float *out = at->next->plain + (size_t)token * C + head * D;
-    int64_t n_read;
-    if (from.key_scales) {
-        _Alignas(64) float queries[T * D];
-        for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
-        n_read = attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 1);
-    } else {
-        _Alignas(64) bf16 queries[T * D];
-        for (int t = 0; t < T; t++) narrow_all(q + (size_t)t * at->width, D, queries + t * D);
-        n_read = attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 0);
-    }
-    for (int t = 0; t < T; t++) encode(at->next, token + t, head * D, D);
-    return n_read;
-}
-
-/* Store all new keys and values and attend over them. Returns the keys read by this thread. */
-static int64_t attend_all(const Place *at, Worker *worker) {
+/* Store all new keys and values and attend over them; the results are the inputs `next` of a product. Returns the keys
+ * read by this thread. */
+static int64_t attend_all(const Place *at, const Inputs *next, Worker *worker) {
     const Model *model = at->model;
     const Step *step = at->step;
     const int H = model->n_heads, G = model->n_kv_heads;
@@ -409,11 +309,14 @@ static int64_t attend_all(const Place *at, Worker *worker) {
         int spans = (step->row_tokens[row] + SPAN - 1) / SPAN;
         while (turn >= before + spans) before += spans, row--, spans = (step->row_tokens[row] + SPAN - 1) / SPAN;
         if (!stores_alone) store(at, row, head);
-        n_read += attend_head(at, row, head, (spans - 1 - (turn - before)) * SPAN);
+        const int t0 = (spans - 1 - (turn - before)) * SPAN, left = step->row_tokens[row] - t0;
+        const int T = left < SPAN ? left : SPAN;
+        n_read += attend_head(at, row, head, t0, T);
+        for (int t = t0; t < t0 + T; t++) encode(next, at->first[row] + t, head * model->d_head, model->d_head);
     }
     end_loop(worker);
     wait_for_all(worker);
-    finish(at->next, step->n_tokens, worker);
+    finish(next, step->n_tokens, worker);
     return n_read;
 }
 
@@ -479,13 +382,13 @@ static int64_t run_layer(const Model *model, const Step *step, int layer, int is
     const int T = step->n_tokens;
     Inputs inputs = scratch->inputs, inner = scratch->inner, mixed = scratch->inputs;
     Adapted adapted[N_PROJECTIONS];
-    for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, layer, i);
+    for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, T, layer, i);
     normalize_all(scratch->x, now->norm_1, model->eps, &inputs, &now->wqkv, is_prompt, T, NULL, worker);
     multiply_by_a(adapted[WQKV], &inputs, worker);
     product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch->qkv, NULL, own, worker);
     start(&mixed, &now->out_proj, is_prompt);
-    const Place at = {model, step, layer, now->wqkv.n_out, first, scratch->qkv, &mixed};
-    const int64_t n_read = attend_all(&at, worker);
+    const Place at = {model, step, layer, now->wqkv.n_out, first, scratch->qkv, mixed.plain};
+    const int64_t n_read = attend_all(&at, &mixed, worker);
     multiply_by_a(adapted[OUT_PROJ], &mixed, worker);
     product(&now->out_proj, &mixed, adapted[OUT_PROJ], T, TO_RESIDUAL, scratch->x, NULL, own, worker);
     normalize_all(scratch->x, now->norm_2, model->eps, &inputs, &now->up_proj, is_prompt, T, NULL, worker);

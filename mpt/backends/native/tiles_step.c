@@ -17,7 +17,7 @@
  * outlier (Dettmers et al. 2022). No bit of a token's result depends on which other tokens share the step: every sum
  * runs in its own fixed order.
  */
-#include "attention.h"
+#include "layer.h"
 
 #if AMX
 
@@ -128,17 +128,6 @@ static void normalize(const float *x, int columns, int panel, Norm norm, float e
     }
 }
 
-/* LayerNorm of one vector in place: the queries or keys of one token, where a model normalises them. */
-static void normalize_one(float *x, Norm norm, float eps, int n) {
-    float sum = 0, squares = 0;
-    for (int i = 0; i < n; i++) sum += x[i];
-    const float mean = sum / n;
-    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
-    const float factor = 1.0f / sqrtf(squares / n + eps);
-    for (int i = 0; i < n; i++)
-        x[i] = (x[i] - mean) * factor * wide(norm.weight[i]) + (norm.bias ? wide(norm.bias[i]) : 0.0f);
-}
-
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 /* Prefetch the beginning of 32 rows of weights, while sums are stored and memory would be idle: the processor
@@ -215,20 +204,6 @@ static void multiply_int8(const Linear *linear, int n0, int n_blocks, int soon, 
 }
 
 /* -- adapters ------------------------------------------------------------------------------------------------------ */
-
-/* The adapters of one projection: y += b (a x), with low = a x (adapters, max_rank, columns). */
-typedef struct {
-    int n, max_rank, columns, stride;
-    const Lora *loras;           /* of the first adapter; the next adapter's is `stride` further */
-    const int32_t *adapter_of;   /* (T) the index of each token's adapter, or -1 */
-    float *low;
-} Adapted;
-
-static Adapted adapted_at(const Model *model, const Step *step, const int32_t *adapter_of, int layer, int projection) {
-    return (Adapted){.n = step->n_adapters, .max_rank = step->max_rank, .columns = columns_of(step->n_tokens),
-                     .stride = model->n_layers * N_PROJECTIONS, .adapter_of = adapter_of, .low = step->low,
-                     .loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL};
-}
 
 /* One row of a matrix a (K) times the inputs of a panel. */
 static void dot_panel(const bf16 *a, const Inputs *inputs, int panel, float *out) {
@@ -354,65 +329,6 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
 
 /* -- the step ------------------------------------------------------------------------------------------------------ */
 
-typedef struct { /* of one layer, for the functions below */
-    const Model *model;
-    const Step *step;
-    int layer, width; /* of qkv: C queries, then keys, then values */
-    const int32_t *first; /* (rows) their first token in the step */
-    float *qkv, *mixed;
-} Place;
-
-/* Clip the queries, keys and values of one token and normalise its queries and keys, where the model does so. */
-static void prepare_token(const Place *at, int token) {
-    const Model *model = at->model;
-    const Layer *layer = model->layers + at->layer;
-    float *own = at->qkv + (size_t)token * at->width;
-    const float limit = model->clip_qkv;
-    if (limit > 0)
-        for (int i = 0; i < at->width; i++) own[i] = own[i] > limit ? limit : own[i] < -limit ? -limit : own[i];
-    if (layer->q_ln.weight) {
-        normalize_one(own, layer->q_ln, model->eps, model->d_model);
-        normalize_one(own + model->d_model, layer->k_ln, model->eps, model->n_kv_heads * model->d_head);
-    }
-}
-
-/* Store the new keys and values of one head of one row after those stored before. */
-static void store(const Place *at, int row, int g) {
-    const Model *model = at->model;
-    const Step *step = at->step;
-    const int D = model->d_head, G = model->n_kv_heads;
-    const Stored to = stored_of(model, step, at->layer, row, g);
-    float *largest = step->key_norm[row] + at->layer * G + g;
-    for (int t = 0; t < step->row_tokens[row]; t++) {
-        const float *key = at->qkv + (size_t)(at->first[row] + t) * at->width + model->d_model + g * D;
-        const size_t position = step->row_length[row] + t;
-        store_at(to, position, key, key + G * D, D);
-        const float length = length_of_key(to, position, D);
-        if (length > *largest) *largest = length;
-    }
-}
-
-/* Attention of one query head of one row, into `mixed`. Returns the keys read. */
-static int64_t attend_head(const Place *at, int row, int head) {
-    const Model *model = at->model;
-    const Step *step = at->step;
-    const int D = model->d_head, G = model->n_kv_heads, T = step->row_tokens[row], g = head * G / model->n_heads;
-    const int stored = step->row_length[row] + T, C = model->d_model;
-    const float *q = at->qkv + (size_t)at->first[row] * at->width + head * D;
-    const float slope = model->slopes ? model->slopes[head] : 0, key_norm = step->key_norm[row][at->layer * G + g];
-    const Stored from = stored_of(model, step, at->layer, row, g);
-    float *out = at->mixed + (size_t)at->first[row] * C + head * D;
-    if (from.key_scales) {
-        _Alignas(64) float queries[T * D];
-        for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
-        return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 1);
-    }
-    _Alignas(64) bf16 queries[T * D];
-    for (int t = 0; t < T; t++)
-        for (int d = 0; d < D; d++) queries[t * D + d] = narrow(q[(size_t)t * at->width + d]);
-    return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 0);
-}
-
 /* The step's memory: parts of one block of floats that Python allocates. */
 typedef struct {
     float *x, *qkv, *mixed, *staged, *peaks, *steps; /* x: (C, columns); qkv, mixed: (T, ...) */
@@ -475,7 +391,7 @@ static int64_t attend_all(const Place *at, Worker *worker) {
     }
     for (int task; (task = take(worker, 1)) < n_tasks;) {
         if (!stores_alone) store(at, task / H, task % H);
-        n_read += attend_head(at, task / H, task % H);
+        n_read += attend_head(at, task / H, task % H, 0, step->row_tokens[task / H]);
     }
     end_loop(worker);
     wait_for_all(worker);
@@ -534,7 +450,7 @@ void mpt_step(const Model *model, const Step *step) {
             const Layer *now = model->layers + layer;
             const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
             Adapted adapted[N_PROJECTIONS];
-            for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, layer, i);
+            for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, columns, layer, i);
             normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
             multiply_by_a(adapted[WQKV], &inputs, &worker);
             product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
