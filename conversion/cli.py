@@ -182,17 +182,23 @@ def _described(source: "Source") -> dict[str, Any]:
 
 def _memory(source: "Source") -> str:
     """Weights in their dtype or as they are packed, and what each 1,000 tokens of every running request add."""
-    from mpt.checkpoint import packed_sizes, stored_tensors
+    from mpt.checkpoint import stored_tensors
     from mpt.stored import StoredTensor
 
     n_bytes, itemsize, kinds = source.n_bytes, source.dtype.itemsize, str(source.dtype).removeprefix("torch.")
-    is_run = any(row.is_base for row in FORMATS.values() if row.kind == source.kind)
-    packed = packed_sizes(source.path) if is_run else {}
-    if packed:
+    if packed := _packed(source):
         plain = [tensor.n_bytes for tensor in stored_tensors(source.path).values() if isinstance(tensor, StoredTensor)]
         n_bytes, itemsize, kinds = sum(packed.values()) + sum(plain), 2, " and ".join(packed)
     kv_bytes = 1000 * source.config.kv_bytes_per_token // 2 * itemsize
     return f"{n_bytes / 1e9:.3g} GB of weights in {kinds}, {kv_bytes / 1e9:.3g} GB of KV cache per 1,000 tokens"
+
+
+def _packed(source: "Source") -> dict[str, int]:
+    """What it is packed as while it is served, with the bytes of each kind; empty for what is not served packed."""
+    from mpt.checkpoint import packed_sizes
+
+    is_run = any(row.is_base for row in FORMATS.values() if row.kind == source.kind)
+    return packed_sizes(source.path, to_run=True) if is_run else {}
 
 
 def _next_commands(source: "Source", given: str) -> dict[str, str]:
@@ -213,7 +219,7 @@ def _next_commands(source: "Source", given: str) -> dict[str, str]:
     if any(row.is_run for row in rows):
         serve = f"mpt serve --model {named}"
     if any(row.is_base for row in rows):
-        finetune = f"train finetune --base {path} --data FILE.jsonl"
+        finetune = f"train finetune --base {path} --data FILE.jsonl" + (" --lora 16" if _packed(source) else "")
     return {"serve": serve, "convert": f"mpt convert {path} TARGET --to {formats}", "finetune": finetune}
 
 

@@ -45,12 +45,18 @@ def open_written(folder: Path) -> Source:
 
 
 def recognise(path: Path) -> Format:
-    """The format at a path. Raises CheckpointNotFound for none of them, UserError for an archive."""
+    """The format at a path.
+
+    Raises CheckpointNotFound for none of them, UserError for an archive, DamagedFile for a file that is called
+    .gguf and is none.
+    """
     if path.name.endswith(_ARCHIVES) and path.is_file():
         raise UserError(f"`{path}` is an archive; unpack it into a folder of its own and give that")
     for row in reversed(FORMATS.values()):
         if row.is_at(path):
             return row
+    if path.suffix == ".gguf" and path.is_file():
+        raise DamagedFile(f"`{path}` does not begin as a GGUF file does; copy it again")
     single = [row for row in FORMATS.values() if row.suffix]
     if path.is_file():
         known = ", ".join(f"{row.suffix} ({row.title})" for row in single)

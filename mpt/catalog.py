@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mpt.checkpoint_text import find_template, open_tokenizer
 from mpt.config_keys import language_model
-from mpt.errors import CheckpointNotFound, MachineRefused, UserError
+from mpt.errors import CheckpointNotFound, DamagedFile, MachineRefused, UserError
 from mpt.files import read_json, read_optional_json
 from mpt.gguf.file import is_gguf, open_gguf
 from mpt.manifest import MANIFEST, read_manifest
@@ -158,7 +158,7 @@ def find_local(name_or_path: str | Path) -> Path | None:
     """The place of a checkpoint that is already on this machine, or None; never touches the network.
 
     Raises CheckpointNotFound for a file that is no GGUF, and for a folder without config.json that no name of the
-    catalog explains.
+    catalog explains; DamagedFile for a file that is called .gguf and is none.
     """
     given = str(name_or_path)
     path = Path(given).expanduser()
@@ -172,6 +172,8 @@ def find_local(name_or_path: str | Path) -> Path | None:
     if entry is None and path.exists():
         if inside := sorted(path.glob("*.gguf")):
             raise CheckpointNotFound(f"`{path}` has no config.json; give one of its GGUF files, such as `{inside[0]}`")
+        if path.suffix == ".gguf":
+            raise DamagedFile(f"`{path}` does not begin as a GGUF file does; copy it again")
         what = "has no config.json" if path.is_dir() else "is a file and no GGUF"
         raise CheckpointNotFound(
             f"`{path}` {what}; give the folder that holds a checkpoint's config.json and weights, or make one of a "
@@ -213,7 +215,8 @@ def describe(name_or_path: str | Path) -> Entry:
     manifest, config = read_manifest(place) or {}, read_optional_json(place / "config.json")
     if is_gguf(place):
         file = open_gguf(place)
-        config = {"max_seq_len": file.keys.get("mpt.context_length")}
+        context = file.keys.get("mpt.context_length")
+        config = {"max_seq_len": context if isinstance(context, int) else None}  # else it is refused with the config
         manifest = {"name": place.stem, "licence": file.text("general.license")} | manifest
     if entry is None:
         name = str(manifest.get("name") or place.resolve().name)

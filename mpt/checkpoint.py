@@ -433,8 +433,8 @@ def packed_sizes(place: Path, *, to_run: bool = False) -> dict[str, int]:
     n_bytes: dict[str, int] = {}
     for tensor in stored_tensors(place).values():
         if isinstance(tensor, PackedTensor) and tensor.packed_bytes:
-            kind = tensor.runs_as if to_run else tensor.kind
-            n_bytes[kind] = n_bytes.get(kind, 0) + tensor.packed_bytes
+            kind, size = (tensor.runs_as, tensor.run_bytes) if to_run else (tensor.kind, tensor.packed_bytes)
+            n_bytes[kind] = n_bytes.get(kind, 0) + size
     return dict(sorted(n_bytes.items(), key=lambda item: -item[1]))
 
 

@@ -32,6 +32,7 @@ def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
 
     Raises UserError when 4 bits are asked for and bitsandbytes is not installed.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it names kernels it does without
     from peft import LoraConfig, inject_adapter_in_model
 
     for parameter in model.parameters():
@@ -92,7 +93,6 @@ def compress(name: str, module: nn.Module, lora: "Lora", precision: "Precision")
 
 def _four_bit(linear: nn.Linear, precision: "Precision") -> nn.Module:
     try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names the kernels it does without
         import bitsandbytes
     except ImportError as error:
         raise UserError("4-bit weights need bitsandbytes: pip install 'mpt[qlora]'") from error

@@ -5,7 +5,8 @@ attention (llm-foundry's `scripts/train/benchmarking/README.md`), so that figure
 of the second term.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpt.errors import UserError
@@ -52,6 +53,8 @@ class Shape:
     no_bias: bool = True
     learned_positions: int = 0  # rows of the position table
     qk_ln: bool = False
+    packed_values: int = 0  # weights of a base that stay packed beside a LoRA
+    packed_bytes: int = 0  # which take so many
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -106,11 +109,16 @@ def shape_of_model(model: dict[str, Any]) -> Shape:
 def shape_of_base(name: str) -> Shape:
     """Of a checkpoint: a copy's config, or the published one. Raises UserError for unknown names."""
     from mpt.catalog import describe, find_local
-    from mpt.checkpoint import read_config
+    from mpt.checkpoint import packed_sizes, read_config, stored_tensors
 
-    folder = find_local(name)
-    if folder is not None:
-        return Shape.of(read_config(folder))
+    place = find_local(name)
+    if place is not None:
+        shape = Shape.of(read_config(place))
+        if not (sizes := packed_sizes(place)):
+            return shape
+        packed = [tensor for tensor in stored_tensors(place).values() if getattr(tensor, "packed_bytes", 0)]
+        n_values = sum(math.prod(tensor.shape) for tensor in packed)
+        return replace(shape, packed_values=n_values, packed_bytes=sum(sizes.values()))
     entry = describe(name)  # a name nobody knows is refused
     published = next((shape for prefix, shape in _CATALOG.items() if entry.name.startswith(prefix)), None)
     if published is None:
@@ -167,7 +175,8 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     """What a run needs on each of n_gpus, computing `sequences` of its length at a time.
 
     Parameters, gradients and states are float32 and sharded; beside adapters the blocks' matrices are bfloat16, or 4
-    bits with 0.127 of scales (QLoRA, section 3) and then whole on each GPU. Activations are bfloat16, about 34 d bytes
+    bits with 0.127 of scales (QLoRA, section 3) and then whole on each GPU, or as a packed base has them, whole on each
+    too. Activations are bfloat16, about 34 d bytes
     a token and block (Korthikanti et al. 2022, without the scores that attention here never holds), 2 d with full
     checkpointing beside one block's own.
     """
@@ -184,6 +193,8 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         in_blocks = float(shape.n_layers * shape.n_block_parameters)
         width = {4: 4.127 / 8 * n_gpus, 16: 2.0 if run.precision == "bf16" else 4.0}[run.lora.bits]
         parameters = (4 * (n - in_blocks + trained) + width * in_blocks) / n_gpus
+        if run.lora.bits != 4 and shape.packed_bytes:
+            parameters = 4 * (n - shape.packed_values + trained) / n_gpus + shape.packed_bytes
     tokens = sequences * run.max_seq_len
     block = 34.0 * d * tokens
     kept = {"none": block, "selective": 16.0 * d * tokens, "full": 2.0 * d * tokens}[run.activation_checkpointing]

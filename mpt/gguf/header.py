@@ -51,8 +51,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         size = ggml_types.n_bytes(kind, shape)
         if size is None:
             raise DamagedFile(f"`{name}` in `{path}` is {list(shape)}, whose rows do not fill blocks of {kind}")
-        if name in found or offset < end or start + offset + size > header.size:
-            raise DamagedFile(f"`{name}` in `{path}` overlaps another tensor or does not fit in the file")
+        if name in found or offset < end:
+            raise DamagedFile(f"`{name}` in `{path}` overlaps another tensor or is there twice")
+        if start + offset + size > header.size:
+            raise DamagedFile(
+                f"`{path}` ends early: it has {header.size} bytes, and `{name}` alone reaches to byte "
+                f"{start + offset + size}; copy it again"
+            )
         end = offset + size
         found[name] = GGUFTensor(name, kind, shape, start + offset, size)
     return keys, found
@@ -99,13 +104,13 @@ class _Header:
     def _count(self) -> int:
         (n,) = self._take("Q")
         if n > min(_MOST, self.size):
-            raise DamagedFile(f"`{self._path}` says it has {n} entries, more than fit in it")
+            raise DamagedFile(f"`{self._path}` says it has {n} entries, more than fit in it; copy it again")
         return int(n)
 
     def _string(self) -> str:
         (n,) = self._take("Q")
         if n > self.size - self.at:
-            raise DamagedFile(f"`{self._path}` has a text of {n} bytes, more than are left of it")
+            raise DamagedFile(f"`{self._path}` has a text of {n} bytes, more than are left of it; copy it again")
         (data,) = self._take(f"{n}s")
         return str(data.decode("utf-8", "replace"))
 

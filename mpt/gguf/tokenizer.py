@@ -9,6 +9,7 @@ merges. Its normaliser is not in the file, unless as `precompiled_charsmap`; lla
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,13 @@ def _sentencepiece(
     keys: Mapping[str, Any], tokens: list[str], types: list[int], end: str | None, path: Path
 ) -> Tokenizer:
     scores = keys.get("tokenizer.ggml.scores")
+    charsmap = keys.get("tokenizer.ggml.precompiled_charsmap", [])
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise DamagedFile(f"`{path}` has {len(tokens)} tokens and not as many scores")
-    charsmap = keys.get("tokenizer.ggml.precompiled_charsmap", [])
+    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        raise DamagedFile(f"`{path}` has scores of tokens that are no numbers")
+    if not isinstance(charsmap, list) or not all(isinstance(byte, int) for byte in charsmap):
+        raise DamagedFile(f"`{path}` has a normaliser (precompiled_charsmap) that is no bytes")
     has_bytes = sum(kind == _BYTE for kind in types)
     model = SentencePieceModel(
         pieces=[
@@ -68,7 +73,7 @@ def _sentencepiece(
         model_type=_SENTENCEPIECE[keys["tokenizer.ggml.model"]],
         byte_fallback=has_bytes > 0,
         end=end or "",
-        charsmap=bytes(byte & 255 for byte in charsmap) if isinstance(charsmap, list) else b"",
+        charsmap=bytes(byte & 255 for byte in charsmap),
         add_dummy_prefix=bool(keys.get("tokenizer.ggml.add_space_prefix", True)),
         remove_extra_whitespaces=bool(keys.get("tokenizer.ggml.remove_extra_whitespaces", False)),
         escape_whitespaces=True,

@@ -81,6 +81,11 @@ class PackedTensor:
         return self.kind if self.codes is None else "Q4_1"
 
     @property
+    def run_bytes(self) -> int:
+        """What it takes in memory while it is served: Q4_1 has 20 bytes for 32 values."""
+        return self.packed_bytes if self.codes is None else torch.Size(self.shape).numel() // 32 * 20
+
+    @property
     def n_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 

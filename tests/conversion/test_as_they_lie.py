@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import mpt.checkpoint
 from conversion.convert import convert
+from conversion.open import open_source
 from conversion.options import Options
 from mpt.backends.backend import Work
 from mpt.backends.choose import choose, open_backend
@@ -28,7 +29,7 @@ from mpt.catalog import describe, resolve, stated_style
 from mpt.cli import app
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.local import LocalModel
-from mpt.errors import CheckpointNotFound, MPTError
+from mpt.errors import CheckpointNotFound, DamagedFile, MPTError
 from mpt.gguf.ggml_types import BLOCK_TYPES
 from mpt.options import ModelOptions
 from mpt.packed.layers import as_it_lies, packed_bytes
@@ -275,7 +276,7 @@ def test_the_commands_work_on_a_file(chat_file: Path, tmp_path: Path) -> None:
         assert whole.strip() == "".join(delta.text for delta in model.stream(ids, 6)).strip()
     said = run("inspect", str(chat_file), "--run")
     assert f"next serve: mpt serve --model {chat_file}" in said
-    assert f"next finetune: train finetune --base {chat_file}" in said
+    assert f"next finetune: train finetune --base {chat_file} --data FILE.jsonl --lora 16" in said
     assert "runs on cpu, Q8_0 weights, bfloat16" in said and "convert_hf_to_gguf.py, Q8_0" in said
     # 2 layers of 12 C^2 and 2,176 rows, 34 bytes for 32 values; 5 norms of float32. KV: 2 layers of 2 C, 2 bytes.
     n_bytes = (2 * 12 * 256**2 + 2176 * 256) / 32 * 34 + 5 * 256 * 4
@@ -323,7 +324,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(chat_file: Path, tmp_path:
 
     path = tmp_path / "copy.gguf"
     path.write_bytes(chat_file.read_bytes()[:-4096])
-    refused(path, "does not fit in the file")
+    refused(path, r"copy.gguf` ends early: it has \d+ bytes, .*; copy it again")
+    for data in (b"", b"GG", b"PK\x03\x04"):
+        path.write_bytes(data)
+        refused(path, "does not begin as a GGUF file does; copy it again")
+        if data[:2] != b"PK":  # that is read as the torch file it says it is
+            with pytest.raises(DamagedFile, match="does not begin as a GGUF file does"):
+                open_source(path)
+    changed(shutil.copyfile(chat_file, path), b"mpt.context_length\x04\0\0\0", b"mpt.context_length\x06\0\0\0")
+    refused(path, "mpt.context_length|max_seq_len|length")  # a fraction
     changed(shutil.copyfile(chat_file, path), b"general.architecture\x08\0\0\0\x03\0\0\0\0\0\0\0mpt",
             b"general.architecture\x08\0\0\0\x03\0\0\0\0\0\0\0bpt")  # fmt: skip
     refused(path, "holds a `bpt`; this reads MPT")

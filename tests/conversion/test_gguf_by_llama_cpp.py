@@ -5,6 +5,7 @@ quantiser (`make llama`) or the package's. Expected logits are a float64 forward
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -402,3 +403,22 @@ def test_a_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(kind: str, tm
         assert found.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
     convert(path, tmp_path / "out", Options(to="hf"))
     assert Tokenizer.from_folder(tmp_path / "out").encode(TEXTS[0]) == theirs.encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("scores", [["a"] * 2176, [math.nan] * 2176, [0.0] * 7], ids=["texts", "NaN", "too few"])
+def test_scores_that_are_none_are_refused_in_one_line(scores: list[Any], tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b", **WIDE)
+
+    def add_vocabulary(writer: Any, *_: Any) -> None:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{k}" for k in range(3, 2176))])
+        writer.add_token_types([2, 3, 3, *[1] * 2173])
+        writer.add_array("tokenizer.ggml.scores", scores)
+        writer.add_eos_token_id(2)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "add_tokenizer", add_vocabulary)
+        path = write(tmp_path / "model.gguf", source, "today")
+    with pytest.raises(DamagedFile, match="scores") as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value)

@@ -138,13 +138,13 @@ def test_a_partly_downloaded_snapshot_is_not_taken(tmp_path: Path, files: list[s
         ("/models/mpt-7b", "`/models/mpt-7b` does not exist"),
         ("./here", "`./here` does not exist"),
         ("empty", "`empty` has no config.json"),
-        ("weights.gguf", "`weights.gguf` is a file"),
+        ("weights.gguf", "`weights.gguf` does not begin as a GGUF file does; copy it again"),
     ],
 )
 def test_what_is_not_there_is_said_with_the_next_step(tmp_path: Path, given: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.gguf").write_bytes(b"")
-    with pytest.raises(CheckpointNotFound) as error:
+    with pytest.raises((CheckpointNotFound, DamagedFile)) as error:
         resolve(given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,11 +1,16 @@
 """How many threads: cores, quotas and wishes, read from a machine made of files."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpt import processors
+from mpt.backends.torch_backend import TorchBackend
+from mpt.engine.endpoint import open_endpoint
 from mpt.errors import UserError
+from mpt.options import ModelOptions
 from mpt.processors import choose_threads
 
 V2 = "proc/self/cgroup"
@@ -83,3 +88,22 @@ def test_what_is_asked_for_comes_first(machine, monkeypatch: pytest.MonkeyPatch)
     assert choose_threads(8, system).n == 8
     with pytest.raises(UserError, match=r"`--threads 9` is more than the 8 CPUs that this process may use"):
         choose_threads(9, system)
+
+
+@pytest.fixture
+def own_threads():
+    n = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_model_is_computed_by_so_many_threads(own_threads, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr(processors, "_affinity", lambda: {0, 1})
+    endpoint = open_endpoint("m", ModelOptions("mpt-tiny", device="cpu", dtype="bfloat16", kv_gb=0.01, threads=n))
+    endpoint.engine.close()
+    backend = endpoint.engine._backend
+    assert isinstance(backend, TorchBackend)
+    assert backend.native is None or backend.native._n_threads == n
+    with ThreadPoolExecutor(1) as another:  # as the engine's
+        assert another.submit(torch.get_num_threads).result() == n

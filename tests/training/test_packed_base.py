@@ -13,7 +13,7 @@ from mpt.model import MPTForCausalLM
 from mpt.packed.layers import packed_bytes
 from mpt.tokenizer import Tokenizer
 from tests import packers
-from training import adapters, build, loop
+from training import adapters, build, loop, plan
 from training.distributed import World
 from training.run import Lora, Precision, Run
 
@@ -75,3 +75,18 @@ def test_the_matrices_of_a_loras_base_stay_packed(tmp_path: Path, small_run: Run
     assert trained and all(".lora_" in name for name in trained)
     frozen = [name for name, p in built.named_parameters() if not p.requires_grad and p.dim() == 2]
     assert frozen == ["transformer.wte.weight"]
+
+
+def test_the_memory_of_a_packed_base_is_planned_as_it_lies(tmp_path: Path, small_run: Run) -> None:
+    """A base of 7B in 4 bits must not be refused for the 14 GB that it never takes."""
+    config = MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=384, max_seq_len=64)
+    source = mpt.checkpoint.save(MPTForCausalLM(config), tmp_path / "source")
+    quantization = {"bits": 4, "group_size": 32, "quant_method": "awq", "version": "gemm"}
+    packers.write_packed(source, tmp_path / "packed", quantization, packers.awq_weight)
+    run = dataclasses.replace(small_run, base=str(tmp_path / "packed"), model={}, lora=Lora(rank=4, targets=("Wqkv",)))
+    in_blocks, outside = 2 * 12 * 32 * 32, 384 * 32 + 5 * 32  # matrices; embedding and norms
+    adapters_ = 2 * 4 * (32 + 96)
+    found = plan.memory(plan.shape_of_run(run), run, 1).parameters
+    assert found == in_blocks * (16 + 2.5) / 32 + 4 * (outside + adapters_)
+    full = dataclasses.replace(run, lora=None)
+    assert plan.memory(plan.shape_of_run(full), full, 1).parameters == 4 * (in_blocks + outside)

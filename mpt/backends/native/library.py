@@ -121,8 +121,9 @@ def features() -> Features:
     forced = os.environ.get("MPT_NATIVE_ISA")
     if forced is not None:
         if forced not in runs:
-            known = ", ".join(variant.name for variant in VARIANTS)
-            why = missing.get(forced, f"the variants are {known}")
+            known = [variant.name for variant in VARIANTS]
+            other = "it is for another kind of processor" if forced in known else f"there are {', '.join(known)}"
+            why = missing.get(forced, other)
             raise UserError(f"`MPT_NATIVE_ISA={forced}` cannot run here: {why}; those that can: {', '.join(runs)}")
         runs, missing = [forced], {"faster": f"MPT_NATIVE_ISA={forced}"}
     return Features(compiler, version, macros, tuple(runs), missing)
