@@ -30,7 +30,7 @@ from mpt.tokenizer import Tokenizer
 SHAPES = {"7b": (4096, 32, 32), "1b": (2048, 24, 16)}  # width, layers, heads
 VOCAB, CONTEXT, PROMPT = 50_432, 2048, "What is the capital of France? Answer in one word, please."
 LIMIT_S, LIMIT_MB = 15.0, 600
-_PIECE = 1 << 24
+_LATER_TOKENS = 32
 
 
 def write(path: Path, shape: tuple[int, int, int], kind: str) -> None:
@@ -128,7 +128,7 @@ def main() -> None:
         drop_pages(path)
         cold, _ = run(path, 1)
         warm, _ = run(path, 1)
-        longer, most = run(path, 9)
+        longer, most = run(path, 1 + _LATER_TOKENS)
     finally:
         if arguments.folder is None:
             shutil.rmtree(folder)
@@ -137,7 +137,7 @@ def main() -> None:
     beyond = most["VmRSS"] * 1024 - n_bytes - kv
     print(
         f"file {n_bytes / 1e9:.2f} GB; first token cold {cold:.1f} s, warm {warm:.1f} s, then "
-        f"{(longer - warm) / 8:.2f} s each"
+        f"{(longer - warm) / _LATER_TOKENS:.3f} s each"
     )
     print(f"resident at most {most['VmRSS'] * 1024 / 1e9:.2f} GB ({most['RssAnon'] * 1024 / 1e6:.0f} MB not of files)")
     print(f"beyond file and KV cache: {beyond / 1e6:.0f} MB, the limit is {LIMIT_MB}")

@@ -24,7 +24,7 @@ QuantizeOption = Annotated[
     Quantization | None,
     typer.Option(
         help="Round the weights as they are read, on CPU; the rest stays bfloat16. int8: half the memory of bfloat16, "
-        "nearly the same answers. int4: less than a third, for a model that would not fit.",
+        "nearly the same answers. int4: about a third, for a model that would not fit.",
         show_default="no",
     ),
 ]
