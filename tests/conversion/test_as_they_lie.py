@@ -194,7 +194,9 @@ def test_c_computes_with_four_bits_of_awq_and_gptq(bits: Any, tmp_path: Path) ->
         error = (torch.cat(found) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert error < 0.02, error
     assert backend.model is not None
-    values = backend.model.transformer.blocks[0].ffn.up_proj.matrix.values().double()
+    matrix = backend.model.transformer.blocks[0].ffn.up_proj.matrix
+    assert matrix.kind == "Q4_1"
+    values = matrix.values().double()
     off = (values - real["transformer.blocks.0.ffn.up_proj.weight"]).abs().max()
     assert off < 2**-10 * real["transformer.blocks.0.ffn.up_proj.weight"].abs().max()
 
