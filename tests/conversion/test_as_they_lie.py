@@ -26,6 +26,7 @@ from mpt.backends.backend import Work
 from mpt.backends.choose import choose, open_backend
 from mpt.backends.native import library
 from mpt.catalog import describe, resolve, stated_style
+from mpt.checkpoint import packed_sizes
 from mpt.cli import app
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.local import LocalModel
@@ -196,6 +197,9 @@ def test_c_computes_with_four_bits_of_awq_and_gptq(bits: Any, tmp_path: Path) ->
     assert backend.model is not None
     matrix = backend.model.transformer.blocks[0].ffn.up_proj.matrix
     assert matrix.kind == "Q4_1"
+    layers = (name for name, layer in backend.model.named_modules() if hasattr(layer, "matrix"))
+    n_values = sum(real[f"{name}.weight"].numel() for name in layers)
+    assert packed_sizes(tmp_path / "packed", to_run=True) == {"Q4_1": n_values // 32 * 20}  # 32 values are 20 bytes
     values = matrix.values().double()
     off = (values - real["transformer.blocks.0.ffn.up_proj.weight"]).abs().max()
     assert off < 2**-10 * real["transformer.blocks.0.ffn.up_proj.weight"].abs().max()
