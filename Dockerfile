@@ -44,9 +44,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # --- cpu ---
 
 FROM python:3.11-slim-bookworm AS cpu
-# gcc: the step of few tokens is compiled for the processor it runs on (mpt/backends/native).
+# No compiler: the stage above compiled the C code for all processors (hatch_build.py).
 RUN apt-get update \
-    && apt-get install --no-install-recommends -y bash ca-certificates gcc libc6-dev wget \
+    && apt-get install --no-install-recommends -y bash ca-certificates wget \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 mpt \
     && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /bin/bash mpt

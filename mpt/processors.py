@@ -2,10 +2,12 @@
 
 By default the physical cores that this process may run on, no more than its container's quota of CPU time: threads
 that wait for each other spin, so a thread over the quota would use up the time of those that compute. On a processor
-with two kinds of cores the fast ones are taken, since all threads wait for the slowest.
+with several kinds of cores the fast ones are taken, since all threads wait for the slowest.
 """
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,19 +38,43 @@ def choose_threads(asked: int | None = None, system: Path = _SYSTEM) -> Threads:
 def allowed_threads(system: Path = _SYSTEM) -> Threads:
     """What machine and container allow, whatever was asked for."""
     allowed = _affinity()
-    fast = _cpus(system / "sys/devices/cpu_core/cpus") & allowed  # of Intel's processors with two kinds
-    cores = {_siblings(cpu, system) for cpu in fast or allowed}
-    n, why = len(cores), f"{len(cores)} {'fast' if fast else 'physical'} core{'s' * (len(cores) != 1)}"
+    fast = _fast(allowed, system)
+    n = len({_siblings(cpu, system) for cpu in fast})
+    if sys.platform == "darwin":  # where no file tells one core from another
+        n = macos("hw.perflevel0.physicalcpu") or n
+    why = f"{n} {'fast' if fast < allowed else 'physical'} core{'s' * (n != 1)}"
     quota = _quota(system)
     if quota is not None and quota < n:
-        n, why = max(1, int(quota)), f"the container's quota is {quota:g} CPUs"
+        return Threads(max(1, int(quota)), f"the container's quota is {quota:g} CPUs")
+    nodes = (system / "sys/devices/system/node").glob("node[0-9]*/cpulist")
+    n_nodes = sum(bool(_cpus(node) & fast) for node in nodes)
+    if n_nodes > 1:  # memory of another node is slower to read
+        why += f" of {n_nodes} NUMA nodes; for a process on one of them: `numactl --cpunodebind=0 --membind=0 COMMAND`"
     return Threads(n, why)
+
+
+def macos(name: str) -> int | None:
+    """A number that macOS has under this name of `sysctl`; None where it has none."""
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)  # of four bytes or eight, the lowest first
+    failed = ctypes.CDLL(None).sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
+    return None if failed else value.value
 
 
 def _affinity() -> set[int]:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
+
+
+def _fast(allowed: set[int], system: Path) -> set[int]:
+    """Those that are no slower than others: of Intel's processors with two kinds of cores, of ARM's with several."""
+    intel = _cpus(system / "sys/devices/cpu_core/cpus") & allowed
+    if intel:
+        return intel
+    files = {cpu: system / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity" for cpu in allowed}
+    capacities = {cpu: int(line) for cpu, file in files.items() for line in _lines(file)[:1] if line.isdecimal()}
+    most = max(capacities.values(), default=0)
+    return {cpu for cpu in allowed if capacities.get(cpu, most) >= 0.9 * most}
 
 
 def _siblings(cpu: int, system: Path) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 Randomness comes in from outside as one uniform number a row and step, so a row's draw depends on nothing but its own
 logits and its own seed. Order: bias and penalties, temperature, top-k, top-p, min-p, draw by inverting the cumulative
-distribution in the order of the ids. On CPU the draw is in C where there is a compiler (mpt/backends/native/draw.c):
+distribution in the order of the ids. On CPU the draw is in C where C runs (mpt/backends/native/draw.c):
 the same tokens in a twentieth of the time.
 """
 

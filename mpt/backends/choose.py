@@ -151,7 +151,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
         )
     if options.draft is not None and why_not is not None:
         raise UserError(
-            f"a draft guesses for a bfloat16 model on CPU with a C compiler at hand, which `{options.root}` is not "
+            f"a draft guesses for a bfloat16 model that runs in C on CPU, which `{options.root}` is not "
             f"({why_not}); leave `--draft` out"
         )
     if why_not:

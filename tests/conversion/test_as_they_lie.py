@@ -52,7 +52,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-needs_compiler = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+needs_compiler = pytest.mark.skipif(library.why_none() is not None, reason=str(library.why_none()))
 GGUFS = {"2023 Q4_0": ("2023", "Q4_0"), "2023 Q5_1": ("2023", "Q5_1"), "today Q8_0": ("today", "Q8_0")}
 FOLDERS = ("awq", "gptq", "int8", "nf4")
 KINDS = {

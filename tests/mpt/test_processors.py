@@ -27,7 +27,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             files[f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = f"{cpu % 4},{cpu % 4 + 4}"
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text + "\n")
+            (tmp_path / name).write_text(f"{text}\n")
         return tmp_path
 
     return make
@@ -38,6 +38,19 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [
         ({}, 4, "4 physical cores"),
         ({"sys/devices/cpu_core/cpus": "0-1,4-5"}, 2, "2 fast cores"),
+        (  # four kinds of cores of ARM's, each of two CPUs
+            {f"sys/devices/system/cpu/cpu{n}/cpu_capacity": c for n, c in enumerate([250, 800, 1024, 1000] * 2)},
+            2,
+            "2 fast cores",
+        ),
+        ({f"sys/devices/system/cpu/cpu{n}/cpu_capacity": "1024" for n in range(8)}, 4, "4 physical cores"),
+        ({f"sys/devices/system/node/node{n}/cpulist": f"{4 * n}-{4 * n + 3}" for n in range(1)}, 4, "4 physical cores"),
+        (
+            {f"sys/devices/system/node/node{n}/cpulist": f"{4 * n}-{4 * n + 3}" for n in range(2)},
+            4,
+            "4 physical cores of 2 NUMA nodes; for a process on one of them: `numactl --cpunodebind=0 --membind=0 "
+            "COMMAND`",
+        ),
         ({V2: "0::/", "sys/fs/cgroup/cpu.max": "max 100000"}, 4, "4 physical cores"),
         (
             {V2: "0::/", "sys/fs/cgroup/cpu.max": "150000 100000"},

@@ -51,7 +51,7 @@ def test_what_is_left_out_or_null_is_the_default(kind, rest, given):
     assert sampling == Sampling(max_tokens=16)
 
 
-@pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+@pytest.mark.skipif(library.why_none() is not None, reason=str(library.why_none()))
 def test_c_draws_by_what_python_declares():
     names = library.load().mpt_wish_names().decode().split()
     assert set(names) == {field.name for field in fields(DrawParameters)} | {"uniform"}

@@ -53,7 +53,14 @@ const Constant *mpt_constants(void) {
     return constants;
 }
 
-/* The name in VARIANTS of library.py. */
+/* The name in VARIANTS of build.py. */
 const char *mpt_variant(void) {
-    return AMX ? "amx" : AVX512_BF16 ? "avx512_bf16" : AVX512 ? "avx512" : AVX2 ? "avx2" : NEON ? "neon" : "generic";
+    return AMX           ? "amx"
+           : AVX512_BF16 ? "avx512_bf16"
+           : AVX512_VNNI ? "avx512_vnni"
+           : AVX512      ? "avx512"
+           : AVX2_VNNI   ? "avx2_vnni"
+           : AVX2        ? "avx2"
+           : NEON        ? "neon"
+                         : "generic";
 }

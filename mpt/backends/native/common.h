@@ -4,7 +4,6 @@
  *   structures    what Python fills in: a model, a step (structures.py declares the same for ctypes)
  *   numbers       rounding to bfloat16, exp, GELU
  *   KV cache      where a key lies, how it is quantized and stored
- *   threads       a barrier and loops shared out, without libgomp's own
  *   tiles         how AMX is set up
  *
  * Letters as in mpt/model.py: T tokens of the step, H heads, D head size, C d_model, S stored positions; besides them
@@ -13,15 +12,13 @@
  */
 #pragma once
 #include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <omp.h>
+#include "threads.h"
 
-/* The variants of this code, by what the compiler predefines; VARIANTS in library.py says the same in Python, and the
+/* The variants of this code, by what the compiler predefines; VARIANTS in build.py says the same in Python, and the
  * loader compares. */
 #if defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define AVX512 1
@@ -29,8 +26,13 @@
 #else
 #define AVX512 0
 #endif
-#if AVX512 && defined(__AVX512BF16__)
-#define AVX512_BF16 1 /* and products of bfloat16, and of int8: VNNI comes with it */
+#if AVX512 && defined(__AVX512VNNI__)
+#define AVX512_VNNI 1 /* and dot products of int8 */
+#else
+#define AVX512_VNNI 0
+#endif
+#if AVX512_VNNI && defined(__AVX512BF16__)
+#define AVX512_BF16 1 /* and of bfloat16 */
 #else
 #define AVX512_BF16 0
 #endif
@@ -38,6 +40,11 @@
 #define AVX2 1
 #else
 #define AVX2 0
+#endif
+#if AVX2 && defined(__AVXVNNI__)
+#define AVX2_VNNI 1
+#else
+#define AVX2_VNNI 0
 #endif
 #if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define NEON 1 /* with the dot products of int8 */
@@ -271,56 +278,6 @@ static inline float length_of_key(Stored from, size_t position, int D) {
         for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
     }
     return sqrtf(square) * 1.0001f; /* more than the rounding error of the sum */
-}
-
-/* -- threads ------------------------------------------------------------------------------------------------------- */
-
-/* The threads are OpenMP's, from the pool that torch uses too. The barrier and the loops are our own: libgomp puts
- * threads to sleep at its barriers as soon as a process has more threads than cores, idle ones included. Waking one
- * takes longer than most parts of a step: 10 ms a step instead of 6 where a second thread of the process had used
- * torch. */
-typedef struct {
-    _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_int round;
-} Team;
-
-typedef struct {
-    Team *team;
-    atomic_int *queue; /* how many turns of the current loop are taken; a cache line for each loop of the step */
-    int thread, n;     /* this thread, of how many */
-} Worker;
-
-static inline void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-/* A barrier: return when all threads have called it. It spins for some 100 us, then yields the core at each turn. */
-static inline void wait_for_all(Worker *worker) {
-    Team *team = worker->team;
-    const int round = atomic_load(&team->round);
-    if (atomic_fetch_add(&team->arrived, 1) == worker->n - 1) {
-        atomic_store(&team->arrived, 0);
-        atomic_store(&team->round, round + 1);
-        return;
-    }
-    for (int spins = 0; atomic_load(&team->round) == round; spins++) {
-        if (spins < 4000)
-            relax();
-        else
-            sched_yield();
-    }
-}
-
-/* Loops whose turns the threads take as they become free: `take` takes the next n turns and returns the first of them.
- * Every thread calls `end_loop` when nothing is left, which moves it to the counter of the next loop. */
-static inline int take(Worker *worker, int n) { return atomic_fetch_add(worker->queue, n); }
-static inline void end_loop(Worker *worker) { worker->queue += 16; }
-
-/* Where this thread's equal part of 0..n begins (which = 0) and ends (which = 1), in multiples of `step`. */
-static inline int part(const Worker *worker, int n, int step, int which) {
-    return (int)((int64_t)(n / step) * (worker->thread + which) / worker->n) * step;
 }
 
 /* -- tiles --------------------------------------------------------------------------------------------------------- */

@@ -162,13 +162,25 @@ size_t mpt_draw_scratch_doubles(int64_t V, int32_t n_threads) {
     return ((size_t)V + (V + PART - 1) / PART + 16) * n_threads;
 }
 
+typedef struct { /* of one call, for all its threads */
+    const float *logits;
+    int64_t n_rows, V, *tokens;
+    const Wish *wishes;
+    double *scratch;
+    _Atomic int64_t next;
+} Draws;
+
+static void draw_rows(void *context, int thread, int n) {
+    (void)n;
+    Draws *all = context;
+    double *weights = all->scratch + mpt_draw_scratch_doubles(all->V, 1) * thread, *parts = weights + all->V;
+    for (int64_t row; (row = all->next++) < all->n_rows;)
+        all->tokens[row] = draw(all->logits + row * all->V, all->V, all->wishes + row, weights, parts);
+}
+
 /* One token of each row of logits (rows, V); scratch: mpt_draw_scratch_doubles(). */
 void mpt_draw(const float *logits, int64_t n_rows, int64_t V, const Wish *wishes, int64_t *tokens, double *scratch,
               int32_t n_threads) {
-    const size_t each = mpt_draw_scratch_doubles(V, 1);
-#pragma omp parallel for num_threads(n_threads) schedule(dynamic)
-    for (int64_t row = 0; row < n_rows; row++) {
-        double *weights = scratch + each * omp_get_thread_num(), *parts = weights + V;
-        tokens[row] = draw(logits + row * V, V, wishes + row, weights, parts);
-    }
+    Draws all = {.logits = logits, .n_rows = n_rows, .V = V, .tokens = tokens, .wishes = wishes, .scratch = scratch};
+    on_threads(n_threads, draw_rows, &all);
 }

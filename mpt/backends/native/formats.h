@@ -6,8 +6,10 @@
  */
 #pragma once
 #include "common.h"
-#ifdef __F16C__
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 typedef struct { /* a format that is no plain number */
@@ -68,6 +70,19 @@ static inline Bytes bytes_at(const uint8_t *from) {
     Bytes found;
     memcpy(&found, from, sizeof found);
     return found;
+}
+
+/* The bytes of a table at 16 places, each below 16. */
+static inline Bytes looked_up(const int8_t *table, Bytes places) {
+#if defined(__SSSE3__)
+    return (Bytes)_mm_shuffle_epi8((__m128i)bytes_at((const uint8_t *)table), (__m128i)places);
+#elif defined(__aarch64__)
+    return (Bytes)vqtbl1q_u8((uint8x16_t)bytes_at((const uint8_t *)table), (uint8x16_t)places);
+#else
+    Bytes found;
+    for (int i = 0; i < 16; i++) found[i] = (uint8_t)table[places[i]];
+    return found;
+#endif
 }
 
 /* Four bits each of 16 bytes: the low ones to codes, the high ones `apart` codes further. */
@@ -181,7 +196,7 @@ static inline void unpack_32(Format format, const uint8_t *block, int n, uint8_t
         low_then_high(block + from, 16, codes);
         if (is_fifth) add_fifth_bits(block + from - 4, codes);
         for (int k = 0; k < 32 && format == IQ4_NL; k += 16) {
-            const Bytes meant = __builtin_shuffle(bytes_at((const uint8_t *)MEANT), bytes_at(codes + k)) + ADDED;
+            const Bytes meant = looked_up(MEANT, bytes_at(codes + k)) + ADDED;
             memcpy(codes + k, &meant, 16);
         }
     }

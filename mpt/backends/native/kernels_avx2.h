@@ -5,7 +5,7 @@
 
 /* 32 products into 8 sums; exact. */
 static inline __m256i dot_codes(__m256i c, __m256i v) {
-#if defined(__AVXVNNI__)
+#if AVX2_VNNI
     return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), c, v);
 #else
     const __m256i ones = _mm256_set1_epi16(1), four = _mm256_set1_epi8(15);

@@ -79,7 +79,7 @@ static void multiply_dense(const bf16 *rows, size_t stride, int n_rows, const De
 }
 
 /* 64 products into 16 sums, added to `sums`; exact. */
-#if defined(__AVX512VNNI__)
+#if AVX512_VNNI
 static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sums, codes, x); }
 #else
 static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { /* by way of int16 */

@@ -18,10 +18,11 @@
  * multiplies integers; a prompt widens each strip of blocks to bfloat16 once for all its tokens. No bit of a
  * token's result depends on which other tokens share the step: every sum runs in its own fixed order.
  */
-#include "layer.h"
-#include "kernels.h"
+#include "common.h"
 
 #if !AMX
+#include "layer.h"
+#include "kernels.h"
 
 enum {
     MOST_AHEAD = 1 << 15,  /* bytes */
@@ -401,36 +402,50 @@ static int64_t run_layer(const Model *model, const Step *step, int layer, int is
     return n_read;
 }
 
+typedef struct { /* of one step, for all its threads */
+    const Model *model;
+    const Step *step;
+    int is_prompt;
+    const int32_t *first, *adapter_of;
+    Scratch scratch;
+    Own *own;
+    Team team;
+    _Atomic int64_t n_read;
+} Pass;
+
+static void run_thread(void *context, int thread, int n) {
+    Pass *pass = context;
+    const Model *model = pass->model;
+    const Step *step = pass->step;
+    Scratch *scratch = &pass->scratch;
+    Worker worker = {&pass->team, scratch->queues, thread, n};
+    Own *own = pass->own + thread;
+    for (int layer = 0; layer < model->n_layers; layer++)
+        pass->n_read += run_layer(model, step, layer, pass->is_prompt, pass->first, pass->adapter_of, scratch, own,
+                                  &worker);
+    if (!step->n_logits) return;
+    Inputs inputs = scratch->inputs;
+    normalize_all(scratch->x, model->norm_f, model->eps, &inputs, &model->head, pass->is_prompt, step->n_logits,
+                  step->logit_tokens, &worker);
+    product(&model->head, &inputs, (Adapted){0}, step->n_logits, TO_ROWS, step->logits, NULL, own, &worker);
+}
+
 static void run(const Model *model, const Step *step, int is_prompt) {
     const int T = step->n_tokens, C = model->d_model;
     int32_t first[step->n_rows], adapter_of[T];
-    int64_t n_read = 0;
-    Scratch scratch;
     Own own[step->n_threads];
-    Team team = {0};
-    carve(model, is_prompt ? (T + PANEL - 1) / PANEL * PANEL : T, is_prompt, step->n_threads, step->scratch, &scratch,
-          own);
-    memset(scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
-    memcpy(scratch.x, step->x, (size_t)T * C * sizeof(float));
+    Pass pass = {.model = model, .step = step, .is_prompt = is_prompt, .first = first, .adapter_of = adapter_of,
+                 .own = own};
+    carve(model, is_prompt ? (T + PANEL - 1) / PANEL * PANEL : T, is_prompt, step->n_threads, step->scratch,
+          &pass.scratch, own);
+    memset(pass.scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
+    memcpy(pass.scratch.x, step->x, (size_t)T * C * sizeof(float));
     for (int row = 0, token = 0; row < step->n_rows; row++) {
         first[row] = token;
         for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
     }
-
-#pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
-    {
-        Worker worker = {&team, scratch.queues, omp_get_thread_num(), omp_get_num_threads()};
-        Own *mine = own + worker.thread;
-        for (int layer = 0; layer < model->n_layers; layer++)
-            n_read += run_layer(model, step, layer, is_prompt, first, adapter_of, &scratch, mine, &worker);
-        if (step->n_logits) {
-            Inputs inputs = scratch.inputs;
-            normalize_all(scratch.x, model->norm_f, model->eps, &inputs, &model->head, is_prompt, step->n_logits,
-                          step->logit_tokens, &worker);
-            product(&model->head, &inputs, (Adapted){0}, step->n_logits, TO_ROWS, step->logits, NULL, mine, &worker);
-        }
-    }
-    if (step->keys_read) *step->keys_read += n_read;
+    on_threads(step->n_threads, run_thread, &pass);
+    if (step->keys_read) *step->keys_read += pass.n_read;
 }
 
 /* One step: keys and values of all its tokens are stored in their rows, logits are written for those that want them.

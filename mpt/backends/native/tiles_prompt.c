@@ -773,11 +773,42 @@ static void give_logits(const Pass *pass, const int32_t *place, Worker *worker) 
     product(pass, 0, -1, &model->head, pass->inputs, n_panels, 0, C, TO_LOGITS, worker);
 }
 
+typedef struct { /* a pass, for all its threads */
+    const Pass *pass;
+    const int32_t *place; /* each token's column */
+    Team team;
+    _Atomic int64_t n_read;
+} Running;
+
+static void run_thread(void *context, int thread, int n) {
+    Running *running = context;
+    const Pass *pass = running->pass;
+    const Model *model = pass->model;
+    const int C = model->d_model;
+    Worker worker = {&running->team, pass->queues, thread, n};
+    configure_tiles();
+    embeddings_to_panels(pass, &worker);
+    for (int layer = 0; layer < model->n_layers; layer++) {
+        const Layer *now = model->layers + layer;
+        normalize_all(pass, pass->x, pass->n_panels, now->norm_1, &worker);
+        multiply_by_a(pass, layer, WQKV, pass->inputs, C, &worker);
+        product(pass, layer, WQKV, &now->wqkv, pass->inputs, pass->n_panels, 0, C, TO_ATTENTION, &worker);
+        running->n_read += attend_all(pass, layer, &worker);
+        multiply_by_a(pass, layer, OUT_PROJ, pass->inputs, C, &worker);
+        product(pass, layer, OUT_PROJ, &now->out_proj, pass->inputs, pass->n_panels, 0, C, TO_RESIDUAL, &worker);
+        normalize_all(pass, pass->x, pass->n_panels, now->norm_2, &worker);
+        multiply_by_a(pass, layer, UP_PROJ, pass->inputs, C, &worker);
+        product(pass, layer, UP_PROJ, &now->up_proj, pass->inputs, pass->n_panels, 0, C, TO_GELU, &worker);
+        multiply_by_a(pass, layer, DOWN_PROJ, pass->inner, model->d_ffn, &worker);
+        product_in_ranges(pass, layer, &now->down_proj, pass->inner, &worker);
+    }
+    if (pass->step->n_logits) give_logits(pass, running->place, &worker);
+    _tile_release();
+}
+
 /* The same as `mpt_step` for any number of tokens. */
 void mpt_prompt(const Model *model, const Step *step) {
-    const int C = model->d_model;
     int n_panels = 0;
-    int64_t n_read = 0;
     for (int row = 0; row < step->n_rows; row++) n_panels += (step->row_tokens[row] + PANEL - 1) / PANEL;
     Panel panels[n_panels];
     int32_t place[step->n_tokens]; /* each token's column */
@@ -794,31 +825,9 @@ void mpt_prompt(const Model *model, const Step *step) {
     memset(pass.queues, 0, 64 * ((size_t)model->n_layers * (LOOPS_PER_LAYER + MOST_RANGES) + 1));
     if (pass.head_room != model->d_head)
         memset(pass.queries, 0, (size_t)n_panels * model->n_heads * pass.head_room * PANEL * sizeof(bf16));
-    Team team = {0};
-
-#pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
-    {
-        Worker worker = {&team, pass.queues, omp_get_thread_num(), omp_get_num_threads()};
-        configure_tiles();
-        embeddings_to_panels(&pass, &worker);
-        for (int layer = 0; layer < model->n_layers; layer++) {
-            const Layer *now = model->layers + layer;
-            normalize_all(&pass, pass.x, n_panels, now->norm_1, &worker);
-            multiply_by_a(&pass, layer, WQKV, pass.inputs, C, &worker);
-            product(&pass, layer, WQKV, &now->wqkv, pass.inputs, n_panels, 0, C, TO_ATTENTION, &worker);
-            n_read += attend_all(&pass, layer, &worker);
-            multiply_by_a(&pass, layer, OUT_PROJ, pass.inputs, C, &worker);
-            product(&pass, layer, OUT_PROJ, &now->out_proj, pass.inputs, n_panels, 0, C, TO_RESIDUAL, &worker);
-            normalize_all(&pass, pass.x, n_panels, now->norm_2, &worker);
-            multiply_by_a(&pass, layer, UP_PROJ, pass.inputs, C, &worker);
-            product(&pass, layer, UP_PROJ, &now->up_proj, pass.inputs, n_panels, 0, C, TO_GELU, &worker);
-            multiply_by_a(&pass, layer, DOWN_PROJ, pass.inner, model->d_ffn, &worker);
-            product_in_ranges(&pass, layer, &now->down_proj, pass.inner, &worker);
-        }
-        if (step->n_logits) give_logits(&pass, place, &worker);
-        _tile_release();
-    }
-    if (step->keys_read) *step->keys_read += n_read;
+    Running running = {.pass = &pass, .place = place};
+    on_threads(step->n_threads, run_thread, &running);
+    if (step->keys_read) *step->keys_read += running.n_read;
 }
 
 #endif

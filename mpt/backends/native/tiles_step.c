@@ -17,9 +17,10 @@
  * outlier (Dettmers et al. 2022). No bit of a token's result depends on which other tokens share the step: every sum
  * runs in its own fixed order.
  */
-#include "layer.h"
+#include "common.h"
 
 #if AMX
+#include "layer.h"
 
 /* -- inputs of products -------------------------------------------------------------------------------------------- */
 
@@ -416,63 +417,75 @@ static void pack(const float *mixed, Inputs *inputs, const Linear *linear, int T
     finish(inputs, T, worker);
 }
 
-/* One step: keys and values of all its tokens are stored in their rows, logits are written for those that want them. */
-void mpt_step(const Model *model, const Step *step) {
+typedef struct { /* of one step, for all its threads */
+    const Model *model;
+    const Step *step;
+    const int32_t *first, *logits_of, *adapter_of;
+    Scratch scratch;
+    Team team;
+    _Atomic int64_t n_read;
+} Pass;
+
+static void run_thread(void *context, int thread, int n) {
+    Pass *pass = context;
+    const Model *model = pass->model;
+    const Step *step = pass->step;
+    const Scratch *scratch = &pass->scratch;
     const int T = step->n_tokens, C = model->d_model, columns = columns_of(T);
     const int width = C + 2 * model->n_kv_heads * model->d_head;
+    float *x = scratch->x;
+    Worker worker = {&pass->team, scratch->queues, thread, n};
+    Inputs inputs = {.columns = columns, .thread = worker.thread, .packed = scratch->packed,
+                     .staged = scratch->staged, .peaks = scratch->peaks, .steps = scratch->steps};
+    Inputs inner = inputs;
+    inner.packed = scratch->inner;
+    configure_tiles();
+    for (int k = part(&worker, C, 1, 0); k < part(&worker, C, 1, 1); k++)
+        for (int token = 0; token < columns; token++)
+            x[(size_t)k * columns + token] = token < T ? step->x[(size_t)token * C + k] : 0;
+    wait_for_all(&worker);
+    for (int layer = 0; layer < model->n_layers; layer++) {
+        const Layer *now = model->layers + layer;
+        const Place at = {model, step, layer, width, pass->first, scratch->qkv, scratch->mixed};
+        Adapted adapted[N_PROJECTIONS];
+        for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, pass->adapter_of, columns, layer, i);
+        normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
+        multiply_by_a(adapted[WQKV], &inputs, &worker);
+        product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch->qkv, NULL, NULL, &worker);
+        pass->n_read += attend_all(&at, &worker);
+        pack(scratch->mixed, &inputs, &now->out_proj, T, &worker);
+        multiply_by_a(adapted[OUT_PROJ], &inputs, &worker);
+        product(&now->out_proj, &inputs, adapted[OUT_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
+        normalize_all(x, now->norm_2, model->eps, &inputs, &now->up_proj, T, &worker);
+        multiply_by_a(adapted[UP_PROJ], &inputs, &worker);
+        start(&inner, model->d_ffn, &now->down_proj);
+        product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, NULL, &worker);
+        finish(&inner, T, &worker);
+        multiply_by_a(adapted[DOWN_PROJ], &inner, &worker);
+        product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
+    }
+    if (step->n_logits) {
+        normalize_all(x, model->norm_f, model->eps, &inputs, &model->head, T, &worker);
+        product(&model->head, &inputs, (Adapted){0}, T, TO_ROWS, step->logits, NULL, pass->logits_of, &worker);
+    }
+    _tile_release();
+}
+
+/* One step: keys and values of all its tokens are stored in their rows, logits are written for those that want them. */
+void mpt_step(const Model *model, const Step *step) {
+    const int T = step->n_tokens;
     int32_t first[step->n_rows], logits_of[T], adapter_of[T];
-    int64_t n_read = 0;
-    Scratch scratch;
-    Team team = {0};
-    carve(model, T, step->n_threads, step->scratch, &scratch);
-    memset(scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
-    float *x = scratch.x;
+    Pass pass = {.model = model, .step = step, .first = first, .logits_of = logits_of, .adapter_of = adapter_of};
+    carve(model, T, step->n_threads, step->scratch, &pass.scratch);
+    memset(pass.scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
     for (int row = 0, token = 0; row < step->n_rows; row++) {
         first[row] = token;
         for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
     }
     for (int token = 0; token < T; token++) logits_of[token] = -1;
     for (int at = 0; at < step->n_logits; at++) logits_of[step->logit_tokens[at]] = at;
-
-#pragma omp parallel num_threads(step->n_threads) reduction(+ : n_read)
-    {
-        Worker worker = {&team, scratch.queues, omp_get_thread_num(), omp_get_num_threads()};
-        Inputs inputs = {.columns = columns, .thread = worker.thread, .packed = scratch.packed,
-                         .staged = scratch.staged, .peaks = scratch.peaks, .steps = scratch.steps};
-        Inputs inner = inputs;
-        inner.packed = scratch.inner;
-        configure_tiles();
-        for (int k = part(&worker, C, 1, 0); k < part(&worker, C, 1, 1); k++)
-            for (int token = 0; token < columns; token++)
-                x[(size_t)k * columns + token] = token < T ? step->x[(size_t)token * C + k] : 0;
-        wait_for_all(&worker);
-        for (int layer = 0; layer < model->n_layers; layer++) {
-            const Layer *now = model->layers + layer;
-            const Place at = {model, step, layer, width, first, scratch.qkv, scratch.mixed};
-            Adapted adapted[N_PROJECTIONS];
-            for (int i = 0; i < N_PROJECTIONS; i++) adapted[i] = adapted_at(model, step, adapter_of, columns, layer, i);
-            normalize_all(x, now->norm_1, model->eps, &inputs, &now->wqkv, T, &worker);
-            multiply_by_a(adapted[WQKV], &inputs, &worker);
-            product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch.qkv, NULL, NULL, &worker);
-            n_read += attend_all(&at, &worker);
-            pack(scratch.mixed, &inputs, &now->out_proj, T, &worker);
-            multiply_by_a(adapted[OUT_PROJ], &inputs, &worker);
-            product(&now->out_proj, &inputs, adapted[OUT_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
-            normalize_all(x, now->norm_2, model->eps, &inputs, &now->up_proj, T, &worker);
-            multiply_by_a(adapted[UP_PROJ], &inputs, &worker);
-            start(&inner, model->d_ffn, &now->down_proj);
-            product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, NULL, &worker);
-            finish(&inner, T, &worker);
-            multiply_by_a(adapted[DOWN_PROJ], &inner, &worker);
-            product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, x, NULL, NULL, &worker);
-        }
-        if (step->n_logits) {
-            normalize_all(x, model->norm_f, model->eps, &inputs, &model->head, T, &worker);
-            product(&model->head, &inputs, (Adapted){0}, T, TO_ROWS, step->logits, NULL, logits_of, &worker);
-        }
-        _tile_release();
-    }
-    if (step->keys_read) *step->keys_read += n_read;
+    on_threads(step->n_threads, run_thread, &pass);
+    if (step->keys_read) *step->keys_read += pass.n_read;
 }
 
 #endif

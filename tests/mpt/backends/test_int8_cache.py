@@ -34,7 +34,7 @@ from tests.mpt.repetitive import CONTEXT, repetitive_model
 from tests.serving import servers
 
 IN_C = {"prefill_chunk": 4}  # at most 16 tokens of a row in a step: all of them in C, where nothing depends on company
-pytestmark = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+pytestmark = pytest.mark.skipif(library.why_none() is not None, reason=str(library.why_none()))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ Every variant of the C code that can run on this machine is tested, and those of
 
 import ctypes
 import functools
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +16,20 @@ from torch import Tensor
 
 import mpt
 from mpt.backends.int8_cache import Int8Layer
-from mpt.backends.native import available, library, structures
+from mpt.backends.native import available, build, library, structures
 from mpt.backends.native.draw import draw
 from mpt.backends.native.step import NativeStep, RowMemory
 from mpt.backends.quantization import quantize_model
 from mpt.errors import UserError
 from mpt.lora import Adapter, adaptable
 
-try:
-    FOUND, WHY_NONE = library.features(), ""
-except library.Unavailable as reason:
-    FOUND, WHY_NONE = library.Features("", "", frozenset(), ("generic",), {}), str(reason)
-pytestmark = pytest.mark.skipif(bool(WHY_NONE), reason=WHY_NONE)
+WHY_NONE = library.why_none()
+FOUND = library.features() if WHY_NONE is None else library.Features(("generic",), {}, None)
+pytestmark = pytest.mark.skipif(WHY_NONE is not None, reason=str(WHY_NONE))
 
+VARIANTS = {variant.name: variant for variant in build.VARIANTS}
 CAPACITY = 768
+needs_compiler = pytest.mark.skipif(FOUND.compiler is None, reason="needs a C compiler")
 needs_amx = pytest.mark.skipif(
     "amx" not in FOUND.variants, reason=FOUND.missing.get("amx", "this processor has no AMX")
 )
@@ -359,6 +360,8 @@ def test_no_bit_depends_on_the_adapters_of_others(variant, at_once, is_int8):
 @pytest.fixture(scope="module", params=FOUND.variants)
 def attention(request, tmp_path_factory) -> ctypes.CDLL:
     """Attention and the quantization of a head by themselves, which the library keeps to itself."""
+    if FOUND.compiler is None:
+        pytest.skip("needs a C compiler")
     source = tmp_path_factory.mktemp("probe") / "probe.c"
     source.write_text(f"""
         #include "{Path(library.__file__).with_name("attention.h")}"
@@ -369,7 +372,9 @@ def attention(request, tmp_path_factory) -> ctypes.CDLL:
             return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, 1);
         }}
     """)
-    probe = ctypes.CDLL(str(library.build(FOUND, library.flags_of(request.param, FOUND), [source])))
+    made = source.with_name("probe.so")
+    build.compile_library(FOUND.compiler, build.flags_of(VARIANTS[request.param], FOUND.compiler), [source], made)
+    probe = ctypes.CDLL(str(made))
     probe.probe_quantize.restype, probe.probe_attend.restype = ctypes.c_float, ctypes.c_int64
     return probe
 
@@ -509,7 +514,7 @@ def test_what_it_is_not_made_for_is_said():
 
 
 def test_what_tiles_do_not_take_is_computed_by_the_next_variant(monkeypatch):
-    found = library.Features("cc", "gcc 13", frozenset(), ("amx", "avx512_bf16", "avx512"), {})
+    found = library.Features(("amx", "avx512_bf16", "avx512"), {}, None)
     monkeypatch.setattr(available, "features", lambda: found)
     normed, sizes = {"attn_config": {"alibi": True, "qk_ln": True}}, "multiples of 16 and 32 (int8: 64)"
     for settings, facts, step, prompt in [
@@ -535,88 +540,150 @@ def test_a_decision_is_what_happens(variant):
         NativeStep(make("mpt").float(), variant=variant)
 
 
-def predefined(*flags: str) -> str:
-    """What the compiler predefines for a processor that is not here."""
-    done = subprocess.run(
-        [FOUND.compiler, *flags, "-dM", "-E", "-x", "c", "/dev/null"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"{FOUND.version} knows no {flags[0]}")
-    return done.stdout
+HASWELL = "avx2 fma f16c bmi2 abm popcnt"
+SKYLAKE = f"{HASWELL} avx512f avx512bw avx512dq avx512vl avx512cd"
+CASCADE_LAKE = f"{SKYLAKE} avx512_vnni"
+ZEN_4 = f"{CASCADE_LAKE} avx512_bf16"
+SAPPHIRE_RAPIDS = f"{ZEN_4} amx_tile amx_bf16 amx_int8 avx_vnni"
+ALDER_LAKE = f"{HASWELL} avx_vnni"
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
     """`features()` on another processor, whose instructions Linux calls so."""
 
-    def features(march: str, flags: str = "", *, may_use_amx: bool = True) -> library.Features:
-        macros = predefined(f"-march={march}")
-        monkeypatch.setattr(library, "_predefined", lambda *_: macros)
-        monkeypatch.setattr(library, "_processor_flags", lambda: set(flags.split()))
+    def features(flags: str, architecture: str = "x86_64", *, may_use_amx: bool = True) -> library.Features:
+        monkeypatch.setattr(build, "architecture", lambda: architecture)
+        monkeypatch.setattr(build, "knows", lambda *_: True)
+        monkeypatch.setattr(library, "_processor_flags", lambda: frozenset(flags.split()))
         monkeypatch.setattr(library, "_may_use_amx", lambda: may_use_amx)
         return library.features()
 
     return features
 
 
-x86_64 = pytest.mark.skipif("__x86_64__" not in FOUND.macros, reason="asks a compiler for x86-64 about its processors")
+@needs_compiler
+@pytest.mark.parametrize(
+    ("flags", "variants", "reason"),
+    [
+        (SAPPHIRE_RAPIDS, "amx avx512_bf16 avx512_vnni avx512 avx2_vnni avx2 generic", None),
+        (ZEN_4, "avx512_bf16 avx512_vnni avx512 avx2 generic", "this processor has no AVX-VNNI"),
+        (CASCADE_LAKE, "avx512_vnni avx512 avx2 generic", "this processor has no AVX-VNNI"),
+        (SKYLAKE, "avx512 avx2 generic", "this processor has no AVX-VNNI"),
+        (ALDER_LAKE, "avx2_vnni avx2 generic", "this processor has no AVX-512"),
+        (HASWELL, "avx2 generic", "this processor has no AVX-VNNI"),
+        ("sse4_2 popcnt", "generic", "this processor has no AVX2"),
+    ],
+)
+def test_each_processor_runs_what_it_can(elsewhere, flags, variants, reason):
+    found = elsewhere(flags)
+    assert (found.variants, found.variant) == (tuple(variants.split()), variants.split()[0])
+    assert found.why_not_faster == reason
+
+
+@needs_compiler
+def test_an_arm_processor_runs_arms_variants(elsewhere):
+    assert elsewhere("fp asimd asimddp", "arm64").variants == ("neon", "generic")
+    old = elsewhere("fp asimd", "arm64")
+    assert (old.variants, old.why_not_faster) == (("generic",), "this processor has no dot products of NEON")
+
+
+@needs_compiler
+def test_an_old_compiler_and_a_system_that_refuses_are_said(elsewhere, monkeypatch):
+    refused = elsewhere(SAPPHIRE_RAPIDS, may_use_amx=False)
+    assert refused.variant == "avx512_bf16"
+    assert refused.missing == {"amx": "the system does not let this process use AMX"}
+    monkeypatch.setattr(build, "knows", lambda _, variant: variant.name != "avx512_bf16")
+    monkeypatch.setattr(build, "version_of", lambda _: "gcc 9")
+    monkeypatch.setattr(library, "_processor_flags", lambda: frozenset(ZEN_4.split()))
+    assert library.features().missing["avx512_bf16"] == (
+        "`gcc 9` does not know this processor's AVX-512 BF16; gcc 10 and newer do"
+    )
+
+
+def predefined(*flags: str) -> set[str]:
+    """The instructions that the compiler may use with these flags, by the macros it predefines."""
+    command = [FOUND.compiler, *flags, "-dM", "-E", "-x", "c", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"the compiler knows no {flags[0]}")
+    kinds = ("__AVX", "__SSE", "__FMA__", "__F16C__", "__BMI", "__LZCNT__", "__POPCNT__", "__AMX")
+    return {name for line in done.stdout.splitlines() if (name := line.split()[1]).startswith(kinds)}
+
+
+x86_64 = pytest.mark.skipif(
+    build.architecture() != "x86_64" or FOUND.compiler is None, reason="asks a compiler for x86-64"
+)
 
 
 @x86_64
 @pytest.mark.parametrize(
-    ("march", "variants", "reason"),
+    ("variant", "march"),
     [
-        ("sapphirerapids", ("amx", "avx512_bf16", "avx512", "avx2", "generic"), None),
-        ("cooperlake", ("avx512_bf16", "avx512", "avx2", "generic"), "this processor has no AMX"),
-        ("cascadelake", ("avx512", "avx2", "generic"), "this processor has no AVX-512 BF16"),
-        ("x86-64-v3", ("avx2", "generic"), "this processor has no AVX-512"),
-        ("x86-64", ("generic",), "this processor has no AVX2"),
+        ("amx", "sapphirerapids"),
+        ("avx512_bf16", "cooperlake"),
+        ("avx512_bf16", "znver4"),
+        ("avx512_vnni", "cascadelake"),
+        ("avx512", "skylake-avx512"),
+        ("avx2_vnni", "alderlake"),
+        ("avx2", "haswell"),
+        ("avx2", "znver1"),
+        ("generic", "x86-64"),
     ],
 )
-def test_each_processor_runs_what_it_can(elsewhere, march, variants, reason):
-    found = elsewhere(march)
-    assert (found.variant, found.variants, found.why_not_faster) == (variants[0], variants, reason)
+def test_a_variant_uses_what_its_processors_have(variant, march):
+    assert predefined(*VARIANTS[variant].options) <= predefined(f"-march={march}")
 
 
 @x86_64
-def test_an_old_compiler_and_a_system_that_refuses_are_said(elsewhere):
-    refused = elsewhere("sapphirerapids", may_use_amx=False)
-    assert refused.variant == "avx512_bf16"
-    assert refused.why_not_faster == "the system does not let this process use AMX"
-    old = elsewhere("cascadelake", flags="avx512bw avx512dq avx512_bf16")
-    assert old.why_not_faster == f"`{FOUND.version}` does not know this processor's AVX-512 BF16; gcc 10 and newer do"
-    assert old.missing["amx"] == "this processor has no AMX"
-
-
-@x86_64
-@pytest.mark.parametrize("variant", ["amx", "avx512_bf16", "avx512", "avx2", "generic"])
-def test_flags_choose_the_variant_in_c(elsewhere, variant, tmp_path):
-    """On the processor that can do most, by the compiler's own preprocessor: common.h and library.py agree."""
-    flags = library.flags_of(variant, elsewhere("sapphirerapids"))[len(library._FLAGS) :]
-    source = tmp_path / "which.c"
-    source.write_text(f'#include "{Path(library.__file__).with_name("common.h")}"\nAMX AVX512_BF16 AVX512 AVX2')
-    command = [FOUND.compiler, "-fopenmp", "-march=sapphirerapids", *flags, "-E", str(source)]
-    seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    expected = {"amx": "1 1 1 0", "avx512_bf16": "0 1 1 0", "avx512": "0 0 1 0", "avx2": "0 0 0 1"}
-    assert seen == expected.get(variant, "0 0 0 0")
-
-
-@x86_64
-def test_code_for_other_processors_compiles():
-    predefined("-march=sapphirerapids")
-    sources = [str(source) for source in library.SOURCES if source.suffix == ".c"]
-    command = [FOUND.compiler, *library._FLAGS, "-march=sapphirerapids", "-Werror", "-fsyntax-only"]
-    subprocess.run([*command, *sources], check=True)
+@pytest.mark.parametrize("variant", [variant.name for variant in build.of_architecture("x86_64")])
+def test_code_for_other_processors_compiles_as_what_it_is_called(variant, tmp_path):
+    """Nothing of it is run: it says in a string which variant it is."""
+    predefined(*VARIANTS[variant].options)
+    flags = [*build.flags_of(VARIANTS[variant], FOUND.compiler), "-Werror", "-S", "-O0"]
+    sources = [str(source) for source in build.SOURCES if source.suffix == ".c"]
+    subprocess.run([FOUND.compiler, *flags, *sources], check=True, cwd=tmp_path)
+    strings = re.findall(r'\.string\t"(.*)"', (tmp_path / "boundary.s").read_text())
+    assert [string for string in strings if string in VARIANTS] == [variant]
 
 
 def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(library, "BUILT", tmp_path)
     library.load.cache_clear()
     said = available.why_no_step(config(), **FACTS)
-    assert said is not None and said.startswith("there is no C compiler; install gcc")
-    with pytest.raises(library.Unavailable, match="install gcc"):
+    assert said is not None and "there is no C compiler (" in said
+    with pytest.raises(library.Unavailable, match="there is no C compiler"):
         NativeStep(make("mpt"))
     library.load.cache_clear()
+
+
+@needs_compiler
+def test_what_came_with_the_package_needs_no_compiler(monkeypatch, tmp_path):
+    """Only the variant that is there runs, and its own library is what is loaded."""
+    generic = VARIANTS["generic"]
+    made = tmp_path / build.file_name(generic)
+    sources = [source for source in build.SOURCES if source.suffix == ".c"]
+    build.compile_library(FOUND.compiler, build.flags_of(generic, FOUND.compiler), sources, made)
+    monkeypatch.setattr(library, "BUILT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    library.load.cache_clear()
+    found = library.features()
+    assert (found.variants, found.compiler) == (("generic",), None)
+    assert "brings no C code for this machine" in str(found.why_not_faster) or FOUND.variant == "generic"
+    assert library.load()._name == str(made)
+    assert Runner(make("mpt")).read(ids(3), at_once=1).isfinite().all()
+    library.load.cache_clear()
+
+
+@needs_compiler
+def test_a_change_of_the_code_or_of_its_flags_is_another_library(monkeypatch, tmp_path):
+    generic, avx2 = VARIANTS["generic"], VARIANTS["avx2"]
+    names = {build.file_name(generic), build.file_name(generic, "gcc 13"), build.file_name(avx2)}
+    changed = tmp_path / "rows.c"
+    changed.write_text("/* another */")
+    monkeypatch.setattr(build, "SOURCES", [*build.SOURCES, changed])
+    assert len(names | {build.file_name(generic)}) == 4
 
 
 @every_variant
@@ -643,14 +710,78 @@ def test_it_can_be_switched_off(monkeypatch):
     library.load.cache_clear()
 
 
+@needs_compiler
 def test_a_home_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
     locked = tmp_path / "file"
     locked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(locked))
-    monkeypatch.setattr(library, "_FLAGS", [*library._FLAGS, "-O0"])  # it is compiled at each run of this test
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # it is compiled at each run of this test
     library.load.cache_clear()
     assert Runner(make("mpt")).read(ids(3), at_once=1).isfinite().all()
     library.load.cache_clear()
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+THREADS = """
+    #include "{folder}/threads.h"
+    #include <unistd.h>
+    #include <sys/wait.h>
+    static Team team;
+    static atomic_int turns[64];
+    typedef struct {{ atomic_int sum, taken, seen; }} Count;
+    static void count(void *context, int thread, int n) {{
+        Count *all = context;
+        Worker worker = {{&team, turns, thread, n}};
+        atomic_fetch_or(&all->seen, 1 << thread);
+        for (int turn; (turn = take(&worker, 1)) < 1000;) all->sum += turn;
+        end_loop(&worker);
+        wait_for_all(&worker);  /* a thread that was not started at the same time would be waited for without end */
+        all->taken += take(&worker, 0) == 0;
+    }}
+    /* Of n threads: 0, or what was wrong. */
+    int probe(int n) {{
+        for (int i = 0; i < 64; i++) turns[i] = 0;
+        Count all = {{0}};
+        on_threads(n, count, &all);
+        return all.sum != 499500 ? 1 : all.taken != n ? 2 : all.seen != (1 << n) - 1 ? 3 : 0;
+    }}
+    int probe_in_a_fork(int n) {{
+        const pid_t child = fork();
+        if (!child) _exit(probe(n));
+        int status;
+        waitpid(child, &status, 0);
+        return WEXITSTATUS(status);
+    }}
+"""
+
+
+@needs_compiler
+def test_threads_of_our_own_where_there_is_no_openmp(tmp_path):
+    """More of them, then fewer, and in a process that was forked."""
+    source, made = tmp_path / "probe.c", tmp_path / "probe.so"
+    source.write_text(THREADS.format(folder=build.FOLDER))
+    build.compile_library(FOUND.compiler, build.FLAGS, [source, build.FOLDER / "threads.c"], made)
+    probe = ctypes.CDLL(str(made))
+    for n in (1, 3, 2, 5, 1, 5):
+        assert probe.probe(n) == 0
+    assert probe.probe_in_a_fork(3) == 0
+    assert probe.probe(4) == 0
+
+
+@needs_compiler
+def test_without_openmp_the_same_bits(monkeypatch, tmp_path):
+    model, text = make("mpt"), ids(150)
+    expected = Runner(model).read(text, at_once=90)
+    monkeypatch.setattr(build, "has_openmp", lambda _: False)
+    monkeypatch.setattr(library, "BUILT", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    library.load.cache_clear()
+    runner = Runner(model)
+    library.load.cache_clear()
+    assert str(tmp_path) in runner.step._library._name
+    assert torch.equal(runner.read(text, at_once=90), expected)
 
 
 # -- the boundary ------------------------------------------------------------------------------------------------------

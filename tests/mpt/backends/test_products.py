@@ -12,18 +12,17 @@ import gguf
 import numpy as np
 import pytest
 
-from mpt.backends.native import library, structures
+from mpt.backends.native import build, library, structures
 from mpt.gguf.ggml_types import BLOCK_TYPES
 
-try:
-    FOUND, WHY_NONE = library.features(), ""
-except library.Unavailable as reason:
-    FOUND, WHY_NONE = library.Features("", "", frozenset(), (), {}), str(reason)
-pytestmark = pytest.mark.skipif(bool(WHY_NONE), reason=WHY_NONE)
+WHY_NONE = library.why_none() or (None if library.features().compiler else "needs a C compiler")
+FOUND = library.features() if WHY_NONE is None else library.Features((), {}, None)
+pytestmark = pytest.mark.skipif(WHY_NONE is not None, reason=str(WHY_NONE))
 NATIVE = Path(library.__file__).parent
+VARIANTS = {variant.name: variant for variant in build.VARIANTS}
 PROGRAM = Path(__file__).with_name("products.c")
 ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
-ARM_FLAGS = {"neon": "-march=armv8.2-a+dotprod", "generic on ARM": "-march=armv8-a"}
+ON_ARM = {"neon": "neon", "generic on ARM": "generic"}
 HERE = tuple(variant for variant in FOUND.variants if variant != "amx")
 HALVES = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)
@@ -39,16 +38,25 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     class Programs(dict[str, list[str]]):
         def __missing__(self, name: str) -> list[str]:
             out = folder / name.replace(" ", "_")
-            if name in ARM_FLAGS:
+            if name in ON_ARM:
                 if missing := [tool for tool in ARM if shutil.which(tool) is None]:
                     pytest.skip(f"{missing[0]} is not here; Debian has it in gcc-aarch64-linux-gnu and qemu-user")
-                flags = [flag for flag in library._FLAGS if flag != "-march=native"]
-                compile_ = [ARM[0], *flags, ARM_FLAGS[name], "-static"]
+                compile_ = [ARM[0], *build.flags_of(VARIANTS[ON_ARM[name]], ARM[0]), "-static"]
                 self[name] = [ARM[1], str(out)]
             else:
-                compile_ = [FOUND.compiler, *library.flags_of(name, FOUND)]
+                assert FOUND.compiler is not None
+                compile_ = [FOUND.compiler, *build.flags_of(VARIANTS[name], FOUND.compiler)]
                 self[name] = [str(out)]
-            command = [*compile_, "-Wno-unused", f"-I{NATIVE}", str(PROGRAM), "-o", str(out), "-lm"]
+            command = [
+                *compile_,
+                "-Wno-unused",
+                f"-I{NATIVE}",
+                str(PROGRAM),
+                str(NATIVE / "threads.c"),
+                "-o",
+                str(out),
+                "-lm",
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-2000:]
             return self[name]
@@ -96,7 +104,7 @@ def product(command: list[str], kind: str, n_out: int, x: Array, is_prompt: bool
 
 @pytest.mark.parametrize("is_prompt", [False, True], ids=["few", "prompt"])
 @pytest.mark.parametrize("kind", structures.FORMATS)
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", [*HERE, *ON_ARM])
 def test_products_are_those_of_the_real_values(
     programs: dict[str, list[str]], kernels: str, kind: str, is_prompt: bool
 ) -> None:
@@ -114,7 +122,7 @@ def test_products_are_those_of_the_real_values(
 
 
 @pytest.mark.parametrize("kind", structures.FORMATS)
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", [*HERE, *ON_ARM])
 def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
     command = programs[kernels]
     x = np.random.default_rng(3).standard_normal((9, 768))
@@ -124,7 +132,7 @@ def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], ker
     assert np.array_equal(product(command, kind, 40, x[2:7], False)[0], together[2:7])
 
 
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", [*HERE, *ON_ARM])
 @pytest.mark.parametrize("n_in", [1, 7, 33, 50, 100])
 def test_rows_of_any_width(programs: dict[str, list[str]], kernels: str, n_in: int) -> None:
     x = widened(bfloat16(np.random.default_rng(4).standard_normal((5, n_in))))

@@ -28,7 +28,7 @@ from mpt.tokenizer import Tokenizer
 from tests.in_process import running_engine
 from tests.mpt.repetitive import CONTEXT, repetitive_model
 
-needs_native = pytest.mark.skipif(not library.has_compiler(), reason="needs a C compiler, on Linux")
+needs_native = pytest.mark.skipif(library.why_none() is not None, reason=str(library.why_none()))
 
 
 @pytest.fixture(scope="module")
