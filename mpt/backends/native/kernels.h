@@ -7,6 +7,8 @@
  *   multiply_blocks         ggml's blocks from their place, where a file has it (BLOCKS_AS_THEY_ARE): few tokens, the
  *                           same bits as by way of codes
  *   multiply_codes          weights as codes with scales (formats.h), inputs as two int8 numbers each
+ *   multiply_sixteen        the same of sixteen rows at once, where a file has it (CODES_OF_SIXTEEN_ROWS): for more
+ *                           tokens, the same bits
  *
  * Sums go to (tokens, STRIP): a token's sum with row r is at sums[token * STRIP + r]. Of a token and a row the same
  * numbers are added in the same order however many rows and tokens there are, so that no bit of a result depends on
@@ -18,6 +20,7 @@
 enum {
     STRIP = 32,   /* outputs that are multiplied together */
     CHUNK = 2048, /* and inputs: four tokens' stay in the first-level cache */
+    SIXTEEN_ROOM = 256, /* floats for each token that `multiply_sixteen` needs */
 };
 
 typedef struct { /* the inputs of one token as two int8 numbers each: x = step * (128 high + low) */

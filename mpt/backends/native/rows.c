@@ -163,6 +163,7 @@ typedef struct { /* one thread's memory */
     bf16 *strip;    /* (STRIP, CHUNK) widened weights */
     uint8_t *codes; /* (CHUNK) of one row, with a and b of its groups */
     float *a, *b;
+    float *room;    /* (T, SIXTEEN_ROOM), for weights in codes */
     size_t ahead;   /* bytes of weights to fetch before they are used */
 } Own;
 
@@ -195,7 +196,12 @@ static void multiply_coded(const Linear *linear, int n0, int n_rows, const Coded
         return;
     }
 #endif
-    for (int r = 0; r < n_rows; r++) {
+    int r = 0;
+#ifdef CODES_OF_SIXTEEN_ROWS
+    for (; r + 16 <= n_rows && T > TOKENS_AT_ONCE; r += 16)
+        multiply_sixteen(linear, n0 + r, k0, n, tokens, T, own->room, sums + r);
+#endif
+    for (; r < n_rows; r++) {
 #ifdef BLOCKS_AS_THEY_ARE
         if (takes_blocks(linear->format, n, T)) {
             multiply_blocks(linear->format, block_at(linear, n0 + r, k0), n, own->ahead, tokens, k0, T, !k0,
@@ -223,7 +229,7 @@ static void multiply_wide(const Linear *linear, int n0, int n_rows, const Inputs
 /* Sums (T, STRIP) of n_rows outputs from n0 on. With few tokens memory sets the speed, and it is fetched ahead where a
  * row is read to its end; with many a strip stays in the second-level cache until all of them have met it. */
 static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
-    const int K = linear->n_in, at_once = T > 2 * TOKENS_AT_ONCE ? n_rows : 4;
+    const int K = linear->n_in, at_once = T > TOKENS_AT_ONCE ? n_rows : 4;
     Coded tokens[inputs->is_coded ? T : 1];
     for (size_t t = 0; inputs->is_coded && t < (size_t)T; t++)
         tokens[t] = (Coded){inputs->high + t * K, inputs->low + t * K, inputs->sums32 + t * K / 32,
@@ -359,6 +365,7 @@ static size_t carve(const Model *model, size_t T, int is_prompt, int n_threads, 
         TAKE(mine->codes, CHUNK / 4);
         TAKE(mine->a, CHUNK / 16);
         TAKE(mine->b, CHUNK / 16);
+        TAKE(mine->room, is_prompt ? 0 : T * SIXTEEN_ROOM);
     }
 #undef TAKE
     return used + 16;
