@@ -48,9 +48,11 @@
 #endif
 #if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define NEON 1 /* with the dot products of int8 */
-#define SIGNED_CODES 1 /* which multiply signed numbers, while x86 multiplies unsigned ones by signed ones */
 #else
 #define NEON 0
+#endif
+#if NEON || (AVX2 && !AVX2_VNNI)
+#define SIGNED_CODES 1 /* products are of signed numbers; elsewhere of unsigned ones by signed ones */
 #endif
 #if AVX512_BF16 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define AMX 1 /* and products with weights are made of tiles: tiles_step.c, tiles_prompt.c */

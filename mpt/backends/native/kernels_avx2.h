@@ -3,25 +3,20 @@
 #include <immintrin.h>
 #include "kernels_lanes.h"
 
-/* 32 products into 8 sums; exact. */
-static inline __m256i dot_codes(__m256i c, __m256i v) {
-#if AVX2_VNNI
-    return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), c, v);
-#else
-    const __m256i ones = _mm256_set1_epi16(1), four = _mm256_set1_epi8(15);
-    const __m256i first = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(c, four), v), ones);
-    const __m256i high_codes = _mm256_and_si256(_mm256_srli_epi16(c, 4), four);
-    const __m256i second = _mm256_madd_epi16(_mm256_maddubs_epi16(high_codes, v), ones);
-    return _mm256_add_epi32(first, _mm256_slli_epi32(second, 4)); /* of four bits: nothing saturates */
-#endif
-}
-
 /* See `multiply_groups`. */
 static inline Ints dot8(const uint8_t *codes, const int8_t *high, const int8_t *low) {
     const __m256i c = _mm256_loadu_si256((const __m256i *)codes);
-    const __m256i of_high = dot_codes(c, _mm256_loadu_si256((const __m256i *)high));
-    const __m256i of_low = dot_codes(c, _mm256_loadu_si256((const __m256i *)low));
-    return (Ints)_mm256_add_epi32(_mm256_slli_epi32(of_high, 7), of_low);
+    const __m256i h = _mm256_loadu_si256((const __m256i *)high), l = _mm256_loadu_si256((const __m256i *)low);
+#if AVX2_VNNI
+    const __m256i of_high = _mm256_slli_epi32(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), c, h), 7);
+    return (Ints)_mm256_dpbusd_avx_epi32(of_high, c, l);
+#else /* codes are signed here; two products fit into 16 bits, as no input is -128 */
+    const __m256i size = _mm256_abs_epi8(c);
+    const __m256i of_high = _mm256_maddubs_epi16(size, _mm256_sign_epi8(h, c));
+    const __m256i of_low = _mm256_maddubs_epi16(size, _mm256_sign_epi8(l, c));
+    return (Ints)_mm256_add_epi32(_mm256_madd_epi16(of_high, _mm256_set1_epi16(128)),
+                                  _mm256_madd_epi16(of_low, _mm256_set1_epi16(1)));
+#endif
 }
 
 #include "kernels_vectors.h"

@@ -74,22 +74,15 @@ static inline __attribute__((always_inline)) void multiply_groups(const uint8_t 
     for (int t = 0; t < T; t++) {
         const int8_t *high = tokens[t].high + at, *low = tokens[t].low + at;
         const float *sums = (group == 32 ? tokens[t].sums32 : tokens[t].sums16) + at / group;
-        Lanes even = {0}, odd = {0};
-        float offsets[4] = {0};
+        Lanes even = {0}, odd = {0}; /* a sum waits for the one before it */
         for (int k = 0, i = 0; k < n; k += 32, i++) {
             const Lanes dots = __builtin_convertvector(dot8(codes + k, high + k, low + k), Lanes);
-            if (group == 32) {
-                const Lanes scale = {a[i], a[i], a[i], a[i], a[i], a[i], a[i], a[i]};
-                if (i & 1) odd += dots * scale; else even += dots * scale;
-                offsets[i & 3] += b[i] * sums[i];
-            } else {
-                const float a0 = a[2 * i], a1 = a[2 * i + 1];
-                const Lanes scale = {a0, a0, a0, a0, a1, a1, a1, a1};
-                if (i & 1) odd += dots * scale; else even += dots * scale;
-                offsets[i & 3] += b[2 * i] * sums[2 * i] + b[2 * i + 1] * sums[2 * i + 1];
-            }
+            const float a0 = group == 32 ? a[i] : a[2 * i], a1 = group == 32 ? a0 : a[2 * i + 1];
+            const Lanes scale = {a0, a0, a0, a0, a1, a1, a1, a1};
+            if (i & 1) odd += dots * scale; else even += dots * scale;
         }
-        const float offset = (offsets[0] + offsets[1]) + (offsets[2] + offsets[3]);
+        float offset = 0;
+        for (int i = 0; i < n / group; i++) offset += b[i] * sums[i];
         const float found = (sum_of_eight(even + odd) - offset) * tokens[t].step;
         float *to = out + (size_t)t * STRIP;
         *to = is_first ? found : *to + found;
