@@ -477,8 +477,8 @@ class Ladder:
         for cell in self._todo:
             seconds = known.get((cell.shape, cell.side, cell.prompt, cell.concurrency))
             if seconds is None:
-                at_least = shortest_seconds(cell, results) or mean
-                seconds = at_least if at_least <= self._limit_s(cell.shape) else 0.0
+                at_least = shortest_seconds(cell, results)
+                seconds = 0.0 if at_least > self._limit_s(cell.shape) else at_least or mean
             total += seconds
         return total
 
