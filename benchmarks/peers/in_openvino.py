@@ -1,4 +1,4 @@
-"""OpenVINO: `in_openvino.py run FOLDER`, after `in_openvino.py convert HF FOLDER int8|int4`.
+"""OpenVINO: `in_openvino.py run FOLDER`, after `convert HF EXPORT bfloat16` and `convert EXPORT FOLDER int8|int4`.
 
 optimum-intel exports transformers' MPT with a KV cache of its own and nncf rounds the weights; OpenVINO GenAI's
 continuous batching answers, which is also what its LLMPipeline runs on a CPU. As it comes it loses ALiBi: `show_alibi`.
@@ -7,6 +7,7 @@ All else are its defaults: on a processor with bfloat16 it computes in it, and i
 Runs in the venv of `make peers`.
 """
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,9 @@ from cells import Answer, Prompts, answer, size_of
 from openvino import opset13 as operations
 
 THREADS = 2
-_PRECISIONS: dict[str, dict[str, Any]] = {
-    "int8": {"bits": 8, "sym": False},
-    "int4": {"bits": 4, "sym": True, "group_size": 64, "ratio": 1.0},  # the embedding, which is the head, in 8
+_ROUNDINGS: dict[str, dict[str, Any]] = {
+    "int8": {"mode": "int8_asym"},
+    "int4": {"mode": "int4_sym", "group_size": 64, "ratio": 1.0},  # the embedding, which is the head, in 8
 }
 
 
@@ -33,10 +34,21 @@ def main() -> None:
 
 
 def convert(source: str, target: str, dtype: str) -> None:
-    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+    if dtype == "bfloat16":
+        export(source, target)
+        return
+    import nncf
 
-    rounding = OVWeightQuantizationConfig(**_PRECISIONS[dtype])
-    exported = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, quantization_config=rounding)
+    rounding = {**_ROUNDINGS[dtype], "mode": nncf.CompressWeightsMode(_ROUNDINGS[dtype]["mode"])}
+    exported = openvino.Core().read_model(f"{source}/openvino_model.xml")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("openvino_model.*"))
+    openvino.save_model(nncf.compress_weights(exported, **rounding), f"{target}/openvino_model.xml")
+
+
+def export(source: str, target: str) -> None:
+    from optimum.intel import OVModelForCausalLM
+
+    exported = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, load_in_8bit=False)
     for node in exported.model.get_ordered_ops():
         if node.get_type_name() == "ScaledDotProductAttention":
             show_alibi(node)
