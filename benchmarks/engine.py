@@ -14,8 +14,9 @@ those of our float32 model. All streams of a cell begin at the same instant and 
 cache of prefixes helps. A cell that takes, or must take, longer than --cell-seconds is shown as `over`, a side that
 breaks or finds no memory as `failed`, and the run goes on. Run it where nothing else runs.
 
-How long: --short about 12 minutes on two cores, the models it makes included; all of 125m and 1b some hours. The shape
-7b has no bfloat16 checkpoint, only GGUF files of random blocks: 3.7 GB (Q4_0) and 7.1 GB (Q8_0).
+How long: --short about 13 minutes on two cores that nobody else uses, a third of it to make models of 19 GB, which
+--models keeps; all of 125m and 1b some hours. The shape 7b has no bfloat16 checkpoint, only GGUF files of random
+blocks: 3.7 GB of Q4_0, which the short form runs, and 7.1 GB of Q8_0.
 
 Peers: `make llama` (llama.cpp) and `make peers` (CTranslate2, OpenVINO); transformers and onnxruntime come with
 `make setup`. A side that is not installed is left out, and the section says so.
