@@ -52,11 +52,14 @@ bench: setup  ## every number of docs/benchmarks.md
 llama:  ## llama.cpp, prebuilt for node, for tests of GGUF files
 	mkdir -p .llama && cd .llama && npm install --silent --no-fund --no-audit --ignore-scripts node-llama-cpp@3.22.1
 
-# A venv of its own: serving needs none of it. Its converter loads a model with transformers.
-peers:  ## CTranslate2, for the ladder of benchmarks/engine.py
+# A venv of its own: optimum-intel, which exports MPT for OpenVINO, takes no newer transformers. It asks for torchvision
+# too, which it does without, and which does not load beside a torch of another index.
+peers:  ## CTranslate2 and OpenVINO, for the ladder of benchmarks/engine.py
 	test -x .peers/bin/python || $(PYTHON) -m venv .peers
 	echo '*' > .peers/.gitignore
-	.peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2==4.8.5 torch transformers
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check ctranslate2==4.8.5 openvino==2026.4.1 \
+		openvino-genai==2026.4.1.0 optimum-intel==2.2.0 nncf==3.4.0 torch==2.13.0 transformers==5.5.4
+	.peers/bin/python -m pip uninstall --quiet --yes torchvision
 
 # A venv of its own: Triton's python backend needs numpy < 2.
 triton:  ## a Triton server for CPU, for tests of model repositories and `mpt serve --model triton://`

@@ -16,35 +16,38 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
+from conversion.formats import gguf_file
+from conversion.open import open_source
 from mpt.catalog import resolve
+from mpt.config import MPTConfig
 from mpt.gguf.ggml_types import BLOCK_TYPES
 from mpt.gguf.model import gguf_name
-from mpt.tokenizer import Tokenizer
 
 SHAPES = {"7b": (4096, 32, 32), "1b": (2048, 24, 16)}  # width, layers, heads
 VOCAB, CONTEXT, PROMPT = 50_432, 2048, "What is the capital of France? Answer in one word, please."
 LIMIT_S, LIMIT_MB = 15.0, 600
 _LATER_TOKENS = 32
+_SCALES = {"Q4_0": 0.002, "Q8_0": 0.000125}  # of each block: random integers of either kind then spread by 0.009
 
 
-def write(path: Path, shape: tuple[int, int, int], kind: str) -> None:
-    """A file of random blocks whose values are small, with the tiny family's tokenizer."""
+def write(path: Path, shape: tuple[int, int, int], kind: str, context_length: int = CONTEXT) -> None:
+    """A file of random blocks whose values are small, with the tiny family's tokenizer; llama.cpp reads it too."""
     d_model, n_layers, n_heads = shape
+    config = MPTConfig(
+        d_model=d_model, n_layers=n_layers, n_heads=n_heads, vocab_size=VOCAB, max_seq_len=context_length
+    )
+    described = replace(open_source(resolve("mpt-tiny")), config=config)
+    assert described.tokenizer is not None
     writer: Any = gguf.GGUFWriter(str(path), "mpt")
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(d_model)
-    writer.add_block_count(n_layers)
-    writer.add_feed_forward_length(4 * d_model)
-    writer.add_head_count(n_heads)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_max_alibi_bias(8.0)
-    writer.add_string("tokenizer.huggingface.json", Tokenizer.from_folder(resolve("mpt-tiny")).to_json())
+    gguf_file.add_keys(writer, described, kind)
+    gguf_file.add_tokenizer(writer, described, described.tokenizer)
     matrices = {"transformer.wte.weight": (VOCAB, d_model)}
     norms = ["transformer.norm_f.weight"]
     for n in range(n_layers):
@@ -69,7 +72,7 @@ def write(path: Path, shape: tuple[int, int, int], kind: str) -> None:
     rng = np.random.default_rng(0)
     for n_out, n_in in matrices.values():
         blocks = rng.integers(0, 256, (n_out * n_in // block_type.n_values, block_type.n_bytes), dtype=np.uint8)
-        blocks[:, :2] = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)  # the scale, so that values stay small
+        blocks[:, :2] = np.frombuffer(np.float16(_SCALES[kind]).tobytes(), np.uint8)
         writer.write_tensor_data(blocks.reshape(n_out, -1))
     for _ in norms:
         writer.write_tensor_data(np.ones(d_model, np.float32))

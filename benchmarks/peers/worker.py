@@ -15,7 +15,8 @@ from benchmarks.peers.cells import MARK
 
 START_LIMIT_S = 600.0  # to load a model
 _POLL_S = 0.2
-_LEAST_FREE_BYTES = 1_500_000_000  # below it the process is ended, before Linux chooses one to end
+_ROOT = Path(__file__).parents[2]
+LEAST_FREE_BYTES = 1_500_000_000  # below it the process is ended, before Linux chooses one to end
 
 
 class Over(Exception):
@@ -38,6 +39,7 @@ class Worker:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": str(_ROOT),  # this tree's code, wherever the interpreter has one installed
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
         }
@@ -66,6 +68,11 @@ class Worker:
             raise Failed(self._last_words()) from None
         return self._next(limit_s)
 
+    def peak_bytes(self) -> int:
+        """The most memory that the process has had resident, pages of mapped files among it."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -90,7 +97,7 @@ class Worker:
             try:
                 line = self._lines.get(timeout=_POLL_S)
             except queue.Empty:
-                if available_bytes() < _LEAST_FREE_BYTES:
+                if available_bytes() < LEAST_FREE_BYTES:
                     self._process.kill()
                     raise Failed("out of memory") from None
                 if time.monotonic() > until:

@@ -59,8 +59,8 @@ def write(source: Source, out: Path, dtype: str, options: Options, advance: Call
         raise UserError(f"`{source.path}` has no tokenizer, and GGUF holds one; give --tokenizer FOLDER")
     quantisation = _QUANTISATIONS[dtype]
     writer: Any = gguf.GGUFWriter(str(out / "model.gguf"), ARCHITECTURE)
-    _add_keys(writer, source, quantisation)
-    _add_tokenizer(writer, source, source.tokenizer)
+    add_keys(writer, source, quantisation)
+    add_tokenizer(writer, source, source.tokenizer)
     ordered = list(source.tensors.items())
     kinds = {name: _kind(name, tensor, quantisation) for name, tensor in ordered}
     for name, tensor in ordered:
@@ -114,7 +114,8 @@ def _encoded(values: Tensor, kind: str, name: str, tensor: Lazy) -> "np.ndarray[
     return gguf.quants.quantize(values.float().numpy(), gguf.GGMLQuantizationType[kind])
 
 
-def _add_keys(writer: Any, source: Source, quantisation: str) -> None:
+def add_keys(writer: Any, source: Source, quantisation: str) -> None:
+    """Write what llama.cpp must know of a model whose matrices are of a type."""
     import gguf
 
     config, attention = source.config, source.config.attention
@@ -135,7 +136,8 @@ def _add_keys(writer: Any, source: Source, quantisation: str) -> None:
     writer.add_file_type(getattr(gguf.LlamaFileType, {"F32": "ALL_F32"}.get(quantisation, f"MOSTLY_{quantisation}")))
 
 
-def _add_tokenizer(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
+def add_tokenizer(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer as llama.cpp reads it, with a token for every row of the embedding, and whole for us."""
     described = json.loads(tokenizer.to_json())
     names = {token_id: token for token, token_id in described["model"]["vocab"].items()}
     added = {entry["id"]: entry for entry in described["added_tokens"]}
