@@ -68,9 +68,13 @@ class Worker:
             raise Failed(self._last_words()) from None
         return self._next(limit_s)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def peak_bytes(self) -> int:
         """The most memory that the process has had resident, pages of mapped files among it."""
-        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
     def close(self) -> None:
