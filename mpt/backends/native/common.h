@@ -71,13 +71,13 @@ typedef enum {
 
 typedef struct {
     const void *weight; /* (n_out, n_in) row-major, in the format */
-    const bf16 *scale;  /* (n_out) of INT8_ROWS, else NULL */
-    const bf16 *bias;   /* (n_out) or NULL */
+    const float *scale; /* (n_out) of INT8_ROWS, else NULL */
+    const float *bias;  /* (n_out) or NULL */
     int32_t n_out, n_in, format;
 } Linear;
 
 typedef struct {
-    const bf16 *weight, *bias; /* (C) each; bias may be NULL; weight is NULL where the model has no such norm */
+    const float *weight, *bias; /* (C) each; bias may be NULL; weight is NULL where the model has no such norm */
 } Norm;
 
 typedef struct { /* an adapter's part of one projection: y += b a x */

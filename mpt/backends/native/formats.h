@@ -198,7 +198,7 @@ static inline void unpack(const Linear *linear, size_t row, int k0, int n, uint8
     const BlockFormat *format = BLOCK_FORMATS + linear->format;
     const uint8_t *block = block_at(linear, row, k0);
     if (linear->format == INT8_ROWS) {
-        const float scale = wide(linear->scale[row]);
+        const float scale = linear->scale[row];
         for (int i = 0; i < n; i++) codes[i] = (uint8_t)(block[i] + ADDED);
         for (int g = 0; g < n / 32; g++) a[g] = scale, b[g] = ADDED * scale;
         return;

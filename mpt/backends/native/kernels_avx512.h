@@ -244,14 +244,14 @@ static inline __attribute__((always_inline)) void four_int8_rows(const int8_t *c
 }
 
 /* n_rows rows of n int8 weights, `stride` apart, with a scale each, from input `at` on, times T tokens. */
-static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const bf16 *scales, int n, size_t ahead,
+static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const float *scales, int n, size_t ahead,
                           const Coded *tokens, int at, int T, int is_first, float *sums) {
     for (int r = 0; r < n_rows; r += 4) {
         const int8_t *four[4];
         float own[4];
         for (int i = 0; i < 4; i++) {
             const int row = r + i < n_rows ? r + i : r;
-            four[i] = rows + row * stride, own[i] = wide(scales[row]);
+            four[i] = rows + row * stride, own[i] = scales[row];
         }
         const __m128 s = _mm_loadu_ps(own);
         const char *next = (const char *)four[0] + ahead;

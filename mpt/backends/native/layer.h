@@ -27,9 +27,9 @@ static void normalize_one(const float *x, Norm norm, float eps, int n, float *ou
     for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     const float factor = 1.0f / sqrtf(squares / n + eps);
     if (norm.bias)
-        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]) + wide(norm.bias[i]);
+        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
     else
-        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]);
+        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * norm.weight[i];
 }
 
 typedef struct { /* of one layer, for the functions below */

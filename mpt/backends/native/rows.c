@@ -18,10 +18,12 @@
  * multiplies integers; a prompt widens each strip of blocks to bfloat16 once for all its tokens. No bit of a
  * token's result depends on which other tokens share the step: every sum runs in its own fixed order.
  */
-#include "layer.h"
-#include "kernels.h"
+#include "common.h"
 
 #if !AMX
+
+#include "layer.h"
+#include "kernels.h"
 
 enum {
     MOST_AHEAD = 1 << 15,  /* bytes */
@@ -260,7 +262,7 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
         for (int token = 0; token < T; token++) {
             float *values = own->sums + (size_t)token * STRIP;
             if (linear->bias)
-                for (int i = 0; i < n; i++) values[i] += wide(linear->bias[n0 + i]);
+                for (int i = 0; i < n; i++) values[i] += linear->bias[n0 + i];
             if (adapted.n) add_adapted(&adapted, token, N, n0, n, values);
             if (target == TO_GELU) {
                 float *to = next->plain + (size_t)token * N + n0;

@@ -50,7 +50,7 @@ class RowMemory:
 
 
 class NativeStep:
-    """A model's steps. Holds pointers into the model's tensors, which must stay where they are."""
+    """A model's steps. Holds pointers into the model's tensors, which must stay where and as they are."""
 
     def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, variant: str | None = None) -> None:
         """drop: the share of a query's attention that may be left out with old keys. variant: another one of those that
@@ -167,10 +167,14 @@ class NativeStep:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _floats(self, vector: Tensor | None) -> int | None:
+        """Of a norm, a bias or scales in float32, the one kind that C takes; a copy unless they are float32."""
+        return None if vector is None else self._pointer(vector.detach().float())
+
     def _norm(self, norm: nn.LayerNorm | None) -> structures.Norm:
         if norm is None:
             return structures.Norm()
-        return structures.Norm(self._pointer(norm.weight), self._pointer(norm.bias))
+        return structures.Norm(self._floats(norm.weight), self._floats(norm.bias))
 
     def _linear(self, linear: nn.Linear) -> structures.Linear:
         bias = linear.bias
@@ -184,7 +188,7 @@ class NativeStep:
         if isinstance(linear, Int8Linear):
             scale, kind = linear.scale, "INT8_ROWS"
         shape = linear.out_features, linear.in_features
-        pointers = map(self._pointer, (weight, scale, bias))
+        pointers = self._pointer(weight), self._floats(scale), self._floats(bias)
         return structures.Linear(*pointers, *shape, structures.FORMATS.index(kind))
 
     def _layer(self, block: Any) -> structures.Layer:

@@ -171,8 +171,8 @@ static void normalize(const float *x, int C, Norm norm, float eps, bf16 *inputs,
         __m512 pair[2];
         for (int i = 0; i < 2; i++) {
             const __m512 off = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(x + (k + i) * PANEL), mean), factor);
-            const __m512 bias = _mm512_set1_ps(norm.bias ? wide(norm.bias[k + i]) : 0.0f);
-            pair[i] = _mm512_fmadd_ps(off, _mm512_set1_ps(wide(norm.weight[k + i])), bias);
+            const __m512 bias = _mm512_set1_ps(norm.bias ? norm.bias[k + i] : 0.0f);
+            pair[i] = _mm512_fmadd_ps(off, _mm512_set1_ps(norm.weight[k + i]), bias);
         }
         _mm512_store_si512(tile_of(inputs, C, panel, k), pairs(pair[0], pair[1]));
     }
@@ -307,8 +307,8 @@ static inline void write_out(const Pass *pass, int layer, const Linear *linear, 
     __m512 values[PANEL];
     for (int r = 0; r < PANEL; r++) {
         values[r] = _mm512_load_ps(sums + r * PANEL);
-        if (linear->scale) values[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(wide(linear->scale[n0 + r])));
-        if (with_bias) values[r] = _mm512_add_ps(values[r], _mm512_set1_ps(wide(linear->bias[n0 + r])));
+        if (linear->scale) values[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(linear->scale[n0 + r]));
+        if (with_bias) values[r] = _mm512_add_ps(values[r], _mm512_set1_ps(linear->bias[n0 + r]));
     }
     for (int i = 0; lora && i < lora->rank; i++) {
         const __m512 low = _mm512_loadu_ps(pass->step->low + ((size_t)panel * pass->step->max_rank + i) * PANEL);

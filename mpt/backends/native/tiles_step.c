@@ -11,15 +11,17 @@
  * Python the same step spends a third of its time elsewhere: a thread barrier for each operation, kernels that read a
  * matrix at half the memory's speed for a few rows, one attention call for each row.
  *
- * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases and norms are bfloat16.
- * The residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. Inputs of int8
+ * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases, norms,
+ * the residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. Inputs of int8
  * weights become two int8 numbers, 15 bits of a token's largest value, which leaves enough of the others beside an
  * outlier (Dettmers et al. 2022). No bit of a token's result depends on which other tokens share the step: every sum
  * runs in its own fixed order.
  */
-#include "layer.h"
+#include "common.h"
 
 #if AMX
+
+#include "layer.h"
 
 /* -- inputs of products -------------------------------------------------------------------------------------------- */
 
@@ -120,7 +122,7 @@ static void normalize(const float *x, int columns, int panel, Norm norm, float e
     for (int c = 0; c < PANEL; c++) factor[c] = 1.0f / sqrtf(factor[c] / C + eps);
     for (int k = 0; k < C; k += 2) {
         for (int i = 0; i < 2; i++) {
-            const float weight = wide(norm.weight[k + i]), bias = norm.bias ? wide(norm.bias[k + i]) : 0.0f;
+            const float weight = norm.weight[k + i], bias = norm.bias ? norm.bias[k + i] : 0.0f;
             for (int c = 0; c < PANEL; c++)
                 pair[i][c] = (x[(size_t)(k + i) * columns + c] - mean[c]) * factor[c] * weight + bias;
         }
@@ -281,8 +283,8 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
             else
                 multiply(linear, n0, n_outputs / 16, soon, inputs, first, n_here, sums);
             for (int r = 0; r < n_outputs; r++) {
-                const float scale = linear->scale ? wide(linear->scale[n0 + r]) : 1.0f;
-                const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
+                const float scale = linear->scale ? linear->scale[n0 + r] : 1.0f;
+                const float bias = linear->bias ? linear->bias[n0 + r] : 0.0f;
                 float *values = sums + r * 32;
                 for (int c = 0; c < n_columns; c++) values[c] = values[c] * scale + bias;
             }

@@ -67,15 +67,15 @@ def widened(bits: Array) -> Array:
 
 
 def matrix(kind: str, n_out: int, n_in: int) -> tuple[bytes, Array, Array]:
-    """A random matrix as it is stored, the scales of its rows in bfloat16, and its real values."""
+    """A random matrix as it is stored, the scales of its rows, and its real values."""
     random = np.random.default_rng(1)
-    scales = bfloat16(random.uniform(0.01, 0.02, n_out))
+    scales = random.uniform(0.01, 0.02, n_out).astype(np.float32)
     if kind == "BFLOAT16":
         bits = bfloat16(random.standard_normal((n_out, n_in)))
         return bits.tobytes(), scales, widened(bits)
     if kind == "INT8_ROWS":
         codes = random.integers(-127, 128, (n_out, n_in)).astype(np.int8)
-        return codes.tobytes(), scales, codes * widened(scales)[:, None]
+        return codes.tobytes(), scales, codes * scales.astype(np.float64)[:, None]
     block = BLOCK_TYPES[kind]
     data = random.integers(0, 256, (n_out, n_in // block.n_values, block.n_bytes), dtype=np.uint8)
     for at in HALVES.get(kind, (0,)):
