@@ -239,7 +239,7 @@ static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker)
         float *low = adapted.low + (size_t)task * adapted.columns;
         if (r >= lora->rank) continue;
         for (int panel = 0; panel < adapted.columns / PANEL; panel++)
-            dot_panel(lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
+            dot_panel((const bf16 *)lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
     }
     end_loop(worker);
     wait_for_all(worker);
@@ -250,7 +250,7 @@ static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker)
 static __attribute__((noinline)) void add_adapted(const Adapted *adapted, const Lora *lora, const float *low, int N, int n0,
                                                   float *sums) {
     float values[PANEL] = {0};
-    const bf16 *b = lora->b + n0;
+    const bf16 *b = (const bf16 *)lora->b + n0;
     for (int r = 0; r < lora->rank; r++, low += adapted->columns, b += N)
         for (int i = 0; i < PANEL; i++) values[i] += *low * wide(b[i]);
     for (int i = 0; i < PANEL; i++) sums[i * 32] += values[i];

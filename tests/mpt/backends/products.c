@@ -22,7 +22,7 @@ int main(void) {
     Inputs inputs = {.plain = filled((size_t)T * K * 4), .dense = empty((size_t)T * K * sizeof(Dense)),
                      .high = empty((size_t)T * K), .low = empty((size_t)T * K), .steps = empty(T * 4),
                      .sums32 = empty(T * K / 8), .sums16 = empty(T * K / 4), .totals = empty(T * n_chunks(K) * 8)};
-    Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 2), .codes = empty(CHUNK),
+    Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 4), .codes = empty(CHUNK),
                .a = empty(CHUNK), .b = empty(CHUNK)};
     atomic_int *queue = calloc(32, sizeof *queue);
     Team team = {0};
