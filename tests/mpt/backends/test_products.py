@@ -21,14 +21,34 @@ except library.Unavailable as reason:
     FOUND, WHY_NONE = library.Features("", "", frozenset(), (), {}), str(reason)
 pytestmark = pytest.mark.skipif(bool(WHY_NONE), reason=WHY_NONE)
 NATIVE = Path(library.__file__).parent
-PROGRAM = Path(__file__).with_name("products.c")
+PROGRAM, HALVES_PROGRAM = Path(__file__).with_name("products.c"), Path(__file__).with_name("halves.c")
 ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 ARM_FLAGS = {"neon": "-march=armv8.2-a+dotprod", "generic on ARM": "-march=armv8-a"}
-HERE = tuple(variant for variant in FOUND.variants if variant != "amx")
+# `generic` on a machine that has F16C uses it; the oldest processors have none.
+OLDEST = ("generic without F16C",) if "__x86_64__" in FOUND.macros else ()
+EVERY_SET = (*(variant for variant in FOUND.variants if variant != "amx"), *OLDEST, *ARM_FLAGS)
 HALVES = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)
 }  # fmt: skip
 Array = np.ndarray[Any, Any]
+
+
+def compiled(program: Path, name: str, folder: Path) -> list[str]:
+    """The command that runs a program, compiled for a set of kernels."""
+    out = folder / f"{program.stem} {name}"
+    portable = [flag for flag in library._FLAGS if flag != "-march=native"]
+    if name in ARM_FLAGS:
+        if missing := [tool for tool in ARM if shutil.which(tool) is None]:
+            pytest.skip(f"{missing[0]} is not here; Debian has it in gcc-aarch64-linux-gnu and qemu-user")
+        compile_, run = [ARM[0], *portable, ARM_FLAGS[name], "-static"], [ARM[1], str(out)]
+    elif name in OLDEST:
+        compile_, run = [FOUND.compiler, *portable, "-march=x86-64"], [str(out)]
+    else:
+        compile_, run = [FOUND.compiler, *library.flags_of(name, FOUND)], [str(out)]
+    command = [*compile_, "-Wno-unused", f"-I{NATIVE}", str(program), "-o", str(out), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +58,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
     class Programs(dict[str, list[str]]):
         def __missing__(self, name: str) -> list[str]:
-            out = folder / name.replace(" ", "_")
-            if name in ARM_FLAGS:
-                if missing := [tool for tool in ARM if shutil.which(tool) is None]:
-                    pytest.skip(f"{missing[0]} is not here; Debian has it in gcc-aarch64-linux-gnu and qemu-user")
-                flags = [flag for flag in library._FLAGS if flag != "-march=native"]
-                compile_ = [ARM[0], *flags, ARM_FLAGS[name], "-static"]
-                self[name] = [ARM[1], str(out)]
-            else:
-                compile_ = [FOUND.compiler, *library.flags_of(name, FOUND)]
-                self[name] = [str(out)]
-            command = [*compile_, "-Wno-unused", f"-I{NATIVE}", str(PROGRAM), "-o", str(out), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[-2000:]
+            self[name] = compiled(PROGRAM, name, folder)
             return self[name]
 
     return Programs(made)
@@ -100,7 +108,7 @@ def product(command: list[str], kind: str, n_out: int, x: Array, is_prompt: bool
 
 @pytest.mark.parametrize("is_prompt", [False, True], ids=["few", "prompt"])
 @pytest.mark.parametrize("kind", structures.FORMATS)
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", EVERY_SET)
 def test_products_are_those_of_the_real_values(
     programs: dict[str, list[str]], kernels: str, kind: str, is_prompt: bool
 ) -> None:
@@ -118,7 +126,7 @@ def test_products_are_those_of_the_real_values(
 
 
 @pytest.mark.parametrize("kind", structures.FORMATS)
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", EVERY_SET)
 def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
     command = programs[kernels]
     x = np.random.default_rng(3).standard_normal((9, 768))
@@ -128,7 +136,7 @@ def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], ker
     assert np.array_equal(product(command, kind, 40, x[2:7], False)[0], together[2:7])
 
 
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", EVERY_SET)
 @pytest.mark.parametrize("kind", ["FLOAT32", "FLOAT16", "BFLOAT16"])
 def test_no_bit_depends_on_the_way_of_the_weights(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
     """More than eight tokens have them widened beforehand; 2,051 inputs leave some over in the second chunk."""
@@ -138,10 +146,30 @@ def test_no_bit_depends_on_the_way_of_the_weights(programs: dict[str, list[str]]
     assert np.array_equal(product(programs[kernels], kind, 40, x[8:], True)[0], together[8:])
 
 
-@pytest.mark.parametrize("kernels", [*HERE, *ARM_FLAGS])
+@pytest.mark.parametrize("kernels", EVERY_SET)
 @pytest.mark.parametrize("kind", ["FLOAT32", "FLOAT16", "BFLOAT16"])
 @pytest.mark.parametrize("n_in", [1, 7, 33, 50, 100])
 def test_rows_of_any_width(programs: dict[str, list[str]], kernels: str, kind: str, n_in: int) -> None:
     x = widened(bfloat16(np.random.default_rng(4).standard_normal((5, n_in))))
     found, expected = product(programs[kernels], kind, 3, x, True)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max() + 1e-6
+
+
+@pytest.mark.parametrize("kernels", EVERY_SET)
+def test_float16_is_rounded_and_widened_as_numpy_does(kernels: str, tmp_path: Path) -> None:
+    """Every float16 number; of float32 those halfway between two of them, those beside, large and subnormal ones."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    known = every[np.isfinite(every)].astype(np.float32)
+    halfway = (np.sort(known)[1:].astype(np.float64) + np.sort(known)[:-1]) / 2
+    halfway = halfway.astype(np.float32)  # exact
+    ends = np.array([65519.0, 65520.0, -65520.0, 1e9, -1e9, np.inf, -np.inf, np.nan, 1e-9, -1e-9, 1e-40], np.float32)
+    given = np.concatenate([known, halfway, np.nextafter(halfway, np.inf), np.nextafter(halfway, -np.inf), ends])
+    data = np.int32(len(given)).tobytes() + given.astype(np.float32).tobytes()
+    done = subprocess.run(compiled(HALVES_PROGRAM, kernels, tmp_path), input=data, capture_output=True, check=True)
+    found = np.frombuffer(done.stdout[: 2 * len(given)], np.uint16).view(np.float16)
+    with np.errstate(over="ignore"):
+        expected = given.astype(np.float16)
+    np.testing.assert_array_equal(found, expected)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))
+    widened_ = np.frombuffer(done.stdout[2 * len(given) :], np.float32)
+    np.testing.assert_array_equal(widened_, every.astype(np.float32))
