@@ -437,8 +437,8 @@ def attention(request, tmp_path_factory) -> ctypes.CDLL:
         float probe_quantize(const float *x, int D, int8_t *out) {{ return quantize_head(x, D, out); }}
         int64_t probe_attend(const float *queries, int T, const int8_t *kv, const float *scales, int stored, int D,
                              float scale, float slope, float key_norm, float drop, float *out) {{
-            const Stored from = {{kv, kv + stored * D, scales, scales + stored}};
-            return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, 1);
+            const Stored from = {{kv, kv + stored * D, scales, scales + stored, INT8_ROWS}};
+            return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, INT8_ROWS);
         }}
     """)
     probe = ctypes.CDLL(str(library.build(FOUND, library.flags_of(request.param, FOUND), [source])))
