@@ -94,7 +94,7 @@ _EVERY_ATTENTION = Fields(
 )
 _NO_ADAPTERS = "serve a Hugging Face style folder of it in one process"
 _NO_HIDDEN_STATES = "it gives logits and no hidden states; serve a Hugging Face style folder of it in one process"
-_EXACT_ONLY = "a draft guesses for a bfloat16 model that runs in C on CPU; leave `--draft` out"
+_EXACT_ONLY = "a draft guesses for a model whose steps run in C, on CPU; leave `--draft` out"
 
 # -- the backends ------------------------------------------------------------------------------------------------------
 

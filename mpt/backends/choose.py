@@ -108,7 +108,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device)
     assert choice.backend in ("torch", "paged"), choice
     pack = None
-    if choice.stay_packed:  # packed anew only for C, which is one of bfloat16
+    if choice.stay_packed:  # packed anew only for C, which multiplies with blocks in bfloat16 models
         pack = rounding.in_blocks if choice.dtype == torch.bfloat16 else as_it_lies
     elif options.quantize == "int4":
         pack = rounding.four_bits
@@ -132,7 +132,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     """A model in this process on CPU: C where it can, torch elsewhere."""
     dtype = _dtype(folder, config, options, "cpu")
     packed = packed_as = tuple(packed_sizes(folder))
-    if dtype == torch.bfloat16:  # which C computes
+    if dtype == torch.bfloat16:  # in which C multiplies with blocks
         packed_as = tuple(packed_sizes(folder, to_run=True))
     if options.quantize is not None:  # which rounds the real values
         packed = packed_as = rounding.KINDS if options.quantize == "int4" else ()
@@ -151,8 +151,8 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
         )
     if options.draft is not None and why_not is not None:
         raise UserError(
-            f"a draft guesses for a bfloat16 model that runs in C on CPU, which `{options.root}` is not "
-            f"({why_not}); leave `--draft` out"
+            f"a draft guesses for a model whose steps run in C, which those of `{options.root}` cannot ({why_not}); "
+            "leave `--draft` out"
         )
     if why_not:
         few, prompt = Step("few tokens", "torch", why_not), Step("prompt", "torch", why_not)

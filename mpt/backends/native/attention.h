@@ -1,11 +1,11 @@
 /* Attention of one head of one row for few queries, of up to MAX_TOKENS; tiles_prompt.c has its own for many, in tiles.
  *
- *   dots, dots_int8    scores: a query times keys
- *   add, add_int8      weights times values
- *   attend             both, block by block, from the newest key to the oldest
+ *   dots, dots_float, dots_int8    scores: a query times keys
+ *   add, add_float, add_int8       weights times values
+ *   attend                         both, block by block, from the newest key to the oldest
  *
- * Keys and values are stored in bfloat16, or in int8 with one scale for each head and position. With int8 the queries
- * and the weights are not rounded; with bfloat16 the queries are.
+ * Keys and values are stored in the model's format, or in int8 with one scale for each head and position. Queries are
+ * rounded beside bfloat16 alone, weights never. float16 becomes float32 by blocks, once for all queries.
  */
 #pragma once
 #include "common.h"
@@ -45,6 +45,32 @@ static inline void dots(const bf16 *query, const bf16 *keys, int n, int D, float
 #endif
 }
 
+/* The same for float32. */
+static inline void dots_float(const float *query, const float *keys, int n, int D, float *out) {
+    for (int j = 0; j < n; j += 4) {
+        const float *k0 = keys + (size_t)j * D, *k1 = j + 1 < n ? k0 + D : k0, *k2 = j + 2 < n ? k1 + D : k0,
+                    *k3 = j + 3 < n ? k2 + D : k0;
+#if AVX512
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+        for (int d = 0; d < D; d += 16) {
+            const __mmask16 mask = D - d >= 16 ? 0xffff : ((__mmask16)1 << (D - d)) - 1;
+            const int is_whole = D - d >= 16;
+#define LOAD(from) (is_whole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(mask, from))
+            const __m512 q = LOAD(query + d);
+            s0 = _mm512_fmadd_ps(LOAD(k0 + d), q, s0), s1 = _mm512_fmadd_ps(LOAD(k1 + d), q, s1);
+            s2 = _mm512_fmadd_ps(LOAD(k2 + d), q, s2), s3 = _mm512_fmadd_ps(LOAD(k3 + d), q, s3);
+#undef LOAD
+        }
+        _mm_storeu_ps(out + j, sums_of(s0, s1, s2, s3));
+#else
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        for (int d = 0; d < D; d++)
+            s0 += query[d] * k0[d], s1 += query[d] * k1[d], s2 += query[d] * k2[d], s3 += query[d] * k3[d];
+        out[j] = s0, out[j + 1] = s1, out[j + 2] = s2, out[j + 3] = s3;
+#endif
+    }
+}
+
 /* The same for int8 keys without their scales; the query as it is. */
 static inline void dots_int8(const float *query, const int8_t *keys, int n, int D, float *out) {
 #if AVX512
@@ -78,6 +104,15 @@ static inline void add(const float *weights, const bf16 *values, int n, int D, f
                    *v3 = j + 3 < n ? v2 + D : v0;
         const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
         for (int d = 0; d < D; d++) acc[d] += w0 * wide(v0[d]) + w1 * wide(v1[d]) + w2 * wide(v2[d]) + w3 * wide(v3[d]);
+    }
+}
+
+static inline void add_float(const float *weights, const float *values, int n, int D, float *acc) {
+    for (int j = 0; j < n; j += 4) {
+        const float *v0 = values + (size_t)j * D, *v1 = j + 1 < n ? v0 + D : v0, *v2 = j + 2 < n ? v1 + D : v0,
+                    *v3 = j + 3 < n ? v2 + D : v0;
+        const float w0 = weights[j], w1 = weights[j + 1], w2 = weights[j + 2], w3 = weights[j + 3];
+        for (int d = 0; d < D; d++) acc[d] += w0 * v0[d] + w1 * v1[d] + w2 * v2[d] + w3 * v3[d];
     }
 }
 
@@ -116,20 +151,24 @@ static inline void prefetch(const void *from, size_t n_bytes) {
  *
  * ALiBi makes old keys count less. As |q.k| <= |q| max|k|, no key at distance d or more scores above |q| max|k| scale -
  * slope d, and all of them together weigh less than e^(that - best) / (1 - e^-slope). Once that is under `drop` times
- * `total`, the remaining keys are left out. */
+ * `total`, the remaining keys are left out.
+ *
+ * format: that of `from`, a constant. Queries are bf16 beside BFLOAT16, else float. */
 static inline __attribute__((always_inline)) int64_t attend(const void *queries, int T, Stored from, int stored, int D,
                                                             float scale, float slope, float key_norm, float drop,
-                                                            float *out, int out_stride, const int is_int8) {
-    const size_t size = is_int8 ? 1 : sizeof(bf16);
+                                                            float *out, int out_stride, const Format format) {
+    const int is_int8 = format == INT8_ROWS, is_bf16 = format == BFLOAT16, widens = format == FLOAT16;
+    const size_t size = is_int8 ? 1 : number_bytes(format);
     const char *keys = from.keys, *values = from.values;
     float best[MAX_TOKENS], total[MAX_TOKENS], bound[MAX_TOKENS];
     _Alignas(64) float acc[MAX_TOKENS][MAX_HEAD], weights[KEYS];
+    _Alignas(64) float wide_keys[widens ? KEYS * D : 1], wide_values[widens ? KEYS * D : 1];
     int64_t n_read = 0;
     int n_open = T;
     for (int t = 0; t < T; t++) {
         float square = 0;
         for (int d = 0; d < D; d++) {
-            const float q = is_int8 ? ((const float *)queries)[t * D + d] : wide(((const bf16 *)queries)[t * D + d]);
+            const float q = is_bf16 ? wide(((const bf16 *)queries)[t * D + d]) : ((const float *)queries)[t * D + d];
             square += q * q, acc[t][d] = 0;
         }
         best[t] = -1e30f, total[t] = 0;
@@ -143,6 +182,12 @@ static inline __attribute__((always_inline)) int64_t attend(const void *queries,
         if (is_int8) prefetch(from.value_scales + start, n_block * sizeof(float));
         if (start) prefetch(block_keys - KEYS * size * D, KEYS * size * D);
         if (is_int8 && start) prefetch(from.key_scales + start - KEYS, KEYS * sizeof(float));
+        if (widens) {
+            widen_halves((const fp16 *)block_keys, n_block * D, wide_keys);
+            widen_halves((const fp16 *)block_values, n_block * D, wide_values);
+        }
+        const float *float_keys = widens ? wide_keys : (const float *)block_keys;
+        const float *float_values = widens ? wide_values : (const float *)block_values;
         for (int t = 0; t < T; t++) {
             const int own = stored - T + t; /* the query's position, and the last key that it may see */
             const int n = (own + 1 < start + KEYS ? own + 1 : start + KEYS) - start;
@@ -151,8 +196,10 @@ static inline __attribute__((always_inline)) int64_t attend(const void *queries,
             if (is_int8) {
                 dots_int8((const float *)queries + t * D, (const int8_t *)block_keys, n, D, weights);
                 for (int j = 0; j < n; j++) weights[j] *= from.key_scales[start + j];
-            } else {
+            } else if (is_bf16) {
                 dots((const bf16 *)queries + t * D, (const bf16 *)block_keys, n, D, weights);
+            } else {
+                dots_float((const float *)queries + t * D, float_keys, n, D, weights);
             }
             for (int j = 0; j < n; j++) weights[j] = weights[j] * scale - slope * (own - start - j);
             top = largest_of(weights, n, top);
@@ -167,8 +214,10 @@ static inline __attribute__((always_inline)) int64_t attend(const void *queries,
             if (is_int8) {
                 for (int j = 0; j < n; j++) weights[j] *= from.value_scales[start + j];
                 add_int8(weights, (const int8_t *)block_values, n, D, acc[t]);
-            } else {
+            } else if (is_bf16) {
                 add(weights, (const bf16 *)block_values, n, D, acc[t]);
+            } else {
+                add_float(weights, float_values, n, D, acc[t]);
             }
             n_read += n;
             const float rest = bound[t] - slope * (own - start + 1) - top;

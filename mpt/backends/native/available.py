@@ -21,9 +21,12 @@ from mpt.backends.native.structures import (
 )
 from mpt.config import MPTConfig
 
-__all__ = ["Features", "ModelFacts", "Unavailable", "features", "prompt_variant", "step_variant", "why_no_step"]
+__all__ = [
+    "FORMAT_OF", "Features", "ModelFacts", "Unavailable", "features", "prompt_variant", "step_variant", "why_no_step"
+]  # fmt: skip
 
-
+# How C calls the dtypes that it computes models in.
+FORMAT_OF = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 # What of `AttentionSpec` the C code computes: a field that is new is not ignored there.
 _ATTENTION = frozenset({"n_heads", "n_kv_heads", "d_head", "scale", "alibi_bias_max", "clip_qkv", "qk_ln"})
 
@@ -92,8 +95,10 @@ def _why_never(config: MPTConfig, facts: ModelFacts) -> str | None:
     if facts["is_shared"]:
         return "a model shared over processes adds up their parts between its layers"
     dtype, device_type = facts["dtype"], torch.device(facts["device"]).type
-    if device_type != "cpu" or dtype != torch.bfloat16:
-        return f"C is for bfloat16 on CPU, and this model is {str(dtype).removeprefix('torch.')} on {device_type}"
+    if device_type != "cpu" or dtype not in FORMAT_OF:
+        return f"C is for float32, float16 and bfloat16 on CPU, and this model is {_name(dtype)} on {device_type}"
+    if dtype != torch.bfloat16 and (facts["packed"] or facts["int8_weights"]):
+        return f"C multiplies with quantised weights in bfloat16 models, and the rest of this one is {_name(dtype)}"
     unknown = [kind for kind in facts["packed"] if kind not in FORMATS]
     if unknown:
         return f"the weights stay packed ({unknown[0]}), which C does not multiply with"
@@ -110,6 +115,8 @@ def _why_never(config: MPTConfig, facts: ModelFacts) -> str | None:
 
 def _not_in_tiles(config: MPTConfig, facts: ModelFacts) -> str | None:
     """Why AMX's tiles do not compute it."""
+    if facts["dtype"] != torch.bfloat16:
+        return f"AMX's tiles multiply bfloat16 and int8, and this model is {_name(facts['dtype'])}"
     if facts["packed"]:
         return f"AMX's tiles do not take weights that stay packed ({facts['packed'][0]})"
     for name, (n_out, n_in) in _products(config).items():
@@ -117,6 +124,10 @@ def _not_in_tiles(config: MPTConfig, facts: ModelFacts) -> str | None:
             multiples = f"multiples of {N_OUT_MULTIPLE} and {N_IN_MULTIPLE} (int8: {N_IN_MULTIPLE_INT8})"
             return f"AMX's tiles take {multiples}, and `{name}` is {n_out} x {n_in}"
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _products(config: MPTConfig) -> dict[str, tuple[int, int]]:

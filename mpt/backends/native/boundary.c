@@ -21,7 +21,7 @@ const Place *mpt_places(void) {
         WHOLE(Lora), FIELD(Lora, a), FIELD(Lora, b), FIELD(Lora, rank),
         WHOLE(Layer), FIELD(Layer, norm_1), FIELD(Layer, norm_2), FIELD(Layer, q_ln), FIELD(Layer, k_ln),
         FIELD(Layer, wqkv), FIELD(Layer, out_proj), FIELD(Layer, up_proj), FIELD(Layer, down_proj),
-        WHOLE(Model), FIELD(Model, n_layers), FIELD(Model, d_model), FIELD(Model, n_heads), FIELD(Model, n_kv_heads),
+        WHOLE(Model), FIELD(Model, format), FIELD(Model, n_layers), FIELD(Model, d_model), FIELD(Model, n_heads), FIELD(Model, n_kv_heads),
         FIELD(Model, d_head), FIELD(Model, d_ffn), FIELD(Model, eps), FIELD(Model, softmax_scale),
         FIELD(Model, clip_qkv), FIELD(Model, slopes), FIELD(Model, layers), FIELD(Model, norm_f), FIELD(Model, head),
         WHOLE(Step), FIELD(Step, n_tokens), FIELD(Step, n_rows), FIELD(Step, n_logits), FIELD(Step, n_threads),
@@ -46,8 +46,9 @@ const Constant *mpt_constants(void) {
     static const Constant constants[] = {
         CONSTANT(PANEL), CONSTANT(MAX_TOKENS), CONSTANT(MAX_HEAD), CONSTANT(N_OUT_MULTIPLE), CONSTANT(N_IN_MULTIPLE),
         CONSTANT(N_IN_MULTIPLE_INT8), CONSTANT(WQKV), CONSTANT(OUT_PROJ), CONSTANT(UP_PROJ), CONSTANT(DOWN_PROJ),
-        CONSTANT(BFLOAT16), CONSTANT(INT8_ROWS), CONSTANT(Q4_0), CONSTANT(Q4_1), CONSTANT(Q5_0), CONSTANT(Q5_1),
-        CONSTANT(Q8_0), CONSTANT(Q2_K), CONSTANT(Q3_K), CONSTANT(Q4_K), CONSTANT(Q5_K), CONSTANT(Q6_K), CONSTANT(IQ4_NL),
+        CONSTANT(FLOAT32), CONSTANT(FLOAT16), CONSTANT(BFLOAT16), CONSTANT(INT8_ROWS), CONSTANT(Q4_0), CONSTANT(Q4_1),
+        CONSTANT(Q5_0), CONSTANT(Q5_1), CONSTANT(Q8_0), CONSTANT(Q2_K), CONSTANT(Q3_K), CONSTANT(Q4_K), CONSTANT(Q5_K),
+        CONSTANT(Q6_K), CONSTANT(IQ4_NL),
         {NULL, 0},
     };
     return constants;

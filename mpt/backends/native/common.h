@@ -2,7 +2,7 @@
  *
  *   variants      which instructions the code is written for, by what the compiler predefines
  *   structures    what Python fills in: a model, a step (structures.py declares the same for ctypes)
- *   numbers       rounding to bfloat16, exp, GELU
+ *   numbers       rounding to bfloat16 and float16, and back; exp, GELU
  *   KV cache      where a key lies, how it is quantized and stored
  *   tiles         how AMX is set up
  *
@@ -22,7 +22,6 @@
  * loader compares. */
 #if defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define AVX512 1
-#include <immintrin.h>
 #else
 #define AVX512 0
 #endif
@@ -45,6 +44,11 @@
 #define AVX2_VNNI 1
 #else
 #define AVX2_VNNI 0
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define NEON 1 /* with the dot products of int8 */
@@ -71,26 +75,29 @@ enum {
 };
 
 typedef uint16_t bf16;
+typedef uint16_t fp16; /* IEEE float16 */
 
 /* What a matrix is stored in; FORMATS in structures.py has the same order. Ggml's blocks are in formats.h. */
 typedef enum {
-    BFLOAT16, INT8_ROWS, /* int8 with a scale for each output */
+    FLOAT32, FLOAT16, BFLOAT16,
+    INT8_ROWS, /* int8 with a scale for each output */
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, N_FORMATS
 } Format;
 
 typedef struct {
     const void *weight; /* (n_out, n_in) row-major, in the format */
-    const bf16 *scale;  /* (n_out) of INT8_ROWS, else NULL */
-    const bf16 *bias;   /* (n_out) or NULL */
+    const float *scale; /* (n_out) of INT8_ROWS, else NULL */
+    const float *bias;  /* (n_out) or NULL */
     int32_t n_out, n_in, format;
 } Linear;
 
 typedef struct {
-    const bf16 *weight, *bias; /* (C) each; bias may be NULL; weight is NULL where the model has no such norm */
+    const float *weight, *bias; /* (C) each; bias may be NULL; weight is NULL where the model has no such norm */
 } Norm;
 
 typedef struct { /* an adapter's part of one projection: y += b a x */
-    const bf16 *a, *b; /* (rank, n_in) and, transposed and with the scale in it, (rank, n_out) */
+    const void *a, *b; /* (rank, n_in) and, transposed and with the scale in it, (rank, n_out); float32 in a model of
+                        * float32 or float16, else bfloat16 */
     int32_t rank;      /* 0: the adapter has no part of this projection */
 } Lora;
 
@@ -103,6 +110,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
+    int32_t format; /* FLOAT32, FLOAT16 or BFLOAT16: of weights that are not quantized, and of the KV cache */
     int32_t n_layers, d_model, n_heads, n_kv_heads, d_head, d_ffn;
     float eps, softmax_scale, clip_qkv; /* clip_qkv 0: none */
     const float *slopes;                /* (H) ALiBi, or NULL */
@@ -118,8 +126,8 @@ typedef struct {
     const int32_t *row_tokens;  /* (rows) tokens of each row, in the order of x */
     const int32_t *row_length;  /* (rows) positions stored before this step */
     const int32_t *row_capacity;
-    void *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) bfloat16, or int8 with scales */
-    float *const *kv_scale;     /* (rows, layers) each (2, KV heads, capacity): value = int8 * scale; NULL: bfloat16 */
+    void *const *kv;            /* (rows, layers) each (2, KV heads, capacity, D) in the model's format, or int8 with scales */
+    float *const *kv_scale;     /* (rows, layers) each (2, KV heads, capacity): value = int8 * scale; NULL: no int8 */
     float *const *key_norm;     /* (rows) each (layers, KV heads): largest |k| stored; updated */
     const Lora *adapters;       /* (adapters, layers, N_PROJECTIONS) of all adapters that rows of this step use */
     const int32_t *row_adapter; /* (rows) the index of each row's adapter, or -1 */
@@ -132,6 +140,12 @@ typedef struct {
 } Step;
 
 /* -- numbers ------------------------------------------------------------------------------------------------------- */
+
+/* Whether products multiply these weights with inputs in float32, as they are. */
+static inline int is_float(Format format) { return format == FLOAT32 || format == FLOAT16; }
+
+/* Bytes of one number; 0 where a format is no plain number. */
+static inline int number_bytes(Format format) { return format == FLOAT32 ? 4 : format <= BFLOAT16 ? 2 : 0; }
 
 static inline float wide(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -167,6 +181,74 @@ static inline void narrow_all(const float *x, int n, bf16 *out) {
         _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
 #endif
     for (; i < n; i++) out[i] = narrow(x[i]);
+}
+
+static inline float half(const void *at) { /* a float16 number */
+    fp16 bits;
+    memcpy(&bits, at, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+    __fp16 value;
+    memcpy(&value, &bits, 2);
+    return value;
+#else /* without a branch, so that loops over it become vectors */
+    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, size = (uint32_t)(bits & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &size, 4);
+    value *= 0x1p112f; /* the exponents begin 112 apart */
+    uint32_t found;
+    memcpy(&found, &value, 4);
+    found |= sign | (size >= 0x0f800000 ? 0x7f800000 : 0); /* infinite or NaN */
+    memcpy(&value, &found, 4);
+    return value;
+#endif
+}
+
+static inline fp16 halved(float x) { /* to nearest, ties to even */
+#if defined(__F16C__)
+    return _cvtss_sh(x, 0);
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+    const __fp16 value = (__fp16)x;
+    fp16 found;
+    memcpy(&found, &value, 2);
+    return found;
+#else
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (fp16)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (fp16)(sign | 0x7c00); /* from 65520 on */
+    if (size < 0x38800000) return (fp16)(sign | (uint32_t)__builtin_rintf(__builtin_fabsf(x) * 0x1p24f)); /* subnormal */
+    return (fp16)(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+#endif
+}
+
+/* n float16 numbers in float32. */
+static inline void widen_halves(const fp16 *x, int n, float *out) {
+    int i = 0;
+#if AVX512
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i))));
+#elif defined(__ARM_NEON)
+    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vld1_f16((const __fp16 *)(x + i))));
+#endif
+    for (; i < n; i++) out[i] = half(x + i);
+}
+
+static inline void widen_numbers(Format format, const void *x, int n, float *out) {
+    if (format == FLOAT32) memcpy(out, x, n * sizeof *out);
+    if (format == FLOAT16) widen_halves(x, n, out);
+    for (int i = 0; i < n && format == BFLOAT16; i++) out[i] = wide(((const bf16 *)x)[i]);
+}
+
+/* n numbers stored in a model's format. */
+static inline void narrow_to(Format format, const float *x, int n, void *out) {
+    if (format == FLOAT32) memcpy(out, x, n * sizeof *x);
+    if (format == BFLOAT16) narrow_all(x, n, out);
+    for (int i = 0; i < n && format == FLOAT16; i++) ((fp16 *)out)[i] = halved(x[i]);
 }
 
 /* The largest of n numbers and `most`. In 16 lanes: gcc makes no vectors of a single running maximum, and the scalar
@@ -229,10 +311,11 @@ static inline float gelu_(float x) {
 
 /* -- the KV cache -------------------------------------------------------------------------------------------------- */
 
-/* What is stored of one key head of one row: keys and values, (positions, D) each, bfloat16, or int8 with scales. */
+/* What is stored of one key head of one row: keys and values, (positions, D) each. */
 typedef struct {
     void *keys, *values;
-    float *key_scales, *value_scales; /* (positions), or NULL */
+    float *key_scales, *value_scales; /* (positions) of int8, else NULL */
+    Format format;                    /* the model's, where it is not int8 */
 } Stored;
 
 static inline Stored stored_of(const Model *model, const Step *step, int layer, int row, int g) {
@@ -241,10 +324,11 @@ static inline Stored stored_of(const Model *model, const Step *step, int layer, 
     if (step->kv_scale) {
         int8_t *numbers = step->kv[at];
         float *scales = step->kv_scale[at];
-        return (Stored){numbers + keys * D, numbers + values * D, scales + keys, scales + values};
+        return (Stored){numbers + keys * D, numbers + values * D, scales + keys, scales + values, INT8_ROWS};
     }
-    bf16 *numbers = step->kv[at];
-    return (Stored){numbers + keys * D, numbers + values * D, NULL, NULL};
+    char *numbers = step->kv[at];
+    const size_t bytes = D * number_bytes(model->format);
+    return (Stored){numbers + keys * bytes, numbers + values * bytes, NULL, NULL, model->format};
 }
 
 /* D numbers of one head, at one position, as int8 to nearest; returns their scale: x = int8 * scale. If all are zero,
@@ -263,8 +347,8 @@ static inline void store_at(Stored to, size_t position, const float *key, const 
         to.value_scales[position] = quantize_head(value, D, (int8_t *)to.values + position * D);
         return;
     }
-    bf16 *keys = (bf16 *)to.keys + position * D, *values = (bf16 *)to.values + position * D;
-    narrow_all(key, D, keys), narrow_all(value, D, values);
+    const size_t at = position * D * number_bytes(to.format);
+    narrow_to(to.format, key, D, (char *)to.keys + at), narrow_to(to.format, value, D, (char *)to.values + at);
 }
 
 /* An upper bound of |k| of the key at a position, as it is stored. */
@@ -275,9 +359,15 @@ static inline float length_of_key(Stored from, size_t position, int D) {
         int32_t sum = 0;
         for (int d = 0; d < D; d++) sum += key[d] * key[d];
         square = (float)sum * from.key_scales[position] * from.key_scales[position];
-    } else {
+    } else if (from.format == BFLOAT16) {
         const bf16 *key = (const bf16 *)from.keys + position * D;
         for (int d = 0; d < D; d++) square += wide(key[d]) * wide(key[d]);
+    } else if (from.format == FLOAT16) {
+        const fp16 *key = (const fp16 *)from.keys + position * D;
+        for (int d = 0; d < D; d++) square += half(key + d) * half(key + d);
+    } else {
+        const float *key = (const float *)from.keys + position * D;
+        for (int d = 0; d < D; d++) square += key[d] * key[d];
     }
     return sqrtf(square) * 1.0001f; /* more than the rounding error of the sum */
 }

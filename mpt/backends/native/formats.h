@@ -1,4 +1,4 @@
-/* The formats that weights are stored in, and their numbers: as codes with scales, or widened.
+/* The formats of weights that are no plain numbers (those are in common.h), and their numbers: as codes with scales.
  *
  * Blocks are ggml's (Source: ggml-common.h and dequantize_row_* of ggml-quants.c). Every block format comes down to one
  * form: a code of up to eight bits for each weight, and for each group of 16 or 32 weights a scale a and an offset b,
@@ -6,11 +6,6 @@
  */
 #pragma once
 #include "common.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 typedef struct { /* a format that is no plain number */
     int values, bytes; /* of a block */
@@ -25,35 +20,9 @@ static const BlockFormat BLOCK_FORMATS[N_FORMATS] = {
 
 /* Bytes of one row of a matrix. */
 static inline size_t row_bytes(const Linear *linear) {
-    if (linear->format == BFLOAT16) return (size_t)linear->n_in * 2;
+    if (number_bytes(linear->format)) return (size_t)linear->n_in * number_bytes(linear->format);
     const BlockFormat *format = BLOCK_FORMATS + linear->format;
     return (size_t)linear->n_in / format->values * format->bytes;
-}
-
-static inline float half(const uint8_t *at) { /* IEEE float16 */
-    uint16_t bits;
-    memcpy(&bits, at, 2);
-#ifdef __F16C__
-    return _cvtsh_ss(bits);
-#elif defined(__ARM_FP16_FORMAT_IEEE)
-    __fp16 value;
-    memcpy(&value, &bits, 2);
-    return value;
-#else
-    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
-    uint32_t wide_bits;
-    float value;
-    if (exponent == 31) {
-        wide_bits = sign | 0x7f800000 | fraction << 13;
-    } else if (exponent) {
-        wide_bits = sign | (exponent + 112) << 23 | fraction << 13;
-    } else {
-        value = (float)fraction * 5.9604644775390625e-8f; /* 2^-24 */
-        return sign ? -value : value;
-    }
-    memcpy(&value, &wide_bits, 4);
-    return value;
-#endif
 }
 
 /* Products take signed numbers as codes + 128 where the processor multiplies unsigned by signed ones, and as they are
@@ -213,7 +182,7 @@ static inline void unpack(const Linear *linear, size_t row, int k0, int n, uint8
     const BlockFormat *format = BLOCK_FORMATS + linear->format;
     const uint8_t *block = block_at(linear, row, k0);
     if (linear->format == INT8_ROWS) {
-        const float scale = wide(linear->scale[row]);
+        const float scale = linear->scale[row];
         for (int i = 0; i < n; i++) codes[i] = (uint8_t)(block[i] + ADDED);
         for (int g = 0; g < n / 32; g++) a[g] = scale, b[g] = ADDED * scale;
         return;

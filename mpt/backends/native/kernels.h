@@ -1,8 +1,8 @@
 /* Products of weights with tokens, one file for each instruction set; rows.c calls them.
  *
- *   Dense                   what inputs of `multiply_dense` are stored as: numbers rounded to bfloat16
+ *   Dense                   what inputs beside bfloat16 weights are stored as: numbers rounded to bfloat16; DENSE is its Format
  *   TOKENS_AT_ONCE          tokens that share what is read of the weights
- *   multiply_dense          bfloat16 weights
+ *   multiply_dense          bfloat16 weights with Dense inputs; float32 and float16 weights with those in float32
  *   multiply_int8           int8 weights with a scale for each row, where this is faster than as codes (INT8_AS_IT_IS)
  *   multiply_blocks         ggml's blocks from their place, where a file has it (BLOCKS_AS_THEY_ARE): few tokens, the
  *                           same bits as by way of codes

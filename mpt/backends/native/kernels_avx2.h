@@ -1,7 +1,10 @@
-/* Products with AVX2 and FMA: bfloat16 in the compiler's vectors, codes by AVX-VNNI where there is it. */
+/* Products with AVX2 and FMA: plain numbers in the compiler's vectors, codes by AVX-VNNI where there is it. */
 #pragma once
 #include <immintrin.h>
 #include "kernels_lanes.h"
+
+enum { DENSE_ROWS = 4, DENSE_TOKENS = 3 }; /* twelve sums, three inputs and a weight fill the 16 registers */
+#define IN_A_REGISTER(lanes) __asm__("" : "+x"(lanes)) /* else gcc loads it anew for each product */
 
 /* See `multiply_groups`. */
 static inline Ints dot8(const uint8_t *codes, const int8_t *high, const int8_t *low) {

@@ -1,57 +1,81 @@
-/* Products with AVX-512: of bfloat16 by its own instruction where there is one, of codes by VNNI where there is it. */
+/* Products with AVX-512: of bfloat16 by its own instruction where there is one, else in float32 as those of float32 and
+ * float16; of codes by VNNI where there is it. */
 #pragma once
 
 enum { TOKENS_AT_ONCE = 4 };
 
 #if AVX512_BF16
 typedef bf16 Dense;
-enum { DENSE_LANES = 32 };
+static const Format DENSE = BFLOAT16;
 #else
 typedef float Dense;
-enum { DENSE_LANES = 16 };
+static const Format DENSE = FLOAT32;
 #endif
 
-/* The products of four rows and n_tokens tokens, a constant, at DENSE_LANES inputs from k on. is_whole: no input is
- * missing. Loads under a mask are for the end alone: the processor fetches nothing ahead of them, and a matrix was read
- * at half the speed. */
-static inline __attribute__((always_inline)) void dense_lanes(const bf16 *const *rows, const Dense *x, size_t x_stride,
-                                                              int k, int left, const int is_whole, const int n_tokens,
-                                                              __m512 (*s)[TOKENS_AT_ONCE]) {
-#if AVX512_BF16
-    const __mmask32 mask = is_whole ? 0xffffffff : ((__mmask32)1 << left) - 1;
-    __m512bh w[4];
-    for (int r = 0; r < 4; r++)
-        w[r] = (__m512bh)(is_whole ? _mm512_loadu_si512(rows[r] + k) : _mm512_maskz_loadu_epi16(mask, rows[r] + k));
-    for (int t = 0; t < n_tokens; t++) {
-        const bf16 *from = x + t * x_stride + k;
-        const __m512bh xs = (__m512bh)(is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from));
-        for (int r = 0; r < 4; r++) s[r][t] = _mm512_dpbf16_ps(s[r][t], w[r], xs);
+/* Up to 16 weights of a row from k on. is_whole: none is missing. Loads under a mask are for the end alone: the
+ * processor fetches nothing ahead of them, and a matrix was read at half the speed. */
+static inline __attribute__((always_inline)) __m512 weights_at(const Format format, const void *row, int k,
+                                                               __mmask16 mask, const int is_whole) {
+    if (format == FLOAT32) {
+        const float *from = (const float *)row + k;
+        return is_whole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(mask, from);
     }
-#else
+    const uint16_t *from = (const uint16_t *)row + k;
+    const __m256i bits = is_whole ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(mask, from);
+    if (format == FLOAT16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+/* The products of four rows and n_tokens tokens, a constant, at 16 inputs in float32 from k on, `left` of which are
+ * there. */
+static inline __attribute__((always_inline)) void float_lanes(const Format format, const void *const *rows,
+                                                              const float *x, size_t x_stride, int k, int left,
+                                                              const int is_whole, const int n_tokens,
+                                                              __m512 (*s)[TOKENS_AT_ONCE]) {
     const __mmask16 mask = is_whole ? 0xffff : ((__mmask16)1 << left) - 1;
     __m512 w[4];
-    for (int r = 0; r < 4; r++) {
-        const __m256i narrow_ = is_whole ? _mm256_loadu_si256((const __m256i *)(rows[r] + k))
-                                         : _mm256_maskz_loadu_epi16(mask, rows[r] + k);
-        w[r] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow_), 16));
-    }
+    for (int r = 0; r < 4; r++) w[r] = weights_at(format, rows[r], k, mask, is_whole);
     for (int t = 0; t < n_tokens; t++) {
         const float *from = x + t * x_stride + k;
         const __m512 xs = is_whole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(mask, from);
         for (int r = 0; r < 4; r++) s[r][t] = _mm512_fmadd_ps(w[r], xs, s[r][t]);
     }
-#endif
 }
 
+#if AVX512_BF16
+/* The same at 32 inputs in bfloat16, of bfloat16 weights. */
+static inline __attribute__((always_inline)) void bf16_lanes(const void *const *rows, const bf16 *x, size_t x_stride,
+                                                             int k, int left, const int is_whole, const int n_tokens,
+                                                             __m512 (*s)[TOKENS_AT_ONCE]) {
+    const __mmask32 mask = is_whole ? 0xffffffff : ((__mmask32)1 << left) - 1;
+#define LOAD(from) ((__m512bh)(is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from)))
+    __m512bh w[4];
+    for (int r = 0; r < 4; r++) w[r] = LOAD((const bf16 *)rows[r] + k);
+    for (int t = 0; t < n_tokens; t++) {
+        const __m512bh xs = LOAD(x + t * x_stride + k);
+        for (int r = 0; r < 4; r++) s[r][t] = _mm512_dpbf16_ps(s[r][t], w[r], xs);
+    }
+#undef LOAD
+}
+#endif
+
 /* Four rows (K) times n_tokens tokens, a constant. */
-static inline __attribute__((always_inline)) void four_rows(const bf16 *const *rows, const Dense *x, size_t x_stride,
-                                                            int K, const int n_tokens, int is_first, float *sums) {
+static inline __attribute__((always_inline)) void four_rows(const Format format, const void *const *rows, const void *x,
+                                                            size_t x_stride, int K, const int n_tokens, int is_first,
+                                                            float *sums) {
     __m512 s[4][TOKENS_AT_ONCE];
     for (int r = 0; r < 4; r++)
         for (int t = 0; t < n_tokens; t++) s[r][t] = _mm512_setzero_ps();
     int k = 0;
-    for (; k + DENSE_LANES <= K; k += DENSE_LANES) dense_lanes(rows, x, x_stride, k, 0, 1, n_tokens, s);
-    if (k < K) dense_lanes(rows, x, x_stride, k, K - k, 0, n_tokens, s);
+#if AVX512_BF16
+    if (format == BFLOAT16) {
+        for (; k + 32 <= K; k += 32) bf16_lanes(rows, x, x_stride, k, 0, 1, n_tokens, s);
+        if (k < K) bf16_lanes(rows, x, x_stride, k, K - k, 0, n_tokens, s);
+        k = K;
+    }
+#endif
+    for (; k + 16 <= K; k += 16) float_lanes(format, rows, x, x_stride, k, 0, 1, n_tokens, s);
+    if (k < K) float_lanes(format, rows, x, x_stride, k, K - k, 0, n_tokens, s);
     for (int t = 0; t < n_tokens; t++) {
         const __m128 found = sums_of(s[0][t], s[1][t], s[2][t], s[3][t]);
         float *to = sums + t * STRIP;
@@ -59,23 +83,32 @@ static inline __attribute__((always_inline)) void four_rows(const bf16 *const *r
     }
 }
 
-/* n_rows rows of weights, `stride` numbers apart, times T tokens, `x_stride` apart; K inputs. is_first: overwrite the
- * sums, else add to them. */
-static void multiply_dense(const bf16 *rows, size_t stride, int n_rows, const Dense *x, size_t x_stride, int T, int K,
-                           int is_first, float *sums) {
+static inline __attribute__((always_inline)) void multiply_format(const Format format, const void *rows, size_t stride,
+                                                                  int n_rows, const void *x, size_t x_stride, int T,
+                                                                  int K, int is_first, float *sums) {
+    const size_t bytes = number_bytes(format), x_bytes = format == BFLOAT16 ? sizeof(Dense) : sizeof(float);
     for (int t = 0; t < T; t += TOKENS_AT_ONCE) {
-        const Dense *tokens = x + t * x_stride;
+        const void *tokens = (const char *)x + t * x_stride * x_bytes;
         const int n = T - t < TOKENS_AT_ONCE ? T - t : TOKENS_AT_ONCE;
         for (int r = 0; r < n_rows; r += 4) {
-            const bf16 *four[4];
-            for (int i = 0; i < 4; i++) four[i] = rows + (r + i < n_rows ? r + i : r) * stride;
+            const void *four[4];
+            for (int i = 0; i < 4; i++) four[i] = (const char *)rows + (r + i < n_rows ? r + i : r) * stride * bytes;
             float *to = sums + t * STRIP + r;
-            if (n == 4) four_rows(four, tokens, x_stride, K, 4, is_first, to);
-            if (n == 3) four_rows(four, tokens, x_stride, K, 3, is_first, to);
-            if (n == 2) four_rows(four, tokens, x_stride, K, 2, is_first, to);
-            if (n == 1) four_rows(four, tokens, x_stride, K, 1, is_first, to);
+            if (n == 4) four_rows(format, four, tokens, x_stride, K, 4, is_first, to);
+            if (n == 3) four_rows(format, four, tokens, x_stride, K, 3, is_first, to);
+            if (n == 2) four_rows(format, four, tokens, x_stride, K, 2, is_first, to);
+            if (n == 1) four_rows(format, four, tokens, x_stride, K, 1, is_first, to);
         }
     }
+}
+
+/* n_rows rows of weights, `stride` numbers apart, times T tokens, `x_stride` apart; K inputs: Dense beside bfloat16,
+ * float32 beside float32 and float16. is_first: overwrite the sums, else add to them. */
+static void multiply_dense(Format format, const void *rows, size_t stride, int n_rows, const void *x, size_t x_stride,
+                           int T, int K, int is_first, float *sums) {
+    if (format == FLOAT32) multiply_format(FLOAT32, rows, stride, n_rows, x, x_stride, T, K, is_first, sums);
+    if (format == FLOAT16) multiply_format(FLOAT16, rows, stride, n_rows, x, x_stride, T, K, is_first, sums);
+    if (format == BFLOAT16) multiply_format(BFLOAT16, rows, stride, n_rows, x, x_stride, T, K, is_first, sums);
 }
 
 /* 64 products into 16 sums, added to `sums`; exact. */
@@ -149,14 +182,14 @@ static inline __attribute__((always_inline)) void four_int8_rows(const int8_t *c
 }
 
 /* n_rows rows of n int8 weights, `stride` apart, with a scale each, from input `at` on, times T tokens. */
-static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const bf16 *scales, int n, size_t ahead,
+static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const float *scales, int n, size_t ahead,
                           const Coded *tokens, int at, int T, int is_first, float *sums) {
     for (int r = 0; r < n_rows; r += 4) {
         const int8_t *four[4];
         float own[4];
         for (int i = 0; i < 4; i++) {
             const int row = r + i < n_rows ? r + i : r;
-            four[i] = rows + row * stride, own[i] = wide(scales[row]);
+            four[i] = rows + row * stride, own[i] = scales[row];
         }
         const __m128 s = _mm_loadu_ps(own);
         const char *next = (const char *)four[0] + ahead;

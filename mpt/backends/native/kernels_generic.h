@@ -2,6 +2,9 @@
 #pragma once
 #include "kernels_lanes.h"
 
+enum { DENSE_ROWS = 2, DENSE_TOKENS = 4 };
+#define IN_A_REGISTER(lanes) (void)(lanes)
+
 /* See `multiply_groups`. */
 static inline Ints dot8(const uint8_t *codes, const int8_t *high, const int8_t *low) {
     Ints sums = {0};

@@ -1,7 +1,9 @@
-/* Products with NEON and its dot products of int8: bfloat16 in the compiler's vectors, codes by `sdot`. */
+/* Products with NEON and its dot products of int8: plain numbers in the compiler's vectors, codes by `sdot`. */
 #pragma once
-#include <arm_neon.h>
 #include "kernels_lanes.h"
+
+enum { DENSE_ROWS = 2, DENSE_TOKENS = 4 };
+#define IN_A_REGISTER(lanes) (void)(lanes)
 
 /* 16 products of codes, here signed, and inputs 128 high + low into four sums; exact. */
 static inline int32x4_t dot4(const uint8_t *codes, const int8_t *high, const int8_t *low) {

@@ -7,6 +7,7 @@
 /* The adapters of one projection: y += b (a x), with low = a x (adapters, max_rank, columns). */
 typedef struct {
     int n, max_rank, columns, stride; /* columns: at least the tokens of the step */
+    Format format;                    /* of the model */
     const Lora *loras;                /* of the first adapter; the next adapter's is `stride` further */
     const int32_t *adapter_of;        /* (T) the index of each token's adapter, or -1 */
     float *low;
@@ -15,7 +16,8 @@ typedef struct {
 static Adapted adapted_at(const Model *model, const Step *step, const int32_t *adapter_of, int columns, int layer,
                           int projection) {
     return (Adapted){.n = step->n_adapters, .max_rank = step->max_rank, .columns = columns,
-                     .stride = model->n_layers * N_PROJECTIONS, .adapter_of = adapter_of, .low = step->low,
+                     .stride = model->n_layers * N_PROJECTIONS, .format = model->format,
+                     .adapter_of = adapter_of, .low = step->low,
                      .loras = step->n_adapters ? step->adapters + layer * N_PROJECTIONS + projection : NULL};
 }
 
@@ -27,9 +29,9 @@ static void normalize_one(const float *x, Norm norm, float eps, int n, float *ou
     for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     const float factor = 1.0f / sqrtf(squares / n + eps);
     if (norm.bias)
-        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]) + wide(norm.bias[i]);
+        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
     else
-        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * wide(norm.weight[i]);
+        for (int i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * norm.weight[i];
 }
 
 typedef struct { /* of one layer, for the functions below */
@@ -80,12 +82,16 @@ static int64_t attend_head(const Place *at, int row, int head, int t0, int T) {
     const float slope = model->slopes ? model->slopes[head] : 0, key_norm = step->key_norm[row][at->layer * G + g];
     const Stored from = stored_of(model, step, at->layer, row, g);
     float *out = at->mixed + (size_t)token * C + head * D;
-    if (from.key_scales) {
-        _Alignas(64) float queries[T * D];
-        for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
-        return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 1);
+#define ATTEND(format) \
+    attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, format)
+    if (from.format == BFLOAT16) {
+        _Alignas(64) bf16 queries[T * D];
+        for (int t = 0; t < T; t++) narrow_all(q + (size_t)t * at->width, D, queries + t * D);
+        return ATTEND(BFLOAT16);
     }
-    _Alignas(64) bf16 queries[T * D];
-    for (int t = 0; t < T; t++) narrow_all(q + (size_t)t * at->width, D, queries + t * D);
-    return attend(queries, T, from, stored, D, model->softmax_scale, slope, key_norm, step->drop, out, C, 0);
+    _Alignas(64) float queries[T * D];
+    for (int t = 0; t < T; t++) memcpy(queries + t * D, q + (size_t)t * at->width, D * sizeof *q);
+    if (from.format == INT8_ROWS) return ATTEND(INT8_ROWS);
+    return from.format == FLOAT16 ? ATTEND(FLOAT16) : ATTEND(FLOAT32);
+#undef ATTEND
 }

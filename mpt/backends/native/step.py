@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpt.backends.int8_cache import Int8Layer
 from mpt.backends.native import structures
-from mpt.backends.native.available import ModelFacts, prompt_variant, step_variant
+from mpt.backends.native.available import FORMAT_OF, ModelFacts, prompt_variant, step_variant
 from mpt.backends.native.library import load
 from mpt.backends.native.structures import PANEL, PROJECTIONS
 from mpt.backends.quantization import Int8Linear
@@ -30,7 +30,7 @@ class RowMemory:
     """Where a row's cache lies, and how large its keys are."""
 
     addresses: Tensor  # (L,) int64, of each layer's (2, KV heads, capacity, D)
-    scale_addresses: Tensor | None  # (L,) of their scales, None where they are bfloat16
+    scale_addresses: Tensor | None  # (L,) of their scales, None where they are not int8
     capacity: int  # positions there is room for
     key_norms: Tensor  # (L, KV heads) float32: no key stored is longer
 
@@ -50,7 +50,7 @@ class RowMemory:
 
 
 class NativeStep:
-    """A model's steps. Holds pointers into the model's tensors, which must stay where they are."""
+    """A model's steps. Holds pointers into the model's tensors, which must stay where and as they are."""
 
     def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, variant: str | None = None) -> None:
         """drop: the share of a query's attention that may be left out with old keys. variant: another one of those that
@@ -67,11 +67,13 @@ class NativeStep:
         self._library = load(step_variant(config, **facts, variant=variant)[0])
         self._prompts = load(prompt_variant(config, **facts, variant=variant)[0])
         self.max_tokens = structures.MAX_TOKENS
+        self._dtype = weight.dtype
         self._kept: list[object] = []  # what the structures point into
         layers = (structures.Layer * config.n_layers)(*(self._layer(block) for block in transformer.blocks))
         first: Any = transformer.blocks[0].attn
         spec = transformer.attention
         self._model = structures.Model(
+            format=structures.FORMATS.index(FORMAT_OF[weight.dtype]),
             n_layers=config.n_layers, d_model=config.d_model, n_heads=config.n_heads, n_kv_heads=first.n_kv_heads,
             d_head=config.d_head, d_ffn=config.d_ffn, eps=config.norm_eps, softmax_scale=spec.scale,
             clip_qkv=spec.clip_qkv or 0.0, slopes=self._pointer(spec.slopes()), layers=layers,
@@ -106,8 +108,7 @@ class NativeStep:
 
         embeddings: (T, C) float32, rows one after another. row_tokens: tokens of each row. lengths: positions each row
         holds already. wanted: places in the step. adapters: each row's, if any has one. as_prompts: by the code for any
-        number of tokens, the faster the more. The rows' caches are all bfloat16, or all
-        int8.
+        number of tokens, the faster the more. The rows' caches are all in the model's dtype, or all int8.
         """
         T, n = embeddings.shape[0], len(row_tokens)
         assert as_prompts or self.max_tokens >= T
@@ -157,7 +158,7 @@ class NativeStep:
     def _table(self, adapter: Adapter) -> "_Table":
         table = self._tables.get(adapter)
         if table is None:
-            table = self._tables[adapter] = _Table.of(adapter, self._n_layers)
+            table = self._tables[adapter] = _Table.of(adapter, self._n_layers, self._dtype)
         return table
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
@@ -167,15 +168,19 @@ class NativeStep:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _floats(self, vector: Tensor | None) -> int | None:
+        """Of a norm, a bias or scales in float32, the one kind that C takes; a copy unless they are float32."""
+        return None if vector is None else self._pointer(vector.detach().float())
+
     def _norm(self, norm: nn.LayerNorm | None) -> structures.Norm:
         if norm is None:
             return structures.Norm()
-        return structures.Norm(self._pointer(norm.weight), self._pointer(norm.bias))
+        return structures.Norm(self._floats(norm.weight), self._floats(norm.bias))
 
     def _linear(self, linear: nn.Linear) -> structures.Linear:
         bias = linear.bias
         assert bias is None or isinstance(bias, Tensor)
-        scale, kind = None, "BFLOAT16"
+        scale, kind = None, FORMAT_OF[self._dtype]
         if isinstance(linear, PackedLinear):
             (weight,), kind = linear.matrix.parts, linear.matrix.kind
         else:
@@ -183,8 +188,9 @@ class NativeStep:
             weight = linear.weight
         if isinstance(linear, Int8Linear):
             scale, kind = linear.scale, "INT8_ROWS"
+        assert kind not in FORMAT_OF.values() or weight.dtype == self._dtype, weight.dtype
         shape = linear.out_features, linear.in_features
-        pointers = map(self._pointer, (weight, scale, bias))
+        pointers = self._pointer(weight), self._floats(scale), self._floats(bias)
         return structures.Linear(*pointers, *shape, structures.FORMATS.index(kind))
 
     def _layer(self, block: Any) -> structures.Layer:
@@ -202,14 +208,16 @@ class _Table:
     kept: list[Tensor]  # what they point into
 
     @classmethod
-    def of(cls, adapter: Adapter, n_layers: int) -> "_Table":
+    def of(cls, adapter: Adapter, n_layers: int, dtype: torch.dtype) -> "_Table":
+        """dtype: the model's."""
+        kept_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         structs = (structures.Lora * (n_layers * len(PROJECTIONS)))()
         kept: list[Tensor] = []
         for place in range(len(structs)):
             layer, which = divmod(place, len(PROJECTIONS))
             pair = adapter.pairs.get(f"transformer.blocks.{layer}.{PROJECTIONS[which]}")
             if pair is not None:
-                a, b = (matrix.to(torch.bfloat16).contiguous() for matrix in (pair[0], pair[1].T))
+                a, b = (matrix.to(kept_in).contiguous() for matrix in (pair[0], pair[1].T))
                 kept += a, b
                 structs[place] = structures.Lora(a.data_ptr(), b.data_ptr(), len(a))
         return cls(bytes(structs), max((lora.rank for lora in structs), default=0), kept)

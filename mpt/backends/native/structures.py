@@ -38,6 +38,7 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = (
+        ("format", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ffn")),
         *((name, ctypes.c_float) for name in ("eps", "softmax_scale", "clip_qkv")),
         ("slopes", Pointer),
@@ -70,7 +71,8 @@ N_OUT_MULTIPLE = 16
 N_IN_MULTIPLE = 32
 N_IN_MULTIPLE_INT8 = 64
 FORMATS = (
-    "BFLOAT16", "INT8_ROWS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "FLOAT32", "FLOAT16", "BFLOAT16", "INT8_ROWS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K",
+    "Q5_K", "Q6_K", "IQ4_NL",
 )  # of weights, by their numbers in C  # fmt: skip
 PROJECTIONS = ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj")  # in the order of a layer's adapters
 CONSTANTS: Mapping[str, int] = {

@@ -171,8 +171,8 @@ static void normalize(const float *x, int C, Norm norm, float eps, bf16 *inputs,
         __m512 pair[2];
         for (int i = 0; i < 2; i++) {
             const __m512 off = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(x + (k + i) * PANEL), mean), factor);
-            const __m512 bias = _mm512_set1_ps(norm.bias ? wide(norm.bias[k + i]) : 0.0f);
-            pair[i] = _mm512_fmadd_ps(off, _mm512_set1_ps(wide(norm.weight[k + i])), bias);
+            const __m512 bias = _mm512_set1_ps(norm.bias ? norm.bias[k + i] : 0.0f);
+            pair[i] = _mm512_fmadd_ps(off, _mm512_set1_ps(norm.weight[k + i]), bias);
         }
         _mm512_store_si512(tile_of(inputs, C, panel, k), pairs(pair[0], pair[1]));
     }
@@ -286,7 +286,7 @@ static void multiply_by_a(const Pass *pass, int layer, int projection, bf16 *inp
                 const __m512bh x = (__m512bh)_mm512_load_si512(tile_of(inputs, K, panel, k));
                 for (int i = 0; i < AT_ONCE; i++) {
                     int32_t both;
-                    memcpy(&both, lora->a + (size_t)(r + (i < n ? i : 0)) * K + k, 4);
+                    memcpy(&both, (const bf16 *)lora->a + (size_t)(r + (i < n ? i : 0)) * K + k, 4);
                     sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_set1_epi32(both), x);
                 }
             }
@@ -307,12 +307,12 @@ static inline void write_out(const Pass *pass, int layer, const Linear *linear, 
     __m512 values[PANEL];
     for (int r = 0; r < PANEL; r++) {
         values[r] = _mm512_load_ps(sums + r * PANEL);
-        if (linear->scale) values[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(wide(linear->scale[n0 + r])));
-        if (with_bias) values[r] = _mm512_add_ps(values[r], _mm512_set1_ps(wide(linear->bias[n0 + r])));
+        if (linear->scale) values[r] = _mm512_mul_ps(values[r], _mm512_set1_ps(linear->scale[n0 + r]));
+        if (with_bias) values[r] = _mm512_add_ps(values[r], _mm512_set1_ps(linear->bias[n0 + r]));
     }
     for (int i = 0; lora && i < lora->rank; i++) {
         const __m512 low = _mm512_loadu_ps(pass->step->low + ((size_t)panel * pass->step->max_rank + i) * PANEL);
-        const bf16 *b = lora->b + (size_t)i * linear->n_out + n0;
+        const bf16 *b = (const bf16 *)lora->b + (size_t)i * linear->n_out + n0;
         _Alignas(64) float factors[PANEL];
         for (int r = 0; r < PANEL; r++) factors[r] = wide(b[r]);
         for (int r = 0; r < PANEL; r++) values[r] = _mm512_fmadd_ps(_mm512_set1_ps(factors[r]), low, values[r]);

@@ -11,8 +11,8 @@
  * Python the same step spends a third of its time elsewhere: a thread barrier for each operation, kernels that read a
  * matrix at half the memory's speed for a few rows, one attention call for each row.
  *
- * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases and norms are bfloat16.
- * The residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. Inputs of int8
+ * Weights are bfloat16, or int8 with one scale for each output (weight = int8 * scale); biases, norms,
+ * the residual stream and all sums are float32. Inputs of bfloat16 weights are rounded to bfloat16. Inputs of int8
  * weights become two int8 numbers, 15 bits of a token's largest value, which leaves enough of the others beside an
  * outlier (Dettmers et al. 2022). No bit of a token's result depends on which other tokens share the step: every sum
  * runs in its own fixed order.
@@ -20,6 +20,8 @@
 #include "common.h"
 
 #if AMX
+#include "layer.h"
+
 #include "layer.h"
 
 /* -- inputs of products -------------------------------------------------------------------------------------------- */
@@ -121,7 +123,7 @@ static void normalize(const float *x, int columns, int panel, Norm norm, float e
     for (int c = 0; c < PANEL; c++) factor[c] = 1.0f / sqrtf(factor[c] / C + eps);
     for (int k = 0; k < C; k += 2) {
         for (int i = 0; i < 2; i++) {
-            const float weight = wide(norm.weight[k + i]), bias = norm.bias ? wide(norm.bias[k + i]) : 0.0f;
+            const float weight = norm.weight[k + i], bias = norm.bias ? norm.bias[k + i] : 0.0f;
             for (int c = 0; c < PANEL; c++)
                 pair[i][c] = (x[(size_t)(k + i) * columns + c] - mean[c]) * factor[c] * weight + bias;
         }
@@ -238,7 +240,7 @@ static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker)
         float *low = adapted.low + (size_t)task * adapted.columns;
         if (r >= lora->rank) continue;
         for (int panel = 0; panel < adapted.columns / PANEL; panel++)
-            dot_panel(lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
+            dot_panel((const bf16 *)lora->a + (size_t)r * inputs->K, inputs, panel, low + panel * PANEL);
     }
     end_loop(worker);
     wait_for_all(worker);
@@ -249,7 +251,7 @@ static void multiply_by_a(Adapted adapted, const Inputs *inputs, Worker *worker)
 static __attribute__((noinline)) void add_adapted(const Adapted *adapted, const Lora *lora, const float *low, int N, int n0,
                                                   float *sums) {
     float values[PANEL] = {0};
-    const bf16 *b = lora->b + n0;
+    const bf16 *b = (const bf16 *)lora->b + n0;
     for (int r = 0; r < lora->rank; r++, low += adapted->columns, b += N)
         for (int i = 0; i < PANEL; i++) values[i] += *low * wide(b[i]);
     for (int i = 0; i < PANEL; i++) sums[i * 32] += values[i];
@@ -282,8 +284,8 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
             else
                 multiply(linear, n0, n_outputs / 16, soon, inputs, first, n_here, sums);
             for (int r = 0; r < n_outputs; r++) {
-                const float scale = linear->scale ? wide(linear->scale[n0 + r]) : 1.0f;
-                const float bias = linear->bias ? wide(linear->bias[n0 + r]) : 0.0f;
+                const float scale = linear->scale ? linear->scale[n0 + r] : 1.0f;
+                const float bias = linear->bias ? linear->bias[n0 + r] : 0.0f;
                 float *values = sums + r * 32;
                 for (int c = 0; c < n_columns; c++) values[c] = values[c] * scale + bias;
             }

@@ -1,7 +1,7 @@
 /* Products of one matrix, for tests: what rows.c computes, read from stdin and written to stdout.
  *
- * In: five int32 (format, outputs N, inputs K, tokens T, whether as a prompt), the matrix as it is stored, N scales in
- * bfloat16, T rows of K float32. Out: T rows of N float32. */
+ * In: five int32 (format, outputs N, inputs K, tokens T, whether as a prompt), the matrix as it is stored, N scales and
+ * T rows of K in float32. Out: T rows of N float32. */
 #include "rows.c"
 #include <stdio.h>
 
@@ -18,11 +18,11 @@ int main(void) {
     if (fread(asked, sizeof asked, 1, stdin) != 1) return 1;
     const int N = asked[1], K = asked[2], T = asked[3], is_prompt = asked[4];
     Linear linear = {.n_out = N, .n_in = K, .format = asked[0]};
-    linear.weight = filled(N * row_bytes(&linear)), linear.scale = filled(N * sizeof(bf16));
+    linear.weight = filled(N * row_bytes(&linear)), linear.scale = filled(N * sizeof(float));
     Inputs inputs = {.plain = filled((size_t)T * K * 4), .dense = empty((size_t)T * K * sizeof(Dense)),
                      .high = empty((size_t)T * K), .low = empty((size_t)T * K), .steps = empty(T * 4),
                      .sums32 = empty(T * K / 8), .sums16 = empty(T * K / 4), .totals = empty(T * n_chunks(K) * 8)};
-    Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 2), .codes = empty(CHUNK),
+    Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 4), .codes = empty(CHUNK),
                .a = empty(CHUNK), .b = empty(CHUNK), .room = empty((size_t)T * SIXTEEN_ROOM * 4)};
     atomic_int *queue = calloc(32, sizeof *queue);
     Team team = {0};

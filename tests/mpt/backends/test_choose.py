@@ -77,15 +77,18 @@ def test_without_a_compiler_everything_runs_through_torch_and_nothing_is_guessed
     assert {step for step, _ in runs(choice).values()} == {"torch"}
     assert all("no C compiler" in (why or "") for _, why in runs(choice).values())
     assert not choice.capabilities.exact_guesses
-    with pytest.raises(UserError, match="a draft guesses for a bfloat16 model that runs in C on CPU"):
+    with pytest.raises(UserError, match=r"a draft guesses for a model whose steps run in C.*there is no C compiler"):
         choose("m", tmp_path, ModelOptions("m", draft="mpt-tiny"))
 
 
 @needs_compiler
-def test_float32_has_no_step_in_c_on_any_machine(tmp_path):
-    choice = choose("m", folder_of(tmp_path, dtype="float32"), ModelOptions("m", device="cpu"))
-    assert runs(choice)["one token"][0] == "torch"
-    assert "bfloat16 on CPU" in (runs(choice)["one token"][1] or "")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_float32_and_float16_run_in_c_and_take_a_draft(tmp_path, dtype):
+    options = ModelOptions("m", device="cpu", draft="mpt-tiny")
+    choice = choose("m", folder_of(tmp_path, dtype=dtype), options)
+    for step in ("one token", "few tokens", "prompt"):
+        assert runs(choice)[step][0].startswith("C (") and runs(choice)[step][0] != "C (amx)"
+    assert choice.precision == dtype and choice.capabilities.exact_guesses
 
 
 def test_on_a_gpu_the_cache_has_pages(machine, tmp_path):

@@ -6,6 +6,7 @@ Every variant of the C code that can run on this machine is tested, and those of
 import ctypes
 import functools
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,8 +60,8 @@ SHAPES = {
 }
 
 
-def make(shape: str) -> mpt.MPTForCausalLM:
-    """A small model whose weights are bfloat16 numbers, in bfloat16."""
+def make(shape: str, dtype: torch.dtype = torch.bfloat16) -> mpt.MPTForCausalLM:
+    """A small model in this dtype, its weights rounded to it."""
     torch.manual_seed(0)
     settings = {"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 512, "max_seq_len": 1024, **SHAPES[shape]}
     settings["attn_config"] = {"alibi": True, **settings.get("attn_config", {})}
@@ -68,7 +69,7 @@ def make(shape: str) -> mpt.MPTForCausalLM:
     for name, weight in model.named_parameters():
         if "ln" in name or "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
-    return model.to(torch.bfloat16)
+    return model.to(dtype)
 
 
 class Runner:
@@ -87,7 +88,7 @@ class Runner:
     def layer(self) -> Tensor | Int8Layer:
         if self.int8_cache:
             return Int8Layer(torch.full(self.shape, 99, dtype=torch.int8), torch.full(self.shape[:3], torch.nan))
-        return torch.full(self.shape, torch.nan, dtype=torch.bfloat16)
+        return torch.full(self.shape, torch.nan, dtype=self.model.transformer.norm_f.weight.dtype)
 
     @torch.inference_mode()
     def feed(
@@ -132,16 +133,16 @@ def truth(model: mpt.MPTForCausalLM, text: list[int]) -> Tensor:
 
 
 @functools.cache
-def truth_of(shape: str, n: int) -> Tensor:
+def truth_of(shape: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Logits of the first tokens, for every test that asks; nobody writes into it."""
-    return truth(make(shape), ids(n))
+    return truth(make(shape, dtype), ids(n))
 
 
 @functools.cache
 @torch.inference_mode()
-def torch_of(shape: str, n: int) -> Tensor:
-    """The same logits as torch gives them in bfloat16."""
-    return make(shape)(torch.tensor([ids(n)])).logits[0].float()
+def torch_of(shape: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The same logits as torch gives them in this dtype."""
+    return make(shape, dtype)(torch.tensor([ids(n)])).logits[0].float()
 
 
 def skip_unless_read(shape: str, variant: str, at_once: int) -> None:
@@ -161,6 +162,60 @@ def test_it_computes_the_model(shape, variant, at_once):
     # Inputs of products are rounded to bfloat16 and nothing else: better than torch, which rounds everything.
     assert (found - expected).abs().max() <= (torchs - expected).abs().max()
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+# AMX's tiles do not take these models; the next variant does.
+FLOAT_VARIANTS = tuple(variant for variant in FOUND.variants if variant != "amx")
+every_float_variant = pytest.mark.parametrize("variant", FLOAT_VARIANTS)
+both_floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@both_floats
+@every_float_variant
+def test_it_computes_the_model_in_float32_and_in_float16(shape, variant, dtype):
+    """Seven tokens at a time and 90: to the same bits, as no input is rounded for either."""
+    runner, row, text = Runner(make(shape, dtype), variant=variant), None, ids(150)
+    row = runner.row()
+    expected, torchs, found = truth_of(shape, 150, dtype), torch_of(shape, 150, dtype), runner.read(text, 90, row=row)
+    error = (found - expected).abs().max()
+    assert error <= (torchs - expected).abs().max()
+    if dtype == torch.float32:  # 2^-24 for each sum, of which a token has some hundred; float16 rounds keys and values
+        assert error < 5e-6 * expected.abs().max()
+    assert torch.equal(found, runner.read(text, 7))
+    for layer, norms in zip(row[0], row[1].key_norms, strict=True):
+        longest = layer[0, :, : len(text)].double().norm(dim=-1).amax(-1)
+        assert layer.dtype == dtype and (longest <= norms).all() and (longest >= 0.999 * norms).all()
+
+
+@pytest.mark.parametrize("shape", ["mpt", "replit"])
+@both_floats
+@every_float_variant
+def test_no_bit_depends_on_chunks_or_company_in_float32_and_in_float16(shape, variant, dtype):
+    runner, text, other = Runner(make(shape, dtype), variant=variant), ids(300), ids(77, seed=1)
+    expected = runner.feed([runner.row()], [0], [text])
+    row, pieces, start = runner.row(), [], 0
+    for n in (100, 1, 12, 187):
+        beside = runner.feed([runner.row(), row], [0, start], [other[:n], text[start : start + n]])
+        pieces.append(beside[-n:])
+        start += n
+    assert torch.equal(torch.cat(pieces), expected)
+
+
+@pytest.mark.parametrize("number", [70000.0, -70000.0, 3e-8, -5e-8, 1e-9, 65519.0, 2049.0, 2051.0])
+@every_float_variant
+@torch.inference_mode()
+def test_float16_keys_are_rounded_as_torch_rounds_them(variant, number):
+    """Infinite, subnormal, and halfway numbers: as biases, of which the values are made alone."""
+    model = make("biases_and_scaled_logits", torch.float16)
+    runner = Runner(model, variant=variant)
+    model.transformer.blocks[0].attn.Wqkv.weight.zero_()
+    row = runner.row()
+    bias = torch.full_like(model.transformer.blocks[0].attn.Wqkv.bias, number, dtype=torch.float32)
+    runner.step._kept.append(bias)
+    runner.step._model.layers[0].wqkv.bias = bias.data_ptr()
+    runner.feed([row], [0], [[5]])
+    assert torch.equal(row[0][0][:, :, 0], bias[:1].half().expand(2, 4, 64))
 
 
 @pytest.mark.parametrize("shape", ["mpt", "replit"])
@@ -327,6 +382,24 @@ def test_an_adapter_is_what_it_would_be_inside_the_weights(shape, rank, projecti
     assert (truth_of(shape, 80) - expected).abs().max() > 5 * plain
 
 
+@both_floats
+@every_float_variant
+@torch.inference_mode()
+def test_an_adapter_keeps_its_precision_beside_float32_and_float16(variant, dtype):
+    """Matrices in the model's dtype, as `load_adapter` gives them; in bfloat16 they would be off by 2^-9."""
+    model, text = make("mpt", dtype), ids(80)
+    rough = adapter_of(model, 13)
+    g = torch.Generator().manual_seed(5)
+    fine = {name: tuple((m * (1 + 0.01 * torch.rand(m.shape, generator=g))).to(dtype) for m in pair)
+            for name, pair in rough.pairs.items()}  # fmt: skip
+    adapter, runner = Adapter("fine", fine), Runner(model, variant=variant)
+    expected = with_adapter(model, adapter, text)
+    limit = {torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+    for at_once in (7, 80):
+        found = runner.read(text, at_once, adapter=adapter)
+        assert (found - expected).abs().max() < limit * expected.abs().max()
+
+
 @every_variant_and(one=1, few=7, many=90)
 def test_an_adapter_beside_int8_weights(variant, at_once):
     model, text = make("mpt"), ids(80)
@@ -368,8 +441,8 @@ def attention(request, tmp_path_factory) -> ctypes.CDLL:
         float probe_quantize(const float *x, int D, int8_t *out) {{ return quantize_head(x, D, out); }}
         int64_t probe_attend(const float *queries, int T, const int8_t *kv, const float *scales, int stored, int D,
                              float scale, float slope, float key_norm, float drop, float *out) {{
-            const Stored from = {{kv, kv + stored * D, scales, scales + stored}};
-            return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, 1);
+            const Stored from = {{kv, kv + stored * D, scales, scales + stored, INT8_ROWS}};
+            return attend(queries, T, from, stored, D, scale, slope, key_norm, drop, out, D, INT8_ROWS);
         }}
     """)
     made = source.with_name("probe.so")
@@ -499,8 +572,13 @@ FACTS = available.ModelFacts(dtype=torch.bfloat16, device="cpu", int8_weights=Fa
 
 def test_what_it_is_not_made_for_is_said():
     for settings, facts, reason in [
-        ({}, {"dtype": torch.float32}, "C is for bfloat16 on CPU, and this model is float32 on cpu"),
-        ({}, {"device": "cuda:0"}, "C is for bfloat16 on CPU, and this model is bfloat16 on cuda"),
+        (
+            {},
+            {"dtype": torch.float64},
+            "C is for float32, float16 and bfloat16 on CPU, and this model is float64 on cpu",
+        ),
+        ({}, {"device": "cuda:0"}, "C is for float32, float16 and bfloat16 on CPU, and this model is bfloat16 on cuda"),
+        ({}, {"dtype": torch.float16, "packed": ("Q4_0",)}, "C multiplies with quantised weights in bfloat16 models"),
         ({}, {"is_shared": True}, "a model shared over processes adds up their parts between its layers"),
         ({"d_model": 544, "n_heads": 2}, {}, "heads of 272; at most 256 are made for"),
         ({"d_model": 48, "n_heads": 2}, {"int8_weights": True}, "`attn.Wqkv` is 144 x 48; int8 weights are made for"),
@@ -511,6 +589,8 @@ def test_what_it_is_not_made_for_is_said():
     for settings in ({}, {"d_model": 96, "n_heads": 2}, {"d_model": 50, "n_heads": 5}, {"vocab_size": 501}):
         assert available.why_no_step(config(**settings), **FACTS) is None
     assert available.why_no_step(config(), **{**FACTS, "packed": ("Q4_0", "Q6_K")}) is None
+    for dtype in (torch.float32, torch.float16):
+        assert available.why_no_step(config(), **{**FACTS, "dtype": dtype}) is None
 
 
 def test_what_tiles_do_not_take_is_computed_by_the_next_variant(monkeypatch):
@@ -524,6 +604,7 @@ def test_what_tiles_do_not_take_is_computed_by_the_next_variant(monkeypatch):
         ({"vocab_size": 500}, {}, f"take {sizes}, and `lm_head` is 500 x 256", ""),
         ({"d_model": 96, "n_heads": 2}, {"int8_weights": True}, f"take {sizes}, and `attn.Wqkv` is 288 x 96", ""),
         ({}, {"packed": ("Q4_0",)}, "do not take weights that stay packed (Q4_0)", ""),
+        ({}, {"dtype": torch.float16}, "multiply bfloat16 and int8, and this model is float16", ""),
     ]:
         asked = config(**settings), {**FACTS, **facts}
         for variant, reason in ((available.step_variant, step), (available.prompt_variant, prompt or step)):
@@ -537,7 +618,7 @@ def test_a_decision_is_what_happens(variant):
     step = Runner(make("mpt"), variant=variant).step
     assert step._library.mpt_variant().decode() == step._prompts.mpt_variant().decode() == variant
     with pytest.raises(library.Unavailable, match="bfloat16 on CPU"):
-        NativeStep(make("mpt").float(), variant=variant)
+        NativeStep(make("mpt", torch.float64), variant=variant)
 
 
 HASWELL = "avx2 fma f16c bmi2 abm popcnt"
@@ -645,6 +726,15 @@ def test_code_for_other_processors_compiles_as_what_it_is_called(variant, tmp_pa
     subprocess.run([FOUND.compiler, *flags, *sources], check=True, cwd=tmp_path)
     strings = re.findall(r'\.string\t"(.*)"', (tmp_path / "boundary.s").read_text())
     assert [string for string in strings if string in VARIANTS] == [variant]
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="needs clang")
+@pytest.mark.parametrize("variant", [variant.name for variant in build.of_architecture(build.architecture())])
+def test_clang_compiles_every_variant(variant):
+    """As on macOS, where there is no gcc and no OpenMP."""
+    sources = [str(source) for source in build.SOURCES if source.suffix == ".c"]
+    flags = [*build.flags_of(VARIANTS[variant], "clang"), "-Werror", "-Wno-unused-function"]
+    subprocess.run(["clang", *flags, "-fsyntax-only", *sources], check=True)
 
 
 def test_without_a_compiler_the_reason_names_one(monkeypatch, tmp_path):

@@ -20,14 +20,31 @@ FOUND = library.features() if WHY_NONE is None else library.Features((), {}, Non
 pytestmark = pytest.mark.skipif(WHY_NONE is not None, reason=str(WHY_NONE))
 NATIVE = Path(library.__file__).parent
 VARIANTS = {variant.name: variant for variant in build.VARIANTS}
-PROGRAM = Path(__file__).with_name("products.c")
+PROGRAM, HALVES_PROGRAM = Path(__file__).with_name("products.c"), Path(__file__).with_name("halves.c")
 ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 ON_ARM = {"neon": "neon", "generic on ARM": "generic"}
-HERE = tuple(variant for variant in FOUND.variants if variant != "amx")
+EVERY_SET = (*(variant for variant in FOUND.variants if variant != "amx"), *ON_ARM)
 HALVES = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)
 }  # fmt: skip
 Array = np.ndarray[Any, Any]
+
+
+def compiled(program: Path, name: str, folder: Path) -> list[str]:
+    """The command that runs a program, compiled for a set of kernels."""
+    out = folder / f"{program.stem} {name}"
+    if name in ON_ARM:
+        if missing := [tool for tool in ARM if shutil.which(tool) is None]:
+            pytest.skip(f"{missing[0]} is not here; Debian has it in gcc-aarch64-linux-gnu and qemu-user")
+        compile_, run = [ARM[0], *build.flags_of(VARIANTS[ON_ARM[name]], ARM[0]), "-static"], [ARM[1], str(out)]
+    else:
+        assert FOUND.compiler is not None
+        compile_, run = [FOUND.compiler, *build.flags_of(VARIANTS[name], FOUND.compiler)], [str(out)]
+    files = [str(program), str(NATIVE / "threads.c")]
+    command = [*compile_, "-Wno-unused", f"-I{NATIVE}", *files, "-o", str(out), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +54,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
     class Programs(dict[str, list[str]]):
         def __missing__(self, name: str) -> list[str]:
-            out = folder / name.replace(" ", "_")
-            if name in ON_ARM:
-                if missing := [tool for tool in ARM if shutil.which(tool) is None]:
-                    pytest.skip(f"{missing[0]} is not here; Debian has it in gcc-aarch64-linux-gnu and qemu-user")
-                compile_ = [ARM[0], *build.flags_of(VARIANTS[ON_ARM[name]], ARM[0]), "-static"]
-                self[name] = [ARM[1], str(out)]
-            else:
-                assert FOUND.compiler is not None
-                compile_ = [FOUND.compiler, *build.flags_of(VARIANTS[name], FOUND.compiler)]
-                self[name] = [str(out)]
-            command = [
-                *compile_,
-                "-Wno-unused",
-                f"-I{NATIVE}",
-                str(PROGRAM),
-                str(NATIVE / "threads.c"),
-                "-o",
-                str(out),
-                "-lm",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[-2000:]
+            self[name] = compiled(PROGRAM, name, folder)
             return self[name]
 
     return Programs(made)
@@ -75,15 +71,19 @@ def widened(bits: Array) -> Array:
 
 
 def matrix(kind: str, n_out: int, n_in: int) -> tuple[bytes, Array, Array]:
-    """A random matrix as it is stored, the scales of its rows in bfloat16, and its real values."""
+    """A random matrix as it is stored, the scales of its rows, and its real values."""
     random = np.random.default_rng(1)
-    scales = bfloat16(random.uniform(0.01, 0.02, n_out))
+    scales = random.uniform(0.01, 0.02, n_out).astype(np.float32)
+    if kind in ("FLOAT32", "FLOAT16"):
+        real = random.standard_normal((n_out, n_in)).astype(kind.lower())
+        real[:, :2] *= 2.0**-20  # float16's subnormal numbers are among them
+        return real.tobytes(), scales, real.astype(np.float64)
     if kind == "BFLOAT16":
         bits = bfloat16(random.standard_normal((n_out, n_in)))
         return bits.tobytes(), scales, widened(bits)
     if kind == "INT8_ROWS":
         codes = random.integers(-127, 128, (n_out, n_in)).astype(np.int8)
-        return codes.tobytes(), scales, codes * widened(scales)[:, None]
+        return codes.tobytes(), scales, codes * scales.astype(np.float64)[:, None]
     block = BLOCK_TYPES[kind]
     data = random.integers(0, 256, (n_out, n_in // block.n_values, block.n_bytes), dtype=np.uint8)
     for at in HALVES.get(kind, (0,)):
@@ -104,7 +104,7 @@ def product(command: list[str], kind: str, n_out: int, x: Array, is_prompt: bool
 
 @pytest.mark.parametrize("is_prompt", [False, True], ids=["few", "prompt"])
 @pytest.mark.parametrize("kind", structures.FORMATS)
-@pytest.mark.parametrize("kernels", [*HERE, *ON_ARM])
+@pytest.mark.parametrize("kernels", EVERY_SET)
 def test_products_are_those_of_the_real_values(
     programs: dict[str, list[str]], kernels: str, kind: str, is_prompt: bool
 ) -> None:
@@ -112,17 +112,17 @@ def test_products_are_those_of_the_real_values(
     command = programs[kernels]
     x = np.random.default_rng(2).standard_normal((7, 2816))
     x[:, 5] *= 30
-    rounds = kind == "BFLOAT16" or is_prompt  # inputs to bfloat16, else to 15 bits of the largest
-    if kind == "BFLOAT16":
-        x = widened(bfloat16(x))
+    rounds = is_prompt  # inputs to bfloat16, else to 15 bits of the largest
+    is_plain = kind in ("FLOAT32", "FLOAT16", "BFLOAT16")
+    x = widened(bfloat16(x)) if kind == "BFLOAT16" else x.astype(np.float32)
     found, expected = product(command, kind, 37, x, is_prompt)
     size = np.abs(expected).mean()
     error = np.abs(found - expected).max() / size
-    assert error < (1e-5 if kind == "BFLOAT16" else 0.03 if rounds else 3e-3), error
+    assert error < (1e-5 if is_plain else 0.03 if rounds else 3e-3), error
 
 
 @pytest.mark.parametrize("kind", structures.FORMATS)
-@pytest.mark.parametrize("kernels", [*HERE, *ON_ARM])
+@pytest.mark.parametrize("kernels", EVERY_SET)
 def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
     """Of inputs that do not fill a span of 256 where the format allows it, and of outputs that fill no sixteen."""
     command = programs[kernels]
@@ -134,9 +134,40 @@ def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], ker
     assert np.array_equal(product(command, kind, 40, x[2:7], False)[0], together[2:7])
 
 
-@pytest.mark.parametrize("kernels", [*HERE, *ON_ARM])
+@pytest.mark.parametrize("kernels", EVERY_SET)
+@pytest.mark.parametrize("kind", ["FLOAT32", "FLOAT16", "BFLOAT16"])
+def test_no_bit_depends_on_the_way_of_the_weights(programs: dict[str, list[str]], kernels: str, kind: str) -> None:
+    """More than eight tokens have them widened beforehand; 2,051 inputs leave some over in the second chunk."""
+    x = np.random.default_rng(5).standard_normal((9, 2051))
+    together = product(programs[kernels], kind, 40, x, True)[0]
+    assert np.array_equal(product(programs[kernels], kind, 40, x[:8], True)[0], together[:8])
+    assert np.array_equal(product(programs[kernels], kind, 40, x[8:], True)[0], together[8:])
+
+
+@pytest.mark.parametrize("kernels", EVERY_SET)
+@pytest.mark.parametrize("kind", ["FLOAT32", "FLOAT16", "BFLOAT16"])
 @pytest.mark.parametrize("n_in", [1, 7, 33, 50, 100])
-def test_rows_of_any_width(programs: dict[str, list[str]], kernels: str, n_in: int) -> None:
+def test_rows_of_any_width(programs: dict[str, list[str]], kernels: str, kind: str, n_in: int) -> None:
     x = widened(bfloat16(np.random.default_rng(4).standard_normal((5, n_in))))
-    found, expected = product(programs[kernels], "BFLOAT16", 3, x, True)
+    found, expected = product(programs[kernels], kind, 3, x, True)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max() + 1e-6
+
+
+@pytest.mark.parametrize("kernels", EVERY_SET)
+def test_float16_is_rounded_and_widened_as_numpy_does(kernels: str, tmp_path: Path) -> None:
+    """Every float16 number; of float32 those halfway between two of them, those beside, large and subnormal ones."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    known = every[np.isfinite(every)].astype(np.float32)
+    halfway = (np.sort(known)[1:].astype(np.float64) + np.sort(known)[:-1]) / 2
+    halfway = halfway.astype(np.float32)  # exact
+    ends = np.array([65519.0, 65520.0, -65520.0, 1e9, -1e9, np.inf, -np.inf, np.nan, 1e-9, -1e-9, 1e-40], np.float32)
+    given = np.concatenate([known, halfway, np.nextafter(halfway, np.inf), np.nextafter(halfway, -np.inf), ends])
+    data = np.int32(len(given)).tobytes() + given.astype(np.float32).tobytes()
+    done = subprocess.run(compiled(HALVES_PROGRAM, kernels, tmp_path), input=data, capture_output=True, check=True)
+    found = np.frombuffer(done.stdout[: 2 * len(given)], np.uint16).view(np.float16)
+    with np.errstate(over="ignore"):
+        expected = given.astype(np.float16)
+    np.testing.assert_array_equal(found, expected)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))
+    widened_ = np.frombuffer(done.stdout[2 * len(given) :], np.float32)
+    np.testing.assert_array_equal(widened_, every.astype(np.float32))
