@@ -108,7 +108,7 @@ def test_the_command_line_converts_inspects_and_verifies(
     assert "convert it `--to hf` first" in run("inspect", str(tmp_path / "ft"), "--run")[2]
     facts = json.loads(run("inspect", str(checkpoint), "--run", "--dtype", "float32", "--device", "cpu", "--json")[1])
     assert facts["runs on"] == "cpu, float32"
-    assert facts["runs"]["prompt"].startswith("C (" if library.has_compiler() else "torch (there is no C compiler")
+    assert facts["runs"]["prompt"].startswith("C (" if library.why_none() is None else "torch (")
     assert "are for `--run`" in run("inspect", str(checkpoint), "--dtype", "float32")[2]
     assert run("verify", str(out))[0] == 0
     assert run("verify", str(out), "--against", str(checkpoint))[0] == 0
