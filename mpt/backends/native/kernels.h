@@ -9,6 +9,8 @@
  *   multiply_codes          weights as codes with scales (formats.h), inputs as two int8 numbers each
  *   multiply_sixteen        the same of sixteen rows at once, where a file has it (CODES_OF_SIXTEEN_ROWS): for more
  *                           tokens, the same bits
+ *   multiply_side_by_side   bfloat16 weights and the many tokens of prompts, where a file has it (ROWS_SIDE_BY_SIDE);
+ *                           sums in another order than those of `multiply_dense`
  *
  * Sums go to (tokens, STRIP): a token's sum with row r is at sums[token * STRIP + r]. Of a token and a row the same
  * numbers are added in the same order however many rows and tokens there are, so that no bit of a result depends on
@@ -21,6 +23,7 @@ enum {
     STRIP = 32,   /* outputs that are multiplied together */
     CHUNK = 2048, /* and inputs: four tokens' stay in the first-level cache */
     SIXTEEN_ROOM = 256, /* floats for each token that `multiply_sixteen` needs */
+    SIDE_ROOM = 8192,   /* floats that `multiply_side_by_side` needs */
 };
 
 typedef struct { /* the inputs of one token as two int8 numbers each: x = step * (128 high + low) */

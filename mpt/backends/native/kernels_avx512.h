@@ -200,4 +200,35 @@ static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const f
     }
 }
 
+/* 16 x 16 numbers of four bytes with their rows, `stride` bytes apart, made columns, `apart` registers apart. */
+static inline void turn(const void *from, size_t stride, __m512i *to, int apart) {
+    __m512i r[16], s[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512((const char *)from + i * stride);
+    for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            r[i + 2 * k] = _mm512_unpacklo_epi64(s[i + k], s[i + k + 2]);
+            r[i + 2 * k + 1] = _mm512_unpackhi_epi64(s[i + k], s[i + k + 2]);
+        }
+    /* r[4 a + c]: of rows 4 a to 4 a + 3, columns c, 4 + c, 8 + c and 12 + c. */
+    for (int c = 0; c < 4; c++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        _mm512_storeu_si512(to + c * apart, _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_storeu_si512(to + (4 + c) * apart, _mm512_shuffle_i32x4(d, e, 0x88));
+        _mm512_storeu_si512(to + (8 + c) * apart, _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_storeu_si512(to + (12 + c) * apart, _mm512_shuffle_i32x4(d, e, 0xdd));
+    }
+}
+
+/* Four bytes in all lanes. */
+static inline __m512i four_bytes(const void *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+}
+
 #include "kernels_avx512_codes.h"
+#if AVX512_BF16
+#include "kernels_avx512_prompt.h"
+#endif

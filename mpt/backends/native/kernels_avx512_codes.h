@@ -300,34 +300,6 @@ typedef struct { /* a span of each of sixteen rows */
     _Alignas(64) float scales[PLACES][16], offsets[PLACES][16]; /* (groups, rows) */
 } Sixteen;
 
-/* 16 x 16 numbers of four bytes with their rows, `stride` bytes apart, made columns. */
-static inline void turn(const void *from, size_t stride, void *to) {
-    __m512i r[16], s[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512((const char *)from + i * stride);
-    for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            r[i + 2 * k] = _mm512_unpacklo_epi64(s[i + k], s[i + k + 2]);
-            r[i + 2 * k + 1] = _mm512_unpackhi_epi64(s[i + k], s[i + k + 2]);
-        }
-    /* r[4 a + c]: of rows 4 a to 4 a + 3, columns c, 4 + c, 8 + c and 12 + c. */
-    for (int c = 0; c < 4; c++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        __m512i *out = to;
-        _mm512_storeu_si512(out + c, _mm512_shuffle_i32x4(a, b, 0x88));
-        _mm512_storeu_si512(out + 4 + c, _mm512_shuffle_i32x4(d, e, 0x88));
-        _mm512_storeu_si512(out + 8 + c, _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_storeu_si512(out + 12 + c, _mm512_shuffle_i32x4(d, e, 0xdd));
-    }
-}
-
-static inline __m512i four_bytes(const int8_t *from) {
-    int32_t four;
-    memcpy(&four, from, 4);
-    return _mm512_set1_epi32(four);
-}
-
 /* A span of sixteen rows times n_tokens tokens, a constant, added to sums (tokens, PLACES, 16). */
 static inline __attribute__((always_inline)) void sixteen_rows(const Sixteen *rows, const int group, int n_groups,
                                                                const Coded *tokens, int at, const int n_tokens,
@@ -382,8 +354,8 @@ static void multiply_sixteen(const Linear *linear, int n0, int k0, int n, const 
     for (int k = 0; k < n; k += SPAN_CODES) {
         const int here = n - k < SPAN_CODES ? n - k : SPAN_CODES;
         for (int r = 0; r < 16; r++) unpack(linear, n0 + r, k0 + k, here, codes[r], a[r], b[r]);
-        for (int i = 0; i < SPAN_CODES / 64; i++) turn(codes[0] + 64 * i, SPAN_CODES, rows.codes[16 * i]);
-        turn(a, sizeof a[0], rows.scales), turn(b, sizeof b[0], rows.offsets);
+        for (int i = 0; i < SPAN_CODES / 64; i++) turn(codes[0] + 64 * i, SPAN_CODES, (__m512i *)rows.codes[16 * i], 1);
+        turn(a, sizeof a[0], (__m512i *)rows.scales, 1), turn(b, sizeof b[0], (__m512i *)rows.offsets, 1);
         for (int t = 0; t < T; t += 4) {
             float *to = room + (size_t)t * PLACES * 16;
             const int n_groups = here / group, at = k0 + k;

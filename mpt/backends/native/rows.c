@@ -37,7 +37,7 @@ enum {
 typedef enum { AS_THEY_ARE, ROUNDED, CODED } Kind;
 
 typedef struct {
-    int K;
+    int K, side_by_side; /* side_by_side: multiplied by `multiply_side_by_side`, where there is one */
     Kind kind;
     float *plain;   /* (T, K) as they are, for weights in float32 and float16, and until they are coded */
     Dense *dense;   /* (T, K) rounded, for bfloat16 weights and for strips of blocks widened */
@@ -97,7 +97,7 @@ static void finish(const Inputs *inputs, int T, Worker *worker) {
 
 /* For which weights inputs are made. is_prompt: many tokens, for which blocks are widened. */
 static void start(Inputs *inputs, const Linear *linear, int is_prompt) {
-    inputs->K = linear->n_in;
+    inputs->K = linear->n_in, inputs->side_by_side = is_prompt && linear->n_in % 32 == 0;
     inputs->kind = is_float(linear->format) ? AS_THEY_ARE : linear->format == BFLOAT16 || is_prompt ? ROUNDED : CODED;
 }
 
@@ -186,7 +186,7 @@ typedef struct { /* one thread's memory */
     void *strip;    /* (STRIP, CHUNK) widened weights: of blocks, Dense; of plain numbers, float32 */
     uint8_t *codes; /* (CHUNK) of one row, with a and b of its groups */
     float *a, *b;
-    float *room;    /* (T, SIXTEEN_ROOM), for weights in codes */
+    void *room;     /* of what rows side by side need: SIXTEEN_ROOM for each token, or SIDE_ROOM */
     size_t ahead;   /* bytes of weights to fetch before they are used */
 } Own;
 
@@ -243,8 +243,16 @@ static void multiply_wide(const Linear *linear, int n0, int n_rows, const Inputs
     const size_t K = linear->n_in, bytes = number_bytes(linear->format);
     const char *rows = (const char *)linear->weight + (n0 * K + k0) * bytes;
     const void *x = inputs->kind == AS_THEY_ARE ? (const void *)(inputs->plain + k0) : inputs->dense + k0;
-    if (!bytes) {
+    if (!bytes)
         for (int r = 0; r < n_rows; r++) widen(linear, n0 + r, k0, n, own, (Dense *)own->strip + (size_t)r * n);
+#ifdef ROWS_SIDE_BY_SIDE
+    if (inputs->side_by_side && n_rows == STRIP && inputs->kind == ROUNDED) {
+        multiply_side_by_side(bytes ? (const void *)rows : own->strip, bytes ? K : (size_t)n, x, K, T, n, !k0, own->room,
+                              sums);
+        return;
+    }
+#endif
+    if (!bytes) {
         multiply_dense(DENSE, own->strip, n, n_rows, x, K, T, n, !k0, sums);
     } else if (T > FEW && !(linear->format == BFLOAT16 && DENSE == BFLOAT16)) {
         /* The same bits. float32 gains too, 1.4 times with AVX-512: rows side by side are read faster from the cache. */
@@ -259,7 +267,7 @@ static void multiply_wide(const Linear *linear, int n0, int n_rows, const Inputs
 /* Sums (T, STRIP) of n_rows outputs from n0 on. With few tokens memory sets the speed, and it is fetched ahead where a
  * row is read to its end; with many a strip stays in the second-level cache until all of them have met it. */
 static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
-    const int K = linear->n_in, at_once = T > TOKENS_AT_ONCE ? n_rows : 4;
+    const int K = linear->n_in, at_once = T > TOKENS_AT_ONCE || inputs->side_by_side ? n_rows : 4;
     Coded tokens[inputs->kind == CODED ? T : 1];
     for (size_t t = 0; inputs->kind == CODED && t < (size_t)T; t++)
         tokens[t] = (Coded){inputs->high + t * K, inputs->low + t * K, inputs->sums32 + t * K / 32,
@@ -395,7 +403,7 @@ static size_t carve(const Model *model, size_t T, int is_prompt, int n_threads, 
         TAKE(mine->codes, CHUNK / 4);
         TAKE(mine->a, CHUNK / 16);
         TAKE(mine->b, CHUNK / 16);
-        TAKE(mine->room, is_prompt ? 0 : T * SIXTEEN_ROOM);
+        TAKE(mine->room, is_prompt ? SIDE_ROOM : T * SIXTEEN_ROOM);
     }
 #undef TAKE
     return used + 16;
@@ -464,6 +472,7 @@ static void run_thread(void *context, int thread, int n) {
     Inputs inputs = scratch->inputs;
     normalize_all(scratch->x, model->norm_f, model->eps, &inputs, &model->head, pass->is_prompt, step->n_logits,
                   step->logit_tokens, &worker);
+    inputs.side_by_side = 0; /* most prompts want one token's logits, and what they are may not depend on the others' */
     product(&model->head, &inputs, (Adapted){0}, step->n_logits, TO_ROWS, step->logits, NULL, own, &worker);
 }
 

@@ -23,7 +23,7 @@ int main(void) {
                      .high = empty((size_t)T * K), .low = empty((size_t)T * K), .steps = empty(T * 4),
                      .sums32 = empty(T * K / 8), .sums16 = empty(T * K / 4), .totals = empty(T * n_chunks(K) * 8)};
     Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 4), .codes = empty(CHUNK),
-               .a = empty(CHUNK), .b = empty(CHUNK), .room = empty((size_t)T * SIXTEEN_ROOM * 4)};
+               .a = empty(CHUNK), .b = empty(CHUNK), .room = empty(((size_t)T * SIXTEEN_ROOM + SIDE_ROOM) * 4)};
     atomic_int *queue = calloc(32, sizeof *queue);
     Team team = {0};
     Worker worker = {&team, queue, 0, 1};
