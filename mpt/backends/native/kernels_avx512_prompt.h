@@ -38,18 +38,23 @@ static inline __attribute__((always_inline)) void some_side_tokens(const __m512i
     }
 }
 
+/* The same times any number of tokens. */
+static void multiply_strip(const __m512i *strip, const bf16 *x, size_t x_stride, int T, int n, int is_first,
+                           float *sums) {
+    int t = 0;
+#define OF(n_tokens)                                                                                                   \
+    for (; t + n_tokens <= T; t += n_tokens)                                                                           \
+        some_side_tokens(strip, x + t * x_stride, x_stride, n, n_tokens, is_first, sums + (size_t)t * STRIP);
+    OF(12) OF(6) OF(3) OF(1)
+#undef OF
+}
+
 /* A whole strip of rows, `stride` numbers apart, times T tokens; n inputs, a multiple of 32. room: of SIDE_ROOM. */
 static void multiply_side_by_side(const bf16 *rows, size_t stride, const bf16 *x, size_t x_stride, int T, int n,
                                   int is_first, void *room, float *sums) {
     for (int k = 0; k < n; k += SIDE_INPUTS) {
-        const int here = n - k < SIDE_INPUTS ? n - k : SIDE_INPUTS, new = is_first && !k;
+        const int here = n - k < SIDE_INPUTS ? n - k : SIDE_INPUTS;
         lay_side_by_side(rows + k, stride, here, room);
-        const __m512i *strip = room;
-        int t = 0;
-#define OF(n_tokens)                                                                                                   \
-    for (; t + n_tokens <= T; t += n_tokens)                                                                           \
-        some_side_tokens(strip, x + t * x_stride + k, x_stride, here, n_tokens, new, sums + (size_t)t * STRIP);
-        OF(12) OF(6) OF(3) OF(1)
-#undef OF
+        multiply_strip(room, x + k, x_stride, T, here, is_first && !k, sums);
     }
 }

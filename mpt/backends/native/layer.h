@@ -40,6 +40,7 @@ typedef struct { /* of one layer, for the functions below */
     int layer, width;     /* of qkv: C queries, then keys, then values */
     const int32_t *first; /* (rows) their first token in the step */
     float *qkv, *mixed;   /* (T, width); (T, C), gets the results */
+    int is_prompt;        /* a step of many tokens */
 } Place;
 
 /* Clip the queries, keys and values of one token and normalise its queries and keys, where the model does so. */

@@ -24,6 +24,7 @@
 #if !AMX
 #include "layer.h"
 #include "kernels.h"
+#include "attention_prompt.h"
 
 enum {
     MOST_AHEAD = 1 << 15,  /* bytes */
@@ -329,6 +330,15 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
 
 /* -- attention ----------------------------------------------------------------------------------------------------- */
 
+/* One head of T queries of one row from its t0-th on; which way is up to the model and the kind of step, not to T. */
+static int64_t attend_some(const Place *at, int row, int head, int t0, int T) {
+#ifdef ROWS_SIDE_BY_SIDE
+    if (at->is_prompt && takes_many_queries(at->model, stored_of(at->model, at->step, at->layer, row, 0)))
+        return attend_many(at, row, head, t0, T);
+#endif
+    return attend_head(at, row, head, t0, T);
+}
+
 /* Store all new keys and values and attend over them; the results are the inputs `next` of a product. Returns the keys
  * read by this thread. */
 static int64_t attend_all(const Place *at, const Inputs *next, Worker *worker) {
@@ -355,7 +365,7 @@ static int64_t attend_all(const Place *at, const Inputs *next, Worker *worker) {
         if (!stores_alone) store(at, row, head);
         const int t0 = (spans - 1 - (turn - before)) * SPAN, left = step->row_tokens[row] - t0;
         const int T = left < SPAN ? left : SPAN;
-        n_read += attend_head(at, row, head, t0, T);
+        n_read += attend_some(at, row, head, t0, T);
         for (int t = t0; t < t0 + T; t++) encode(next, at->first[row] + t, head * model->d_head, model->d_head);
     }
     end_loop(worker);
@@ -433,7 +443,7 @@ static int64_t run_layer(const Model *model, const Step *step, int layer, int is
     multiply_by_a(adapted[WQKV], &inputs, worker);
     product(&now->wqkv, &inputs, adapted[WQKV], T, TO_ROWS, scratch->qkv, NULL, own, worker);
     start(&mixed, &now->out_proj, is_prompt);
-    const Place at = {model, step, layer, now->wqkv.n_out, first, scratch->qkv, mixed.plain};
+    const Place at = {model, step, layer, now->wqkv.n_out, first, scratch->qkv, mixed.plain, is_prompt};
     const int64_t n_read = attend_all(&at, &mixed, worker);
     multiply_by_a(adapted[OUT_PROJ], &mixed, worker);
     product(&now->out_proj, &mixed, adapted[OUT_PROJ], T, TO_RESIDUAL, scratch->x, NULL, own, worker);
