@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpt.checkpoint
 import mpt.manifest
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.model import MPTMLP
 from tests.training.killing import Killed, kill_at_eight
-from training import batches, build, checkpoint, datasets, loop, memory, step
+from training import batches, build, checkpoint, datasets, loop, memory, optimizer, step
 from training.distributed import World
 from training.logbook import Logbook
 from training.run import Run
@@ -131,6 +132,40 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
     # AdamW's first step: exp_avg is a tenth of the gradient, here 1, and the counter stands at 1.
     assert torch.equal(opt.state[model.weight]["exp_avg"], torch.full((10, 10), 0.1))
     assert float(opt.state[model.weight]["step"]) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_what_an_optimizer_remembers_is_restored_where_a_step_leaves_it(
+    small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    """On a GPU that is not there: torch's fake tensors have its name and no memory, so that nothing can be read."""
+
+    def stepped(device: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.ParameterDict({"weight": torch.ones(10, 10, device=device)})
+        opt = optimizer.build(dataclasses.replace(small_run, optimizer=name), model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        opt.step()
+        opt.zero_grad()
+        return model, opt
+
+    def places(model: torch.nn.Module, opt: torch.optim.Optimizer) -> dict[str, Any]:
+        found = checkpoint.tensors(model, opt).items()
+        return {name: (tensor.device, tensor.dtype, tensor.shape) for name, tensor in found}
+
+    saver = checkpoint.Saver(tmp_path, ALONE, keep=1)
+    saver.save(*stepped("cpu"), checkpoint.Position(1))
+    saver.wait()
+    monkeypatch.setattr(checkpoint.dcp, "load", lambda *_, **__: None)
+    with FakeTensorMode():
+        model, opt = stepped("cuda")
+        expected = places(model, opt)
+        opt.param_groups[0]["lr"] = 0.25
+        checkpoint.restore(tmp_path / "step-000001", model, opt)
+        assert places(model, opt) == expected
+        assert {str(device) for device, *_ in expected.values()} == {"cuda:0"}
+    assert opt.param_groups[0]["lr"] == 0.25
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, saved: Callable[[int], None]) -> None:
