@@ -9,7 +9,9 @@ bfloat16 bias is wrong by 0.15 in the output, float32 anchored at key 0 by 4.5e-
 Letters as in `mpt/model.py`. Sources: Press et al. 2021 (ALiBi); llm-foundry `attention.py` for MPT's use of it.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from mpt.config import MPTConfig
 
 # What the CPU's flash kernel is called with directly: it also returns the log-sum-exp, which `F.scaled_dot_product_
@@ -26,6 +30,7 @@ _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 _BLOCK = 1024  # queries that share an anchor of the bias
 _GROUPS = 4  # runs of heads that may reach back differently far
+_TILE = 128  # queries, and keys, that FlexAttention's mask decides about at once
 
 
 @dataclass(frozen=True)
@@ -103,21 +108,24 @@ def attend(
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     reach: Tensor | None = None,
+    sight: "Sight | None" = None,
 ) -> Tensor:
     """Attention of the last T of S positions, (B, H, T, D), in q's dtype.
 
     q: (B, H, T, D); k, v: (B, H or fewer, S, D) with S >= T, the queries' own keys last. bias: (1, H, 1, >= S)
     float32 as `alibi_bias` gives it. key_mask: (B, S) bool, False for keys nobody may see (padding); the output of a
     query that sees no key is finite and means nothing. reach: (H,) int64, keys that each head must look back on; on CPU
-    others are not read (`alibi_reach`). Memory beyond the inputs is O(H * S) on CPU and CUDA, except for gradients
-    through a past on CPU, O(H * T * S).
+    others are not read (`alibi_reach`). sight: `see` of these lengths and this key_mask, where layers share one; on CPU
+    it is not needed. Memory beyond the inputs is O(H * S) on CPU and CUDA, except for gradients through a past on CPU,
+    O(H * T * S).
     """
     H, T = q.shape[1:3]
     S = k.shape[2]
+    if takes_flex(q.device) and T > 1:
+        slopes = None if bias is None else -bias[0, :, 0, -2]  # what a key loses that is one further away
+        return _flex(q, k, v, scale, slopes, sight or see(T, S, q.device, key_mask))
     if k.shape[1] != H:  # grouped heads: each key head serves H / KV query heads in a row
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    if q.is_cuda and T > 1:
-        return _flex(q, k, v, scale, bias, key_mask)
     if bias is not None:
         bias = bias[..., -S:]
     if 1 < T < S and _needs_grad(q, k, v):
@@ -195,28 +203,38 @@ def _attend_past(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | N
     return _merge(left, left_lse, own, own_lse)
 
 
-def attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, sequence_id: Tensor, *, scale: float, bias: Tensor | None = None
-) -> Tensor:
-    """Attention over packed rows in which no document sees another, (B, H, T, D).
+class Documents:
+    """Packed rows in which no document sees another: what all layers of a step share, made once.
 
-    sequence_id: (B, T), the document each position belongs to, each document in one piece; -1 is padding, whose output
-    is zero. Equal to attending each document alone: ALiBi sees distances only, so positions need no reset.
+    Equal to attending each document alone: ALiBi sees distances only, so positions need no reset.
     """
-    if q.is_cuda:
-        return _flex(q, *_grouped(q, k, v), scale, bias, None, sequence_id)
-    # Rows are laid end to end and split at the borders once: a slice per document would cost each backward a
-    # zero-filled copy of the whole batch (measured: 14 times slower for 64 documents).
-    B, H, T, D = q.shape
-    lengths, is_padding = _documents(sequence_id)
-    q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], B * T, D) for x in (q, k, v))
-    pieces = [
-        torch.zeros_like(qs) if padding else attend(qs, ks, vs, scale=scale, bias=bias)
-        for qs, ks, vs, padding in zip(
-            q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), is_padding, strict=True
-        )
-    ]
-    return torch.cat(pieces, dim=2).view(H, B, T, D).transpose(0, 1)
+
+    def __init__(self, sequence_id: Tensor, *, scale: float, slopes: Tensor | None = None) -> None:
+        """sequence_id: (B, T), the document each position belongs to, each document in one piece; -1 is padding, whose
+        output is zero. slopes: (H,) float32.
+        """
+        self._scale, self._slopes = scale, slopes
+        if takes_flex(sequence_id.device):
+            T = sequence_id.shape[1]
+            self._sight = see(T, T, sequence_id.device, first_key=_first_keys(sequence_id))
+        else:
+            self._lengths, self._is_padding = _documents(sequence_id)
+            self._bias = None if slopes is None else alibi_bias(slopes, max(self._lengths))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within each document, (B, H, T, D)."""
+        if takes_flex(q.device):
+            return _flex(q, k, v, self._scale, self._slopes, self._sight)
+        # Rows are laid end to end and split at the borders once: a slice per document would cost each backward a
+        # zero-filled copy of the whole batch (measured: 14 times slower for 64 documents).
+        B, H, T, D = q.shape
+        q, k, v = (x.transpose(0, 1).reshape(1, x.shape[1], B * T, D) for x in (q, k, v))
+        parts = (x.split(self._lengths, 2) for x in (q, k, v))
+        pieces = [
+            torch.zeros_like(qs) if padding else attend(qs, ks, vs, scale=self._scale, bias=self._bias)
+            for qs, ks, vs, padding in zip(*parts, self._is_padding, strict=True)
+        ]
+        return torch.cat(pieces, dim=2).view(H, B, T, D).transpose(0, 1)
 
 
 def eager(
@@ -266,11 +284,6 @@ def _merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> 
     return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(left.dtype)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    groups = q.shape[1] // k.shape[1]
-    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
-
-
 def _documents(sequence_id: Tensor) -> tuple[list[int], list[bool]]:
     """Length of each run of one document, rows end to end, and whether it is padding (-1)."""
     starts = torch.ones_like(sequence_id, dtype=torch.bool)
@@ -280,35 +293,105 @@ def _documents(sequence_id: Tensor) -> tuple[list[int], list[bool]]:
     return lengths.tolist(), (sequence_id.flatten()[first] < 0).tolist()
 
 
-def _flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    sequence_id: Tensor | None = None,
-) -> Tensor:
-    """FlexAttention: on CUDA one fused kernel, forward and backward, whatever the mask."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+# -- FlexAttention: on CUDA one fused kernel, forward and backward, whatever the mask ---------------------------------
 
-    B, _, T, _ = q.shape
-    S = k.shape[2]
-    past = S - T
-    bias_of = None if bias is None else bias[0, :, 0, -S:].contiguous()  # (H, S)
 
-    def add_alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score if bias_of is None else score + bias_of[h, j]
+def takes_flex(device: torch.device) -> bool:
+    """Whether attention of several queries is FlexAttention's; on CPU it would hold all scores."""
+    return device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys each query sees, for FlexAttention. It is the same for all layers, so a step makes it once."""
+
+    mask: "BlockMask"
+    past: Tensor | None  # how many keys lie before the first query, (); None for none
+
+
+def see(T: int, S: int, device: torch.device, key_mask: Tensor | None = None, first_key: Tensor | None = None) -> Sight:
+    """What the last T of S positions see: keys up to their own, from first_key on, that key_mask does not hide.
+
+    key_mask: (B, S) bool. first_key: (B, T) int32; from S on, the query sees nothing. Nothing of T x S is made, only
+    tables of tiles of 128 x 128, by arithmetic: 16 bytes a tile, so one in a thousand of a byte a pair.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    past = torch.full((), S - T, dtype=torch.int32, device=device) if S > T else None
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = i + past >= j
+        seen = j <= (i if past is None else i + past)
+        if first_key is not None:
+            seen = seen & (j >= first_key[b, i])
         if key_mask is not None:
             seen = seen & key_mask[b, j]
-        if sequence_id is not None:
-            seen = seen & (sequence_id[b, i] == sequence_id[b, j]) & (sequence_id[b, j] >= 0)
         return seen
 
-    rows = B if key_mask is not None or sequence_id is not None else None
-    mask = create_block_mask(visible, rows, None, T, S, device=q.device)
-    kernel = torch.compile(flex_attention, dynamic=True) if q.is_cuda else flex_attention
-    return kernel(q, k, v, score_mod=add_alibi, block_mask=mask, scale=scale)
+    queries = torch.arange(0, T, _TILE, device=device)[:, None]  # the first of each tile
+    keys = torch.arange(0, S, _TILE, device=device)
+    seen = keys < (S - T) + (queries + _TILE).clamp(max=T)  # some query sees some key, (1 or B, query tiles, key tiles)
+    whole = (keys + _TILE <= S - T + queries + 1) & (queries + _TILE <= T)  # every query sees every key
+    if first_key is not None:
+        nothing = len(keys) * _TILE
+        firsts = F.pad(first_key.masked_fill(first_key >= S, nothing), (0, -T % _TILE), value=nothing)
+        firsts = firsts.unflatten(1, (-1, _TILE))
+        seen = seen & (keys + _TILE > firsts.amin(-1)[..., None])
+        whole = whole & (keys >= firsts.amax(-1)[..., None])
+    if key_mask is not None:
+        readable = F.pad(key_mask, (0, -S % _TILE)).unflatten(1, (-1, _TILE))
+        seen = seen & readable.any(-1)[:, None]
+        whole = whole & readable.all(-1)[:, None]
+    tables = (*_tiles(seen & ~whole), *_tiles(whole))
+    return Sight(BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=_TILE, mask_mod=visible, seq_lengths=(T, S)), past)
+
+
+def _tiles(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of keys each tile of queries takes, and which come first, as BlockMask has them."""
+    chosen = chosen.view(-1, 1, *chosen.shape[-2:]).int()
+    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
+
+
+def _first_keys(sequence_id: Tensor) -> Tensor:
+    """Where the document of each position begins, (B, T) int32; T for padding."""
+    T = sequence_id.shape[1]
+    begins = torch.ones_like(sequence_id, dtype=torch.bool)
+    begins[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
+    first = torch.where(begins, torch.arange(T, device=sequence_id.device), 0).cummax(-1).values
+    return first.masked_fill(sequence_id < 0, T).int()
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, slopes: Tensor | None, sight: Sight) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    past = sight.past
+
+    def add_alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if slopes is None:
+            return score
+        return score + slopes[h] * (j - i if past is None else j - i - past)  # anchored at the query itself
+
+    kernel: Callable[..., Tensor] = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():  # else whoever compiles does it
+        kernel = _compiled_flex()
+    is_grouped = k.shape[1] != q.shape[1]
+    return kernel(q, k, v, score_mod=add_alibi, block_mask=sight.mask, scale=scale, enable_gqa=is_grouped)
+
+
+def allow_variants() -> None:
+    """Let torch compile code of attention more than 8 times.
+
+    With and without gradients, documents, a key mask, a past, one row or more, whole tiles or not: each is compiled for
+    itself, and several models share a process.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    allow_variants()
+    # Past the limit torch would go on without compiling, holding all scores; `fullgraph` makes that an error.
+    # The option lets selective activation checkpointing see the compiled code and keep its result (training/memory.py).
+    options: dict[str, str | int | bool | Callable[..., object]] = {"wrap_inductor_compiled_regions": True}
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, options=options)

@@ -234,15 +234,21 @@ class MPTModel(MPTPreTrainedModel):
         past: int,
         T: int,
     ) -> Attend:
-        """Attention over transformers' cache, padding and packed documents."""
+        """Attention over transformers' cache, padding and packed documents; what layers share is made here."""
         scale, S = self.attention.scale, past + T
-        bias = self.alibi_bias(S)
         if sequence_id is not None and (cache is not None or attention_mask is not None):
             raise ValueError("sequence_id goes without a cache and without attention_mask; mark padding with -1")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (B, S), not {tuple(attention_mask.shape)}")
         key_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
         dropout = self.config.attention["attn_pdrop"] if self.training else 0.0
+        if sequence_id is not None and not dropout:
+            documents = attention.Documents(sequence_id, scale=scale, slopes=self.alibi_slopes())
+            return lambda layer, q, k, v: documents.attend(q, k, v)
+        bias = self.alibi_bias(S)
+        device = self.norm_f.weight.device
+        takes_flex = attention.takes_flex(device) and T > 1 and not dropout
+        sight = attention.see(T, S, device, key_mask) if takes_flex else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
@@ -250,9 +256,7 @@ class MPTModel(MPTPreTrainedModel):
                 k, v = k[:, :, :S], v[:, :, :S]  # a static cache hands out its whole length
             if dropout:
                 return self._attend_with_dropout(q, k, v, bias, key_mask, sequence_id, dropout)
-            if sequence_id is not None:
-                return attention.attend_documents(q, k, v, sequence_id, scale=scale, bias=bias)
-            return attention.attend(q, k, v, scale=scale, bias=bias, key_mask=key_mask)
+            return attention.attend(q, k, v, scale=scale, bias=bias, key_mask=key_mask, sight=sight)
 
         return attend
 

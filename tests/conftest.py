@@ -1,20 +1,22 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
-import os
-
 import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-torch.set_num_threads(1)  # tiny models are faster on one thread, and machines that test are busy
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels then run on CPU; Triton reads it when they are made
+from mpt.backends.native.library import Unavailable, features
+from mpt.config import MPTConfig
+from mpt.model import MPTForCausalLM
+from mpt.tokenizer import Tokenizer
+from tests import devices
 
-from mpt.backends.native.library import Unavailable, features  # noqa: E402  (behind the line above)
-from mpt.config import MPTConfig  # noqa: E402
-from mpt.model import MPTForCausalLM  # noqa: E402
-from mpt.tokenizer import Tokenizer  # noqa: E402
+torch.set_num_threads(1)  # tiny models are faster on one thread, and machines that test are busy
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    devices.choose(config.option.markexpr)
+
 
 SPECIALS = ("<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>")
 

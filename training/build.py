@@ -11,6 +11,7 @@ from torch import nn
 
 import mpt.checkpoint
 import mpt.manifest
+from mpt import attention
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
@@ -50,6 +51,8 @@ def model(run: Run, world: World) -> MPTForCausalLM:
     memory.checkpoint_activations(built, run.activation_checkpointing)
     distributed.shard_root(built, run, world)
     if run.compile:
+        if world.device.type == "cuda":  # on CPU each batch has documents of other lengths, so there it would never end
+            attention.allow_variants()
         for block in built.transformer.blocks:
             block.compile()
     return built

@@ -144,23 +144,36 @@ def step_of(path: Path) -> int:
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
     """Fill model and optimizer from a checkpoint, whatever number of ranks wrote it; nothing of before stays."""
-    optimizer.state.clear()
+    _make_state(optimizer)
     reader = HuggingFaceStorageReader(str(path))
     stored = reader.read_metadata().state_dict_metadata
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in parameters.items():
-        for key in (
-            stem for stem, _, rest in (n.partition(".") for n in stored) if rest == name and stem != _PARAMETER
-        ):
-            shape = stored[f"{key}.{name}"].size  # type: ignore[union-attr]
-            like = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape)
-            optimizer.state[parameter][key] = like
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        for key in [key for key in state if f"{key}.{name}" not in stored]:  # from before the first step
+            del state[key]
     wanted: Mapping[str, Tensor] = {name: tensor.detach() for name, tensor in tensors(model, optimizer).items()}
     if missing := wanted.keys() ^ stored.keys():
         raise DamagedFile(f"`{path}` and the run differ in `{min(missing)}`; it belongs to another run")
     dcp.load(dict(wanted), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     manifest = read_manifest(path) or {}
     return Position(manifest["step"], manifest["tokens"], manifest["seconds"])
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Empty what the optimizer remembers, in tensors as it makes them itself: by a step at a learning rate of zero.
+
+    Where each lies only it knows. AdamW counts its steps on the CPU, but beside the parameter where it is `fused`.
+    """
+    optimizer.state.clear()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

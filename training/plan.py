@@ -13,6 +13,7 @@ from mpt.errors import UserError
 from training.run import Run
 
 _LOSS_CHUNK = 2048  # training/step.py
+_TILE = 128  # mpt/attention.py
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,10 @@ class Memory:
     parameters: float
     gradients: float
     optimizer: float
-    gathered_blocks: float  # the block at work and the next one, in bfloat16
+    weights_at_work: float  # as they are multiplied: the block at work and the next one, or autocast's copies of all
     activations: float
     logits: float
+    mask: float  # which documents see which, once for all blocks: 16 bytes a tile of 128 x 128 pairs
 
     @property
     def total(self) -> float:
@@ -176,9 +178,8 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
 
     Parameters, gradients and states are float32 and sharded; beside adapters the blocks' matrices are bfloat16, or 4
     bits with 0.127 of scales (QLoRA, section 3) and then whole on each GPU, or as a packed base has them, whole on each
-    too. Activations are bfloat16, about 34 d bytes
-    a token and block (Korthikanti et al. 2022, without the scores that attention here never holds), 2 d with full
-    checkpointing beside one block's own.
+    too. What a block keeps for its backward pass was counted with torch's hooks on saved tensors (`test_plan.py`), 36 d
+    bytes a token in bfloat16 on one GPU; Korthikanti et al. 2022 have 34 d.
     """
     n, d = shape.n_parameters, shape.d_model
     trained = float(n)
@@ -191,20 +192,30 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     parameters = 4 * n / n_gpus
     if run.lora is not None:
         in_blocks = float(shape.n_layers * shape.n_block_parameters)
-        width = {4: 4.127 / 8 * n_gpus, 16: 2.0 if run.precision == "bf16" else 4.0}[run.lora.bits]
-        parameters = (4 * (n - in_blocks + trained) + width * in_blocks) / n_gpus
+        per_weight = {4: 4.127 / 8 * n_gpus, 16: 2.0 if run.precision == "bf16" else 4.0}[run.lora.bits]
+        parameters = (4 * (n - in_blocks + trained) + per_weight * in_blocks) / n_gpus
         if run.lora.bits != 4 and shape.packed_bytes:
             parameters = 4 * (n - shape.packed_values + trained) / n_gpus + shape.packed_bytes
     tokens = sequences * run.max_seq_len
-    block = 34.0 * d * tokens
-    kept = {"none": block, "selective": 16.0 * d * tokens, "full": 2.0 * d * tokens}[run.activation_checkpointing]
+    width = 2.0 if run.precision == "bf16" else 4.0  # of products
+    residual = 4.0 if n_gpus == 1 else width  # embeddings are float32, or communicated as products are
+    qkv, ffn = d + 2 * shape.kv_width, shape.expansion_ratio * d
+    # What enters both norms, Wqkv and up_proj, attention, out_proj, GELU and down_proj.
+    block = tokens * (2 * residual * d + width * (3 * d + qkv + 2 * ffn))
+    products = tokens * (
+        residual * d + width * (3 * d + qkv + ffn)
+    )  # what enters a block and leaves products, attention
+    kept = {"none": block, "selective": products, "full": tokens * residual * d}[run.activation_checkpointing]
+    is_cast = run.precision == "bf16" and run.lora is None  # what adapters lie beside is bfloat16 as it is
+    n_at_work = 2 if n_gpus > 1 else shape.n_layers if is_cast else 0
     return Memory(
         parameters=parameters,
         gradients=4 * trained / n_gpus,
         optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
-        gathered_blocks=2 * 2.0 * shape.n_block_parameters if n_gpus > 1 else 0.0,
+        weights_at_work=n_at_work * width * shape.n_block_parameters,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
         logits=3 * 4.0 * _LOSS_CHUNK * shape.vocab_size,
+        mask=16.0 * sequences * math.ceil(run.max_seq_len / _TILE) ** 2,
     )
 
 

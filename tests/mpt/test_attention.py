@@ -4,10 +4,14 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mpt import attention
 
@@ -154,12 +158,16 @@ DOCUMENTS = torch.tensor(
 )
 
 
+def documents(sequence_id: Tensor) -> attention.Documents:
+    slopes = attention.alibi_slopes(4).to(sequence_id.device)
+    return attention.Documents(sequence_id, scale=0.25, slopes=slopes)
+
+
 @pytest.mark.parametrize("n_kv", [4, 1])
 def test_documents_do_not_see_each_other(device: torch.device, n_kv: int) -> None:
     q, k, v = (x.to(device) for x in random_qkv(4, 4, 20, 20, n_kv=n_kv))
     sequence_id = DOCUMENTS.to(device)
-    bias = bias_for(4, 64).to(device)
-    got = attention.attend_documents(q, k, v, sequence_id, scale=0.25, bias=bias)
+    got = documents(sequence_id).attend(q, k, v)
     expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), sequence_id=sequence_id)
     real = (sequence_id >= 0)[:, None, :, None].expand_as(got)
     torch.testing.assert_close(got[real].double(), expected[real], rtol=0, atol=TIGHT)
@@ -181,7 +189,7 @@ def test_gradients_equal_the_formulas(device: torch.device, case: str, n_kv: int
     if case == "documents":
         sequence_id = DOCUMENTS.to(device)
         weight = weight * (sequence_id >= 0)[:, None, :, None]
-        got = attention.attend_documents(q, k, v, sequence_id, scale=0.25, bias=bias)
+        got = documents(sequence_id).attend(q, k, v)
     else:
         got = attention.attend(q, k, v, scale=0.25, bias=bias, key_mask=key_mask)
     expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), key_mask=key_mask, sequence_id=sequence_id)
@@ -191,11 +199,20 @@ def test_gradients_equal_the_formulas(device: torch.device, case: str, n_kv: int
         torch.testing.assert_close(one, other, rtol=0, atol=10 * TIGHT)  # sums of up to 80 such terms
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention on CPU, where torch has the formula for it, and refuses gradients that it then computes rightly."""
+    monkeypatch.setattr(attention, "takes_flex", lambda device: True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("n_kv", [4, 2])
 @pytest.mark.parametrize("case", ["whole", "past", "key mask", "past and key mask", "documents"])
-def test_the_branch_for_cuda_computes_the_same_on_cpu(case: str) -> None:
+def test_the_branch_for_cuda_computes_the_same_on_cpu(case: str, n_kv: int) -> None:
     T, S = (8, 20) if "past" in case else (20, 20)
-    q, k, v = random_qkv(4, 4, T, S)
+    q, k, v = (x.requires_grad_() for x in random_qkv(4, 4, T, S, n_kv=n_kv))
     key_mask = sequence_id = None
     real = torch.ones(4, T, dtype=torch.bool)
     if "key mask" in case:
@@ -205,12 +222,94 @@ def test_the_branch_for_cuda_computes_the_same_on_cpu(case: str) -> None:
     if case == "documents":
         sequence_id = DOCUMENTS
         real = sequence_id >= 0
-    got = attention._flex(q, k, v, 0.25, bias_for(4, 64), key_mask, sequence_id)
+        got = documents(sequence_id).attend(q, k, v)
+    else:
+        got = attention.attend(q, k, v, scale=0.25, bias=bias_for(4, 64), key_mask=key_mask)
     expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), key_mask=key_mask, sequence_id=sequence_id)
     assert got.isfinite().all()
     at = real[:, None, :, None].expand_as(got)
     torch.testing.assert_close(got[at].double(), expected[at], rtol=0, atol=TIGHT)
     assert case != "documents" or not got[~at].any()
+    ours, theirs = (torch.autograd.grad(out[at].sum(), (q, k, v)) for out in (got, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * TIGHT)
+
+
+def packed_row(T: int, *lengths: int) -> list[int]:
+    """Documents of these lengths, a negative one padding, and padding up to T."""
+    row = [number if n > 0 else -1 for number, n in enumerate(lengths) for _ in range(abs(n))]
+    return row + [-1] * (T - len(row))
+
+
+PACKED_ROWS = {
+    # Borders on tiles, within them and around them; a document over many tiles; padding in front, between and behind.
+    900: [packed_row(900, *n) for n in ([900], [128, 128, 256, 1, 387], [-130, 200, -300, 170], [500, 3, 5, 390])],
+    512: [packed_row(512, *n) for n in ([512], [256, 256], [400], [1, 127, 129, 255])],
+    100: [packed_row(100, *n) for n in ([100], [40, 50])],
+}
+
+
+@pytest.mark.parametrize("T", PACKED_ROWS)
+def test_the_tiles_of_documents_are_those_of_the_whole_mask(T: int) -> None:
+    """Torch makes the same tables from all T x T pairs."""
+    ids = torch.tensor(PACKED_ROWS[T])
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (ids[b, i] == ids[b, j]) & (ids[b, j] >= 0)
+
+    expected = flex_attention.create_block_mask(visible, len(ids), None, T, T, device="cpu")
+    found = attention.see(T, T, ids.device, first_key=attention._first_keys(ids)).mask
+    assert found.seq_lengths == (T, T)
+    assert_same_tables(found, expected)
+
+
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (512, 512), (1, 200), (100, 700), (256, 640)])
+def test_the_tiles_behind_a_past_are_those_of_the_whole_mask(T: int, S: int) -> None:
+    expected = flex_attention.create_block_mask(lambda b, h, i, j: i + S - T >= j, None, None, T, S, device="cpu")
+    assert_same_tables(attention.see(T, S, torch.device("cpu")).mask, expected)
+
+
+def assert_same_tables(found: flex_attention.BlockMask, expected: flex_attention.BlockMask) -> None:
+    for side in ("kv", "q", "full_kv", "full_q"):
+        counts, indices = (getattr(found, f"{side}_{what}") for what in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(expected, f"{side}_num_blocks")), side
+        assert torch.equal(indices, getattr(expected, f"{side}_indices")), side
+
+
+def test_hidden_keys_leave_no_tile_out() -> None:
+    key_mask = torch.rand(3, 700, generator=torch.Generator().manual_seed(0)) < 0.5
+    key_mask[0, :300] = key_mask[1, 256:512] = False
+    key_mask[2] = True
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i + 100 >= j) & key_mask[b, j]
+
+    expected = flex_attention.create_block_mask(visible, 3, None, 600, 700, device="cpu")
+    found = attention.see(600, 700, key_mask.device, key_mask).mask
+    for side in ("full_kv", "full_q"):  # tiles in which nothing is hidden
+        for what in ("num_blocks", "indices"):
+            assert torch.equal(getattr(found, f"{side}_{what}"), getattr(expected, f"{side}_{what}"))
+    assert bool((found.to_dense() >= expected.to_dense()).all())
+    # A tile on the border may be there in which every key that is not hidden lies behind the query.
+    assert int(found.to_dense().sum()) <= int(expected.to_dense().sum()) + 3 * 5
+
+
+def test_a_mask_takes_16_bytes_a_tile_and_nothing_larger_is_made() -> None:
+    T = 65_536
+    sequence_id = torch.tensor([packed_row(T, 40_000, 20_000, 5_000)])
+    largest: list[int] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = op(*args, **(kwargs or {}))
+            largest.extend(x.numel() * x.element_size() for x in tree_leaves(made) if isinstance(x, Tensor))
+            return made
+
+    with Made():
+        mask = attention.see(T, T, sequence_id.device, first_key=attention._first_keys(sequence_id)).mask
+    tables = [getattr(mask, f"{side}_indices") for side in ("kv", "q", "full_kv", "full_q")]
+    assert sum(x.numel() * x.element_size() for x in tables) == 16 * (T // 128) ** 2
+    assert max(largest) == 8 * (T // 128) ** 2  # a table of int64, 2 MiB; all pairs as bool would be 4 GiB
 
 
 def test_every_query_of_a_long_text_is_exact_not_only_the_last() -> None:

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, MptConfig, MptForCausalLM, StaticCache
 
+from mpt import attention
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig
 from mpt.model import Linear, MPTForCausalLM
@@ -401,6 +402,30 @@ def test_a_cache_is_made_for_inference_only(model: MPTForCausalLM) -> None:
 def test_contradicting_inputs_are_refused(model: MPTForCausalLM, arguments: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("inputs", ["plain", "padded", "packed"])
+def test_all_layers_share_one_mask_on_cuda(
+    variant: MPTForCausalLM, inputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, real = random_ids(3, 20), PACKED >= 0
+    extra = {"plain": {}, "padded": {"attention_mask": real.long()}, "packed": {"sequence_id": PACKED}}[inputs]
+    made: list[attention.Sight] = []
+    see = attention.see
+
+    def counted(*args: Any, **kwargs: Any) -> attention.Sight:
+        made.append(see(*args, **kwargs))
+        return made[-1]
+
+    with torch.no_grad():
+        expected = variant(rows, **extra).logits
+        monkeypatch.setattr(attention, "takes_flex", lambda device: True)
+        monkeypatch.setattr(attention, "see", counted)
+        got = variant(rows, **extra).logits
+    assert len(made) == 1 < variant.config.n_layers
+    at = real if inputs != "plain" else torch.ones_like(real)
+    torch.testing.assert_close(got[at], expected[at], rtol=0, atol=FLOAT32)
 
 
 # -- training --------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def start(run: Run) -> subprocess.Popen[str]:
     description = Path(run.out).with_suffix(".config.json")
     description.write_text(run.to_json())
     command = [sys.executable, "-m", "training.cli", "pretrain", "--config", str(description), "--gpus", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,0 +1,32 @@
+"""Tests that are not for a GPU see none, on any machine."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.devices import selects_gpu
+
+
+def test_a_test_without_the_mark_sees_the_cpu_alone_and_so_does_what_it_starts() -> None:
+    assert not torch.cuda.is_available()
+    script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] == '')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("not slow and not gpu and not index", False),  # pyproject.toml
+        ("slow", False),
+        ("gpu", True),
+        ("gpu and not slow", True),
+        ("gpu or index", True),
+        ("not index", True),
+        ("", True),
+    ],
+)
+def test_which_marks_ask_for_the_gpu(expression: str, expected: bool) -> None:
+    assert selects_gpu(expression) is expected
