@@ -12,6 +12,12 @@
 # which brings the first, stays out of the cuda image. `s3` opens s3:// for the download Job and for mirrors of checkpoints.
 ARG CPU_EXTRAS=cluster,conversion,data,demos,s3
 ARG CUDA_EXTRAS=cluster,gpu,data,qlora,s3
+# flash-attn reads prompts on GPUs (docs/kernels.md) where it is there; without it FlexAttention does. Version 4, for
+# Hopper and later, is the extra `flash`. Version 2, for Ampere and Ada, has no wheels on PyPI. With CUDA 13's nvcc, the
+# torch of constraints.txt and Python 3.11 one is built into dist/ by
+#   FLASH_ATTN_CUDA_ARCHS=80 MAX_JOBS=4 pip wheel --no-build-isolation --no-deps -w dist "flash-attn>=2.8,<3"
+# and goes into the image with --build-arg FLASH_ATTN_WHEEL=dist/flash_attn-....whl
+ARG FLASH_ATTN_WHEEL=
 
 # --- build: one virtual environment per image; compilers, pip's cache and the sources stay behind ---
 
@@ -40,6 +46,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY . /src/
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c /src/constraints.txt "/src[${CUDA_EXTRAS}]"
+ARG FLASH_ATTN_WHEEL
+RUN if [ -n "${FLASH_ATTN_WHEEL}" ]; then pip install -c /src/constraints.txt "/src/${FLASH_ATTN_WHEEL}"; fi
 
 # --- cpu ---
 

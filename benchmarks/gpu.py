@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 
 from mpt import attention  # noqa: E402
 from mpt.backends.backend import Row, Work  # noqa: E402
-from mpt.backends.paged_attention import PAGE, Chunk, Pages, gather, has_triton, paged_decode, store  # noqa: E402
+from mpt.backends.paged_attention import PAGE, Pages, Part, Prompts, has_triton, paged_decode, store  # noqa: E402
 from mpt.backends.paged_backend import PagedBackend  # noqa: E402
 from mpt.config import MPTConfig  # noqa: E402
 from mpt.model import MPTForCausalLM  # noqa: E402
@@ -213,10 +213,10 @@ def check_kernels(run: Run) -> dict[str, float]:
                     note(worst, f"decode {dtype}", out[row, -real:], expected, allowed)
             if dtype == torch.float16 or D not in (80, 128):
                 continue  # each compilation of FlexAttention takes seconds
-            k, v = gather(pages.kv[0], table[0].long(), lengths[0])
             q = torch.randn(300, H, D).to(run.device, dtype)
-            chunk = Chunk(300, lengths[0], slopes, D**-0.5, run.device)
-            out = chunk.attend(q.transpose(0, 1)[None], k, v)[0].transpose(0, 1)
+            part = Part(0, 300, lengths[0], table[0, : -(-lengths[0] // PAGE)].tolist())
+            prompts = Prompts([part], slopes, D**-0.5, run.device)
+            out = prompts.attend(q.transpose(0, 1), pages.kv[0], pages.key_norms[0])
             note(worst, f"prefill {dtype}", out, formula(q, *keys[0], slopes, D**-0.5), allowed)
     return worst
 

@@ -6,9 +6,9 @@ a cluster keeps (`serving/cluster/options.py`), which backend honours which fiel
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from mpt.command_line import Device, Dtype, KVCache, Quantization, Style
 from mpt.errors import UserError
@@ -31,9 +31,9 @@ class ModelOptions:
     draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
     tensor_parallel: int = 1  # processes that share the model, one GPU each
     kv_gb: float | None = None  # KV cache, 1e9 bytes; None shares what memory is free
-    max_running: int = 32  # sequences computed at once
+    max_running: int | None = None  # sequences computed at once; None is what the device has the room and speed for
     max_waiting: int = 256  # requests that may wait
-    prefill_chunk: int = 512  # prompt tokens read in a step that others wait for
+    prefill_chunk: int | None = None  # prompt tokens read in a step that others wait for; None likewise
     context_length: int | None = None  # None is the trained one
     prompt_style: Style | None = None  # None is the checkpoint's own
     chat_template: str | None = None  # instead of prompt_style: the file of a Jinja template, or the name of a style
@@ -71,6 +71,15 @@ class ModelOptions:
     def is_remote(self) -> bool:
         """Whether the model is computed by a Triton server."""
         return self.root.startswith(TRITON)
+
+    def sized(self, *, is_paged: bool) -> Self:
+        """These with numbers for `max_running` and `prefill_chunk`. is_paged: on a GPU, in pages.
+
+        A GPU computes 8,192 tokens of a prompt at the speed of its products, and 256 rows in little more than the time
+        of one; a CPU is at its limit with fewer, and others wait longer for each.
+        """
+        running, chunk = (256, 8192) if is_paged else (32, 512)
+        return replace(self, max_running=self.max_running or running, prefill_chunk=self.prefill_chunk or chunk)
 
     @property
     def kv_bytes(self) -> int | None:

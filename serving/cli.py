@@ -64,10 +64,18 @@ _KvGb = Annotated[
     float | None,
     typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
 ]
-_MaxRunning = Annotated[int, typer.Option(min=1, help="Sequences computed at once, per model.")]
+_MaxRunning = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sequences computed at once, per model.", show_default="256 on a GPU, else 32"),
+]
 _MaxWaiting = Annotated[int, typer.Option(min=0, help="Requests that may wait, per model; more get 503.")]
 _PrefillChunk = Annotated[
-    int, typer.Option(min=16, help="Prompt tokens read in one step; smaller keeps other streams smoother.")
+    int | None,
+    typer.Option(
+        min=16,
+        help="Prompt tokens read in one step; smaller keeps other streams smoother.",
+        show_default="8192 on a GPU, else 512",
+    ),
 ]
 _ContextLength = Annotated[
     list[str] | None,
@@ -138,9 +146,9 @@ def serve(
     draft: _Draft = None,
     tensor_parallel: _TensorParallel = 1,
     kv_gb: _KvGb = None,
-    max_running: _MaxRunning = 32,
+    max_running: _MaxRunning = None,
     max_waiting: _MaxWaiting = 256,
-    prefill_chunk: _PrefillChunk = 512,
+    prefill_chunk: _PrefillChunk = None,
     context_length: _ContextLength = None,
     prompt_style: _PromptStyle = None,
     chat_template: _ChatTemplate = None,

@@ -30,7 +30,7 @@ def test_a_wheel_brings_the_code_for_every_processor_of_its_platform(tmp_path: P
     context.mkdir()
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         name = line.removeprefix("!")
-        if name != line:
+        if name != line and "*" not in name:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, context / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(context)]
     subprocess.run(command, check=True)

@@ -174,11 +174,12 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
 
 def _paged(folder: Path, options: ModelOptions) -> Choice:
     """A model in this process on CUDA, its cache in pages."""
-    from mpt.backends.paged_attention import has_triton, why_no_flash
+    from mpt.backends.flash import prompt_kernel
+    from mpt.backends.paged_attention import has_triton
 
-    dtype = _dtype(folder, read_config(folder), options, "cuda")
-    no_flash = why_no_flash("cuda", dtype)
-    prompt = Step("prompt", "FlexAttention" if no_flash else "flash-attn", no_flash)
+    config = read_config(folder)
+    dtype = _dtype(folder, config, options, "cuda")
+    prompt = Step("prompt", *prompt_kernel(dtype, AttentionSpec.of(config).d_head))
     no_triton = None if has_triton() else "Triton is not installed"
     if no_triton is None:
         one, few = Step("one token", "Triton inside CUDA graphs"), Step("few tokens", "Triton")

@@ -18,8 +18,10 @@ from mpt.model import Attend, MPTForCausalLM
 class PackedModel:
     """A model over the tokens of a step laid end to end, each with its adapter beside it; the cache is its caller's."""
 
-    def __init__(self, model: MPTForCausalLM) -> None:
+    def __init__(self, model: MPTForCausalLM, run: Callable[..., Tensor] | None = None) -> None:
+        """run: what runs the blocks, `model.transformer.run` if None."""
         self.model = model
+        self._run_blocks = run or model.transformer.run
         self._adapted: list[tuple[Adapter, Tensor | None]] = []  # and the tokens of the step it is for, None for all
         self._has_hooks = False  # until the first adapter: a hook costs each projection 10 us a step
 
@@ -42,7 +44,7 @@ class PackedModel:
             for name, module in adaptable(self.model):
                 module.register_forward_hook(self._beside(name))
         try:
-            hidden = transformer.run(transformer.wte(ids), attend, positions)[0]  # (N, C)
+            hidden = self._run_blocks(transformer.wte(ids), attend, positions)[0]  # (N, C)
         finally:
             self._adapted = []
         ends = list(itertools.accumulate(len(item.tokens) for item in work))

@@ -6,7 +6,7 @@ CPU too, where the tests are.
 
 A step in which every row reads one token takes a fixed shape, padded to a number of rows and a width of the block table
 that graphs are kept for. All other steps go through one packed pass like `TorchBackend`'s: rows with a few tokens
-through the decode kernel together, longer ones each through FlexAttention, or flash-attn where it is installed.
+through the decode kernel together, longer ones together through what `prompt_kernel` chose.
 
 Accounting: the engine counts each row's pages as its own, so pages that rows share are counted more than once, and the
 pool always has what the engine believes is free. Kept prefixes are given up somewhat sooner than they would have to be.
@@ -14,6 +14,7 @@ pool always has what the engine believes is free. Kept prefixes are given up som
 Not here: the kernels (`mpt/backends/paged_attention.py`), who runs when (`engine.py`).
 """
 
+import functools
 import gc
 import logging
 import math
@@ -29,10 +30,23 @@ import torch
 from torch import Tensor
 
 from mpt import attention
-from mpt.backends import capabilities
+from mpt.backends import capabilities, fused
 from mpt.backends.backend import Row, Work
+from mpt.backends.flash import FLASH_4_OPTIONS, FlashPrompts, PromptKernel, prompt_kernel
 from mpt.backends.packed import PackedModel
-from mpt.backends.paged_attention import DROP, PAGE, Chunk, Pages, gather, paged_decode, store, why_no_flash
+from mpt.backends.paged_attention import (
+    DROP,
+    KERNEL_OPTIONS,
+    PAGE,
+    Pages,
+    Part,
+    Prompts,
+    gather,
+    paged_decode,
+    store,
+    together,
+    uses_triton,
+)  # fmt: skip
 from mpt.errors import MachineRefused
 from mpt.model import Attend, MPTForCausalLM
 
@@ -74,10 +88,14 @@ class PagedBackend:
         self._n_layers, self._n_kv, self._d_head = config.n_layers, spec.n_kv_heads, spec.d_head
         self.bytes_per_token = 2 * self._n_layers * self._n_kv * self._d_head * weight.itemsize
         self._scale, self._slopes = spec.scale, model.transformer.alibi_slopes()
-        self._packed = PackedModel(model)
-        self._triton, self._drop = triton, drop
-        self._flash = _flash_attention(self._device, self._dtype)
-        self._has_flex = self._device.type == "cuda"  # on CPU it would hold all scores
+        self._triton, self._drop = uses_triton(weight) if triton is None else triton, drop
+        self._run: Callable[..., Tensor] = model.transformer.run
+        if self._triton:
+            self._run = functools.partial(fused.run, model.transformer)
+        self._packed = PackedModel(model, self._run)
+        self._prompts_by: PromptKernel | None = None  # on CPU FlexAttention would hold all scores
+        if self._device.type == "cuda":
+            self._prompts_by = prompt_kernel(self._dtype, self._d_head)[0]
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._graph_pool: Any = None
@@ -240,7 +258,7 @@ class PagedBackend:
             return out.permute(1, 2, 0, 3)
 
         positions = None if transformer.wpe is None else position[None]
-        hidden = transformer.run(transformer.wte(tokens)[None], attend, positions)[0]
+        hidden = self._run(transformer.wte(tokens)[None], attend, positions)[0]
         return self.model.unembed(hidden).to(torch.float32, memory_format=torch.contiguous_format)
 
     # -- any other step ----------------------------------------------------------------------------------------------
@@ -252,7 +270,10 @@ class PagedBackend:
         shares = list(zip(rows, n_tokens, starts.tolist(), strict=True))
         few = [share for share in shares if share[1] <= _FEW_TOKENS]
         short = self._few(few) if few else None
-        longer = [(start, start + n, self._prefill(row, n)) for row, n, start in shares if n > _FEW_TOKENS]
+        longer = self._prompts([
+            Part(start, n, row.length + n, row.pages[: _n_pages(row.length + n)])
+            for row, n, start in shares if n > _FEW_TOKENS
+        ])  # fmt: skip
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, N, D)
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
@@ -261,8 +282,8 @@ class PagedBackend:
             out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
             if short is not None:
                 short(layer, queries, out)
-            for start, end, prefill in longer:
-                out[start:end] = prefill(layer, q[:, :, start:end])[0].transpose(0, 1)
+            for prompts in longer:
+                out[prompts.tokens] = prompts.attend(q[0], kv, norms)
             return out.transpose(0, 1)[None]
 
         return attend
@@ -291,33 +312,19 @@ class PagedBackend:
 
         return attend
 
-    def _prefill(self, row: PagedRow, n: int) -> Callable[[int, Tensor], Tensor]:
-        """Attention of n more tokens of one row: a layer's (1, H, n, D) from its queries, its keys being stored."""
-        stored = row.length + n
-        used = self._tensor(np.array(row.pages[: _n_pages(stored)]))
-        if self._flash is not None:
-            flash, table = self._flash, used.to(torch.int32)[None]
-            length = torch.full((1,), stored, dtype=torch.int32, device=self._device)
-
-            def attend_flash(layer: int, q: Tensor) -> Tensor:
-                k, v = self._pages.kv[layer].transpose(2, 3).unbind(1)  # (pages, PAGE, KV heads, D) each
-                out: Tensor = flash(
-                    q.transpose(1, 2), k, v, cache_seqlens=length, block_table=table, softmax_scale=self._scale,
-                    causal=True, alibi_slopes=self._slopes,
-                )  # fmt: skip
-                return out.transpose(1, 2)
-
-            return attend_flash
-        if self._has_flex:
-            chunk = Chunk(n, stored, self._slopes, self._scale, self._device)
-            return lambda layer, q: chunk.attend(q, *gather(self._pages.kv[layer], used, stored))
-        bias = self.model.transformer.alibi_bias(stored)
-
-        def attend_on_cpu(layer: int, q: Tensor) -> Tensor:
-            k, v = gather(self._pages.kv[layer], used, stored)
-            return attention.attend(q, k[:, :, :stored], v[:, :, :stored], scale=self._scale, bias=bias)
-
-        return attend_on_cpu
+    def _prompts(self, parts: Sequence[Part]) -> "Sequence[Prompts | FlashPrompts | _PromptOnCpu]":
+        """Attention of a step's longer parts, as few calls as their memory allows."""
+        if not parts:
+            return []
+        if self._prompts_by is None:
+            return [_PromptOnCpu(part, self.model, self._scale) for part in parts]
+        if self._prompts_by == "flash-attn 2":
+            return [FlashPrompts(parts, self._slopes, self._scale, self._device)]
+        options = KERNEL_OPTIONS if self._prompts_by == "FlexAttention" else FLASH_4_OPTIONS
+        return [
+            Prompts(group, self._slopes, self._scale, self._device, drop=self._drop, options=options)
+            for group in together(parts)
+        ]
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
@@ -348,14 +355,18 @@ class _Graph:
         return self._logits.clone()  # the next replay writes over its own
 
 
-def _flash_attention(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """flash-attn's paged kernel, which takes ALiBi's slopes, where it is installed and made for this."""
-    if why_no_flash(device.type, dtype) is not None:
-        return None
-    import flash_attn
+class _PromptOnCpu:
+    """`Prompts` of one part, by the attention that CPUs have."""
 
-    kernel: Callable[..., Tensor] = flash_attn.flash_attn_with_kvcache
-    return kernel
+    def __init__(self, part: Part, model: MPTForCausalLM, scale: float) -> None:
+        self._stored, self._scale, self._pages = part.stored, scale, torch.tensor(part.pages)
+        self._bias = model.transformer.alibi_bias(part.stored)
+        self.tokens = slice(part.start, part.start + part.n_tokens)
+
+    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor) -> Tensor:
+        k, v = (x[:, :, : self._stored] for x in gather(kv, self._pages, slice(self._stored, None)))
+        out = attention.attend(q[None, :, self.tokens], k, v, scale=self._scale, bias=self._bias)
+        return out[0].transpose(0, 1)
 
 
 def _n_pages(n_tokens: int) -> int:

@@ -1,4 +1,5 @@
-"""The Triton kernels of `mpt/backends/paged_attention.py`: store keys and values, attend in splits, merge the splits.
+"""The Triton kernels of `mpt/backends/paged_attention.py` (store keys and values, attend in splits, merge the splits)
+and of `mpt/backends/fused.py` (add and normalise).
 
 Importing this file needs Triton, which comes with torch for CUDA. They also run on CPU, slowly, under Triton's
 interpreter (TRITON_INTERPRET=1), which is how they are tested where there is no GPU.
@@ -36,11 +37,13 @@ def decode_split(
     scale, log_drop, n_queries, n_blocks, n_heads,
     q_row, q_token, q_head, kv_page, kv_half, kv_head, kv_slot, norms_page, table_row,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, N_SPLITS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAGE: tl.constexpr, N_SPLITS: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """A row's queries of one key head against every N_SPLITS-th of its pages. Grid (B, KV heads * n_blocks, N_SPLITS).
+    """A row's queries of one key head against every N_SPLITS-th block of its keys.
 
+    Grid (B, KV heads * n_blocks, N_SPLITS).
     Line m of a program is query m // G of the row and head m % G of the group: a page is read once for all of them.
+    Which pages are read is settled before the first of them is, so that the loop over blocks can fetch ahead.
     """
     row, split = tl.program_id(0), tl.program_id(2)
     head, block = tl.program_id(1) // n_blocks, tl.program_id(1) % n_blocks
@@ -53,6 +56,7 @@ def decode_split(
     d = tl.arange(0, BLOCK_D)
     place = row.to(tl.int64) * q_row + t[:, None] * q_token + h[:, None] * q_head + d[None, :]
     query = tl.load(q + place, mask=seen[:, None] & (d < D)[None, :], other=0.0)  # (M, D)
+    first_page = 0
     if HAS_ALIBI:
         slope = tl.load(slopes + h, mask=seen, other=1.0)
         # What is known of each query's best score beforehand: that of its own key, which has no bias.
@@ -65,51 +69,44 @@ def decode_split(
         # All keys of a page weigh at most e^(size |k| - slope d) (1 + e^-slope + ...), d the distance of its last.
         tail = tl.log(tl.minimum(1.0 / (1.0 - tl.exp(-slope)), PAGE * 1.0))
         limit = log_drop - tl.log(n_pages.to(tl.float32))
+        first_page = n_pages
+        for start in range(0, n_pages, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            number = tl.load(table + row * table_row + p, mask=p < n_pages, other=0).to(tl.int64)
+            norm = tl.load(norms + number * norms_page + head, mask=p < n_pages, other=0.0)
+            away = tl.maximum(at[:, None] - (p * PAGE + PAGE - 1)[None, :], 0).to(tl.float32)
+            most = size[:, None] * norm[None, :] - slope[:, None] * away + (tail - floor)[:, None]
+            needed = seen[:, None] & (p < n_pages)[None, :] & (most >= limit)
+            first_page = tl.minimum(first_page, tl.min(tl.min(tl.where(needed, p[None, :], n_pages), 1), 0))
     best = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for step in range(split, n_pages, N_SPLITS):
-        page = n_pages - 1 - step  # the nearest first: they raise `best`, which later pages must come up to
-        number = tl.load(table + row * table_row + page).to(tl.int64)
-        first = page * PAGE
-        n_keys = tl.minimum(length - first, PAGE)
+    for first in range(first_page * PAGE + split * BLOCK_N, length, N_SPLITS * BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        number = tl.load(table + row * table_row + first // PAGE).to(tl.int64)
+        n = first % PAGE + tl.arange(0, BLOCK_N)
+        base = kv + number * kv_page + head * kv_head + n[:, None] * kv_slot + d[None, :]
+        here = (j < length)[:, None] & (d < D)[None, :]  # behind the row's end lies what others left
+        key = tl.load(base, mask=here, other=0.0)  # (N, D)
+        value = tl.load(base + kv_half, mask=here, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (M, N) float32
         if HAS_ALIBI:
-            away = tl.maximum(at - (first + PAGE - 1), 0).to(tl.float32)
-            norm = tl.load(norms + number * norms_page + head)
-            most = size * norm - slope * away + tail - tl.maximum(floor, best)
-            n_keys = tl.where(tl.max(tl.where(seen, most, -float("inf")), 0) >= limit, n_keys, 0)
-        base = kv + number * kv_page + head * kv_head
-        for start in range(0, n_keys, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            j = first + n
-            here = (j < length)[:, None] & (d < D)[None, :]  # behind the row's end lies what others left
-            key = tl.load(base + n[:, None] * kv_slot + d[None, :], mask=here, other=0.0)  # (N, D)
-            if BLOCK_M == 1:  # a tensor core would multiply 15 lines of nothing
-                scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), 1)[None, :]
-            else:
-                scores = tl.dot(query, tl.trans(key), input_precision="ieee")  # (M, N) float32
-            scores = scores * scale
-            if HAS_ALIBI:
-                scores -= slope[:, None] * (at[:, None] - j[None, :]).to(tl.float32)
-            scores = tl.where(seen[:, None] & (j[None, :] <= at[:, None]), scores, -float("inf"))
-            better = tl.maximum(best, tl.max(scores, 1))
-            against = tl.where(better == -float("inf"), 0.0, better)  # nothing seen yet: no inf - inf
-            weights = tl.exp(scores - against[:, None])
-            fade = tl.exp(best - against)
-            total = total * fade + tl.sum(weights, 1)
-            value = tl.load(base + kv_half + n[:, None] * kv_slot + d[None, :], mask=here, other=0.0)
-            if BLOCK_M == 1:
-                sums = sums * fade[:, None] + tl.sum(tl.trans(weights) * value.to(tl.float32), 0)[None, :]
-            else:
-                sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-            best = better
+            scores -= slope[:, None] * (at[:, None] - j[None, :]).to(tl.float32)
+        scores = tl.where(seen[:, None] & (j[None, :] <= at[:, None]), scores, -float("inf"))
+        better = tl.maximum(best, tl.max(scores, 1))
+        against = tl.where(better == -float("inf"), 0.0, better)  # nothing seen yet: no inf - inf
+        weights = tl.exp(scores - against[:, None])
+        fade = tl.exp(best - against)
+        total = total * fade + tl.sum(weights, 1)
+        sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        best = better
     nothing = total == 0.0
     out = ((row.to(tl.int64) * n_queries + t) * n_heads + h) * N_SPLITS + split
     lines = m < n_queries * G
     lse = tl.where(nothing, -float("inf"), best + tl.log(tl.where(nothing, 1.0, total)))
     tl.store(part_lse + out, lse, mask=lines)
     mean = sums / tl.where(nothing, 1.0, total)[:, None]
-    tl.store(part + out[:, None] * D + d[None, :], mean, mask=lines[:, None] & (d < D)[None, :])
+    tl.store(part + out[:, None] * D + d[None, :], mean, mask=(lines & (total != 0.0))[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -125,6 +122,29 @@ def merge(
     weights = tl.exp(lse - tl.where(top == -float("inf"), 0.0, top))
     total = tl.sum(weights, 0)
     place = (line * N_SPLITS + s)[:, None] * D + d[None, :]
-    sums = tl.load(part + place, mask=(s < N_SPLITS)[:, None] & (d < D)[None, :], other=0.0)
+    found = (s < N_SPLITS) & (lse != -float("inf"))  # a split that found nothing has stored nothing
+    sums = tl.load(part + place, mask=found[:, None] & (d < D)[None, :], other=0.0)
     mean = tl.sum(sums * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + line * D + d, mean.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def add_norm(
+    x, y, weight, bias, out, x_row, y_row, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """x + y into x, rounded as torch rounds it, and its LayerNorm into out. Grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    wide = tl.load(x + row * x_row + c, mask=c < C, other=0.0).to(tl.float32)
+    if HAS_Y:
+        added = wide + tl.load(y + row * y_row + c, mask=c < C, other=0.0).to(tl.float32)
+        rounded = added.to(x.dtype.element_ty)
+        tl.store(x + row * x_row + c, rounded, mask=c < C)
+        wide = rounded.to(tl.float32)
+    away = tl.where(c < C, wide - tl.sum(wide, 0) / C, 0.0)
+    normed = away * (1.0 / tl.sqrt(tl.sum(away * away, 0) / C + eps))
+    normed *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        normed += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(out + row * C + c, normed.to(out.dtype.element_ty), mask=c < C)

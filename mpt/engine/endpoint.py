@@ -79,6 +79,8 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
     folder, entry = resolve(root), describe(root)
     config = read_config(folder)
     choice = choose(name, folder, options)
+    options = options.sized(is_paged=choice.backend == "paged")
+    assert options.max_running is not None and options.prefill_chunk is not None
     if address is None:
         threads = choose_threads(options.threads)
         torch.set_num_threads(threads.n)
@@ -128,6 +130,7 @@ def _engine(
     name: str, backend: Backend, tokenizer: Tokenizer, options: ModelOptions, context: int, kv_bytes: int
 ) -> Engine:
     """The engine over a backend, with its memory, and with who guesses for it."""
+    assert options.max_running is not None and options.prefill_chunk is not None, options
     backend.allocate(kv_bytes)
     return Engine(
         backend,

@@ -66,13 +66,15 @@ def app(args: Mapping[str, Any]) -> serve.Application:
 
 def _deployment(name: str, model: ReplicaOptions, options: ClusterOptions) -> serve.Deployment:
     """How Ray runs one model."""
+    max_running = model.sized(is_paged=model.num_gpus > 0 and model.tensor_parallel == 1).max_running
+    assert max_running is not None
     n = model.tensor_parallel  # processes, all of them in the replica's own actor, so on one machine
     actor = {"num_cpus": model.num_cpus * n, "num_gpus": model.num_gpus * n, "resources": dict(model.resources)}
     routing = RequestRouterConfig(request_router_class=_AFFINE) if model.routing == "prefix" else RequestRouterConfig()
     settings: dict[str, Any] = {
         "name": name,
         "ray_actor_options": actor,
-        "max_ongoing_requests": model.max_running,
+        "max_ongoing_requests": max_running,
         "max_queued_requests": model.max_waiting,
         "graceful_shutdown_timeout_s": model.graceful_shutdown_timeout_s,
         "health_check_period_s": 5,
@@ -85,7 +87,7 @@ def _deployment(name: str, model: ReplicaOptions, options: ClusterOptions) -> se
             "min_replicas": model.min_replicas,
             "initial_replicas": model.initial_replicas,
             "max_replicas": model.max_replicas,
-            "target_ongoing_requests": model.target_ongoing_requests or 0.7 * model.max_running,
+            "target_ongoing_requests": model.target_ongoing_requests or 0.7 * max_running,
             "upscale_delay_s": model.upscale_delay_s,
             "downscale_delay_s": model.downscale_delay_s,
         }

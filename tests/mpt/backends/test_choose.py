@@ -1,8 +1,6 @@
 """What computes a model: the choice for a checkpoint, its options and a machine, and the reasons it gives."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 from mpt.backends import choose as choosing
 from mpt.backends.choose import choose, open_backend
 from mpt.backends.native import library
-from mpt.backends.paged_attention import why_no_flash
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UnsupportedConfig, UserError
 from mpt.options import ModelOptions
@@ -43,7 +40,8 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(choosing, "why_no_step", lambda config, **facts: has.get("step"))
         monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
         monkeypatch.setattr("mpt.backends.paged_attention.has_triton", lambda: has.get("triton", True))
-        monkeypatch.setattr("mpt.backends.paged_attention.why_no_flash", lambda device, dtype: has.get("flash"))
+        prompts_on_gpu = has.get("prompts_on_gpu", ("FlexAttention", None))
+        monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: prompts_on_gpu)
 
     return become
 
@@ -92,29 +90,16 @@ def test_float32_and_float16_run_in_c_and_take_a_draft(tmp_path, dtype):
 
 
 def test_on_a_gpu_the_cache_has_pages(machine, tmp_path):
-    machine(cuda=True, flash="flash-attn is not installed")
+    machine(cuda=True, prompts_on_gpu=("FlexAttention", "flash-attn 2 is not installed"))
     choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
     assert (choice.backend, choice.device) == ("paged", "cuda")
     assert runs(choice)["one token"] == ("Triton inside CUDA graphs", None)
-    assert runs(choice)["prompt"] == ("FlexAttention", "flash-attn is not installed")
-    machine(cuda=True, triton=False)
+    assert runs(choice)["prompt"] == ("FlexAttention", "flash-attn 2 is not installed")
+    machine(cuda=True, triton=False, prompts_on_gpu=("flash-attn 2", None))
     choice = choose("m", folder_of(tmp_path), ModelOptions("m"))
     assert runs(choice)["few tokens"] == ("torch", "Triton is not installed")
-    assert runs(choice)["prompt"] == ("flash-attn", None)
+    assert runs(choice)["prompt"] == ("flash-attn 2", None)
     assert choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu")).backend == "torch"
-
-
-def test_why_flash_attention_does_not_read_a_prompt(monkeypatch, tmp_path):
-    reason = "flash-attn is for bfloat16 and float16 on CUDA, and this model is float32 on cuda"
-    assert why_no_flash("cuda", torch.float32) == reason
-    assert "on cpu" in (why_no_flash("cpu", torch.bfloat16) or "")
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")  # as of another torch's build
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "another torch (undefined symbol)" in (why_no_flash("cuda", torch.bfloat16) or "")
-    (tmp_path / "flash_attn.py").write_text("")
-    importlib.invalidate_caches()
-    assert why_no_flash("cuda", torch.bfloat16) is None
-    sys.modules.pop("flash_attn")
 
 
 @pytest.mark.parametrize("option", [{"quantize": "int8"}, {"kv_cache": "int8"}])
@@ -175,3 +160,11 @@ def test_an_option_of_attention_that_is_new_does_not_run_in_c(monkeypatch, tmp_p
     monkeypatch.setattr(available, "asked_for", lambda spec: {"n_heads": 4, "window": 512})
     choice = choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu"))
     assert runs(choice)["one token"] == runs(choice)["prompt"] == ("torch", "`window` is not made for in C")
+
+
+def test_rows_and_chunks_are_sized_for_what_computes_them_unless_they_are_given():
+    asked = ModelOptions("m")
+    assert (asked.sized(is_paged=True).max_running, asked.sized(is_paged=True).prefill_chunk) == (256, 8192)
+    assert (asked.sized(is_paged=False).max_running, asked.sized(is_paged=False).prefill_chunk) == (32, 512)
+    given = ModelOptions("m", max_running=3, prefill_chunk=64)
+    assert given.sized(is_paged=True) == given == given.sized(is_paged=False)

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from mpt import attention
-from mpt.backends.paged_attention import PAGE, Chunk, Pages, gather, has_triton, paged_decode, store
+from mpt.backends import paged_attention
+from mpt.backends.paged_attention import (
+    DROP,
+    PAGE,
+    Pages,
+    Part,
+    Prompts,
+    gather,
+    has_triton,
+    paged_decode,
+    store,
+    together,
+)  # fmt: skip
 from tests.kernels import needs_interpreter
 
 # Outputs are averages of values of size 1; float32 adds up to 1,000 terms of 1e-7 at random. 16 bits round once more.
@@ -114,7 +126,7 @@ def test_several_queries_equal_the_formula(where, H, n_kv, T) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("H", "T"), [(2, 1), (4, 1), (2, 3)])
 def test_sixteen_bits_lose_only_their_own_digits(where, dtype, H, T) -> None:
-    if where == ("cpu", True) and dtype == torch.bfloat16 and (H, T) != (2, 1):
+    if where == ("cpu", True) and dtype == torch.bfloat16:
         pytest.skip("the interpreter's tl.dot takes the bits of a bfloat16 for an integer")
     filled = Filled(where, [700, 20], 2, 80, dtype)
     filled.check(filled.queries(T, H, 80), attention.alibi_slopes(H), 80**-0.5)
@@ -214,8 +226,8 @@ def test_scores_far_from_zero_change_nothing(where) -> None:
 def test_what_is_stored_is_found_where_it_was_put_and_bounds_only_grow(where) -> None:
     filled = Filled(where, [300, 2], 2, 80, torch.bfloat16, by_kernel=where[1])
     for row, n_pages in enumerate((2, 1)):
-        k, v = gather(filled.pages.kv[0], filled.table[row, :n_pages].long(), int(filled.lengths[row]))
         n = int(filled.lengths[row])
+        k, v = gather(filled.pages.kv[0], filled.table[row, :n_pages].long(), slice(n, None))
         assert not k[:, :, n:].any() and not v[:, :, n:].any()  # NaN there before
         assert torch.equal(k[:, :, :n].double(), filled.keys[row]) and torch.equal(
             v[:, :, :n].double(), filled.values[row]
@@ -254,35 +266,224 @@ def test_far_positions_keep_their_digits(where) -> None:
 # -- prefill ---------------------------------------------------------------------------------------------------------
 
 
+def as_the_kernel_reads(q, k, v, *, score_mod, block_mask, scale, enable_gqa, kernel_options) -> Tensor:
+    """FlexAttention as its Triton kernel computes it with KERNEL_OPTIONS, which torch without a compiler does not show.
+
+    After torch/_inductor/kernel/flex/templates: no look at bounds; of each list of blocks only the first, the others
+    follow it; no care for a query that has seen nothing yet; the second pair of tables read by the first one's layout.
+    """
+    assert kernel_options == {"IS_DIVISIBLE": True, "BLOCKS_ARE_CONTIGUOUS": True, "ROWS_GUARANTEED_SAFE": True}
+    assert (q.shape[2], k.shape[2]) == block_mask.seq_lengths and q.shape[2] % 128 == k.shape[2] % 128 == 0
+    partly = block_mask.kv_num_blocks, block_mask.kv_indices
+    whole = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+    for one, other in zip(partly, whole, strict=True):
+        assert one.dtype == other.dtype == torch.int32 and one.is_contiguous() and other.is_contiguous()
+        assert one.shape == other.shape
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        keys, values = (x[0, head * k.shape[1] // q.shape[1]].double() for x in (k, v))
+        for block in range(q.shape[2] // 128):
+            i = torch.arange(128)[:, None] + block * 128
+            best, total = torch.full((128,), -torch.inf).double(), torch.zeros(128).double()
+            sums = torch.zeros(128, q.shape[3]).double()
+            for (counts, lists), is_whole in ((partly, False), (whole, True)):
+                place = 0, head % counts.shape[1], block
+                for step in range(int(counts[place])):
+                    j = torch.arange(128)[None] + (int(lists[place][0]) + step) * 128
+                    scores = q[0, head, i[:, 0]].double() @ keys[j[0]].T * scale
+                    scores = score_mod(scores, 0, head, i, j)
+                    if not is_whole:
+                        scores = scores.masked_fill(~block_mask.mask_mod(0, head, i, j), -torch.inf)
+                    better = torch.maximum(best, scores.amax(1))
+                    fade, weights = (best - better).exp(), (scores - better[:, None]).exp()
+                    total = total * fade + weights.sum(1)
+                    sums = sums * fade[:, None] + weights @ values[j[0]]
+                    best = better
+            out[0, head, i[:, 0]] = (sums / total[:, None]).to(q.dtype)
+    return out
+
+
+by_torch = pytest.param("torch", id="torch")
+as_kernel = pytest.param("kernel", id="as_the_kernel_reads")
+on_cuda = pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
+
+
+class Asked:
+    """Parts of prompts at the end of filled rows, among other tokens of a step."""
+
+    def __init__(self, by: str, monkeypatch, n_tokens: list[int], stored: list[int], H: int, n_kv: int, D: int) -> None:
+        device = "cuda" if by == "cuda" else "cpu"
+        self.filled = Filled((device, device == "cuda"), stored, n_kv, D)
+        starts = [3 + 5 * row + sum(n_tokens[:row]) for row in range(len(stored))]
+        self.parts = [
+            Part(start, n, S, self.filled.table[row, : -(-S // PAGE)].tolist())
+            for row, (start, n, S) in enumerate(zip(starts, n_tokens, stored, strict=True))
+        ]
+        self.q = torch.randn(H, starts[-1] + n_tokens[-1] + 2, D, generator=self.filled.numbers).to(device)
+        self.scale = D**-0.5
+        if by == "kernel":
+            monkeypatch.setattr(paged_attention, "flex", lambda q: as_the_kernel_reads)
+
+    def of(self, row: int) -> Tensor:
+        """Queries of a row as `Filled` takes them, (rows, T, H, D)."""
+        part = self.parts[row]
+        own = self.q[:, part.start : part.start + part.n_tokens].transpose(0, 1)
+        return own.expand(len(self.parts), *own.shape)
+
+    def answer(self, slopes: Tensor | None, drop: float = DROP) -> list[Tensor]:
+        """(T, H, D) of each part."""
+        slopes = None if slopes is None else slopes.to(self.q.device)
+        prompts = Prompts(self.parts, slopes, self.scale, self.q.device, drop=drop)
+        tokens = [torch.arange(part.start, part.start + part.n_tokens) for part in self.parts]
+        assert torch.equal(prompts.tokens.cpu(), torch.cat(tokens))
+        out = prompts.attend(self.q, self.filled.pages.kv[0], self.filled.pages.key_norms[0])
+        return list(out.split([part.n_tokens for part in self.parts]))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("by", [by_torch, as_kernel, on_cuda])
 @pytest.mark.parametrize("alibi", [True, False])
-@pytest.mark.parametrize(("T", "stored"), [(17, 17), (200, 300), (256, 256), (129, 700), (30, 1000)])
+@pytest.mark.parametrize(
+    ("n_tokens", "stored"),
+    [
+        pytest.param([17], [17], id="one_block"),
+        pytest.param([256], [256], id="whole_blocks"),
+        pytest.param([173], [300], id="the_first_query_at_the_end_of_a_block"),
+        pytest.param([20, 200, 129, 30], [20, 327, 700, 1000], id="four"),
+    ],
+)
 @pytest.mark.parametrize(("H", "n_kv", "D"), [(4, 4, 80), (4, 2, 64)])
-def test_a_chunk_behind_a_past_equals_the_formula(device, alibi, T, stored, H, n_kv, D) -> None:
-    filled = Filled((device, device == "cuda"), [stored], n_kv, D)
-    slopes = attention.alibi_slopes(H).to(device) if alibi else None
-    q = filled.queries(T, H, D)
-    n_pages = -(-stored // PAGE)
-    k, v = gather(filled.pages.kv[0], filled.table[0, :n_pages].long(), stored)
-    chunk = Chunk(T, stored, slopes, D**-0.5, q.device)
-    found = chunk.attend(q.transpose(1, 2), k, v)[0].transpose(0, 1)
-    expected = filled.expected(q, slopes, D**-0.5, 0)
-    assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
+def test_parts_of_prompts_equal_the_formula(monkeypatch, by, alibi, n_tokens, stored, H, n_kv, D) -> None:
+    asked = Asked(by, monkeypatch, n_tokens, stored, H, n_kv, D)
+    slopes = attention.alibi_slopes(H) if alibi else None
+    for row, found in enumerate(asked.answer(slopes)):
+        expected = asked.filled.expected(asked.of(row), slopes, asked.scale, row)
+        assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize(("T", "stored"), [(17, 17), (200, 300), (256, 256), (129, 700), (128, 1024), (300, 4000)])
-def test_a_chunks_mask_names_the_blocks_that_hold_a_key_it_sees(T, stored) -> None:
-    """Uncompiled, flex_attention looks at every block; the compiled one at those named, and masks some of them."""
-    mask = Chunk(T, stored, None, 1.0, torch.device("cpu")).mask
+@pytest.mark.parametrize(
+    ("n_tokens", "stored"), [([17], [17]), ([173], [300]), ([256], [256]), ([128, 300], [1024, 4000])]
+)
+def test_the_mask_names_the_blocks_that_hold_a_key_it_sees(n_tokens, stored) -> None:
+    parts, i, j, at = [], [], [], 0
+    for row, (n, S) in enumerate(zip(n_tokens, stored, strict=True)):
+        n_pages = -(-S // PAGE)
+        parts.append(Part(sum(n_tokens[:row]), n, S, list(range(n_pages))))
+        own = torch.arange(S - n, S + -n % 128).clamp(max=S - 1)
+        i.append(torch.stack([own, torch.full_like(own, row)]))
+        j.append(torch.stack([torch.arange(n_pages * PAGE), torch.full((n_pages * PAGE,), row)]))
+        at += n_pages
+    (own, row), (key, of) = torch.cat(i, 1)[..., None], torch.cat(j, 1)
+    seen = (key <= own) & (of == row)
+    blocks = seen.view(len(own) // 128, 128, len(key) // 128, 128).transpose(1, 2).flatten(2)
+    mask = Prompts(parts, None, 1.0, torch.device("cpu"))._mask
     rows, keys = mask.seq_lengths
-    i, j = torch.arange(stored - T, stored - T + rows)[:, None], torch.arange(keys)
-    blocks = (j <= i).view(rows // 128, 128, keys // 128, 128).transpose(1, 2).flatten(2)
-    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks.any(-1))
-    for row, n in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
-        whole = mask.full_kv_indices[0, 0, row, :n]
-        assert sorted(whole.tolist()) == blocks[row].all(-1).nonzero().flatten().tolist()
-    assert rows < T + 128 and keys < stored + PAGE
+    assert rows == max(256, len(own)) and keys == len(key)  # two blocks at least: sizes of 1 are compiled apart
+    assert torch.equal(mask.to_dense()[0, 0, : len(blocks)].bool(), blocks.any(-1))
+    for at, n in enumerate(mask.full_kv_num_blocks[0, 0, : len(blocks)].tolist()):
+        whole = mask.full_kv_indices[0, 0, at, :n]
+        assert blocks[at, whole].all() and n >= blocks[at].all(-1).sum() - 1
+
+
+def far_reaching(monkeypatch, T: int) -> tuple[Asked, Tensor]:
+    """A row of 1,000 whose four heads reach back 1, 2, 3 and 4 pages and whose queries dislike their own keys."""
+    asked = Asked("kernel", monkeypatch, [T], [1000], 4, 4, 64)
+    asked.q[:, 3 : 3 + T] = asked.filled.keys[0][0, :, -T:].float() * -0.5
+    return asked, torch.tensor([0.4, 0.1, 0.05, 0.001])
+
+
+def test_prompts_do_not_read_pages_out_of_reach(monkeypatch) -> None:
+    asked, slopes = far_reaching(monkeypatch, 40)
+    expected = asked.filled.expected(asked.of(0), slopes, asked.scale, 0)
+    for head, n_out in enumerate([2, 1, 0, 0]):
+        for page in asked.parts[0].pages[:n_out]:
+            asked.filled.pages.kv[0, page, :, head] = torch.nan
+    [found] = asked.answer(slopes)
+    assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
+    assert asked.answer(slopes, drop=0.0)[0][:, :2].isnan().all()  # it was for the reach that they were not
+
+
+@pytest.mark.parametrize("drop", [DROP, 0.5])
+def test_what_prompts_leave_out_weighs_less_than_was_allowed(monkeypatch, drop) -> None:
+    """As for decoding: the value of one page is 1, so that an output is that page's weight, and 0 if it is not read."""
+    asked, slopes = far_reaching(monkeypatch, 300)
+    v = asked.filled.pages.kv[0, :, 1]
+    weights = asked.filled.weights(asked.of(0), slopes, asked.scale, 0)  # (H, T, S)
+    left_out = torch.zeros(4, 300, dtype=torch.float64)
+    for at, page in enumerate(asked.parts[0].pages):
+        v.zero_()
+        v[page] = 1.0
+        unread = asked.answer(slopes, drop)[0][:, :, 0].t() == 0
+        left_out += weights[..., at * PAGE : (at + 1) * PAGE].sum(-1) * unread
+    assert left_out.max() < drop
+    assert drop < 0.01 or left_out.max() > 0
+
+
+def test_the_bound_of_prompts_holds_where_it_is_tight(monkeypatch) -> None:
+    """All keys are alike but the queries' own, which have most of the weight: then a page weighs what its bound says.
+
+    Page 2 then weighs 1 % for the first query and page 1 0.08 %, so with 0.1 % allowed only page 0 may go.
+    """
+    asked = Asked("kernel", monkeypatch, [17], [1000], 1, 1, 64)
+    filled, slope, drop = asked.filled, torch.tensor([0.01]), 0.001
+    direction = asked.q[0, 3] / asked.q[0, 3].norm()
+    asked.q[0, 3:20] = direction * 8  # a key of c in this direction scores c / 8 * 8 = c
+    scores = torch.ones(1000)
+    scores[-17:] += 6.9
+    filled.keys[0][0, 0] = direction.double() * scores[:, None]
+    for at, page in enumerate(asked.parts[0].pages):
+        own = scores[at * PAGE : (at + 1) * PAGE]
+        filled.pages.kv[0, page, 0, 0, : len(own)] = direction * own[:, None]
+        filled.pages.key_norms[0, page] = own.max() * 1.0001
+    weights = filled.weights(asked.of(0), slope, asked.scale, 0)[0]  # (T, S)
+    v, unread = filled.pages.kv[0, :, 1], torch.zeros(17, 4, dtype=torch.bool)
+    for at, page in enumerate(asked.parts[0].pages):
+        v.zero_()
+        v[page] = 1.0
+        unread[:, at] = asked.answer(slope, drop)[0][:, 0, 0] == 0
+    shares = torch.stack([weights[:, at * PAGE : (at + 1) * PAGE].sum(-1) for at in range(4)], -1)
+    assert unread.tolist() == [[True, False, False, False]] * 17
+    assert (shares * unread).sum(-1).max() < drop < shares[0, 2]
+
+
+def test_prompts_hear_a_loud_key_far_away(monkeypatch) -> None:
+    asked = Asked("kernel", monkeypatch, [40], [1000], 1, 1, 64)
+    filled, slope = asked.filled, torch.tensor([0.4])
+    direction = asked.q[0, 3] / asked.q[0, 3].norm()
+    asked.q[0, 3:43] = direction * 8  # a key of c in this direction scores c / 8 * 8 = c
+    slot = filled.table[0, :1].long() * PAGE + 9
+    k, v = (direction * (0.4 * 991 + 30))[None], torch.ones(1, 64)
+    store(filled.pages.kv[0], filled.pages.key_norms[0], k[None], v[None], slot, triton=False)
+    filled.keys[0][0, 0, 9], filled.values[0][0, 0, 9] = k[0].double(), v[0].double()
+    assert filled.weights(asked.of(0), slope, 0.125, 0)[0, :, 9].min() > 0.9
+    expected = filled.expected(asked.of(0), slope, 0.125, 0)
+    assert (asked.answer(slope)[0].double() - expected).abs().max() < 2e-4
+
+
+def test_parts_share_a_call_as_long_as_their_keys_fit(monkeypatch) -> None:
+    monkeypatch.setattr(paged_attention, "MOST_KEYS", 4 * PAGE)
+    parts = [Part(0, 20, n * PAGE, list(range(n))) for n in (1, 2, 1, 1, 9, 4, 1)]
+    sizes = [[len(part.pages) for part in group] for group in together(parts)]
+    assert sizes == [[1, 2, 1], [1], [9], [4], [1]]
+    assert list(together([])) == []
+
+
+def test_flex_attention_that_would_run_without_a_kernel_says_so(monkeypatch) -> None:
+    """Torch computes on with all scores once it has compiled too often; that must not pass for the kernel."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend="eager", **options))
+    paged_attention._compiled_flex.cache_clear()
+    try:
+        kernel = paged_attention._compiled_flex()
+        assert torch._dynamo.config.recompile_limit >= 64
+        with torch._dynamo.config.patch(recompile_limit=1):
+            q = torch.randn(1, 2, 256, 16)
+            kernel(q, q, q)
+            q = torch.randn(1, 2, 256, 32)  # head sizes are compiled apart
+            with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+                kernel(q, q, q)
+    finally:
+        paged_attention._compiled_flex.cache_clear()
 
 
 # -- for a GPU that is not here --------------------------------------------------------------------------------------
@@ -292,13 +493,13 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mpt.backends import paged_kernels
+from mpt.backends import paged_attention, paged_kernels
 
 POINTERS = {"slots": "*i64", "table": "*i32", "lengths": "*i32"}
-FLOATS = {"scale", "log_drop"}
-NUMBERS = {"q", "k", "v", "kv", "out"}
+FLOATS = {"scale", "log_drop", "eps"}
+NUMBERS = {"q", "k", "v", "kv", "out", "x", "y", "weight", "bias"}
 
-def build(kernel, dtype, n_warps, **constants):
+def build(kernel, dtype, n_warps, n_stages=3, **constants):
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -314,14 +515,23 @@ def build(kernel, dtype, n_warps, **constants):
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    return compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": n_warps})
+    # What a launch finds: memory that is aligned, and strides of whole heads.
+    whole = {n for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name[:2] in ("q_", "kv")}
+    attributes = {(n,): [["tt.divisibility", 16]] for n in whole}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": n_warps, "num_stages": n_stages}
+    return compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
 
-for dtype, D, lines, group in [("bf16", 128, 1, 1), ("bf16", 112, 16, 1), ("fp16", 80, 64, 4)]:
-    split = build(paged_kernels.decode_split, dtype, 4, G=group, D=D, BLOCK_M=lines, BLOCK_N=64, BLOCK_D=128, PAGE=256,
-                  N_SPLITS=17, HAS_ALIBI=True)
+for dtype, D, lines, group in [("bf16", 128, 16, 1), ("bf16", 112, 16, 1), ("fp16", 80, 64, 4)]:
+    stages = paged_attention._STAGES if lines == 16 else paged_attention._STAGES_OF_MANY_LINES
+    split = build(paged_kernels.decode_split, dtype, 4, stages, G=group, D=D, BLOCK_M=lines, BLOCK_N=64, BLOCK_D=128,
+                  BLOCK_P=64, PAGE=256, N_SPLITS=16, HAS_ALIBI=True)
     assert split.metadata.shared < 99 * 1024, split.metadata.shared
-    build(paged_kernels.merge, dtype, 4, D=D, BLOCK_D=128, N_SPLITS=17, BLOCK_S=32)
+    # Keys and values of the next blocks are on their way while one is computed: it waits for all but the last groups.
+    waits = {int(line.split()[1].rstrip(";")) for line in split.asm["ptx"].splitlines() if "wait_group" in line}
+    assert lines > 16 or max(waits) >= 2, waits
+    build(paged_kernels.merge, dtype, 4, D=D, BLOCK_D=128, N_SPLITS=16, BLOCK_S=16)
+    build(paged_kernels.add_norm, dtype, 8, C=4096 - D, BLOCK_C=4096, HAS_Y=True, HAS_BIAS=True)
     build(paged_kernels.store, dtype, 1, D=D, BLOCK_D=128, PAGE=256)
 print("compiled")
 """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import mpt
+from mpt.backends import flash
 from mpt.backends.backend import Work
 from mpt.backends.paged_attention import PAGE
 from mpt.backends.paged_backend import PagedBackend
@@ -184,12 +185,13 @@ def test_more_rows_than_a_graph_has_and_numbers_between(where) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kernel", ["flex", "flash_attn"])
 @pytest.mark.parametrize("shape", ["storywriter", "grouped", "positions"])
-def test_prompts_read_as_on_cuda_give_the_same_logits(shape, kernel) -> None:
+def test_prompts_read_as_on_cuda_give_the_same_logits(monkeypatch, shape, kernel) -> None:
     pair = Pair(make(shape), ("cpu", False))
     if kernel == "flex":
-        pair.paged._has_flex = True
+        pair.paged._prompts_by = "FlexAttention"
     else:
-        pair.paged._flash = flash_attn_with_kvcache
+        pair.paged._prompts_by = "flash-attn 2"
+        monkeypatch.setattr(flash, "flash_2", lambda: flash_attn_varlen_func)
     a, b = pair.row(700), pair.row(300)
     pair.step({a: text(1, 300), b: text(2, 20)})
     pair.step({a: text(3, 212), b: text(2, 2)})  # to the end of a page
@@ -197,30 +199,34 @@ def test_prompts_read_as_on_cuda_give_the_same_logits(shape, kernel) -> None:
     pair.step({a: [5], b: [6]}, 1)
 
 
-def flash_attn_with_kvcache(
+def flash_attn_varlen_func(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     *,
-    cache_seqlens: Tensor,
-    block_table: Tensor,
     softmax_scale: float,
     causal: bool,
     alibi_slopes: Tensor | None,
+    block_table: Tensor,
 ) -> Tensor:
-    """As flash-attn 2.8 documents it. q: (B, T, H, D). caches: (pages, page size, KV heads, D)."""
-    assert causal and block_table.dtype == cache_seqlens.dtype == torch.int32 and k_cache.shape[1] % 256 == 0
-    assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+    """As flash-attn 2.8 documents it. q: (tokens, H, D). k, v: (pages, page size, KV heads, D)."""
+    assert causal and block_table.dtype == cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert k.shape[1] % 256 == 0 and k.stride(-1) == v.stride(-1) == 1
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     out = torch.empty_like(q)
-    for row, S in enumerate(cache_seqlens.tolist()):
-        k, v = (cache[block_table[row].long()].flatten(0, 1)[:S].transpose(0, 1) for cache in (k_cache, v_cache))
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[0], 0) for x in (k, v))  # (H, S, D)
-        T = q.shape[1]
+    for row, (start, end) in enumerate(zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)):
+        S, T = int(cu_seqlens_k.diff()[row]), end - start
+        keys, values = (x[block_table[row].long()].flatten(0, 1)[:S].transpose(0, 1) for x in (k, v))
+        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[0], 0) for x in (keys, values))  # (H, S, D)
         distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
-        scores = q[row].transpose(0, 1) @ k.transpose(-1, -2) * softmax_scale
+        scores = q[start:end].transpose(0, 1) @ keys.transpose(-1, -2) * softmax_scale
         if alibi_slopes is not None:
             scores = scores - alibi_slopes[:, None, None] * distance.abs()
-        out[row] = (scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+        out[start:end] = (scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ values).transpose(0, 1)
     return out
 
 
