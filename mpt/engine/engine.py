@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpt.backends.backend import Backend, DeviceLost, Work
+from mpt.backends.backend import Backend, Work
 from mpt.backends.capabilities import Capabilities
+from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
@@ -30,6 +31,7 @@ from mpt.engine.profile import StepProfile
 from mpt.engine.request import (
     EngineError,
     EngineFailed,
+    EngineGone,
     Event,
     Overloaded,
     Progress,
@@ -43,11 +45,14 @@ from mpt.engine.request import (
 from mpt.engine.scheduler import Scheduler
 from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.engine.speculation import Speculation
+from mpt.errors import DeviceLost, EngineStopped
 from mpt.lora import Adapter
 from mpt.sampling import DrawParameters, columns, sample
 from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+_GONE = "this model has stopped and must be started again; ask again later, or another replica"
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Engine:
         self.context_length = min(context_length, backend.max_length or context_length)
         self.speculation = speculation
         self._profile = profile
-        self.failed: str | None = None
+        self.failed: EngineStopped | None = None  # why it has stopped for good
         self.ready = False
         self._backend, self._tokenizer = backend, tokenizer
         self._max_waiting = max_waiting
@@ -116,6 +121,7 @@ class Engine:
         self._wake = threading.Condition()
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
+        self._lost: DeviceLost | None = None  # what others found out
         self._n_steps, self._step_seconds = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -226,7 +232,7 @@ class Engine:
             if self._draining or self._closing:
                 raise ShuttingDown("the server is shutting down; try another replica")
             if self.failed:
-                raise EngineFailed("the engine has stopped; the server must be restarted")
+                raise EngineGone(_GONE)
             n_waiting = len(self._scheduler.waiting) + sum(r.sampling.n for r in self._inbox)
             if n_waiting + sampling.n > self._max_waiting:
                 raise Overloaded(f"{n_waiting} requests wait already, at most {self._max_waiting} may; try again later")
@@ -240,6 +246,15 @@ class Engine:
             self._requests.discard(request)
             self._wake.notify()
 
+    def stop_if_lost(self, error: Exception) -> None:
+        """Stop for good where an error that was met beside the engine's steps is one that none of them survives."""
+        try:
+            raise_if_lost(error)
+        except DeviceLost as lost:
+            with self._wake:
+                self._lost = lost
+                self._wake.notify()
+
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -252,26 +267,32 @@ class Engine:
                 if self._scheduler.running:
                     self._step()
                 self._outbox.hand_out()
-        except Exception as error:  # a bug in the engine itself; a request's own failure is handled in _step
+        except Exception as error:  # no device, or a bug in the engine itself; a request's own is handled in _step
             log.exception("engine stopped")
-            self.failed = f"{type(error).__name__}: {error}"
+            self.failed = _why_stopped(error)
         self.ready = False
+        self._fail_everybody()  # before what may fail too
         if self._profile is not None:
             self._profile.write()
-        self._fail_everybody()
         self._backend.close()
 
     def _warm_up(self) -> None:
-        row = self._backend.reserve(None, 1)
-        logits = self._backend.forward([Work(row, [0], 1)])
+        logits = self._read_one_token()
         if not bool(torch.isfinite(logits).all()):
             raise EngineFailed("the model gives no finite logits for its first token; its weights may be damaged")
         sample(logits, uniform=torch.zeros(1), **columns([DrawParameters()], logits.device))  # compiles it, if it is C
 
+    def _read_one_token(self) -> Tensor:
+        """The logits of a text of one token, (1, V)."""
+        return self._backend.forward([Work(self._backend.reserve(None, 1), [0], 1)])
+
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._inbox or self._scheduler.waiting or self._scheduler.running or self._closing):
+            scheduler = self._scheduler
+            while not (self._inbox or scheduler.waiting or scheduler.running or self._closing or self._lost):
                 self._wake.wait()
+            if self._lost is not None:
+                raise self._lost
             return not self._closing
 
     def _take_in(self) -> None:
@@ -305,9 +326,8 @@ class Engine:
         try:
             with self._span("model"):
                 logits = self._backend.forward([work for _, work in planned])
-        except DeviceLost:
-            raise
-        except Exception:
+        except Exception as error:
+            raise_if_lost(error)
             log.exception("a step of %d sequences failed; trying each alone", len(planned))
             self._step_alone(planned)
             return
@@ -324,17 +344,34 @@ class Engine:
 
     def _step_alone(self, planned: list[tuple[Sequence, Work]]) -> None:
         """After a failed step: run each share alone, and fail only the requests that cannot be computed."""
+        n_computed = 0
         for sequence, work in planned:
             try:
                 logits = self._backend.forward([work])
-            except DeviceLost:
-                raise
-            except Exception:
+            except Exception as error:
+                raise_if_lost(error)
                 log.exception("request %s cannot be computed", sequence.request.id)
                 self._outbox.fail(sequence.request, EngineFailed("this request could not be computed"))
                 self._scheduler.release(sequence)
             else:
+                n_computed += 1
                 self._advance([(sequence, work)], logits)
+        if not n_computed:
+            self._check_device()
+
+    def _check_device(self) -> None:
+        """Raise DeviceLost where not even one token can be read any more, whatever the errors said.
+
+        Memory may come back, so want of it is no such error.
+        """
+        try:
+            finite = self._read_one_token().isfinite().all().item()
+        except torch.OutOfMemoryError:
+            return
+        except Exception as error:
+            raise DeviceLost(f"the model cannot read one token any more: {error}") from error
+        if not finite:
+            raise DeviceLost("the model gives no finite logits for its first token any more")
 
     def _advance(self, planned: list[tuple[Sequence, Work]], logits: Tensor) -> None:
         """Take the step's logits: score prompts, draw tokens, end what ended."""
@@ -436,9 +473,18 @@ class Engine:
         with self._wake:
             requests, self._requests = self._requests, set()
             self._inbox.clear()
-        error = EngineFailed("the engine has stopped") if self.failed else ShuttingDown("the server is shutting down")
+        error = EngineGone(_GONE) if self.failed else ShuttingDown("the server is shutting down")
         for request in requests:
             self._outbox.fail(request, error)
         self._scheduler.waiting.clear()
         self._scheduler.running.clear()
         self._outbox.hand_out()
+
+
+def _why_stopped(error: Exception) -> EngineStopped:
+    """What an error that ended the engine means for the process around it."""
+    try:
+        raise_if_lost(error)
+    except DeviceLost as lost:
+        return lost
+    return EngineStopped(f"{type(error).__name__}: {error}")

@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from mpt.backends.backend import Backend, DeviceLost, Row, Work
+from mpt.backends.backend import Backend, Row, Work
+from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.prefixes import Kept, Prefixes, common_length
@@ -80,9 +81,9 @@ class Scheduler:
                 return
             try:
                 has_row = self._give_row(sequence)
-            except DeviceLost:
-                raise
-            except Exception:  # the machine has less memory than the budget says; this request pays, others go on
+            except Exception as error:
+                raise_if_lost(error)
+                # The machine has less memory than the budget says; this request pays, others go on.
                 self._fail_for_memory(sequence)
                 self.waiting = deque(s for s in self.waiting if s.request is not sequence.request)
                 return
@@ -228,9 +229,8 @@ class Scheduler:
                 self._make_room(n_more)
                 try:
                     sequence.row = self._backend.reserve(sequence.row, n_needed)
-                except DeviceLost:
-                    raise
-                except Exception:
+                except Exception as error:
+                    raise_if_lost(error)
                     self._fail_for_memory(sequence)
                     self.running = [s for s in self.running if s.request is not sequence.request]
                     return False

@@ -35,11 +35,11 @@ class Server:
             return self.process.wait()
 
 
-def start(kind: str, *options: str) -> Server:
-    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it."""
+def start(kind: str, *options: str, program: tuple[str, ...] = ("-m", "mpt")) -> Server:
+    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it. program: in place of `mpt`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mpt", kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        [sys.executable, *program, kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env=environment, start_new_session=True,
     )  # fmt: skip
     server = Server(kind, "", process)
