@@ -17,6 +17,8 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of models and of 
 TRITON = "triton://"  # begins the address of a model in a Triton server
 TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")  # served when nothing is asked for
 
+ALONE = 4  # chunks of a prompt that are read in one step where nobody else waits for it
+
 
 @dataclass(frozen=True)
 class ModelOptions:

@@ -12,15 +12,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Tokens
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mpt.backends import compilations
 from mpt.backends.backend import Backend, Work
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.device_errors import raise_if_lost
@@ -71,6 +72,7 @@ class EngineStats:
     step_seconds: float  # spent inside the backend
     n_guessed: int  # tokens guessed at, and those of them that were right
     n_guessed_right: int
+    n_compiled: Mapping[compilations.Kind, int] = field(default_factory=dict)  # since it was ready
 
 
 # A sequence that draws now: its row of logits, and the tokens that were guessed behind it.
@@ -123,6 +125,7 @@ class Engine:
         self._draining = self._closing = False
         self._lost: DeviceLost | None = None  # what others found out
         self._n_steps, self._step_seconds = 0, 0.0
+        self._compiled_before, self._n_compiled = Counter[compilations.Kind](), Counter[compilations.Kind]()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- for askers, from any thread -----------------------------------------------------------------------------
@@ -199,6 +202,7 @@ class Engine:
             step_seconds=self._step_seconds,
             n_guessed=self.speculation.n_guessed if self.speculation else 0,
             n_guessed_right=self.speculation.n_right if self.speculation else 0,
+            n_compiled=self._n_compiled,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -260,6 +264,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._warm_up()
+            self._compiled_before = compilations.of_this_thread()
             self.ready = True
             while self._wait_for_work():
                 self._take_in()
@@ -331,13 +336,23 @@ class Engine:
             log.exception("a step of %d sequences failed; trying each alone", len(planned))
             self._step_alone(planned)
             return
-        self._step_seconds += time.perf_counter() - started
+        taken_s = time.perf_counter() - started
+        self._step_seconds += taken_s
         self._n_steps += 1
+        self._look_for_compilations(taken_s)
         with self._span("draw"):
             self._advance(planned, logits)
         if self._profile is not None:
             self._profile.step_ended()
             self._profile = None if self._profile.is_done else self._profile
+
+    def _look_for_compilations(self, taken_s: float) -> None:
+        """Count, and tell, what this step has waited for though it should have been there before the first."""
+        n_compiled = compilations.of_this_thread() - self._compiled_before
+        if n_compiled != self._n_compiled:
+            made = ", ".join(f"{n} {kind}" for kind, n in (n_compiled - self._n_compiled).items())
+            log.warning("a step of %.2f s had to be compiled while serving: %s", taken_s, made)
+            self._n_compiled = n_compiled
 
     def _span(self, name: str) -> AbstractContextManager[object]:
         return nullcontext() if self._profile is None else self._profile.span(name)

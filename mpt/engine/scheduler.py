@@ -22,6 +22,7 @@ from mpt.engine.request import EngineFailed, Started
 from mpt.engine.sequence import Sequence
 from mpt.engine.speculation import Speculation
 from mpt.engine.turns import Turns
+from mpt.options import ALONE
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class Scheduler:
         guesses = self._speculation.guess(decoding) if self._speculation and decoding else {}
         planned = [(s, self._work(s, 1, guesses.get(s, []))) for s in decoding]
         prefilling = [s for s in self.running if s.is_prefill]
-        budget = self._chunk if len(self.running) > 1 or self.waiting else 4 * self._chunk
+        budget = self._chunk if len(self.running) > 1 or self.waiting else ALONE * self._chunk
         # The oldest gets at least half, then the shortest first: a book must not keep a greeting waiting.
         order = prefilling[:1] + sorted(prefilling[1:], key=lambda s: len(s.unread))
         for sequence in order:
