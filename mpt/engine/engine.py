@@ -267,11 +267,7 @@ class Engine:
             self._compiled_before = compilations.of_this_thread()
             self.ready = True
             while self._wait_for_work():
-                self._take_in()
-                self._scheduler.admit()
-                if self._scheduler.running:
-                    self._step()
-                self._outbox.hand_out()
+                self.turn()
         except Exception as error:  # no device, or a bug in the engine itself; a request's own is handled in _step
             log.exception("engine stopped")
             self.failed = _why_stopped(error)
@@ -280,6 +276,14 @@ class Engine:
         if self._profile is not None:
             self._profile.write()
         self._backend.close()
+
+    def turn(self) -> None:
+        """One turn of the loop, for its thread, or for who measures it without one."""
+        self._take_in()
+        self._scheduler.admit()
+        if self._scheduler.running:
+            self._step()
+        self._outbox.hand_out()
 
     def _warm_up(self) -> None:
         logits = self._read_one_token()
