@@ -289,7 +289,7 @@ class Engine:
         logits = self._read_one_token()
         if not bool(torch.isfinite(logits).all()):
             raise EngineFailed("the model gives no finite logits for its first token; its weights may be damaged")
-        sample(logits, uniform=torch.zeros(1), **columns([DrawParameters()], logits.device))  # compiles it, if it is C
+        sample(logits, uniform=torch.zeros(1), **columns([DrawParameters()]))  # compiles it, if it is C
 
     def _read_one_token(self) -> Tensor:
         """The logits of a text of one token, (1, V)."""
