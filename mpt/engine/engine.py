@@ -397,10 +397,16 @@ class Engine:
         ready: list[Ready] = []
         at = 0
         for sequence, work in planned:
+            row = sequence.row
+            assert row is not None
+            if sequence.n_generated and work.n_logits == len(work.tokens) == 1:  # it decodes, and nobody guessed
+                row.length += 1
+                ready.append((sequence, at, ()))
+                at += 1
+                continue
             guess = self._note_read(sequence, work, logits[at : at + work.n_logits])
             at += work.n_logits
-            assert sequence.row is not None
-            if sequence.row.length == len(sequence.tokens) and not self._finish_if_only_scoring(sequence):
+            if row.length == len(sequence.tokens) and not self._finish_if_only_scoring(sequence):
                 ready.append((sequence, at - 1 - len(guess), guess))
         n_right = self._draw_all(ready, logits)
         if self.speculation is not None:

@@ -122,7 +122,8 @@ class Sequence:
     @property
     def is_prefill(self) -> bool:
         assert self.row is not None
-        return len(self.tokens) - self.row.length > 1 or self.n_generated == 0
+        n_tokens = len(self.tokens)
+        return n_tokens - self.row.length > 1 or n_tokens == self.n_prompt
 
     @property
     def is_greedy(self) -> bool:
