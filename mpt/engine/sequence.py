@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -157,7 +158,11 @@ class Sequence:
         return Delta(self.index, "", (), None, "length")
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Delta:
-        """Take the token drawn; what it adds to the answer, and whether it ends it.
+        """Take the token drawn; what it adds to the answer, and whether it ends it. Raises as `take`."""
+        return self.say(self.take(token), logprob)
+
+    def take(self, token: int) -> "Taken":
+        """Go on behind the token drawn: all that the next step depends on, unless there are stop strings.
 
         Raises Unsupported where the grammar has led nowhere.
         """
@@ -172,29 +177,41 @@ class Sequence:
         if self._counts is not None:
             self._counts.add(token)
         sampling = self.sampling
-        reason: FinishReason | None = None
-        stop: int | str | None = None
         late_enough = self.n_generated >= sampling.min_tokens
-        ends = late_enough and (token in self._end_ids or token in sampling.stop_token_ids)
-        text = ""
-        if not ends or sampling.include_stop_str_in_output:
-            text = self._detokenize.push(token)
-        if ends:
-            reason, stop = "stop", token
+        reason: FinishReason | None = None
+        if late_enough and (token in self._end_ids or token in sampling.stop_token_ids):
+            reason = "stop"
         elif self.n_generated >= sampling.max_tokens:
             reason = "length"
+        self.finished = reason is not None
+        return Taken(token, late_enough, reason)
+
+    def say(self, taken: "Taken", logprob: TokenLogprob | None) -> Delta:
+        """What a token that was taken adds to the answer; a stop string in it ends the answer. Each once, in order."""
+        token, late_enough, reason = taken
+        stop: int | str | None = token if reason == "stop" else None
+        text = ""
+        if reason != "stop" or self.sampling.include_stop_str_in_output:
+            text = self._detokenize.push(token)
         if reason is not None:
             text += self._detokenize.flush()
         stop_string = None
         if late_enough:
             text, stop_string = self._stop_text.push(text)
         if stop_string is not None:
-            reason, stop = "stop", stop_string
+            self.finished, reason, stop = True, "stop", stop_string
         elif reason is not None:
             text += self._stop_text.flush()
-        self.finished = reason is not None
         logprobs = None if logprob is None else (logprob,)
         return Delta(self.index, text, (token,), logprobs, reason, stop)
+
+
+class Taken(NamedTuple):
+    """A token on its way into an answer's text. late_enough: it may end the answer. reason: why it does."""
+
+    token: int
+    late_enough: bool
+    reason: FinishReason | None
 
 
 class Answer:
