@@ -152,31 +152,31 @@ def sample_in_torch(
     if bool(filtered.any()):
         rows = filtered.nonzero()[:, 0].to(device)
         asked = [column[filtered].to(device) for column in (uniform, temperature, top_p, top_k, min_p)]
-        out[rows] = _draw_filtered(logits[rows], *asked, n_best=n_best or logits.shape[-1])
+        out[rows] = _draw_filtered(n_best or logits.shape[-1], logits[rows], *asked)
     return out
 
 
 def _draw_filtered(
-    logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, n_best: int
+    n_best: int, logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor
 ) -> Tensor:
     """The token of each row from what its filters keep, (B,)."""
     probs = _probabilities(logits, temperature)
     if n_best < probs.shape[-1]:
-        return _draw_among_best(logits, probs, uniform, temperature, top_p, top_k, min_p, n_best)
+        return _draw_among_best(n_best, probs, logits, uniform, temperature, top_p, top_k, min_p)
     ordered, token = torch.sort(probs, dim=-1, descending=True, stable=True)
     kept = _keep(ordered, ordered.sum(-1), top_p, top_k, min_p)
     return _draw(torch.zeros_like(probs).scatter(-1, token, kept), uniform)
 
 
 def _draw_among_best(
-    logits: Tensor,
+    n_best: int,
     probs: Tensor,
+    logits: Tensor,
     uniform: Tensor,
     temperature: Tensor,
     top_p: Tensor,
     top_k: Tensor,
     min_p: Tensor,
-    n_best: int,
 ) -> Tensor:
     """`_draw_filtered` without sorting all: the n_best of each row nearly always hold what its filters keep.
 
@@ -197,7 +197,7 @@ def _draw_among_best(
     unsure = (~(by_rank | ((top_k <= 0) & (by_mass | by_share)))).nonzero()[:, 0]
     if len(unsure):
         columns = (logits, uniform, temperature, top_p, top_k, min_p)
-        token[unsure] = _draw_filtered(*(column[unsure] for column in columns), n_best=logits.shape[-1])
+        token[unsure] = _draw_filtered(logits.shape[-1], *(column[unsure] for column in columns))
     return token
 
 

@@ -41,11 +41,10 @@ from mpt.engine.request import (
     RequestTimeout,
     Sampling,
     ShuttingDown,
-    TokenLogprob,
     Unsupported,
 )
 from mpt.engine.scheduler import Scheduler
-from mpt.engine.sequence import Answer, Request, Sequence, Taken
+from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.engine.speculation import Speculation
 from mpt.errors import DeviceLost, EngineStopped
 from mpt.lora import Adapter
@@ -80,10 +79,6 @@ class EngineStats:
 Ready = tuple[Sequence, int, Tokens[int]]
 
 
-# A token that was taken, with its log-probability, and is no text yet.
-Untold = tuple[Sequence, Taken, TokenLogprob | None]
-
-
 class Engine:
     """Answers requests over one backend. `start` it, `generate` from any event loop, `drain` or `close` it.
 
@@ -116,7 +111,6 @@ class Engine:
         self._backend, self._tokenizer = backend, tokenizer
         self._max_waiting = max_waiting
         self._outbox = Outbox()
-        self._untold: list[Untold] = []  # of the last step, told while the next one is computed
         self._scheduler = Scheduler(
             backend,
             self._outbox,
@@ -290,7 +284,7 @@ class Engine:
         if self._scheduler.running:
             self._step()
         if not (self._backend.capabilities.returns_early and self._scheduler.running):
-            self._tell_untold()  # else while the next step is computed, which does not depend on it
+            self._outbox.make_text()  # else while the next step is computed, which does not depend on it
         self._outbox.hand_out()
 
     def _warm_up(self) -> None:
@@ -328,7 +322,6 @@ class Engine:
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             request = sequence.request
             if not request.cancelled and request.deadline is not None and now > request.deadline:
-                self._tell_untold()
                 waited = now - request.arrived
                 self._outbox.fail(request, RequestTimeout(f"not finished after {waited:.1f} s, its deadline"))
         self._scheduler.let_go_of_cancelled()
@@ -339,7 +332,7 @@ class Engine:
         with self._span("plan"):
             planned = self._scheduler.plan()
         if not planned:
-            self._tell_untold()
+            self._outbox.make_text()
             return
         started = time.perf_counter()
         try:
@@ -348,16 +341,14 @@ class Engine:
         except Exception as error:
             raise_if_lost(error)
             log.exception("a step of %d sequences failed; trying each alone", len(planned))
-            self._tell_untold()  # before a failure ends one of them
             self._step_alone(planned)
             return
         taken_s = time.perf_counter() - started
         self._step_seconds += taken_s
         self._n_steps += 1
         self._look_for_compilations(taken_s)
-        if self._untold:  # while a GPU computes
-            with self._span("tell"):
-                self._tell_untold()
+        with self._span("tell"):
+            if self._outbox.make_text():  # of the step before, while a GPU computes
                 self._outbox.hand_out()
         with self._span("draw"):
             self._advance(planned, logits)
@@ -378,20 +369,21 @@ class Engine:
 
     def _step_alone(self, planned: list[tuple[Sequence, Work]]) -> None:
         """After a failed step: run each share alone, and fail only the requests that cannot be computed."""
-        n_computed = 0
+        failed: list[Sequence] = []
         for sequence, work in planned:
             try:
                 logits = self._backend.forward([work])
             except Exception as error:
                 raise_if_lost(error)
                 log.exception("request %s cannot be computed", sequence.request.id)
-                self._outbox.fail(sequence.request, EngineFailed("this request could not be computed"))
-                self._scheduler.release(sequence)
+                failed.append(sequence)
             else:
-                n_computed += 1
                 self._advance([(sequence, work)], logits)
-        if not n_computed:
+        if len(failed) == len(planned):
             self._check_device()
+        for sequence in failed:
+            self._outbox.fail(sequence.request, EngineFailed("this request could not be computed"))
+            self._scheduler.release(sequence)
 
     def _check_device(self) -> None:
         """Raise DeviceLost where not even one token can be read any more, whatever the errors said.
@@ -499,31 +491,13 @@ class Engine:
                 self._outbox.fail(sequence.request, error)
                 self._scheduler.release(sequence)
                 continue
-            if sequence.sampling.stop:  # its text decides whether it goes on
-                self._tell(sequence, taken, logprob)
-            else:
-                self._untold.append((sequence, taken, logprob))
+            self._outbox.tell_token(sequence, taken, logprob)
             if sequence.finished or sequence.request.cancelled:
                 self._scheduler.release(sequence)
         return drawn
 
-    def _tell_untold(self) -> None:
-        """Make text of the tokens taken, and tell those who asked."""
-        untold, self._untold = self._untold, []
-        for each in untold:
-            self._tell(*each)
-
-    def _tell(self, sequence: Sequence, taken: Taken, logprob: TokenLogprob | None) -> None:
-        try:
-            delta = sequence.say(taken, logprob)
-        except Exception:
-            log.exception("request %s failed on token %d", sequence.request.id, taken.token)
-            self._outbox.fail(sequence.request, EngineFailed("this request's text could not be made"))
-        else:
-            self._outbox.tell(sequence.request, delta)
-
     def _fail_everybody(self) -> None:
-        self._tell_untold()
+        self._outbox.make_text()
         with self._wake:
             requests, self._requests = self._requests, set()
             self._inbox.clear()

@@ -270,6 +270,6 @@ class Scheduler:
 
 
 def _next_token(sequence: Sequence) -> Work:
-    """The share of a decoding sequence that nobody guesses for: `_work` of one token, at a fifth of its time."""
+    """The share of a decoding sequence that nobody guesses for: `_work` of one token, without its questions."""
     assert sequence.row is not None
     return Work(sequence.row, sequence.tokens[-1:], 1, sequence.request.adapter)

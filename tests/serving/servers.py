@@ -23,6 +23,7 @@ class Server:
     url: str
     process: subprocess.Popen[str]
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=2000))  # of its stderr
+    reader: threading.Thread | None = None  # of what comes once it is ready
 
     def stop(self, with_signal: int = signal.SIGTERM) -> int:
         """Its exit status; it is killed, with what it started, if it does not leave within a minute."""
@@ -48,7 +49,8 @@ def start(kind: str, *options: str, program: tuple[str, ...] = ("-m", "mpt")) ->
         server.lines.append(line)
         if url := re.search(r"ready after .* on (http://[^\s,]+)", line):
             server.url = url[1]
-            threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True).start()
+            server.reader = threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True)
+            server.reader.start()
             return server
     raise AssertionError(f"left with {process.wait()} before it was ready: {''.join(server.lines)}")
 

@@ -107,6 +107,7 @@ async def test_a_lost_device_ends_everything_at_once(engine, monkeypatch, where)
 
 
 async def test_a_lost_device_that_an_adapter_met_stops_an_idle_engine(engine):
+    await tokens_of(engine, [1], 1)
     engine.stop_if_lost(torch.OutOfMemoryError("CUDA out of memory"))
     assert engine.failed is None and engine.ready
     engine.stop_if_lost(torch.AcceleratorError("CUDA error: unspecified launch failure"))

@@ -124,6 +124,7 @@ def test_a_lost_device_ends_the_process_with_a_code_of_its_own(folder):
                 assert (client.get("/health").status_code, client.get("/ready").status_code) == (503, 503)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert server.process.wait(30) == 6
+        server.reader.join(10)
     finally:
         server.stop(signal.SIGKILL)
     assert "mpt: `base` has stopped: the device is lost: CUDA error: an illegal memory access" in "".join(server.lines)
