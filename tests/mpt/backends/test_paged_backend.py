@@ -16,7 +16,7 @@ from torch import Tensor
 import mpt
 from mpt.backends import compilations
 from mpt.backends.backend import Work
-from mpt.backends.paged_attention import PAGE
+from mpt.backends.paged_attention import PAGE, paged_decode
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import open_endpoint
@@ -237,6 +237,34 @@ class Recorded:
         self.numbers.copy_(numbers)
         self.answers.copy_(self.step(self.numbers))
         return self.answers
+
+
+def test_no_step_asks_the_kernel_for_a_shape_that_was_not_read_at_start(monkeypatch) -> None:
+    """Triton compiles anew for other numbers of queries, widths and strides (1, of 16, others), and numbers of splits,
+    which follow from the rows and the width; those are never more than at start."""
+    asked: dict[tuple, int] = {}
+
+    def noted(q: Tensor, kv: Tensor, norms: Tensor, table: Tensor, *rest, **options) -> Tensor:
+        strides = (*q.stride()[:3], *kv.stride()[:4], norms.stride(0), table.stride(0))
+        key = (q.shape[1], table.shape[1], tuple(1 if s == 1 else s % 16 == 0 for s in strides))
+        asked[key] = max(asked.get(key, 0), len(q))
+        return paged_decode(q, kv, norms, table, *rest, **options)
+
+    monkeypatch.setattr("mpt.backends.paged_backend.paged_decode", noted)
+    steps = Steps(n_rows=6, n_prompt=64, context=20 * PAGE)
+    backend = paged(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE, steps=steps)
+    backend.warm_up()
+    at_start = dict(asked)
+    asked.clear()
+    numbers = random.Random(0)
+    rows = [backend.reserve(None, 20 * PAGE if k == 0 else 3 * PAGE) for k in range(6)]
+    for _ in range(120):
+        rows[0].length = numbers.choice([5, 2047, 2048, 4000, 19 * PAGE])
+        chosen = numbers.sample(rows, numbers.randrange(1, 7))
+        backend.forward([Work(row, text(1, numbers.choice([1, 1, 1, 2, 7, 16, 30])), 1) for row in chosen])
+        backend.forward([Work(row, [7], 1) for row in chosen])
+    assert {key[:2] for key in asked} == {(1, 8), (1, 32), (16, 8), (16, 32)}  # all of them have been met
+    assert all(asked[key] <= at_start.get(key, 0) for key in asked)
 
 
 def test_every_step_of_one_token_finds_its_graph_from_the_start(monkeypatch) -> None:
