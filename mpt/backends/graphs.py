@@ -64,7 +64,7 @@ class Graphs(Generic[Recorded]):
     def __init__(
         self, record: Callable[[Shape], Recorded], planned: list[Shape], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """record: captures a step of a shape; RuntimeError where that cannot be, now at least. planned: of `shapes`."""
+        """record: captures a shape; RuntimeError where that cannot be, or not now. planned: for the start."""
         self._record, self._planned, self._clock = record, planned, clock
         self._graphs: dict[Shape, Recorded] = {}
         self._not_before = -float("inf")  # when to try again
@@ -101,7 +101,7 @@ class Graphs(Generic[Recorded]):
         larger = [each for each in self._graphs if each.holds(shape)]
         if larger:
             return min(larger), self._graphs[min(larger)]
-        may_try = shape in self._planned and self._clock() >= self._not_before
+        may_try = self._clock() >= self._not_before
         return (shape, self._graphs[shape]) if may_try and self._capture(shape) else None
 
     def _capture(self, shape: Shape) -> bool:

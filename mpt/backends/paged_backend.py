@@ -110,7 +110,7 @@ class PagedBackend:
                 f"no {kv_bytes / 1e9:.1f} GB in one piece for the KV cache; lower `--kv-gb` ({error})"
             ) from error
         self._free, self._users = list(range(n_pages - 1, 0, -1)), [0] * n_pages
-        self._graphs = Graphs(self._record, self._shapes() if self._has_graphs else [])
+        self._graphs = Graphs(self._record, self._shapes())
         if self._device.type == "cuda" or self._has_graphs:
             self.warm_up()
 
@@ -235,7 +235,7 @@ class PagedBackend:
     def _decode(self, rows: Sequence[PagedRow], tokens: Sequence[int]) -> Tensor:
         """Logits (B, V) of one token of each row, through a graph where there are graphs."""
         shape = Shape(rows_for(len(rows)), width_for(max(_n_pages(row.length + 1) for row in rows)))
-        found = self._graphs.find(shape)
+        found = self._graphs.find(shape) if self._has_graphs else None
         step = self._one_token_each if found is None else found[1].replay
         n_rows, width = shape if found is None else found[0]
         numbers = np.zeros((n_rows, 2 + width), dtype=np.int32)

@@ -497,7 +497,6 @@ class Engine:
         return drawn
 
     def _fail_everybody(self) -> None:
-        self._outbox.make_text()
         with self._wake:
             requests, self._requests = self._requests, set()
             self._inbox.clear()
