@@ -327,7 +327,7 @@ def _error_event(error: Any) -> SpaceError:
     """An error event inside a stream, as a sentence."""
     error = error if isinstance(error, dict) else {"message": str(error)}
     code, message = error.get("code"), str(error.get("message") or "no reason given")
-    if code in ("shutting_down", "replica_lost"):
+    if code in ("shutting_down", "engine_stopped", "replica_lost"):
         sentence = "The server stopped in the middle of the answer, perhaps for a restart; try again in a moment."
     else:
         sentence = f"The server broke off: {message}."

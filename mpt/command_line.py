@@ -5,12 +5,13 @@ Light to import, so that `--help` answers at once.
 `Style` is the same as in `mpt.prompts`, which is slow to import; the type checker compares them.
 """
 
+import os
 import sys
 from typing import Annotated, Literal
 
 import typer
 
-from mpt.errors import MPTError
+from mpt.errors import DeviceLost, MPTError
 
 Style = Literal["none", "instruct", "chatml", "template"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -56,4 +57,8 @@ def run_app(app: typer.Typer, name: str) -> None:
         app(prog_name=name)
     except MPTError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        if isinstance(error, DeviceLost):  # what a dead CUDA context holds, let go of, may abort with another code
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)

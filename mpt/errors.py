@@ -45,6 +45,16 @@ class MachineRefused(MPTError):
     exit_code = 5
 
 
+class EngineStopped(MPTError):
+    """A model that answered cannot any more, and no later request can: the process must be started again."""
+
+    exit_code = 6
+
+
+class DeviceLost(EngineStopped):
+    """What computes is gone: a CUDA context after an error that none of its later calls survives, another process."""
+
+
 class Interrupted(MPTError):
     """Stopped early after saving; the same command goes on from there."""
 

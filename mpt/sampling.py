@@ -9,13 +9,16 @@ the same tokens in a twentieth of the time.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpt.backends.native.draw import draw
 from mpt.backends.native.library import Unavailable, load
+
+_N_BEST = 1024  # on CUDA, where sorting 50,432 float64 numbers of each row costs more than the rest of a draw
 
 
 def asked_over_http(default: Any, **limits: float) -> Any:
@@ -36,10 +39,10 @@ class DrawParameters:
     min_p: float = asked_over_http(0.0, ge=0, le=1)
 
 
-def columns(rows: Sequence[DrawParameters], device: torch.device | None = None) -> dict[str, Tensor]:
-    """What `sample` takes for these rows, (B,) float64 each, by name."""
+def columns(rows: Sequence[DrawParameters]) -> dict[str, Tensor]:
+    """What `sample` takes for these rows, (B,) float64 on CPU each, by name."""
     names = [each.name for each in fields(DrawParameters)]
-    numbers = torch.tensor([[getattr(row, name) for name in names] for row in rows], dtype=torch.float64, device=device)
+    numbers = torch.tensor([[getattr(row, name) for name in names] for row in rows], dtype=torch.float64)
     return dict(zip(names, numbers.unbind(-1), strict=True))
 
 
@@ -52,19 +55,18 @@ class TokenCounts:
     def __init__(self, prompt: Sequence[int], generated: Sequence[int] = ()) -> None:
         tokens = list(dict.fromkeys(prompt))
         self._places = {token: place for place, token in enumerate(tokens)}
-        room = torch.zeros(64, dtype=torch.int64)
-        self._ids = torch.cat([torch.tensor(tokens, dtype=torch.int64), room])
-        self._times = torch.zeros(len(self._ids))
+        self._ids = np.concatenate([np.array(tokens, dtype=np.int64), np.zeros(64, dtype=np.int64)])
+        self._times = np.zeros(len(self._ids), dtype=np.float32)
         for token in generated:
             self.add(token)
 
     @property
-    def ids(self) -> Tensor:
-        """The tokens seen, (N,), in the order they came."""
+    def ids(self) -> np.ndarray:
+        """The tokens seen, (N,) int64, in the order they came."""
         return self._ids[: len(self._places)]
 
     @property
-    def times(self) -> Tensor:
+    def times(self) -> np.ndarray:
         """How often each was generated, (N,) float32."""
         return self._times[: len(self._places)]
 
@@ -72,29 +74,42 @@ class TokenCounts:
         """Count a token that was generated."""
         place = self._places.setdefault(token, len(self._places))
         if place == len(self._ids):
-            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
-            self._times = torch.cat([self._times, torch.zeros_like(self._times)])
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._times = np.concatenate([self._times, np.zeros_like(self._times)])
         self._ids[place] = token
         self._times[place] += 1
 
 
-def penalize(
-    logits: Tensor,
-    counts: TokenCounts,
-    *,
-    presence: float = 0.0,
-    frequency: float = 0.0,
-    repetition: float = 1.0,
-) -> None:
-    """Apply the penalties to one row of logits, (V,) float32, in place.
+class Penalties(NamedTuple):
+    """What one row is penalised for, and how much.
 
     presence and frequency: OpenAI's, over generated tokens. repetition: Keskar et al. 2019, over prompt and answer.
     """
-    ids, times = counts.ids.to(logits.device), counts.times.to(logits.device)
-    seen = logits[ids]
-    if repetition != 1.0:
-        seen = torch.where(seen > 0, seen / repetition, seen * repetition)
-    logits[ids] = seen - presence * (times > 0) - frequency * times
+
+    counts: TokenCounts
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+
+def penalize(logits: Tensor, rows: Sequence[int], wanted: Sequence[Penalties]) -> None:
+    """Apply penalties to these rows of logits, (B, V) float32, in place: all of them in a handful of calls."""
+    n_seen = [len(each.counts.ids) for each in wanted]
+    at = places(logits, rows, [each.counts.ids for each in wanted])
+    strengths = np.array([each[1:] for each in wanted], dtype=np.float32)  # (rows, 3)
+    per_token = np.repeat(strengths, n_seen, axis=0).T  # (3, N)
+    times = np.concatenate([each.counts.times for each in wanted])
+    table = torch.from_numpy(np.vstack([per_token, times])).to(logits.device)
+    presence, frequency, repetition, count = table
+    seen = logits.view(-1)[at]
+    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    logits.view(-1)[at] = seen - presence * (count > 0) - frequency * count
+
+
+def places(logits: Tensor, rows: Sequence[int], ids: Sequence[np.ndarray]) -> Tensor:
+    """Where these ids of each of these rows lie in logits, (B, V) in one piece, laid end to end: (N,) int64."""
+    laid = [row * logits.shape[1] + of for row, of in zip(rows, ids, strict=True)]
+    return torch.from_numpy(np.concatenate(laid)).to(logits.device)
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -107,37 +122,95 @@ def sample(logits: Tensor, *, uniform: Tensor, **columns: Tensor) -> Tensor:
 
     Temperature 0 is greedy, the lowest id among equals. top_k 0 is off. top_p keeps the smallest set of tokens that
     reaches it, min_p those with at least that share of the best one's probability; never fewer than one token stays.
+    uniform and columns are on CPU, wherever the logits are: they decide what is computed, and asking a GPU waits.
     """
     if not bool((columns["temperature"] > 0).any()):
         return greedy(logits)
     if logits.device.type == "cpu" and _draws_in_c():
         return draw(logits, uniform=uniform, **columns)
-    return sample_in_torch(logits, uniform=uniform, **columns)
+    return sample_in_torch(logits, uniform=uniform, n_best=_N_BEST if logits.is_cuda else None, **columns)
 
 
 def sample_in_torch(
-    logits: Tensor, *, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor
+    logits: Tensor,
+    *,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+    n_best: int | None = None,
 ) -> Tensor:
-    """What `sample` gives, on any device."""
+    """What `sample` gives, on any device. n_best: how many tokens to look among first for those that filters keep."""
     out, drawn = greedy(logits), temperature > 0
     filtered = drawn & ((top_p < 1) | (top_k > 0) | (min_p > 0))
     plain = drawn & ~filtered
+    device = logits.device
     if bool(plain.any()):
-        out[plain] = _draw(_probabilities(logits[plain], temperature[plain]), uniform[plain])
+        rows = plain.nonzero()[:, 0].to(device)
+        out[rows] = _draw(_probabilities(logits[rows], temperature[plain].to(device)), uniform[plain].to(device))
     if bool(filtered.any()):
-        probs, token = torch.sort(
-            _probabilities(logits[filtered], temperature[filtered]), dim=-1, descending=True, stable=True
-        )
-        rank = torch.arange(probs.shape[-1], device=probs.device)
-        limit = torch.where(top_k > 0, top_k, probs.shape[-1])[filtered]
-        probs = probs.masked_fill(rank >= limit[:, None], 0)
-        probs = probs / probs.sum(-1, keepdim=True)
-        outside = probs.cumsum(-1) - probs >= top_p[filtered][:, None]  # the mass before this token is enough
-        outside |= probs < min_p[filtered][:, None] * probs[:, :1]
-        outside[:, 0] = False
-        kept = torch.zeros_like(probs).scatter(-1, token, probs.masked_fill(outside, 0))
-        out[filtered] = _draw(kept, uniform[filtered])
+        rows = filtered.nonzero()[:, 0].to(device)
+        asked = [column[filtered].to(device) for column in (uniform, temperature, top_p, top_k, min_p)]
+        out[rows] = _draw_filtered(n_best or logits.shape[-1], logits[rows], *asked)
     return out
+
+
+def _draw_filtered(
+    n_best: int, logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor
+) -> Tensor:
+    """The token of each row from what its filters keep, (B,)."""
+    probs = _probabilities(logits, temperature)
+    if n_best < probs.shape[-1]:
+        return _draw_among_best(n_best, probs, logits, uniform, temperature, top_p, top_k, min_p)
+    ordered, token = torch.sort(probs, dim=-1, descending=True, stable=True)
+    kept = _keep(ordered, ordered.sum(-1), top_p, top_k, min_p)
+    return _draw(torch.zeros_like(probs).scatter(-1, token, kept), uniform)
+
+
+def _draw_among_best(
+    n_best: int,
+    probs: Tensor,
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """`_draw_filtered` without sorting all: the n_best of each row nearly always hold what its filters keep.
+
+    That is sure where one filter ends before the least of them, and so before others that equal it. Rows where it is
+    not are drawn from all.
+    """
+    ids = torch.topk(logits, n_best, dim=-1, sorted=False).indices.sort(-1).values  # (B, N), in the order of the ids
+    best, own, total = logits.gather(-1, ids), probs.gather(-1, ids), probs.sum(-1)
+    place = torch.sort(best, dim=-1, descending=True, stable=True).indices
+    kept = _keep(own.gather(-1, place), total, top_p, top_k, min_p)
+    drawn = _draw(torch.zeros_like(own).scatter(-1, place, kept), uniform)
+    token = ids.gather(-1, drawn[:, None])[:, 0]
+
+    is_sure = best > best.amin(-1, keepdim=True)
+    by_rank = (top_k > 0) & (top_k <= is_sure.sum(-1))
+    by_mass = (own * is_sure).sum(-1) / total > top_p + 1e-12  # more than float64's sums can differ
+    by_share = own.amin(-1) < min_p * own.amax(-1)
+    unsure = (~(by_rank | ((top_k <= 0) & (by_mass | by_share)))).nonzero()[:, 0]
+    if len(unsure):
+        columns = (logits, uniform, temperature, top_p, top_k, min_p)
+        token[unsure] = _draw_filtered(logits.shape[-1], *(column[unsure] for column in columns))
+    return token
+
+
+def _keep(probs: Tensor, total: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
+    """The probabilities (B, N), the largest first, 0 where a filter leaves one out. total: (B,), of all there are."""
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    limit = torch.where(top_k > 0, top_k, probs.shape[-1])
+    probs = probs.masked_fill(rank >= limit[:, None], 0)
+    probs = probs / torch.where(top_k > 0, probs.sum(-1), total)[:, None]
+    outside = probs.cumsum(-1) - probs >= top_p[:, None]  # the mass before this token is enough
+    outside |= probs < min_p[:, None] * probs[:, :1]
+    outside[:, 0] = False
+    return probs.masked_fill(outside, 0)
 
 
 @functools.cache

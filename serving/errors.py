@@ -7,6 +7,7 @@ from typing import Any
 
 from mpt.engine.request import (
     EngineError,
+    EngineGone,
     Overloaded,
     PromptTooLong,
     RequestTimeout,
@@ -87,7 +88,7 @@ class InternalError(ApiError):
 
 
 class Unavailable(ApiError):
-    """Not now: overloaded, queue_timeout, model_loading, shutting_down, replica_lost."""
+    """Not now: overloaded, queue_timeout, model_loading, shutting_down, engine_stopped, replica_lost."""
 
     status, code = 503, "overloaded"
     headers = {"Retry-After": "2"}  # noqa: RUF012
@@ -103,6 +104,8 @@ def from_engine(error: EngineError, *, started: bool = False) -> ApiError:
         return Unavailable(str(error), code="overloaded")
     if isinstance(error, ShuttingDown):
         return Unavailable(str(error), code="shutting_down")
+    if isinstance(error, EngineGone):
+        return Unavailable(str(error), code="engine_stopped")
     if isinstance(error, RequestTimeout):
         return Unavailable(str(error), code="request_timeout" if started else "queue_timeout")
     return InternalError(str(error))

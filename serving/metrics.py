@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 import mpt
+from mpt.backends.compilations import KINDS
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.request import Delta, Event, Started
 
@@ -116,6 +117,11 @@ class _EngineCollector(Collector):
         step_seconds = CounterMetricFamily("mpt_model_step_seconds", "Time spent in the model.", labels=labels)
         guessed = CounterMetricFamily("mpt_speculation_guessed_tokens", "Tokens guessed ahead.", labels=labels)
         right = CounterMetricFamily("mpt_speculation_accepted_tokens", "Those that were right.", labels=labels)
+        compiled = CounterMetricFamily(
+            "mpt_compilations_after_ready",
+            "Kernels compiled and CUDA graphs captured while requests waited; 0 on a healthy server.",
+            labels=["model_name", "kind"],
+        )
         labels = ["model_name", "backend", "device", "precision", "step", "runs", "why_not_faster"]
         runs = GaugeMetricFamily("mpt_model_runs_info", "What computes each kind of step.", labels=labels)
         for endpoint in self._endpoints():
@@ -131,6 +137,8 @@ class _EngineCollector(Collector):
             guessed.add_metric(name, stats.n_guessed)
             right.add_metric(name, stats.n_guessed_right)
             step_seconds.add_metric(name, stats.step_seconds)
+            for kind in KINDS:
+                compiled.add_metric([*name, kind], stats.n_compiled.get(kind, 0))
             if endpoint.choice is not None:
                 choice = endpoint.choice
                 for step in choice.steps:
@@ -150,6 +158,7 @@ class _EngineCollector(Collector):
             step_seconds,
             guessed,
             right,
+            compiled,
             runs,
             info,
         )

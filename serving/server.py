@@ -2,7 +2,8 @@
 
 HTTP answers at once (`/ready` says 503) while the models load in a thread. On SIGTERM or SIGINT new requests get 503,
 running ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0. A
-second signal leaves at once.
+second signal leaves at once. When an engine has stopped for good the process drains in the same way, and leaves with
+the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a server that only fails.
 """
 
 import asyncio
@@ -16,12 +17,14 @@ from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
 from mpt.engine.endpoint import open_endpoint
-from mpt.errors import MachineRefused, UserError
+from mpt.errors import DeviceLost, MachineRefused, UserError
 from serving.app import Serving, make_app
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
+
+_LOOK_S = 0.2  # between two looks at whether the engines still run
 
 
 def serve(options: ServeOptions) -> None:
@@ -72,8 +75,9 @@ class _Server(uvicorn.Server):
                 endpoint = await asyncio.to_thread(open_endpoint, name, options, len(serving.loading))
                 while not endpoint.engine.ready and endpoint.engine.failed is None:
                     await asyncio.sleep(0.005)
-                if endpoint.engine.failed is not None:
-                    raise MachineRefused(f"`{name}` cannot answer: {endpoint.engine.failed}")
+                if (why := endpoint.engine.failed) is not None:
+                    kind = DeviceLost if isinstance(why, DeviceLost) else MachineRefused
+                    raise kind(f"`{name}` cannot answer: {why}")
                 serving.endpoints[name] = endpoint
                 serving.loading.discard(name)
         except BaseException as error:
@@ -82,6 +86,17 @@ class _Server(uvicorn.Server):
             return
         auth = "with keys" if serving.options.api_keys or serving.options.api_key_file else "without keys"
         log.info("ready after %.1f s on %s, %s", time.perf_counter() - started, url, auth)
+        await self._leave_when_one_stops()
+
+    async def _leave_when_one_stops(self) -> None:
+        while not self._serving.draining:
+            for name, endpoint in self._serving.endpoints.items():
+                if (why := endpoint.engine.failed) is not None:
+                    self.failure = type(why)(f"`{name}` has stopped: {why}; start the server again")
+                    self._serving.draining = True
+                    await self._drain()
+                    return
+            await asyncio.sleep(_LOOK_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._serving.draining:

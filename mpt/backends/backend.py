@@ -41,10 +41,6 @@ class Work:
     hidden: list[Tensor] | None = None  # gets the sum of its last hidden states, (C,) float32, for an embedding
 
 
-class DeviceLost(Exception):
-    """The backend cannot compute any more; the engine stops, and whoever runs it starts another."""
-
-
 class Backend(Protocol):
     capabilities: Capabilities
     vocab_size: int

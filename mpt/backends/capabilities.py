@@ -25,13 +25,15 @@ class Fields:
 @dataclass(frozen=True)
 class Capabilities:
     """One backend's answer to every field. exact_guesses: a step of several tokens rounds as steps of one do, so that
-    guesses change no answer."""
+    guesses change no answer. returns_early: a step returns before it is computed, so other work can be done meanwhile.
+    """
 
     what: str  # how a refusal calls a model that runs so: "an ONNX folder"
     options: Fields
     request: Fields
     attention: Fields
     exact_guesses: bool = False
+    returns_early: bool = False
 
     @property
     def takes_adapters(self) -> bool:
@@ -122,6 +124,7 @@ PAGED = Capabilities(
     ),
     request=Fields(_ENGINE_REQUEST | {"embed"}, {}),
     attention=_EVERY_ATTENTION,
+    returns_early=True,
 )
 SHARDED = Capabilities(
     what="shared by several processes (`tensor_parallel`)",

@@ -22,7 +22,7 @@ from mpt.checkpoint import load, packed_sizes, read_config, stored_dtype
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
 from mpt.manifest import read_manifest, verify_manifest
-from mpt.options import ModelOptions
+from mpt.options import ModelOptions, chunk_alone
 from mpt.packed import rounding
 from mpt.packed.layers import as_it_lies
 
@@ -114,9 +114,12 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         pack = rounding.four_bits
     model = load(folder, dtype=choice.dtype, device=choice.device, pack=pack)
     if choice.backend == "paged":
-        from mpt.backends.paged_backend import PagedBackend
+        from mpt.backends.paged_backend import PagedBackend, Steps
 
-        return PagedBackend(model)
+        options = options.sized(is_paged=True)
+        assert options.max_running is not None and options.prefill_chunk is not None
+        n_prompt = chunk_alone(options.prefill_chunk)
+        return PagedBackend(model, steps=Steps(options.max_running, n_prompt, options.context_length))
     from mpt.backends.quantization import quantize_model
     from mpt.backends.torch_backend import TorchBackend
 

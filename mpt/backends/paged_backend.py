@@ -16,7 +16,6 @@ Not here: the kernels (`mpt/backends/paged_attention.py`), who runs when (`engin
 
 import functools
 import gc
-import logging
 import math
 import threading
 import weakref
@@ -30,9 +29,10 @@ import torch
 from torch import Tensor
 
 from mpt import attention
-from mpt.backends import capabilities, fused
+from mpt.backends import capabilities, compilations, fused
 from mpt.backends.backend import Row, Work
 from mpt.backends.flash import FLASH_4_OPTIONS, FlashPrompts, PromptKernel, prompt_kernel
+from mpt.backends.graphs import ROWS, Graphs, Shape, rows_for, shapes, width_for
 from mpt.backends.packed import PackedModel
 from mpt.backends.paged_attention import (
     DROP,
@@ -50,11 +50,7 @@ from mpt.backends.paged_attention import (
 from mpt.errors import MachineRefused
 from mpt.model import Attend, MPTForCausalLM
 
-log = logging.getLogger(__name__)
-
 _FEW_TOKENS = 16  # a row that reads at most so many goes through the decode kernel
-_ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that steps of one token each are padded to
-_WIDTH = 8  # pages of the longest row, likewise: 8, 32, 128 and so on, so 2,048, 8,192 and 32,768 tokens
 _capturing = threading.Lock()  # models that share a process capture one after another
 
 
@@ -69,16 +65,33 @@ class PagedRow(Row):
         return len(self.pages) * PAGE
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The largest steps that an engine will ask for, which are what is compiled and captured at start."""
+
+    n_rows: int = 64
+    n_prompt: int = 2048  # tokens of prompts
+    context: int | None = None  # tokens of a row; None: what the model was trained for
+
+
 class PagedBackend:
     """An MPTForCausalLM over paged rows. `allocate` its pool before the first row."""
 
     capabilities = capabilities.PAGED
 
     def __init__(
-        self, model: MPTForCausalLM, *, graphs: bool | None = None, triton: bool | None = None, drop: float = DROP
+        self,
+        model: MPTForCausalLM,
+        *,
+        steps: Steps | None = None,
+        graphs: bool | None = None,
+        triton: bool | None = None,
+        drop: float = DROP,
     ) -> None:
         """graphs: whether steps of one token are captured; None: on CUDA. triton, drop: as for `paged_decode`."""
         config = model.config
+        self._steps = steps or Steps()
+        self._context = self._steps.context or config.max_seq_len
         self.model = model
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
@@ -97,8 +110,10 @@ class PagedBackend:
         if self._device.type == "cuda":
             self._prompts_by = prompt_kernel(self._dtype, self._d_head)[0]
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: Graphs[_Graph] = Graphs(self._record, [])
         self._graph_pool: Any = None
+        if self._device.type == "cuda":
+            compilations.watch()
         self._free: list[int] = []
         self._users: list[int] = []  # of each page
         self._returned: deque[list[int]] = deque()  # page lists of rows that are gone, from any thread
@@ -113,20 +128,43 @@ class PagedBackend:
                 f"no {kv_bytes / 1e9:.1f} GB in one piece for the KV cache; lower `--kv-gb` ({error})"
             ) from error
         self._free, self._users = list(range(n_pages - 1, 0, -1)), [0] * n_pages
-        self._graphs.clear()
-        if self._device.type == "cuda":
+        self._graphs = Graphs(self._record, self._shapes())
+        if self._device.type == "cuda" or self._has_graphs:
             self.warm_up()
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what the first requests would wait for: prompts of one and of several blocks, and a decoding step."""
-        n_most = min(2 * PAGE, len(self._free) * PAGE, self.max_length or 2 * PAGE) - 1
-        for stored, n in ((0, min(20, n_most)), (0, min(200, n_most)), (n_most // 2, n_most // 2)):
-            row = self.reserve(None, stored + n + 1)
-            row.length = stored
-            self.forward([Work(row, [0] * n, 1)])
-            row.length += n
-            self.forward([Work(row, [0], 1)])
-            del row
+        """Compile and capture all that steps of the sizes expected can need, so that none of them has to wait for it.
+
+        `compilations.py` counts what was missed.
+        """
+        n_most = min(self._context, len(self._free) * PAGE, self.max_length or self._context)
+        for parts in _prompts(self._steps.n_prompt, n_most):
+            if sum(_n_pages(stored + n) for stored, n in parts) <= self.n_free_pages:
+                work = []
+                for stored, n in parts:
+                    work.append(Work(self.reserve(None, stored + n), [0] * n, 1))
+                    work[-1].row.length = stored
+                self.forward(work)
+                del work
+        for shape in self._shapes():
+            for T in (1, _FEW_TOKENS):
+                self._read_a_few(shape, T)
+            if not self._has_graphs:
+                self._one_token_each(_blank(shape, self._device))
+        if self._has_graphs:
+            self._graphs.capture_all()
+
+    def _shapes(self) -> list[Shape]:
+        return shapes(self._steps.n_rows, min(_n_pages(self._context), len(self._free)))
+
+    def _read_a_few(self, shape: Shape, T: int) -> None:
+        """One layer's attention of T tokens of each row, all of page 0, the first row as long as the shape allows."""
+        rows = [PagedRow(length=0, pages=[0]) for _ in range(shape.n_rows)]
+        rows[0] = PagedRow(length=shape.width * PAGE - T, pages=[0] * shape.width)
+        n_heads, dtype = self.model.config.n_heads, self._dtype
+        queries = torch.zeros(shape.n_rows * T, n_heads, self._d_head, dtype=dtype, device=self._device)
+        self._few([(row, T, at * T) for at, row in enumerate(rows)])(0, queries, torch.empty_like(queries))
 
     @property
     def n_free_pages(self) -> int:
@@ -162,7 +200,7 @@ class PagedBackend:
         rows = [_own_row(item) for item in work]
         for row, item in zip(rows, work, strict=True):
             self._make_own(row, len(item.tokens))
-        if len(work) <= _ROWS[-1] and all(map(_is_one_token, work)):
+        if len(work) <= ROWS[-1] and all(map(_is_one_token, work)):
             return self._decode(rows, [item.tokens[0] for item in work])
         return self._packed.run(work, self._attend(rows, [len(item.tokens) for item in work]))
 
@@ -214,32 +252,27 @@ class PagedBackend:
 
     def _decode(self, rows: Sequence[PagedRow], tokens: Sequence[int]) -> Tensor:
         """Logits (B, V) of one token of each row, through a graph where there are graphs."""
-        n_pages = max(_n_pages(row.length + 1) for row in rows)
-        n_rows = next(n for n in _ROWS if n >= len(rows))
-        width = _WIDTH
-        while width < n_pages:
-            width *= 4
+        shape = Shape(rows_for(len(rows)), width_for(max(_n_pages(row.length + 1) for row in rows)))
+        found = self._graphs.find(shape) if self._has_graphs else None
+        step = self._one_token_each if found is None else found[1].replay
+        n_rows, width = shape if found is None else found[0]
         numbers = np.zeros((n_rows, 2 + width), dtype=np.int32)
         numbers[:, 1] = 1  # rows beyond ours read token 0 and write into page 0
         for line, row, token in zip(numbers, rows, tokens, strict=False):
             used = row.pages[: _n_pages(row.length + 1)]
             line[0], line[1], line[2 : 2 + len(used)] = token, row.length + 1, used
-        if self._has_graphs and (n_rows, width) not in self._graphs:
-            self._capture(n_rows, width)
-        graph = self._graphs.get((n_rows, width))
-        step = self._one_token_each if graph is None else graph.replay
         return step(torch.from_numpy(numbers).to(self._device))[: len(rows)]
 
-    def _capture(self, n_rows: int, width: int) -> None:
-        try:
-            with _capturing:
-                if self._graph_pool is None and self._device.type == "cuda":
-                    self._graph_pool = torch.cuda.graph_pool_handle()
-                args = (n_rows, width, self._device, self._graph_pool)
-                self._graphs[n_rows, width] = _Graph(self._one_token_each, *args)
-        except RuntimeError:
-            log.exception("a step of %d rows cannot be captured; going on without CUDA graphs", n_rows)
-            self._has_graphs = False
+    def _record(self, shape: Shape) -> "_Graph":
+        """A step of this shape as a graph. Raises RuntimeError where it cannot be captured, or not now."""
+        with _capturing:
+            if self._graph_pool is None and self._device.type == "cuda":
+                self._graph_pool = torch.cuda.graph_pool_handle()
+            try:
+                return _Graph(self._one_token_each, _blank(shape, self._device), self._graph_pool)
+            except RuntimeError:
+                self._graph_pool = None  # what was captured halfway may hold memory of it
+                raise
 
     def _one_token_each(self, numbers: Tensor) -> Tensor:
         """Logits (B, V) float32. numbers: (B, 2 + P) int32: a token, the positions stored with it, the row's pages."""
@@ -289,9 +322,12 @@ class PagedBackend:
         return attend
 
     def _few(self, shares: Sequence[tuple[PagedRow, int, int]]) -> Callable[[int, Tensor, Tensor], None]:
-        """The decode kernel over rows with a few tokens each: (row, tokens, where they begin in the step)."""
-        T = max(n for _, n, _ in shares)
-        width = max(_n_pages(row.length + n) for row, n, _ in shares)
+        """The decode kernel over rows with a few tokens each: (row, tokens, where they begin in the step).
+
+        Padded to two numbers of tokens and to the widths of `graphs.py`: for each Triton compiles other code.
+        """
+        T = 1 if all(n == 1 for _, n, _ in shares) else _FEW_TOKENS
+        width = width_for(max(_n_pages(row.length + n) for row, n, _ in shares))
         table = np.zeros((len(shares), 1 + width), dtype=np.int32)
         places = np.zeros((len(shares), T), dtype=np.int64)  # in the step, of each row's queries, the last at the end
         for line, (row, n, start) in enumerate(shares):
@@ -333,12 +369,10 @@ class PagedBackend:
 class _Graph:
     """A step of fixed shape, recorded once, replayed on other numbers."""
 
-    def __init__(
-        self, step: Callable[[Tensor], Tensor], n_rows: int, width: int, device: torch.device, pool: Any
-    ) -> None:
-        """pool: memory for what is computed on the way, shared by the graphs of one backend, which run in turn."""
-        self._numbers = torch.zeros(n_rows, 2 + width, dtype=torch.int32, device=device)
-        self._numbers[:, 1] = 1  # all write into page 0
+    def __init__(self, step: Callable[[Tensor], Tensor], numbers: Tensor, pool: Any) -> None:
+        """numbers: to record with, of the step's shape, on its device. pool: memory for what is computed on the way,
+        shared by the graphs of one backend, which run in turn."""
+        self._numbers, device = numbers, numbers.device
         beside = torch.cuda.Stream(device)
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
@@ -367,6 +401,26 @@ class _PromptOnCpu:
         k, v = (x[:, :, : self._stored] for x in gather(kv, self._pages, slice(self._stored, None)))
         out = attention.attend(q[None, :, self.tokens], k, v, scale=self._scale, bias=self._bias)
         return out[0].transpose(0, 1)
+
+
+def _blank(shape: Shape, device: torch.device) -> Tensor:
+    """What a step of this shape is told, each row reading token 0 and writing into page 0."""
+    numbers = torch.zeros(shape.n_rows, 2 + shape.width, dtype=torch.int32, device=device)
+    numbers[:, 1] = 1
+    return numbers
+
+
+def _prompts(n_chunk: int, n_most: int) -> list[list[tuple[int, int]]]:
+    """Steps of prompts, (stored, new) tokens of each: one row's and several rows', parts of a block and whole ones, and
+    the chunks of a long prompt, its first and a later one. The first is unlike in every size: torch.compile takes sizes
+    that happen to be equal for the same one, and other sizes would then be compiled anew.
+
+    n_chunk: tokens of a step. n_most: of a row.
+    """
+    alone = [(300, 200), (0, 20), (0, 128), (0, 200), (100, 412), (0, n_chunk // 4), (0, n_chunk), (n_chunk, n_chunk)]
+    fitting = [(min(stored, n_most // 2), n) for stored, n in alone]
+    fitting = [(stored, min(n, n_most - stored)) for stored, n in fitting]
+    return [[part] for part in dict.fromkeys(fitting) if part[1]] + [[fitting[1], fitting[3]]]
 
 
 def _n_pages(n_tokens: int) -> int:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mpt.backends import capabilities
-from mpt.backends.backend import DeviceLost, Row, Work
+from mpt.backends.backend import Row, Work
 from mpt.backends.torch_backend import TorchBackend, TorchRow
 from mpt.checkpoint import load, read_config
-from mpt.errors import UserError
+from mpt.errors import DeviceLost, UserError
 from mpt.sharding import Shard
 
 _RESERVE, _COPY, _FORWARD = range(3)

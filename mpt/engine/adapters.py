@@ -6,7 +6,7 @@ Asked for as `model="base:adapter"`. A request holds the adapter it began with, 
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -23,14 +23,24 @@ class AdapterExists(UserError):
 
 
 class Adapters:
-    """given: folders by name. folder: whatever it holds beside them, looked at anew for every question."""
+    """given: folders by name. folder: whatever it holds beside them, looked at anew for every question.
 
-    def __init__(self, given: Mapping[str, Path], folder: Path | None, model: nn.Module) -> None:
+    on_failure: told of what went wrong while an adapter was read, which may be that the model's device is lost.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Path],
+        folder: Path | None,
+        model: nn.Module,
+        on_failure: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         for path in given.values():
             open_lora(path)  # a mistake is told at start
         if folder is not None and not folder.is_dir():
             raise UserError(f"`{folder}` is no folder of adapters; each adapter is a folder inside it")
         self._given, self._folder, self._model = dict(given), folder, model
+        self._on_failure = on_failure
         self._added: set[str] = set()  # those of `given` that came at run time
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
         self._lock = asyncio.Lock()
@@ -51,7 +61,7 @@ class Adapters:
                 return False
             if known is not None:
                 raise AdapterExists(f"`{name}` is another adapter here; unload it first, or choose another name")
-            adapter = await asyncio.to_thread(load_adapter, name, path, self._model)
+            adapter = await asyncio.to_thread(self._load, name, path)
             self._given[name], self._loaded[name] = path, adapter
             self._added.add(name)
             return True
@@ -74,11 +84,18 @@ class Adapters:
                 self._loaded.pop(name, None)
                 return None
             if name not in self._loaded:
-                self._loaded[name] = await asyncio.to_thread(load_adapter, name, path, self._model)
+                self._loaded[name] = await asyncio.to_thread(self._load, name, path)
             self._loaded.move_to_end(name)
             while len(self._loaded) > MAX_LOADED:
                 self._loaded.popitem(last=False)
             return self._loaded[name]
+
+    def _load(self, name: str, path: Path) -> Adapter:
+        try:
+            return load_adapter(name, path, self._model)
+        except Exception as error:
+            self._on_failure(error)
+            raise
 
 
 def available(given: Mapping[str, Path], folder: Path | None) -> dict[str, Path]:

@@ -1,11 +1,15 @@
 """Events on their way from the engine's thread to those who asked: collected during a step, handed over at its end."""
 
 import asyncio
+import logging
 
-from mpt.engine.request import Delta, EngineError, Event
-from mpt.engine.sequence import Request
+from mpt.engine.request import Delta, EngineError, EngineFailed, Event, TokenLogprob
+from mpt.engine.sequence import Request, Sequence, Taken
+
+log = logging.getLogger(__name__)
 
 Told = tuple[Request, Event | EngineError]
+Untold = tuple[Sequence, Taken, TokenLogprob | None]  # a token that is no text yet
 
 
 class Outbox:
@@ -13,6 +17,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._told: list[Told] = []
+        self._untold: list[Untold] = []
 
     def tell(self, request: Request, event: Event | EngineError) -> None:
         """Tell a request something, unless nobody waits for it any more."""
@@ -21,8 +26,30 @@ class Outbox:
 
     def fail(self, request: Request, error: EngineError) -> None:
         """End a request with an error; the scheduler lets go of its sequences at the next step."""
+        self.make_text()
         self.tell(request, error)
         request.cancelled = True
+
+    def tell_token(self, sequence: Sequence, taken: Taken, logprob: TokenLogprob | None) -> None:
+        """Tell of a token once `make_text` is called; at once where a stop string in its text may end the answer."""
+        if sequence.sampling.stop:
+            self._say(sequence, taken, logprob)
+        else:
+            self._untold.append((sequence, taken, logprob))
+
+    def make_text(self) -> bool:
+        """Make text of the tokens that are none yet; whether there were any."""
+        untold, self._untold = self._untold, []
+        for each in untold:
+            self._say(*each)
+        return bool(untold)
+
+    def _say(self, sequence: Sequence, taken: Taken, logprob: TokenLogprob | None) -> None:
+        try:
+            self.tell(sequence.request, sequence.say(taken, logprob))
+        except Exception:
+            log.exception("request %s failed on token %d", sequence.request.id, taken.token)
+            self.fail(sequence.request, EngineFailed("this request's text could not be made"))
 
     def hand_out(self) -> None:
         """Wake each event loop once with all events of its requests."""

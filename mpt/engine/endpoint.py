@@ -10,6 +10,7 @@ import torch
 
 from mpt.backends.backend import Backend
 from mpt.backends.choose import Choice, choose, open_backend
+from mpt.backends.device_errors import raise_if_lost
 from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import Entry, describe, resolve
 from mpt.chat_template import ChatTemplate
@@ -70,7 +71,11 @@ def open_endpoint(name: str, options: ModelOptions, n_sharing: int = 1) -> Endpo
     of them than cores, libgomp puts all of them to sleep at every barrier (prompts of 128 tokens took 50 % longer).
     """
     with ThreadPoolExecutor(1, "load") as loader:
-        return loader.submit(_open, name, options, n_sharing).result()
+        try:
+            return loader.submit(_open, name, options, n_sharing).result()
+        except Exception as error:
+            raise_if_lost(error)
+            raise
 
 
 def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
@@ -102,10 +107,10 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
         memory = f"`{address.model}` of Triton at {address.server}"
     else:
         backend = open_backend(choice, folder, options)
-        if backend.model is not None and choice.capabilities.takes_adapters:
-            adapters = Adapters(options.named_adapters, options.adapters, backend.model)
         kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, choice, n_sharing)
         engine = _engine(name, backend, tokenizer, options, context, kv_bytes)
+        if backend.model is not None and choice.capabilities.takes_adapters:
+            adapters = Adapters(options.named_adapters, options.adapters, backend.model, engine.stop_if_lost)
         memory = f"KV cache {engine.stats().kv_total_bytes / 1e9:.2f} GB"
     engine.start()
     endpoint = Endpoint(

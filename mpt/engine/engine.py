@@ -12,17 +12,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Tokens
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mpt.backends.backend import Backend, DeviceLost, Work
+from mpt.backends import compilations
+from mpt.backends.backend import Backend, Work
 from mpt.backends.capabilities import Capabilities
+from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
@@ -30,6 +32,7 @@ from mpt.engine.profile import StepProfile
 from mpt.engine.request import (
     EngineError,
     EngineFailed,
+    EngineGone,
     Event,
     Overloaded,
     Progress,
@@ -43,11 +46,14 @@ from mpt.engine.request import (
 from mpt.engine.scheduler import Scheduler
 from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.engine.speculation import Speculation
+from mpt.errors import DeviceLost, EngineStopped
 from mpt.lora import Adapter
 from mpt.sampling import DrawParameters, columns, sample
 from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+_GONE = "this model has stopped and must be started again; ask again later, or another replica"
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class EngineStats:
     step_seconds: float  # spent inside the backend
     n_guessed: int  # tokens guessed at, and those of them that were right
     n_guessed_right: int
+    n_compiled: Mapping[compilations.Kind, int] = field(default_factory=dict)  # since it was ready
 
 
 # A sequence that draws now: its row of logits, and the tokens that were guessed behind it.
@@ -76,7 +83,7 @@ class Engine:
     """Answers requests over one backend. `start` it, `generate` from any event loop, `drain` or `close` it.
 
     kv_bytes: budget of the KV cache. prefill_chunk: most prompt tokens read in a step that others wait for; alone, a
-    prompt is read in chunks four times as large. max_waiting: sequences in the queue before `Overloaded`. speculation:
+    prompt is read in chunks up to four times as large. max_waiting: sequences in the queue before `Overloaded`. speculation:
     who guesses at tokens that the model then checks several at once; answers are the same without. profile: records
     some steps.
     """
@@ -99,7 +106,7 @@ class Engine:
         self.context_length = min(context_length, backend.max_length or context_length)
         self.speculation = speculation
         self._profile = profile
-        self.failed: str | None = None
+        self.failed: EngineStopped | None = None  # why it has stopped for good
         self.ready = False
         self._backend, self._tokenizer = backend, tokenizer
         self._max_waiting = max_waiting
@@ -116,7 +123,9 @@ class Engine:
         self._wake = threading.Condition()
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
+        self._lost: DeviceLost | None = None  # what others found out
         self._n_steps, self._step_seconds = 0, 0.0
+        self._compiled_before, self._n_compiled = Counter[compilations.Kind](), Counter[compilations.Kind]()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- for askers, from any thread -----------------------------------------------------------------------------
@@ -193,6 +202,7 @@ class Engine:
             step_seconds=self._step_seconds,
             n_guessed=self.speculation.n_guessed if self.speculation else 0,
             n_guessed_right=self.speculation.n_right if self.speculation else 0,
+            n_compiled=self._n_compiled,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -226,7 +236,7 @@ class Engine:
             if self._draining or self._closing:
                 raise ShuttingDown("the server is shutting down; try another replica")
             if self.failed:
-                raise EngineFailed("the engine has stopped; the server must be restarted")
+                raise EngineGone(_GONE)
             n_waiting = len(self._scheduler.waiting) + sum(r.sampling.n for r in self._inbox)
             if n_waiting + sampling.n > self._max_waiting:
                 raise Overloaded(f"{n_waiting} requests wait already, at most {self._max_waiting} may; try again later")
@@ -240,38 +250,60 @@ class Engine:
             self._requests.discard(request)
             self._wake.notify()
 
+    def stop_if_lost(self, error: Exception) -> None:
+        """Stop for good where an error that was met beside the engine's steps is one that none of them survives."""
+        try:
+            raise_if_lost(error)
+        except DeviceLost as lost:
+            with self._wake:
+                self._lost = lost
+                self._wake.notify()
+
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             self._warm_up()
+            self._compiled_before = compilations.of_this_thread()
             self.ready = True
             while self._wait_for_work():
-                self._take_in()
-                self._scheduler.admit()
-                if self._scheduler.running:
-                    self._step()
-                self._outbox.hand_out()
-        except Exception as error:  # a bug in the engine itself; a request's own failure is handled in _step
+                self.turn()
+        except Exception as error:  # no device, or a bug in the engine itself; a request's own is handled in _step
             log.exception("engine stopped")
-            self.failed = f"{type(error).__name__}: {error}"
+            self.failed = _why_stopped(error)
         self.ready = False
+        self._fail_everybody()  # before what may fail too
         if self._profile is not None:
             self._profile.write()
-        self._fail_everybody()
         self._backend.close()
 
+    def turn(self) -> None:
+        """One turn of the loop, for its thread, or for who measures it without one."""
+        self._take_in()
+        self._scheduler.admit()
+        if self._scheduler.running:
+            self._step()
+        if not (self._backend.capabilities.returns_early and self._scheduler.running):
+            self._outbox.make_text()  # else while the next step is computed, which does not depend on it
+        self._outbox.hand_out()
+
     def _warm_up(self) -> None:
-        row = self._backend.reserve(None, 1)
-        logits = self._backend.forward([Work(row, [0], 1)])
+        logits = self._read_one_token()
         if not bool(torch.isfinite(logits).all()):
             raise EngineFailed("the model gives no finite logits for its first token; its weights may be damaged")
-        sample(logits, uniform=torch.zeros(1), **columns([DrawParameters()], logits.device))  # compiles it, if it is C
+        sample(logits, uniform=torch.zeros(1), **columns([DrawParameters()]))  # compiles it, if it is C
+
+    def _read_one_token(self) -> Tensor:
+        """The logits of a text of one token, (1, V)."""
+        return self._backend.forward([Work(self._backend.reserve(None, 1), [0], 1)])
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._inbox or self._scheduler.waiting or self._scheduler.running or self._closing):
+            scheduler = self._scheduler
+            while not (self._inbox or scheduler.waiting or scheduler.running or self._closing or self._lost):
                 self._wake.wait()
+            if self._lost is not None:
+                raise self._lost
             return not self._closing
 
     def _take_in(self) -> None:
@@ -300,51 +332,88 @@ class Engine:
         with self._span("plan"):
             planned = self._scheduler.plan()
         if not planned:
+            self._outbox.make_text()
             return
         started = time.perf_counter()
         try:
             with self._span("model"):
                 logits = self._backend.forward([work for _, work in planned])
-        except DeviceLost:
-            raise
-        except Exception:
+        except Exception as error:
+            raise_if_lost(error)
             log.exception("a step of %d sequences failed; trying each alone", len(planned))
             self._step_alone(planned)
             return
-        self._step_seconds += time.perf_counter() - started
+        taken_s = time.perf_counter() - started
+        self._step_seconds += taken_s
         self._n_steps += 1
+        self._look_for_compilations(taken_s)
+        with self._span("tell"):
+            if self._outbox.make_text():  # of the step before, while a GPU computes
+                self._outbox.hand_out()
         with self._span("draw"):
             self._advance(planned, logits)
         if self._profile is not None:
             self._profile.step_ended()
             self._profile = None if self._profile.is_done else self._profile
 
+    def _look_for_compilations(self, taken_s: float) -> None:
+        """Count, and tell, what this step has waited for though it should have been there before the first."""
+        n_compiled = compilations.of_this_thread() - self._compiled_before
+        if n_compiled != self._n_compiled:
+            made = ", ".join(f"{n} {kind}" for kind, n in (n_compiled - self._n_compiled).items())
+            log.warning("a step of %.2f s had to be compiled while serving: %s", taken_s, made)
+            self._n_compiled = n_compiled
+
     def _span(self, name: str) -> AbstractContextManager[object]:
         return nullcontext() if self._profile is None else self._profile.span(name)
 
     def _step_alone(self, planned: list[tuple[Sequence, Work]]) -> None:
         """After a failed step: run each share alone, and fail only the requests that cannot be computed."""
+        failed: list[Sequence] = []
         for sequence, work in planned:
             try:
                 logits = self._backend.forward([work])
-            except DeviceLost:
-                raise
-            except Exception:
+            except Exception as error:
+                raise_if_lost(error)
                 log.exception("request %s cannot be computed", sequence.request.id)
-                self._outbox.fail(sequence.request, EngineFailed("this request could not be computed"))
-                self._scheduler.release(sequence)
+                failed.append(sequence)
             else:
                 self._advance([(sequence, work)], logits)
+        if len(failed) == len(planned):
+            self._check_device()
+        for sequence in failed:
+            self._outbox.fail(sequence.request, EngineFailed("this request could not be computed"))
+            self._scheduler.release(sequence)
+
+    def _check_device(self) -> None:
+        """Raise DeviceLost where not even one token can be read any more, whatever the errors said.
+
+        Memory may come back, so want of it is no such error.
+        """
+        try:
+            finite = self._read_one_token().isfinite().all().item()
+        except torch.OutOfMemoryError:
+            return
+        except Exception as error:
+            raise DeviceLost(f"the model cannot read one token any more: {error}") from error
+        if not finite:
+            raise DeviceLost("the model gives no finite logits for its first token any more")
 
     def _advance(self, planned: list[tuple[Sequence, Work]], logits: Tensor) -> None:
         """Take the step's logits: score prompts, draw tokens, end what ended."""
         ready: list[Ready] = []
         at = 0
         for sequence, work in planned:
+            row = sequence.row
+            assert row is not None
+            if sequence.n_generated and work.n_logits == len(work.tokens) == 1:  # it decodes, and nobody guessed
+                row.length += 1
+                ready.append((sequence, at, ()))
+                at += 1
+                continue
             guess = self._note_read(sequence, work, logits[at : at + work.n_logits])
             at += work.n_logits
-            assert sequence.row is not None
-            if sequence.row.length == len(sequence.tokens) and not self._finish_if_only_scoring(sequence):
+            if row.length == len(sequence.tokens) and not self._finish_if_only_scoring(sequence):
                 ready.append((sequence, at - 1 - len(guess), guess))
         n_right = self._draw_all(ready, logits)
         if self.speculation is not None:
@@ -417,18 +486,13 @@ class Engine:
         logprobs = draws.logprobs(list(drawn), places, list(drawn.values()))
         for (sequence, token), logprob in zip(drawn.items(), logprobs, strict=True):
             try:
-                delta = sequence.accept(token, logprob)
+                taken = sequence.take(token)
             except Unsupported as error:
                 self._outbox.fail(sequence.request, error)
                 self._scheduler.release(sequence)
                 continue
-            except Exception:
-                log.exception("request %s failed on token %d", sequence.request.id, token)
-                self._outbox.fail(sequence.request, EngineFailed("this request's text could not be made"))
-                self._scheduler.release(sequence)
-                continue
-            self._outbox.tell(sequence.request, delta)
-            if sequence.finished:
+            self._outbox.tell_token(sequence, taken, logprob)
+            if sequence.finished or sequence.request.cancelled:
                 self._scheduler.release(sequence)
         return drawn
 
@@ -436,9 +500,18 @@ class Engine:
         with self._wake:
             requests, self._requests = self._requests, set()
             self._inbox.clear()
-        error = EngineFailed("the engine has stopped") if self.failed else ShuttingDown("the server is shutting down")
+        error = EngineGone(_GONE) if self.failed else ShuttingDown("the server is shutting down")
         for request in requests:
             self._outbox.fail(request, error)
         self._scheduler.waiting.clear()
         self._scheduler.running.clear()
         self._outbox.hand_out()
+
+
+def _why_stopped(error: Exception) -> EngineStopped:
+    """What an error that ended the engine means for the process around it."""
+    try:
+        raise_if_lost(error)
+    except DeviceLost as lost:
+        return lost
+    return EngineStopped(f"{type(error).__name__}: {error}")

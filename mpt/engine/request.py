@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mpt.engine.grammar import Grammar
-from mpt.errors import MPTError
+from mpt.errors import EngineStopped, MPTError
 from mpt.sampling import DrawParameters, asked_over_http
 
 FinishReason = Literal["stop", "length"]
@@ -132,4 +132,10 @@ class RequestTimeout(EngineError):
 
 
 class EngineFailed(EngineError):
-    """A bug or a lost device; this request cannot be finished, others go on."""
+    """A bug; this request cannot be finished, others go on."""
+
+
+class EngineGone(EngineError):
+    """The engine has stopped for good, and this request with it; another replica, or this one anew, may answer it."""
+
+    exit_code = EngineStopped.exit_code

@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from mpt.backends.backend import Backend, DeviceLost, Row, Work
+from mpt.backends.backend import Backend, Row, Work
+from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.prefixes import Kept, Prefixes, common_length
@@ -21,6 +22,7 @@ from mpt.engine.request import EngineFailed, Started
 from mpt.engine.sequence import Sequence
 from mpt.engine.speculation import Speculation
 from mpt.engine.turns import Turns
+from mpt.options import chunk_alone
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +82,9 @@ class Scheduler:
                 return
             try:
                 has_row = self._give_row(sequence)
-            except DeviceLost:
-                raise
-            except Exception:  # the machine has less memory than the budget says; this request pays, others go on
+            except Exception as error:
+                raise_if_lost(error)
+                # The machine has less memory than the budget says; this request pays, others go on.
                 self._fail_for_memory(sequence)
                 self.waiting = deque(s for s in self.waiting if s.request is not sequence.request)
                 return
@@ -189,15 +191,16 @@ class Scheduler:
 
     def plan(self) -> list[tuple[Sequence, Work]]:
         """Each sequence's share of the next step: a token to decode, or its part of the prefill budget."""
-        decoding = [s for s in self.running if not s.is_prefill]
-        for sequence in list(decoding):
-            if sequence in self.running and not self._grow(sequence):
-                decoding.remove(sequence)
-        decoding = [s for s in decoding if s in self.running]  # growing may have sent the youngest back
+        self._grow_all()
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            (prefilling if sequence.is_prefill else decoding).append(sequence)
         guesses = self._speculation.guess(decoding) if self._speculation and decoding else {}
-        planned = [(s, self._work(s, 1, guesses.get(s, []))) for s in decoding]
-        prefilling = [s for s in self.running if s.is_prefill]
-        budget = self._chunk if len(self.running) > 1 or self.waiting else 4 * self._chunk
+        planned = [(s, self._work(s, 1, guesses[s]) if s in guesses else _next_token(s)) for s in decoding]
+        if not prefilling:
+            return planned
+        budget = self._chunk if len(self.running) > 1 or self.waiting else chunk_alone(self._chunk)
         # The oldest gets at least half, then the shortest first: a book must not keep a greeting waiting.
         order = prefilling[:1] + sorted(prefilling[1:], key=lambda s: len(s.unread))
         for sequence in order:
@@ -219,8 +222,15 @@ class Scheduler:
         hidden = sequence.hidden if sequence.sampling.embed else None
         return Work(sequence.row, tokens, n_logits, sequence.request.adapter, hidden)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make sure a decoding sequence has room for its next token; may send the youngest back to the queue."""
+    def _grow_all(self) -> None:
+        """Make sure that every decoding sequence has room for its next token; some may leave `running`."""
+        full = [s for s in self.running if s.row is not None and len(s.tokens) > s.row.capacity and not s.is_prefill]
+        for sequence in full:
+            if sequence in self.running:  # it may have been sent back for one before it
+                self._grow(sequence)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Make room for a decoding sequence's next token; may send the youngest back to the queue, or itself."""
         assert sequence.row is not None
         n_needed = len(sequence.tokens)
         while n_needed > sequence.row.capacity:
@@ -228,18 +238,15 @@ class Scheduler:
                 self._make_room(n_more)
                 try:
                     sequence.row = self._backend.reserve(sequence.row, n_needed)
-                except DeviceLost:
-                    raise
-                except Exception:
+                except Exception as error:
+                    raise_if_lost(error)
                     self._fail_for_memory(sequence)
                     self.running = [s for s in self.running if s.request is not sequence.request]
-                    return False
-                break
+                return
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
-                return False
-        return True
+                return
 
     def _fail_for_memory(self, sequence: Sequence) -> None:
         log.exception("no memory for request %s; kept prefixes are given up", sequence.request.id)
@@ -260,3 +267,9 @@ class Scheduler:
         row, sequence.row = sequence.row, None
         if row is not None and row.length >= _WORTH_COPYING:
             self.prefixes.add(sequence.tokens, row, sequence.request.salt)
+
+
+def _next_token(sequence: Sequence) -> Work:
+    """The share of a decoding sequence that nobody guesses for: `_work` of one token, without its questions."""
+    assert sequence.row is not None
+    return Work(sequence.row, sequence.tokens[-1:], 1, sequence.request.adapter)

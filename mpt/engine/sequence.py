@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from mpt.backends.backend import Row
 from mpt.engine.grammar import BadGrammar
 from mpt.engine.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
 from mpt.lora import Adapter
-from mpt.sampling import TokenCounts, penalize
+from mpt.sampling import Penalties, TokenCounts
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 
 
@@ -91,13 +92,19 @@ class Sequence:
         )
         self._stop_text = StopText(sampling.stop, sampling.include_stop_str_in_output)
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(tokenizer.end_ids)
-        self._banned_early = sorted({*tokenizer.end_ids, *sampling.stop_token_ids})
+        ends = {token for token in (*tokenizer.end_ids, *sampling.stop_token_ids) if token < vocab_size}
+        self.banned_early = np.array(sorted(ends), dtype=np.int64)
         penalized = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         self._counts = TokenCounts(self.tokens) if penalized else None
+        self.penalties = None
+        if self._counts is not None:
+            strengths = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
+            self.penalties = Penalties(self._counts, *strengths)
         bias = {token: value for token, value in sampling.logit_bias.items() if token < vocab_size}
-        self._bias = (torch.tensor(list(bias)), torch.tensor(list(bias.values()))) if bias else None
-        self._grammar = sampling.grammar.begin() if sampling.grammar is not None else None
+        self.bias = np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
+        self.grammar = sampling.grammar.begin() if sampling.grammar is not None else None
         self._grammar_failed: BadGrammar | None = None
+        self._is_steered = self.penalties is not None or bool(bias) or self.grammar is not None
 
     @property
     def n_generated(self) -> int:
@@ -116,7 +123,8 @@ class Sequence:
     @property
     def is_prefill(self) -> bool:
         assert self.row is not None
-        return len(self.tokens) - self.row.length > 1 or self.n_generated == 0
+        n_tokens = len(self.tokens)
+        return n_tokens - self.row.length > 1 or n_tokens == self.n_prompt
 
     @property
     def is_greedy(self) -> bool:
@@ -125,34 +133,24 @@ class Sequence:
 
     @property
     def adjusts_logits(self) -> bool:
-        too_early = self.n_generated < self.sampling.min_tokens
-        steered = self._counts is not None or self._bias is not None or self._grammar is not None
-        return steered or too_early
+        return self._is_steered or self.is_too_early
 
     def forced(self, n: int) -> list[int]:
         """Up to n tokens that its grammar makes it write next, most likely."""
-        return [] if self._grammar is None else self._grammar.forced(n)
+        return [] if self.grammar is None else self.grammar.forced(n)
 
-    def adjust(self, logits: Tensor) -> None:
-        """Apply this sample's bias, penalties, bans and grammar to its row of logits, (V,), in place."""
-        if self._bias is not None:
-            logits[self._bias[0].to(logits.device)] += self._bias[1].to(logits.device)
-        if self._counts is not None:
-            s = self.sampling
-            penalize(
-                logits,
-                self._counts,
-                presence=s.presence_penalty,
-                frequency=s.frequency_penalty,
-                repetition=s.repetition_penalty,
-            )
-        if self.n_generated < self.sampling.min_tokens:
-            logits[self._banned_early] = -torch.inf
-        if self._grammar is not None:  # last: no bias lets through what it forbids
-            try:
-                self._grammar.mask(logits)
-            except BadGrammar as error:  # told by `accept`, which ends this request and nobody else's
-                self._grammar_failed = error
+    @property
+    def is_too_early(self) -> bool:
+        """Whether it may not end yet."""
+        return self.n_generated < self.sampling.min_tokens
+
+    def mask(self, logits: Tensor) -> None:
+        """Ban what its grammar forbids from its row of logits, (V,), in place."""
+        assert self.grammar is not None
+        try:
+            self.grammar.mask(logits)
+        except BadGrammar as error:  # told by `accept`, which ends this request and nobody else's
+            self._grammar_failed = error
 
     def end_without_tokens(self) -> Delta:
         """The end of a sample that was to score its prompt only."""
@@ -160,44 +158,60 @@ class Sequence:
         return Delta(self.index, "", (), None, "length")
 
     def accept(self, token: int, logprob: TokenLogprob | None) -> Delta:
-        """Take the token drawn; what it adds to the answer, and whether it ends it.
+        """Take the token drawn; what it adds to the answer, and whether it ends it. Raises as `take`."""
+        return self.say(self.take(token), logprob)
+
+    def take(self, token: int) -> "Taken":
+        """Go on behind the token drawn: all that the next step depends on, unless there are stop strings.
 
         Raises Unsupported where the grammar has led nowhere.
         """
-        if self._grammar is not None:
+        if self.grammar is not None:
             try:
                 if self._grammar_failed is not None:
                     raise self._grammar_failed
-                self._grammar.take(token)
+                self.grammar.take(token)
             except BadGrammar as error:
                 raise Unsupported(str(error)) from error
         self.tokens.append(token)
         if self._counts is not None:
             self._counts.add(token)
         sampling = self.sampling
-        reason: FinishReason | None = None
-        stop: int | str | None = None
         late_enough = self.n_generated >= sampling.min_tokens
-        ends = late_enough and (token in self._end_ids or token in sampling.stop_token_ids)
-        text = ""
-        if not ends or sampling.include_stop_str_in_output:
-            text = self._detokenize.push(token)
-        if ends:
-            reason, stop = "stop", token
+        reason: FinishReason | None = None
+        if late_enough and (token in self._end_ids or token in sampling.stop_token_ids):
+            reason = "stop"
         elif self.n_generated >= sampling.max_tokens:
             reason = "length"
+        self.finished = reason is not None
+        return Taken(token, late_enough, reason)
+
+    def say(self, taken: "Taken", logprob: TokenLogprob | None) -> Delta:
+        """What a token that was taken adds to the answer; a stop string in it ends the answer. Each once, in order."""
+        token, late_enough, reason = taken
+        stop: int | str | None = token if reason == "stop" else None
+        text = ""
+        if reason != "stop" or self.sampling.include_stop_str_in_output:
+            text = self._detokenize.push(token)
         if reason is not None:
             text += self._detokenize.flush()
         stop_string = None
         if late_enough:
             text, stop_string = self._stop_text.push(text)
         if stop_string is not None:
-            reason, stop = "stop", stop_string
+            self.finished, reason, stop = True, "stop", stop_string
         elif reason is not None:
             text += self._stop_text.flush()
-        self.finished = reason is not None
         logprobs = None if logprob is None else (logprob,)
         return Delta(self.index, text, (token,), logprobs, reason, stop)
+
+
+class Taken(NamedTuple):
+    """A token on its way into an answer's text. late_enough: it may end the answer. reason: why it does."""
+
+    token: int
+    late_enough: bool
+    reason: FinishReason | None
 
 
 class Answer:

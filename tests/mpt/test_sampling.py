@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpt.backends.native import library
 from mpt.backends.native.draw import draw as draw_in_c
-from mpt.sampling import DrawParameters, TokenCounts, columns, penalize, sample, sample_in_torch
+from mpt.sampling import DrawParameters, Penalties, TokenCounts, columns, penalize, sample, sample_in_torch
 
 EIGHTHS = [4 / 8, 2 / 8, 1 / 8, 1 / 8]  # probabilities of tokens 0 to 3
 NO = -math.inf
@@ -136,6 +136,26 @@ def test_c_draws_what_torch_draws(spread: float, n_vocab: int) -> None:
     assert torch.equal(draw_in_c(logits, **settings), sample_in_torch(logits, **settings))
 
 
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("n_best", [1, 8, 64, 512])
+def test_looking_among_the_best_first_changes_no_draw(spread: float, n_best: int) -> None:
+    """As on CUDA. Logits of bfloat16, many of them equal at the border; flat ones, of which the best are too few."""
+    g, n = torch.Generator().manual_seed(1), 240
+    logits = (spread * torch.randn(n, 2000, generator=g)).bfloat16().float()
+    logits[::3] = logits[::3].round()
+    logits[1::7, 5:] = NO
+    settings = {
+        "temperature": torch.tensor([0.3, 1.0, 1.0, 2.0, 0.0])[torch.arange(n) % 5],
+        "top_p": torch.tensor([1.0, 0.1, 0.5, 0.95])[torch.arange(n) % 4],
+        "top_k": torch.tensor([0, 0, 1, 5, 40, 400])[torch.arange(n) % 6],
+        "min_p": torch.tensor([0.0, 0.0, 0.01, 0.3])[torch.arange(n) // 2 % 4],
+        "uniform": torch.rand(n, generator=g, dtype=torch.float64),
+    }
+    whole = sample_in_torch(logits, **settings)
+    assert torch.equal(sample_in_torch(logits, **settings, n_best=n_best), whole)
+    assert len(set(whole.tolist())) > 5
+
+
 @pytest.mark.parametrize("n", [4, 50_432])
 def test_filters_keep_the_lowest_ids_of_equals(n: int) -> None:
     assert set(draw([0.5] * n, [(i + 0.5) / 30 for i in range(30)], top_k=3)) == {0, 1, 2}
@@ -218,9 +238,9 @@ LOGITS = [2.0, -1.0, 0.5, 4.0, -3.0]
 
 
 def penalized(prompt: list[int], generated: list[int], **penalties: float) -> Tensor:
-    logits = torch.tensor(LOGITS)
-    penalize(logits, TokenCounts(prompt, generated), **penalties)
-    return logits
+    logits = torch.tensor([LOGITS])
+    penalize(logits, [0], [Penalties(TokenCounts(prompt, generated), **penalties)])
+    return logits[0]
 
 
 def test_presence_is_taken_once_from_generated_tokens() -> None:
@@ -250,10 +270,30 @@ def test_no_penalty_changes_nothing() -> None:
 
 
 def test_banned_tokens_stay_banned_under_penalties() -> None:
-    logits = torch.tensor([NO, 1.0])
-    penalize(logits, TokenCounts([0], [0, 1]), presence=1.0, frequency=1.0, repetition=1.5)
-    assert logits[0] == NO
+    logits = torch.tensor([[NO, 1.0]])
+    penalize(logits, [0], [Penalties(TokenCounts([0], [0, 1]), presence=1.0, frequency=1.0, repetition=1.5)])
+    assert logits[0, 0] == NO
     assert logits.isnan().sum() == 0
+
+
+def test_rows_are_penalised_together_as_each_alone() -> None:
+    """Each by its own row's rule, worked out token by token in float32; a row between them is left alone."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 50, generator=g)
+    wanted = {
+        0: Penalties(TokenCounts([1, 2, 3], [3, 3, 49]), 0.5, 0.25, 1.3),
+        2: Penalties(TokenCounts([], [0]), -1.0, 0.0, 1.0),
+        3: Penalties(TokenCounts(list(range(50)), []), 0.0, 2.0, 0.7),
+    }
+    expected = logits.clone()
+    for row, (counts, presence, frequency, repetition) in wanted.items():
+        for token, times in zip(counts.ids.tolist(), counts.times.tolist(), strict=True):
+            value, factor = np.float32(logits[row, token]), np.float32(repetition)
+            value = value / factor if value > 0 else value * factor
+            value = value - np.float32(presence) * np.float32(times > 0) - np.float32(frequency) * np.float32(times)
+            expected[row, token] = float(value)
+    penalize(logits, list(wanted), list(wanted.values()))
+    assert torch.equal(logits, expected)
 
 
 def test_counts_grow_with_the_answer() -> None:

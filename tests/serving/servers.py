@@ -23,6 +23,7 @@ class Server:
     url: str
     process: subprocess.Popen[str]
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=2000))  # of its stderr
+    reader: threading.Thread | None = None  # of what comes once it is ready
 
     def stop(self, with_signal: int = signal.SIGTERM) -> int:
         """Its exit status; it is killed, with what it started, if it does not leave within a minute."""
@@ -35,11 +36,11 @@ class Server:
             return self.process.wait()
 
 
-def start(kind: str, *options: str) -> Server:
-    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it."""
+def start(kind: str, *options: str, program: tuple[str, ...] = ("-m", "mpt")) -> Server:
+    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it. program: in place of `mpt`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mpt", kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        [sys.executable, *program, kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env=environment, start_new_session=True,
     )  # fmt: skip
     server = Server(kind, "", process)
@@ -48,7 +49,8 @@ def start(kind: str, *options: str) -> Server:
         server.lines.append(line)
         if url := re.search(r"ready after .* on (http://[^\s,]+)", line):
             server.url = url[1]
-            threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True).start()
+            server.reader = threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True)
+            server.reader.start()
             return server
     raise AssertionError(f"left with {process.wait()} before it was ready: {''.join(server.lines)}")
 

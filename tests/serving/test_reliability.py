@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import serving as serving_package
-from mpt.backends.backend import DeviceLost
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.engine import Engine
-from mpt.engine.request import Delta, EngineError, EngineFailed, Sampling
+from mpt.engine.request import Delta, EngineFailed, EngineGone, Sampling
+from mpt.errors import DeviceLost, EngineStopped
 from mpt.generation import generate
 from serving.app import Serving, make_app
 from serving.options import ServeOptions
@@ -73,20 +73,56 @@ async def test_out_of_memory_costs_the_request_that_caused_it(engine, model, mon
     assert (stats.n_running, stats.n_waiting, stats.kv_used_bytes) == (0, 0, 0)
 
 
-async def test_a_lost_device_ends_everything_at_once(engine, monkeypatch):
-    """Nobody waits for an engine that cannot compute any more."""
+FATAL = {
+    "forward": (DeviceLost("a process of the model has failed"), "a process of the model has failed"),
+    "forward, of CUDA": (torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile"), "triggered$"),
+    "forward, of Triton": (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), "illegal"),
+    "forward, unheard of": (RuntimeError("the driver has a bad day"), "cannot read one token any more: the driver has"),
+    "reserve": (torch.AcceleratorError("CUDA error: unspecified launch failure"), "unspecified launch failure"),
+    "draw": (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "ECC"),
+}
+
+
+@pytest.mark.parametrize("where", FATAL)
+async def test_a_lost_device_ends_everything_at_once(engine, monkeypatch, where):
+    """Nobody waits for an engine that cannot compute any more, wherever it first shows."""
+    error, words = FATAL[where]
     running = [asyncio.create_task(tokens_of(engine, [k], 900)) for k in range(3)]
     await asyncio.sleep(0.1)
 
-    def lost(work):
-        raise DeviceLost("a process of the model has failed")
+    def lost(*_):
+        raise error
 
-    monkeypatch.setattr(engine._backend, "forward", lost)
+    if where == "draw":  # where results are first waited for
+        monkeypatch.setattr("mpt.engine.drawing.greedy", lost)
+    else:
+        monkeypatch.setattr(engine._backend, where.partition(",")[0], lost)
     ended = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
-    assert all(isinstance(error, EngineError) for error in ended)
-    assert engine.failed is not None
-    with pytest.raises(EngineFailed):
+    assert [type(each) for each in ended] == [EngineGone] * 3 and len({str(each) for each in ended}) == 1
+    assert not engine.ready
+    with pytest.raises(DeviceLost, match=words):
+        raise engine.failed
+    with pytest.raises(EngineGone):
         await tokens_of(engine, [1], 1)
+
+
+async def test_a_lost_device_that_an_adapter_met_stops_an_idle_engine(engine):
+    await tokens_of(engine, [1], 1)
+    engine.stop_if_lost(torch.OutOfMemoryError("CUDA out of memory"))
+    assert engine.failed is None and engine.ready
+    engine.stop_if_lost(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    engine._thread.join(10)
+    assert isinstance(engine.failed, DeviceLost)
+
+
+async def test_a_bug_that_ends_the_engine_is_no_lost_device(engine, monkeypatch):
+    def bug():
+        raise KeyError("x")
+
+    monkeypatch.setattr(engine._scheduler, "admit", bug)
+    with pytest.raises(EngineGone):
+        await asyncio.wait_for(tokens_of(engine, [1], 1), 10)
+    assert type(engine.failed) is EngineStopped
 
 
 @pytest.fixture(scope="module")

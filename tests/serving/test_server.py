@@ -90,6 +90,46 @@ def test_what_cannot_start_is_one_line_and_an_exit_code(folder, tmp_path):
     assert code == 3 and line.startswith("mpt: ") and "sha256" in line
 
 
+DOOMED = """
+import sys
+import torch
+from mpt import cli
+from mpt.backends.torch_backend import TorchBackend
+
+whole = TorchBackend.forward
+
+def forward(self, work):
+    if any(len(item.tokens) == 13 for item in work):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    return whole(self, work)
+
+TorchBackend.forward = forward
+sys.argv[0] = "mpt"
+cli.main()
+"""
+
+
+def test_a_lost_device_ends_the_process_with_a_code_of_its_own(folder):
+    """The prompt of 13 tokens meets it; a request to the other model ends as it should."""
+    models = ("--model", f"base={folder}", "--model", f"other={folder}", "--no-speculate")
+    server = servers.start("serve", "--port", "0", *models, program=("-c", DOOMED))
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=asking(1500) | {"model": "other"}) as other:
+            lines = other.iter_lines()
+            next(lines)
+            with httpx.Client(base_url=server.url, timeout=30) as client:
+                assert client.get("/ready").status_code == client.get("/health").status_code == 200
+                bad = client.post("/v1/completions", json=asking(4) | {"stream": False, "prompt": "x" * 13})
+                assert (bad.status_code, bad.json()["error"]["code"]) == (503, "engine_stopped")
+                assert (client.get("/health").status_code, client.get("/ready").status_code) == (503, 503)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert server.process.wait(30) == 6
+        server.reader.join(10)
+    finally:
+        server.stop(signal.SIGKILL)
+    assert "mpt: `base` has stopped: the device is lost: CUDA error: an illegal memory access" in "".join(server.lines)
+
+
 def test_a_port_that_is_taken_is_said_before_anything_loads(start, folder):
     _, url = start()
     port = url.rpartition(":")[2]

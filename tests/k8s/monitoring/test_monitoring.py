@@ -62,7 +62,8 @@ def exposition() -> str:
     """What a Router shows at /metrics: its own metrics and a replica's, each metric used once."""
     from serving.cluster.router import RouterMetrics, merged
 
-    stats = EngineStats(**dict.fromkeys(inspect.signature(EngineStats).parameters, 1))
+    numbers = dict.fromkeys(inspect.signature(EngineStats).parameters, 1)
+    stats = EngineStats(**numbers | {"n_compiled": {"triton": 1}})  # type: ignore[arg-type]
     engine = SimpleNamespace(stats=lambda: stats, ready=True)
     endpoint = SimpleNamespace(name="mpt-7b-chat", engine=engine, choice=None)
     router, replica = RouterMetrics(), Metrics(lambda: [endpoint])  # type: ignore[list-item]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import mpt
-from mpt.backends import flash
+from mpt.backends import compilations, flash
 from mpt.backends.backend import Work
-from mpt.backends.paged_attention import PAGE
-from mpt.backends.paged_backend import PagedBackend
+from mpt.backends.paged_attention import PAGE, paged_decode
+from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.engine import Engine
@@ -59,8 +59,8 @@ def make(shape: str) -> MPTForCausalLM:
     return model
 
 
-def paged(model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14) -> PagedBackend:
-    backend = PagedBackend(model.to(where[0]), triton=where[1])
+def paged(model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14, **options) -> PagedBackend:
+    backend = PagedBackend(model.to(where[0]), triton=where[1], **options)
     backend.allocate(kv_tokens * backend.bytes_per_token)
     backend._pages.kv.fill_(torch.nan)  # nobody may read what nobody has written
     return backend
@@ -111,9 +111,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 class Pair:
     """The same work for both backends, rows side by side."""
 
-    def __init__(self, model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14) -> None:
+    def __init__(self, model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14, **options) -> None:
         self.torch = TorchBackend(make_like(model))
-        self.paged = paged(model, where, kv_tokens)
+        self.paged = paged(model, where, kv_tokens, **options)
         self.rows: list[tuple] = []
 
     def row(self, n_tokens: int) -> int:
@@ -233,9 +233,8 @@ def flash_attn_varlen_func(
 class Recorded:
     """In a graph's place on a CPU: numbers and answers in memory of fixed size, written over by the next replay."""
 
-    def __init__(self, step, n_rows: int, width: int, device: torch.device, pool: object) -> None:
-        self.step, self.numbers = step, torch.zeros(n_rows, 2 + width, dtype=torch.int32)
-        self.numbers[:, 1] = 1
+    def __init__(self, step, numbers: Tensor, pool: object) -> None:
+        self.step, self.numbers = step, numbers
         self.answers = step(self.numbers)
 
     def replay(self, numbers: Tensor) -> Tensor:
@@ -245,10 +244,40 @@ class Recorded:
         return self.answers
 
 
-def test_a_graph_is_kept_for_each_number_of_rows_and_width(monkeypatch) -> None:
+def test_no_step_asks_the_kernel_for_a_shape_that_was_not_read_at_start(monkeypatch) -> None:
+    """Triton compiles anew for other numbers of queries, widths and strides (1, of 16, others), and numbers of splits,
+    which follow from the rows and the width; those are never more than at start."""
+    asked: dict[tuple, int] = {}
+
+    def noted(q: Tensor, kv: Tensor, norms: Tensor, table: Tensor, *rest, **options) -> Tensor:
+        strides = (*q.stride()[:3], *kv.stride()[:4], norms.stride(0), table.stride(0))
+        key = (q.shape[1], table.shape[1], tuple(1 if s == 1 else s % 16 == 0 for s in strides))
+        asked[key] = max(asked.get(key, 0), len(q))
+        return paged_decode(q, kv, norms, table, *rest, **options)
+
+    monkeypatch.setattr("mpt.backends.paged_backend.paged_decode", noted)
+    steps = Steps(n_rows=6, n_prompt=64, context=20 * PAGE)
+    backend = paged(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE, steps=steps)
+    backend.warm_up()
+    at_start = dict(asked)
+    asked.clear()
+    numbers = random.Random(0)
+    rows = [backend.reserve(None, 20 * PAGE if k == 0 else 3 * PAGE) for k in range(6)]
+    for _ in range(120):
+        rows[0].length = numbers.choice([5, 2047, 2048, 4000, 19 * PAGE])
+        chosen = numbers.sample(rows, numbers.randrange(1, 7))
+        backend.forward([Work(row, text(1, numbers.choice([1, 1, 1, 2, 7, 16, 30])), 1) for row in chosen])
+        backend.forward([Work(row, [7], 1) for row in chosen])
+    assert {key[:2] for key in asked} == {(1, 8), (1, 32), (16, 8), (16, 32)}  # all of them have been met
+    assert all(asked[key] <= at_start.get(key, 0) for key in asked)
+
+
+def test_every_step_of_one_token_finds_its_graph_from_the_start(monkeypatch) -> None:
     monkeypatch.setattr("mpt.backends.paged_backend._Graph", Recorded)
-    pair = Pair(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE)
-    pair.paged._has_graphs = True
+    steps = Steps(n_rows=5, n_prompt=64, context=9 * PAGE)
+    pair = Pair(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE, steps=steps, graphs=True)
+    assert set(pair.paged._graphs) == {(n, width) for n in (1, 2, 4, 8) for width in (8, 32)}
+    before = compilations.of_this_thread()
     rows = [pair.row(20) for _ in range(5)]
     long = pair.row(9 * PAGE)
     pair.step({long: text(1, 8 * PAGE - 1)}, 1)
@@ -257,20 +286,31 @@ def test_a_graph_is_kept_for_each_number_of_rows_and_width(monkeypatch) -> None:
     pair.step({long: [5], rows[0]: [6]}, 1)  # eight pages still
     pair.step({long: [5], rows[0]: [6]}, 1)
     pair.step({rows[0]: [5, 6]}, 1)  # several tokens: none
-    assert set(pair.paged._graphs) == {(1, 8), (8, 8), (4, 8), (2, 8), (2, 32)}
+    assert compilations.of_this_thread() == before and len(pair.paged._graphs) == 8
 
 
-def test_what_cannot_be_captured_is_computed_without(monkeypatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+def test_what_cannot_be_captured_runs_in_a_larger_graph_or_without(monkeypatch) -> None:
+    """And only a short while: a third try finds memory."""
+    refused: list[int] = []
 
-    monkeypatch.setattr("mpt.backends.paged_backend._Graph", refuse)
-    pair = Pair(make("alibi"), ("cpu", False))
-    pair.paged._has_graphs = True
-    row = pair.row(20)
-    pair.step({row: [5]}, 1)
-    pair.step({row: [6]}, 1)
-    assert not pair.paged._graphs
+    class Tight(Recorded):
+        def __init__(self, step, numbers: Tensor, pool: object) -> None:
+            if len(numbers) != 4 or len(refused) < 2:
+                refused.append(len(numbers))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(step, numbers, pool)
+
+    monkeypatch.setattr("mpt.backends.paged_backend._Graph", Tight)
+    monkeypatch.setattr("mpt.backends.graphs._AGAIN_S", 0.0)
+    pair = Pair(make("alibi"), ("cpu", False), steps=Steps(n_rows=4, n_prompt=64), graphs=True)
+    rows = [pair.row(20) for _ in range(4)]
+    assert refused == [4, 2, 1] and not len(pair.paged._graphs)
+    pair.step({rows[0]: [5]}, 1)
+    pair.step({row: [6] for row in rows[:3]}, 1)
+    assert set(pair.paged._graphs) == {(4, 8)} and refused == [4, 2, 1, 1]
+    pair.step({row: [7] for row in rows[:2]}, 1)
+    pair.step({rows[3]: [8]}, 1)
+    assert refused == [4, 2, 1, 1]  # those of two rows and of one run in it
 
 
 # -- rows and pages --------------------------------------------------------------------------------------------------
@@ -475,7 +515,7 @@ async def test_steps_are_captured_and_answer_as_without_graphs(model, tokenizer)
         backend.allocate((1 << 14) * backend.bytes_per_token)
         with running(backend, tokenizer, max_running=5) as engine:
             events = await asyncio.gather(*(collect(engine, prompt, greedy()) for prompt in asked))
-        assert bool(backend._graphs) == graphs and backend._has_graphs == graphs
+        assert bool(backend._graphs) == graphs and engine.stats().n_compiled == {}
         answers.append([tokens_of(one) for one in events])
     assert answers[0] == answers[1]
 

@@ -5,16 +5,19 @@ import contextlib
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mpt.backends import capabilities
 from mpt.backends.backend import Work
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.engine import Engine
 from mpt.engine.request import (
     Delta,
     EngineFailed,
+    EngineGone,
     Event,
     Overloaded,
     PromptScored,
@@ -26,12 +29,21 @@ from mpt.engine.request import (
 )
 from mpt.engine.sequence import Request, Sequence
 from mpt.engine.turns import Turns
+from mpt.errors import DeviceLost
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from tests.in_process import running_engine
 
 CONTEXT = 2048
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "returns early"])
+def returns_early(request, monkeypatch) -> bool:
+    """Every promise is kept also where a step's text is made while the next step is computed, as on a GPU."""
+    early = replace(capabilities.TORCH, returns_early=request.param)
+    monkeypatch.setattr(capabilities, "TORCH", early)
+    return bool(request.param)
 
 
 @contextlib.contextmanager
@@ -459,3 +471,90 @@ async def test_draining_ends_what_does_not_finish_in_time(model, tokenizer):
         assert not await engine.drain(0.05)
         with pytest.raises(ShuttingDown):
             await task
+
+
+# -- while the next step is computed ---------------------------------------------------------------------------------
+
+
+def watched(engine: Engine, monkeypatch) -> list[str]:
+    """What an engine without a thread does, in order."""
+    seen: list[str] = []
+    forward, say = engine._backend.forward, Sequence.say
+
+    def noted_forward(work: list[Work]) -> torch.Tensor:
+        seen.append("step")
+        return forward(work)
+
+    def noted_say(self: Sequence, taken, logprob) -> Delta:
+        seen.append("text")
+        return say(self, taken, logprob)
+
+    monkeypatch.setattr(engine._backend, "forward", noted_forward)
+    monkeypatch.setattr(Sequence, "say", noted_say)
+    return seen
+
+
+@pytest.mark.parametrize("stop", [(), ("never there",)])
+async def test_text_is_made_while_the_next_step_is_computed_unless_it_may_end_the_answer(
+    model, tokenizer, monkeypatch, returns_early, stop
+):
+    engine = Engine(TorchBackend(model), tokenizer, context_length=CONTEXT, kv_bytes=1 << 24)
+    seen = watched(engine, monkeypatch)
+    answer = engine.submit([5, 6], greedy(3, stop=stop), request_id="x")
+    while not seen or engine._scheduler.running:
+        engine.turn()
+    if returns_early and not stop:
+        assert seen == ["step", "step", "text", "step", "text", "text"]
+    else:
+        assert seen == ["step", "text"] * 3
+    events = [event async for event in answer]
+    assert tokens_of(events) == generate(model, [5, 6], 3) and last(events).finish_reason == "length"
+
+
+async def test_a_token_is_told_though_the_next_step_is_lost(model, tokenizer, monkeypatch):
+    """What was drawn before the device was lost reaches who asked; then comes the error."""
+    backend = TorchBackend(model)
+    forward, n_steps = backend.forward, 0
+
+    def third_is_lost(work: list[Work]) -> torch.Tensor:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 4:  # the first is the engine's own
+            raise DeviceLost("gone")
+        return forward(work)
+
+    monkeypatch.setattr(backend, "forward", third_is_lost)
+    with running_engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=1 << 24) as engine:
+        got: list[Event] = []
+
+        async def follow() -> None:
+            async for event in engine.generate([5, 6], greedy(9), request_id="x"):
+                got.append(event)
+
+        with pytest.raises(EngineGone):
+            await follow()
+    assert tokens_of(got) == generate(model, [5, 6], 2)
+
+
+async def test_text_that_cannot_be_made_costs_its_request_only(model, tokenizer, monkeypatch):
+    say = Sequence.say
+
+    def fail_on_the_fourth(self: Sequence, taken, logprob) -> Delta:
+        if self.request.id == "bad" and self.n_generated >= 4:
+            raise ValueError("no such byte")
+        return say(self, taken, logprob)
+
+    monkeypatch.setattr(Sequence, "say", fail_on_the_fourth)
+    with running(model, tokenizer) as engine:
+        bad = engine.submit([9, 9], greedy(40), request_id="bad")
+        good = collect(engine, [5, 6], greedy(12))
+
+        async def all_of(answer) -> list[Event]:
+            return [event async for event in answer]
+
+        good_events, error = await asyncio.gather(good, all_of(bad), return_exceptions=True)
+        assert isinstance(error, EngineFailed) and "text could not be made" in str(error)
+        assert tokens_of(good_events) == generate(model, [5, 6], 12)
+        while engine.stats().n_running:
+            await asyncio.sleep(0.01)
+        assert engine.stats().kv_used_bytes == 0

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -20,7 +21,7 @@ import pytest
 from aiohttp import web
 
 import mpt
-from mpt.errors import UserError
+from mpt.errors import DeviceLost, UserError
 from mpt.options import ModelOptions
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
@@ -323,6 +324,26 @@ def test_metrics_of_several_processes_are_told_apart():
     assert both.count("# TYPE mpt_x_total counter") == 1
     assert 'mpt_x_total{model_name="m",replica="a"} 2.0' in both
     assert 'mpt_x_total{model_name="m",replica="b"} 3.0' in both
+
+
+def test_a_replica_whose_engine_has_stopped_gives_no_lease_and_leaves(monkeypatch):
+    """In the actor's process; without Ray here."""
+    from serving.cluster import deployment
+
+    monkeypatch.setattr(deployment, "_LAST_EVENTS_S", 0.0)
+    engine = SimpleNamespace(failed=None)
+    endpoint, codes = SimpleNamespace(engine=engine), []
+    watch = threading.Thread(target=deployment._leave_when_it_stops, args=(endpoint, codes.append))
+    watch.start()
+    replica = SimpleNamespace(_endpoint=endpoint, _name="base")
+    check = deployment.Model.check_health
+    check(replica)
+    assert watch.is_alive() and not codes
+    engine.failed = DeviceLost("the device is lost: CUDA error: unspecified launch failure")
+    watch.join(5)
+    assert codes == [6]
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        check(replica)
 
 
 # -- on Ray --------------------------------------------------------------------------------------------------------
