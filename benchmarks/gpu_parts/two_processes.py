@@ -36,7 +36,7 @@ def run(bench: Bench) -> None:
         folder = Path(name)
         for dtype in (torch.float32, torch.bfloat16):
             bench.measure(f"two processes, {str(dtype)[6:]}", lambda dtype=dtype: compare(bench, folder, dtype))
-        if torch.cuda.device_count() > 1:
+        if bench.is_cuda and torch.cuda.device_count() > 1:
             bench.measure("two GPUs over NCCL", lambda: over_nccl(bench, folder))
 
 

@@ -194,7 +194,19 @@ def test_how_a_part_ended_is_told(tmp_path, code, outcome, reason):
     assert part["outcome"] == outcome and reason in part["reason"]
 
 
-def test_a_run_that_is_ended_keeps_the_part_it_was_in(tmp_path):
+def test_what_a_part_had_when_the_run_was_ended_is_kept(monkeypatch, tmp_path):
+    def is_ended(command, file, limit_s, environment, told):
+        file.write_text('{"found": {"first": 1}, "rows": []}')
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu, "run_child", is_ended)
+    with pytest.raises(SystemExit):
+        start(monkeypatch, "--out", str(tmp_path / "run.json"))
+    parts = json.loads((tmp_path / "run.json").read_text())["parts"]
+    assert parts["card"]["outcome"] == "stopped" and parts["card"]["found"] == {"first": 1} and len(parts) == 1
+
+
+def test_a_run_that_is_ended_says_in_which_part(tmp_path):
     """As `timeout 540` ends it, while `right` checks kernels."""
     out = tmp_path / "run.json"
     command = [sys.executable, gpu.__file__, "--rehearse", "--only", "card", "right", "--out", str(out)]
