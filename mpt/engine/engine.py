@@ -83,9 +83,9 @@ class Engine:
     """Answers requests over one backend. `start` it, `generate` from any event loop, `drain` or `close` it.
 
     kv_bytes: budget of the KV cache. prefill_chunk: most prompt tokens read in a step that others wait for; alone, a
-    prompt is read in chunks up to four times as large. max_waiting: sequences in the queue before `Overloaded`. speculation:
-    who guesses at tokens that the model then checks several at once; answers are the same without. profile: records
-    some steps.
+    prompt is read in chunks up to four times as large. max_waiting: sequences in the queue before `Overloaded`.
+    speculation: who guesses at tokens that the model then checks several at once; answers are the same without.
+    profile: records some steps.
     """
 
     def __init__(
