@@ -114,7 +114,6 @@ class Run:
         if part.needs_right and (wrong := self.found["parts"].get("right", {}).get("found", {}).get("wrong")):
             return {"outcome": "not started", "reason": f"it would measure what is wrong: {wrong}", "seconds": 0.0}
         limit = min(part.limit_s * (SLOWER if self.found["rehearsal"] else 1), left)
-        self.say(f"{part.name}: {part.what} (at most {limit:.0f} s)")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         if self.found["rehearsal"]:
             environment["OMP_NUM_THREADS"] = "1"  # also of the processes that a part starts
@@ -125,6 +124,7 @@ class Run:
         command = [sys.executable, "-m", "benchmarks.gpu_parts.child", *told]
         ceilings = {"card": self.found["parts"].get("card", {})}
         try:
+            self.say(f"{part.name}: {part.what} (at most {limit:.0f} s)")
             return run_child(command, file, limit, environment, json.dumps(ceilings))
         except (SystemExit, KeyboardInterrupt):  # keep what the part had
             had = json.loads(file.read_text()) if file.is_file() else {}
