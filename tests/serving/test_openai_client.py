@@ -79,13 +79,11 @@ def test_a_client_that_goes_away_stops_its_generation(url, serving, stream):
 def test_a_stream_that_breaks_ends_in_an_error_not_in_done(client, serving, monkeypatch):
     """openai-python takes a stream that merely stops for a finished one; an error event makes it raise."""
     backend = serving.endpoints["base"].engine._backend
-    forward, n_steps = backend.forward, 0
+    forward = backend.forward
 
     def failing(work):
-        nonlocal n_steps
-        n_steps += 1
-        if n_steps > 5:
-            raise RuntimeError("the device is lost")
+        if any(item.row.length > 5 for item in work):  # a text of one token can be read, so the model is not given up
+            raise RuntimeError("a step that cannot be computed")
         return forward(work)
 
     stream = client.completions.create(

@@ -266,6 +266,7 @@ def test_onnx_and_cuda_are_refused(folder, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"`base` is an ONNX folder.*`--kv-cache int8`"):
         opened(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(UserError, match=r"`base` is a model .* on a GPU.*`--kv-cache int8`"):
         opened(folder)
 

@@ -34,7 +34,9 @@ needs_compiler = pytest.mark.skipif(FOUND.compiler is None, reason="needs a C co
 needs_amx = pytest.mark.skipif(
     "amx" not in FOUND.variants, reason=FOUND.missing.get("amx", "this processor has no AMX")
 )
-every_variant = pytest.mark.parametrize("variant", FOUND.variants)
+# Those whose products of int8 alone are others than the next one's are tested in test_products.py, which takes less time.
+TESTED = [variant for variant in FOUND.variants if variant == FOUND.variant or not variant.endswith("_vnni")]
+every_variant = pytest.mark.parametrize("variant", TESTED)
 
 
 def every_variant_and(**at_once: int) -> pytest.MarkDecorator:
@@ -42,7 +44,7 @@ def every_variant_and(**at_once: int) -> pytest.MarkDecorator:
     ways = [
         pytest.param(variant, n_tokens, id=f"{variant}-{name}")
         for name, n_tokens in at_once.items()
-        for variant in FOUND.variants
+        for variant in TESTED
     ]
     return pytest.mark.parametrize(("variant", "at_once"), ways)
 
@@ -430,7 +432,7 @@ def test_no_bit_depends_on_the_adapters_of_others(variant, at_once, is_int8):
 # -- int8 keys and values ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=FOUND.variants)
+@pytest.fixture(scope="module", params=TESTED)
 def attention(request, tmp_path_factory) -> ctypes.CDLL:
     """Attention and the quantization of a head by themselves, which the library keeps to itself."""
     if FOUND.compiler is None:
