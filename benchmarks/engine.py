@@ -591,13 +591,17 @@ def report(data: Mapping[str, Any], shape: str, chosen: Sequence[Side]) -> str:
 
 
 def plot(data: Mapping[str, Any], parts: Sequence[Part], chosen: Sequence[Side], path: Path) -> None:
-    """Tokens a second over streams: a row a shape, a panel a prompt length, a line a side."""
+    """Tokens a second over streams: a row a shape, a panel a prompt length, a line a side.
+
+    Shapes with one number of streams are left to the tables: a scale that fits points alone makes much of nothing.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import LogFormatter
 
+    parts = [part for part in parts if len(part.concurrency) > 1] or parts
     n_columns = max(len(part.prompts) for part in parts)
     legend_height = 0.2 * -(-len(chosen) // (2 * n_columns)) + 0.1  # inches
     size = (4.6 * n_columns, 3.6 * len(parts) + 0.4 + legend_height)
@@ -618,7 +622,8 @@ def plot(data: Mapping[str, Any], parts: Sequence[Part], chosen: Sequence[Side],
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set_xticks(streams, [str(n) for n in streams])
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
             panel.set_title(f"{shape}, prompts of {prompt:,} tokens", fontsize=10)
             panel.set_xlabel("streams at once")
             panel.grid(which="both", color="#e6e6e6", linewidth=0.6)
