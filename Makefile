@@ -28,7 +28,7 @@ check: setup promtool  ## format, lint, types, every manifest of k8s/ against it
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/k8s
-	$(BIN)/python -m pytest -m index -rs tests/test_install.py tests/test_wheel.py
+	$(BIN)/python -m pytest -m index -rs -n 2 --dist loadfile tests/test_install.py tests/test_wheel.py
 
 format: setup
 	$(BIN)/ruff format .

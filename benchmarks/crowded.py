@@ -1,6 +1,6 @@
 """How a stream slows down where its process does not have the machine to itself, beside llama.cpp.
 
-    python -m benchmarks.crowded --models /tmp/ladder
+    python -m benchmarks.crowded --models FOLDER
 
 Three situations, in turn within a round: alone; in a container that may use 1.5 CPUs (a cgroup of v1 or v2, which takes
 root); and beside a neighbour that computes on one of two CPUs without end. The 125M shape in bfloat16 and Q4_0, one

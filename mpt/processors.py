@@ -39,10 +39,11 @@ def allowed_threads(system: Path = _SYSTEM) -> Threads:
     """What machine and container allow, whatever was asked for."""
     allowed = _affinity()
     fast = _fast(allowed, system)
-    n = len({_siblings(cpu, system) for cpu in fast})
+    n, has_slow = len({_siblings(cpu, system) for cpu in fast}), fast < allowed
     if sys.platform == "darwin":  # where no file tells one core from another
         n = macos("hw.perflevel0.physicalcpu") or n
-    why = f"{n} {'fast' if fast < allowed else 'physical'} core{'s' * (n != 1)}"
+        has_slow = n < len(allowed)
+    why = f"{n} {'fast' if has_slow else 'physical'} core{'s' * (n != 1)}"
     quota = _quota(system)
     if quota is not None and quota < n:
         return Threads(max(1, int(quota)), f"the container's quota is {quota:g} CPUs")

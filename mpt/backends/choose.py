@@ -16,7 +16,14 @@ from mpt.attention import AttentionSpec
 from mpt.backends import capabilities
 from mpt.backends.backend import Backend
 from mpt.backends.capabilities import Capabilities
-from mpt.backends.native.available import ModelFacts, Unavailable, prompt_variant, step_variant, why_no_step
+from mpt.backends.native.available import (
+    ModelFacts,
+    Unavailable,
+    products,
+    prompt_variant,
+    step_variant,
+    why_no_step,
+)
 from mpt.backends.native.library import load as load_c
 from mpt.checkpoint import load, packed_sizes, read_config, stored_dtype
 from mpt.config import MPTConfig
@@ -146,6 +153,9 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
             f"`{flag} {value}` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
             f"`--dtype bfloat16`, or leave `{flag}` out"
         )
+    if options.quantize == "int4":
+        for matrix, (_, n_in) in products(config).items():
+            rounding.check_rows(matrix, n_in)
     facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed_as)
     why_not = why_no_step(config, **facts)
     if int8_cache and why_not is not None:

@@ -27,11 +27,7 @@ def four_bits(module: str, weight: Weight) -> PackedMatrix | None:
     if len(weight.shape) != 2 or module.endswith("wpe"):
         return None
     n_out, n_in = weight.shape
-    if n_in % 32:
-        raise UserError(
-            f"`{module}` has rows of {n_in}, and `--quantize int4` takes multiples of 32; take `--quantize int8`, or "
-            "leave it out"
-        )
+    check_rows(module, n_in)
     kind = "Q8_0" if module in _IN_EIGHT_BITS else "Q4_0"
     values = weight.read()
     data = torch.empty(n_out, n_in // 32 * (34 if kind == "Q8_0" else 18), dtype=torch.uint8)
@@ -39,6 +35,15 @@ def four_bits(module: str, weight: Weight) -> PackedMatrix | None:
         rows = slice(start, start + _ROWS)
         data[rows] = rounded(values[rows], kind)
     return _matrix(data, kind, weight)
+
+
+def check_rows(module: str, n_in: int) -> None:
+    """Raise UserError for a matrix whose rows do not fill blocks."""
+    if n_in % 32:
+        raise UserError(
+            f"`{module}` has rows of {n_in}, and `--quantize int4` takes multiples of 32; take `--quantize int8`, or "
+            "leave it out"
+        )
 
 
 def in_blocks(module: str, weight: Weight) -> PackedMatrix | None:

@@ -1,5 +1,6 @@
 """How many threads: cores, quotas and wishes, read from a machine made of files."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_cores_and_quotas(machine, files: dict[str, str], n: int, why: str) -> None:
     found = choose_threads(system=machine(**files))
     assert (found.n, found.why) == (n, why)
+
+
+def test_a_mac_has_fast_cores(machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of eight, as an M1 says of itself; it has no files that tell one from another."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(processors, "macos", {"hw.perflevel0.physicalcpu": 4}.get)
+    found = choose_threads(system=Path("/nowhere"))
+    assert (found.n, found.why) == (4, "4 fast cores")
 
 
 def test_an_affinity_mask_is_honoured(machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,11 @@ def test_rows_that_fill_no_blocks_are_refused_by_name(tmp_path: Path) -> None:
     config = MPTConfig(d_model=48, n_heads=4, n_layers=1, vocab_size=96, max_seq_len=64)
     folder = mpt.save(MPTForCausalLM(config).bfloat16(), tmp_path / "model")
     options = ModelOptions(str(folder), quantize="int4")
-    with pytest.raises(UserError, match=r"has rows of 48, and `--quantize int4` takes multiples of 32"):
-        open_backend(choose("m", folder, options), folder, options)
+    said = r"has rows of 48, and `--quantize int4` takes multiples of 32"
+    with pytest.raises(UserError, match=said):
+        choose("m", folder, options)  # before any weight is read
+    with pytest.raises(UserError, match=said):
+        mpt.load(folder, pack=four_bits)
 
 
 def test_other_precisions_and_places_are_refused(folder: Path) -> None:

@@ -22,7 +22,8 @@ from mpt.backends.native.structures import (
 from mpt.config import MPTConfig
 
 __all__ = [
-    "FORMAT_OF", "Features", "ModelFacts", "Unavailable", "features", "prompt_variant", "step_variant", "why_no_step"
+    "FORMAT_OF", "Features", "ModelFacts", "Unavailable", "features", "products", "prompt_variant", "step_variant",
+    "why_no_step",
 ]  # fmt: skip
 
 # How C calls the dtypes that it computes models in.
@@ -107,7 +108,7 @@ def _why_never(config: MPTConfig, facts: ModelFacts) -> str | None:
     for field in asked_for(AttentionSpec.of(config)):
         if field not in _ATTENTION:
             return f"`{field}` is not made for in C"
-    for name, (n_out, n_in) in _products(config).items():
+    for name, (n_out, n_in) in products(config).items():
         if facts["int8_weights"] and n_in % N_IN_MULTIPLE:
             return f"`{name}` is {n_out} x {n_in}; int8 weights are made for multiples of {N_IN_MULTIPLE} inputs"
     return None
@@ -119,7 +120,7 @@ def _not_in_tiles(config: MPTConfig, facts: ModelFacts) -> str | None:
         return f"AMX's tiles multiply bfloat16 and int8, and this model is {_name(facts['dtype'])}"
     if facts["packed"]:
         return f"AMX's tiles do not take weights that stay packed ({facts['packed'][0]})"
-    for name, (n_out, n_in) in _products(config).items():
+    for name, (n_out, n_in) in products(config).items():
         if n_out % N_OUT_MULTIPLE or n_in % (N_IN_MULTIPLE_INT8 if facts["int8_weights"] else N_IN_MULTIPLE):
             multiples = f"multiples of {N_OUT_MULTIPLE} and {N_IN_MULTIPLE} (int8: {N_IN_MULTIPLE_INT8})"
             return f"AMX's tiles take {multiples}, and `{name}` is {n_out} x {n_in}"
@@ -130,7 +131,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _products(config: MPTConfig) -> dict[str, tuple[int, int]]:
+def products(config: MPTConfig) -> dict[str, tuple[int, int]]:
     """The outputs and inputs of a model's products, under their names."""
     C, F, n_kv = config.d_model, config.d_ffn, config.n_kv_heads * config.d_head
     return {

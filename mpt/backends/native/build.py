@@ -99,9 +99,10 @@ def knows(compiler: str, variant: Variant) -> bool:
 @functools.cache
 def has_openmp(compiler: str) -> bool:
     """Whether it makes calls of libgomp, which torch brings on Linux; elsewhere the code has threads of its own."""
+    if sys.platform != "linux":
+        return False
     command = [compiler, "-dM", "-E", "-x", "c", os.devnull]
-    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return sys.platform == "linux" and "__clang__" not in macros
+    return "__clang__" not in subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def flags_of(variant: Variant, compiler: str) -> list[str]:

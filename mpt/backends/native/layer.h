@@ -1,8 +1,16 @@
-/* What rows.c and tiles_step.c share of a layer: its adapters, queries prepared, keys and values stored, one head of some
- * queries attended.
+/* What rows.c and tiles_step.c share of a step: its tokens' places, and of a layer: its adapters, queries
+ * prepared, keys and values stored, one head of some queries attended.
  */
 #pragma once
 #include "attention.h"
+
+/* Each row's first token in the step, (rows), and each token's adapter, (T). */
+static void place_tokens(const Step *step, int32_t *first, int32_t *adapter_of) {
+    for (int row = 0, token = 0; row < step->n_rows; row++) {
+        first[row] = token;
+        for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
+    }
+}
 
 /* The adapters of one projection: y += b (a x), with low = a x (adapters, max_rank, columns). */
 typedef struct {

@@ -496,10 +496,7 @@ static void run(const Model *model, const Step *step, int is_prompt) {
           &pass.scratch, own);
     memset(pass.scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
     memcpy(pass.scratch.x, step->x, (size_t)T * C * sizeof(float));
-    for (int row = 0, token = 0; row < step->n_rows; row++) {
-        first[row] = token;
-        for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
-    }
+    place_tokens(step, first, adapter_of);
     on_threads(step->n_threads, run_thread, &pass);
     if (step->keys_read) *step->keys_read += pass.n_read;
 }

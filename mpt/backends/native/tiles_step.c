@@ -22,8 +22,6 @@
 #if AMX
 #include "layer.h"
 
-#include "layer.h"
-
 /* -- inputs of products -------------------------------------------------------------------------------------------- */
 
 /* Tokens are columns, PANEL of them to a cache line: the residual stream is (C, columns) float32. So everything that
@@ -480,10 +478,7 @@ void mpt_step(const Model *model, const Step *step) {
     Pass pass = {.model = model, .step = step, .first = first, .logits_of = logits_of, .adapter_of = adapter_of};
     carve(model, T, step->n_threads, step->scratch, &pass.scratch);
     memset(pass.scratch.queues, 0, 64 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
-    for (int row = 0, token = 0; row < step->n_rows; row++) {
-        first[row] = token;
-        for (int t = 0; t < step->row_tokens[row]; t++) adapter_of[token++] = step->row_adapter[row];
-    }
+    place_tokens(step, first, adapter_of);
     for (int token = 0; token < T; token++) logits_of[token] = -1;
     for (int at = 0; at < step->n_logits; at++) logits_of[step->logit_tokens[at]] = at;
     on_threads(step->n_threads, run_thread, &pass);
