@@ -18,7 +18,8 @@ from starlette.responses import RedirectResponse
 
 from mpt.engine.endpoint import open_endpoint
 from mpt.errors import DeviceLost, MachineRefused, UserError
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
 

@@ -170,7 +170,7 @@ def test_training_texts_written_out(small_bpe: Tokenizer) -> None:
         ("none", CONVERSATION[1:2], "/v1/completions"),
         ("chatml", [], "empty"),
         ("alpaca", CONVERSATION[1:2], "none, instruct, chatml"),
-        ("chatml", [turn("user", "a"), turn("tool", "b")], r"`messages\[1\]\.role` is `tool`"),
+        ("chatml", [turn("user", "a"), turn("robot", "b")], r"`messages\[1\]\.role` is `robot`"),
         ("instruct", CONVERSATION[1:3], "assistant's"),
         ("instruct", CONVERSATION[2:4], r"`messages\[0\]`"),
     ],

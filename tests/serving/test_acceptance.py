@@ -197,7 +197,9 @@ def test_a_chat_stream_has_openais_order(url):
     assert events[-1] == "[DONE]"
     chunks = [httpx.Response(200, content=event).json() for event in events[:-1]]
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert chunks[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert chunks[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None} | {
+        "finish_reason": "length", "stop_reason": None
+    }  # fmt: skip
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 4
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1])
