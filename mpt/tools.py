@@ -68,10 +68,13 @@ class Call:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a request says of tools. allowed: the names it may call; must_call: an answer without a call is none."""
+    """What a request says of tools. allowed: the names it may call; must_call: an answer without a call is none;
+    is_named: one function was chosen by the caller.
+    """
 
     tools: tuple[Tool, ...]
     must_call: bool = False
+    is_named: bool = False
     allowed: frozenset[str] | None = None  # None: all of them
     is_parallel: bool = True  # an answer may hold several calls
 

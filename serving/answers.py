@@ -131,7 +131,7 @@ def _call(begun: CallBegun) -> dict[str, Any]:
 
 def _chat_reason(job: Job, reason: str | None, n_calls: int) -> str | None:
     """As OpenAI's: an answer that calls ends for its calls, unless one function was forced on it."""
-    is_named = job.tools is not None and job.tools.must_call and not job.tools.is_parallel and job.tools.allowed
+    is_named = job.tools is not None and job.tools.is_named
     return "tool_calls" if n_calls and reason == "stop" and not is_named else reason
 
 

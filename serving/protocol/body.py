@@ -5,6 +5,7 @@ for nothing anywhere, and 5.0 is the integer 5.
 """
 
 import difflib
+import json
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -30,14 +31,16 @@ class Strict(NoNulls):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        for name, declared in cls.model_fields.items():
+
+_DEFAULTS: dict[str, list[Any]] = {}
+
+
+def accept_defaults_of(*kinds: type[BaseModel]) -> None:
+    """Let the fields of these bodies ask for nothing at their defaults in every other body too."""
+    for kind in kinds:
+        for name, declared in kind.model_fields.items():
             if not declared.is_required():
                 _DEFAULTS.setdefault(name, []).append(declared.default)
-
-
-_DEFAULTS: dict[str, list[Any]] = {}  # of the fields of every body, by name: there they ask for nothing elsewhere too
 
 
 def _whole(value: Any) -> Any:
@@ -63,7 +66,7 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error.errors()[0]) from None
+        raise _explain(error.errors()) from None
 
 
 def _is_used(kind: type[BaseModel], name: str, value: object) -> bool:
@@ -89,25 +92,42 @@ def _is_same(value: object, default: object) -> bool:
     return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
-def _explain(problem: Any) -> InvalidRequest:
-    """Pydantic's first finding as one sentence."""
-    param = ""
-    for step in problem["loc"]:
-        if isinstance(step, int):
-            param += f"[{step}]"
-        elif step in ("str", "float", "int") or "[" in str(step):  # a branch of a union, not a field
-            break
-        else:
-            param += f".{step}" if param else str(step)
-    kind, context = problem["type"], problem.get("ctx", {})
+def _explain(problems: list[Any]) -> InvalidRequest:
+    """Pydantic's first finding as one sentence; of a field that may be of several kinds, what each kind is."""
+    first = problems[0]
+    param, is_branch = _place(first["loc"])
+    kind = first["type"]
     if kind == "missing":
         return InvalidRequest(f"`{param}` is missing", code="missing_required_parameter", param=param)
     is_type = kind.endswith(("_type", "_parsing")) or kind == "int_from_float"
-    wanted = problem["msg"][0].lower() + problem["msg"][1:]
-    if context.get("expected"):
-        wanted = f"input should be {context['expected']}"
-    message = f"`{param}`: {wanted}; got {short(problem['input'])}"
+    same = [each for each in problems if is_branch and _place(each["loc"]) == (param, True)] or [first]
+    wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
+    message = f"`{param}`: {wanted}; got {short(first['input'])}"
     return InvalidRequest(message, code="invalid_type" if is_type else "invalid_value", param=param)
+
+
+def _place(loc: tuple[str | int, ...]) -> tuple[str, bool]:
+    """The field's path, and whether pydantic has gone into a branch of a union, which is no part of it."""
+    param = ""
+    for step in loc:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        elif step in ("str", "float", "int", "dict") or "[" in step or step[:1].isupper():
+            return param, True
+        else:
+            param += f".{step}" if param else step
+    return param, False
+
+
+def _wanted(problem: Any) -> str:
+    """What pydantic says should be there."""
+    expected = problem.get("ctx", {}).get("expected")
+    if expected:
+        return f"input should be {expected}"
+    if problem["type"] in ("model_type", "dict_type"):
+        return "input should be an object"
+    said: str = problem["msg"]
+    return said[0].lower() + said[1:]
 
 
 def short(value: object) -> str:
@@ -117,7 +137,7 @@ def short(value: object) -> str:
     elif isinstance(value, list | dict):  # its content may be megabytes, or nested deeper than orjson writes
         text = f"a JSON {_kind(value)} of {len(value)}"
     else:
-        text = orjson.dumps(value, default=str).decode("utf-8", "replace")
+        text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, create_model
 
 from mpt.engine.request import Sampling
 from mpt.tools import ToolUse
-from serving.protocol.body import WHOLE, Strict, Whole
+from serving.protocol.body import WHOLE, Strict, Whole, accept_defaults_of
 from serving.protocol.messages import ChatMessage, ToolChoice, ToolDeclaration, tool_use_of
 from serving.protocol.structure import ResponseFormat, StructuredOutputs
 
@@ -103,3 +103,6 @@ class ChatRequest(_Generation):
         """The limit of the answer, None for none."""
         wanted = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return None if wanted == ALL_THERE_IS else wanted
+
+
+accept_defaults_of(CompletionRequest, ChatRequest)

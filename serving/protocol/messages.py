@@ -153,7 +153,7 @@ def tool_use_of(
             raise InvalidRequest(message, param="tool_choice")
         allowed = frozenset(wanted)
     is_one = isinstance(choice, ToolChoice) and choice.type == "function"
-    return ToolUse(declared, must_call, allowed, is_parallel=is_parallel is not False and not is_one)
+    return ToolUse(declared, must_call, is_one, allowed, is_parallel=is_parallel is not False and not is_one)
 
 
 def _chosen(choice: ToolChoice) -> tuple[bool, list[str]]:
