@@ -8,7 +8,7 @@ from pydantic import Field
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
-from serving.protocol.body import Strict, Whole
+from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import ChatRequest
 from serving.protocol.messages import TOOL_NAME, Lenient
 from serving.wire import ANTHROPIC
@@ -67,7 +67,7 @@ class CountRequest(Strict):
         )
 
     def as_chat(self) -> ChatRequest:
-        return ChatRequest.model_validate(self.as_fields())
+        return translated(ChatRequest, self.as_fields())
 
 
 class MessagesRequest(CountRequest):
@@ -94,7 +94,7 @@ class MessagesRequest(CountRequest):
         if self.output_config is not None and self.output_config.format is not None:
             schema = {"name": "answer", "schema": self.output_config.format.json_schema}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return ChatRequest.model_validate(with_usage(fields))
+        return translated(ChatRequest, with_usage(fields))
 
 
 def _system(system: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:

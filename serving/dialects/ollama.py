@@ -13,12 +13,22 @@ from pydantic import Field
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
-from serving.protocol.body import NoNulls, Strict, Whole
+from serving.protocol.body import NoNulls, Strict, Whole, translated
 from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
 
 _LATEST = ":latest"
+
+_NAMES = {  # ours, and what they are called here
+    "max_tokens": "options.num_predict",
+    "response_format": "format",
+    "repetition_penalty": "options.repeat_penalty",
+}
+    "max_tokens": "options.num_predict",
+    "response_format": "format",
+    "repetition_penalty": "options.repeat_penalty",
+}  # ours, and what they are called here
 
 
 class Options(Strict):
@@ -118,7 +128,7 @@ class OllamaChatRequest(_Asked):
     def as_chat(self) -> ChatRequest:
         messages = [message.as_message() for message in self.messages]
         fields = {**self.shared_fields(), "messages": messages} | ({"tools": self.tools} if self.tools else {})
-        return ChatRequest.model_validate(with_usage(fields))
+        return translated(ChatRequest, with_usage(fields), _NAMES)
 
 
 class GenerateRequest(_Asked):
@@ -135,7 +145,7 @@ class GenerateRequest(_Asked):
     def as_chat(self) -> ChatRequest:
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, {"role": "user", "content": self.prompt}]
-        return ChatRequest.model_validate(with_usage({**self.shared_fields(), "messages": messages}))
+        return translated(ChatRequest, with_usage({**self.shared_fields(), "messages": messages}), _NAMES)
 
     def as_completion(self) -> CompletionRequest:
         """The same for a text that is continued as it is. Raises InvalidRequest for a system message."""
@@ -143,7 +153,7 @@ class GenerateRequest(_Asked):
             message = "`system` needs a model with a chat format, and no `raw: true`; write it into the prompt"
             raise InvalidRequest(message, param="system")
         fields = {"max_tokens": -1, **self.shared_fields(), "prompt": self.prompt}
-        return CompletionRequest.model_validate(with_usage(fields))
+        return translated(CompletionRequest, with_usage(fields), _NAMES)
 
 
 class EmbedRequest(Strict):

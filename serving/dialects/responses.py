@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import ApiError, InternalError, InvalidRequest
-from serving.protocol.body import Strict, Whole
+from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import MAX_TOP_LOGPROBS, ChatRequest, drawn_fields
 from serving.protocol.messages import TOOL_NAME, Lenient
 from serving.wire import RESPONSES
@@ -18,6 +18,16 @@ _LOGPROBS = "message.output_text.logprobs"
 _NOTHING_TO_INCLUDE = {"reasoning.encrypted_content"}  # these models do not reason
 _THOUGHTS = {"reasoning", "compaction"}  # another model's, which are no part of a prompt here
 _HOSTED = "`{0}`: tools of type `{1}` run on OpenAI's servers; declare functions and run them yourself"
+
+_NAMES = {  # ours, and what they are called here
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}  # ours, and what they are called here
 
 
 class ResponsesTool(Lenient):
@@ -86,7 +96,7 @@ class ResponsesRequest(_Drawn):
             "logprobs": self._logprobs(),
             "top_logprobs": self.top_logprobs if self._logprobs() else None,
         }
-        return ChatRequest.model_validate(with_usage(fields))
+        return translated(ChatRequest, with_usage(fields), _NAMES)
 
     def messages(self) -> list[dict[str, Any]]:
         """Its input as a chat's messages. Raises InvalidRequest."""

@@ -6,6 +6,7 @@ for nothing anywhere, and 5.0 is the integer 5.
 
 import difflib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -67,6 +68,21 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _explain(error.errors()) from None
+
+
+def translated(kind: type[Body], fields: dict[str, Any], names: Mapping[str, str] | None = None) -> Body:
+    """A body made of another API's. names: what its fields are called there. Raises InvalidRequest in these names."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = error.errors()
+        for problem in problems:
+            field, *rest = problem["loc"]
+            if field in (names or {}):  # places inside it are not those of the other API
+                problem["loc"] = ((names or {})[str(field)],)
+            else:
+                problem["loc"] = (field, *rest)
+        raise _explain(problems) from None
 
 
 def _is_used(kind: type[BaseModel], name: str, value: object) -> bool:
