@@ -25,10 +25,6 @@ _NAMES = {  # ours, and what they are called here
     "response_format": "format",
     "repetition_penalty": "options.repeat_penalty",
 }
-    "max_tokens": "options.num_predict",
-    "response_format": "format",
-    "repetition_penalty": "options.repeat_penalty",
-}  # ours, and what they are called here
 
 
 class Options(Strict):

@@ -24,10 +24,6 @@ _NAMES = {  # ours, and what they are called here
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
 }
-    "messages": "input",
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-}  # ours, and what they are called here
 
 
 class ResponsesTool(Lenient):
