@@ -180,6 +180,10 @@ async def make_job(
         message = "`min_tokens` and `allowed_token_ids` leave no token that may come first"
         raise InvalidRequest(message, param="allowed_token_ids")
     check_scores(sampling, prompts)
+    if asked.use_beam_search and asked.stream:
+        raise InvalidRequest("`use_beam_search` ends with the best answers; set stream to false", param="stream")
+    if asked.length_penalty != 1 and not asked.use_beam_search:
+        raise InvalidRequest("`length_penalty` needs `use_beam_search: true`", param="length_penalty")
     return Job(
         id=asked.request_id or request.state.request_id,
         model=asked.model,
@@ -188,6 +192,7 @@ async def make_job(
         prompts=prompts,
         sampling=sampling,
         n=asked.n,
+        length_penalty=asked.length_penalty if asked.use_beam_search else None,
         tools=tools,
         include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and options.continuous_usage_stats,

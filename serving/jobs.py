@@ -34,6 +34,7 @@ class Job:
     sampling: Sampling
     n: int  # choices returned per prompt; sampling.n are generated (best_of)
     echo: list[str] = field(default_factory=list)  # what the answer to each prompt begins with, if it does
+    length_penalty: float | None = None  # of a beam search; None draws
     tools: ToolUse | None = None  # calls are looked for in the answer
     shows_token_ids: bool = False
     names_by_id: bool = False  # tokens of log-probabilities are called by their ids

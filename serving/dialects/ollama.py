@@ -18,7 +18,7 @@ from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
 
-_LATEST = ":latest"
+LATEST = ":latest"
 
 _NAMES = {  # ours, and what they are called here
     "max_tokens": "options.num_predict",
@@ -106,7 +106,7 @@ class _Asked(Strict):
     options: Options | None = None
 
     def shared_fields(self) -> dict[str, Any]:
-        fields = {"model": self.model.removesuffix(_LATEST), "stream": self.stream}
+        fields = {"model": self.model.removesuffix(LATEST), "stream": self.stream}
         fields |= {} if self.options is None else self.options.as_fields()
         if self.format == "json":
             fields["response_format"] = {"type": "json_object"}
@@ -118,7 +118,7 @@ class _Asked(Strict):
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
-    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
+    messages: list[OllamaMessage] = []
     tools: list[ToolDeclaration] | None = None
 
     def as_chat(self) -> ChatRequest:
@@ -160,7 +160,7 @@ class EmbedRequest(Strict):
     truncate: bool = True
 
     def model_name(self) -> str:
-        return self.model.removesuffix(_LATEST)
+        return self.model.removesuffix(LATEST)
 
 
 class ShowRequest(NoNulls):
@@ -175,7 +175,7 @@ class ShowRequest(NoNulls):
         name = self.model or self.name
         if name is None:
             raise InvalidRequest("`model` is missing", code="missing_required_parameter", param="model")
-        return name.removesuffix(_LATEST)
+        return name.removesuffix(LATEST)
 
 
 class Ollama:
@@ -193,7 +193,7 @@ class Ollama:
         message = choice.get("message", {})
         calls = [_whole_call(call) for call in message.get("tool_calls", ())]
         text = choice["text"] if "text" in choice else message["content"] or ""
-        return {**self._line(text, calls), **self._end(choice["finish_reason"], answer["usage"])}
+        return {**self.line(text, calls), **self._end(choice["finish_reason"], answer["usage"])}
 
     async def events(self, chunks: Chunks) -> Chunks:
         """A line for each piece of text; calls are told whole, with the last line."""
@@ -211,11 +211,12 @@ class Ollama:
                             calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
                     if text := delta.get("text") or delta.get("content"):
                         self._first = self._first or time.perf_counter()
-                        yield self._line(text, [])
+                        yield self.line(text, [])
                     reason = choice["finish_reason"] or reason
-        yield {**self._line("", [_whole_call(call) for call in calls]), **self._end(reason, usage)}
+        yield {**self.line("", [_whole_call(call) for call in calls]), **self._end(reason, usage)}
 
-    def _line(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def line(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """A piece of the answer."""
         head = {"model": self._model, "created_at": now()}
         if not self._is_chat:
             return {**head, "response": text, "done": False}
@@ -236,6 +237,12 @@ class Ollama:
             "eval_count": usage["completion_tokens"],
             "eval_duration": round(1e9 * (ended - first)),
         }
+
+
+def loaded(model: str, *, is_chat: bool) -> dict[str, Any]:
+    """The answer to a request without a text: it asks for the model to be loaded, and it is."""
+    line = Ollama(model, is_chat=is_chat).line("", [])
+    return {**line, "done": True, "done_reason": "load"}
 
 
 def _whole_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -232,6 +232,12 @@ def test_ollama_finds_its_models_and_their_names_with_a_tag(url):
     assert tagged.json()["done"] is True
 
 
+@pytest.mark.parametrize(("path", "empty"), [("/api/chat", {"messages": []}), ("/api/generate", {})])
+def test_ollamas_request_without_a_text_loads_the_model(url, path, empty):
+    assert post(url, path, empty).json()["done_reason"] == "load"
+    assert post(url, path, {**empty, "model": "none"}).status_code == 404
+
+
 def test_a_limit_over_the_room_there_is_means_all_of_it_where_clients_must_send_one(url):
     answer = post(url, "/v1/messages", {**BODIES["/v1/messages"], "max_tokens": 32_000})
     assert answer.status_code == 200
