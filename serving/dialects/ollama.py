@@ -118,7 +118,7 @@ class _Asked(Strict):
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
-    messages: list[OllamaMessage] = []
+    messages: Annotated[list[OllamaMessage], Field(default_factory=list)]
     tools: list[ToolDeclaration] | None = None
 
     def as_chat(self) -> ChatRequest:
