@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mpt.engine import clock
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.request import (
     Delta,
@@ -54,7 +55,7 @@ class Job:
     cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: set[str] = field(default_factory=set)
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived: float = field(default_factory=clock.now)
     queue_s: float | None = None
     ttft_s: float | None = None
     decode_s: float = 0.0  # from the first token to the last
@@ -120,18 +121,19 @@ async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
     started = False
     try:
         name = job.endpoint.name
-        observed = [metrics.observe(name, len(p), a) for p, a in zip(job.prompts, answers, strict=True)]
+        observed = [metrics.observe(name, answer) for answer in answers]
         async with aclosing(_interleaved(observed)) as events:
             async for prompt, event in events:
                 if isinstance(event, Started):
                     started = True
                     job.cached_tokens += event.cached_tokens
-                    job.queue_s = job.queue_s or time.perf_counter() - job.arrived
+                    if job.queue_s is None:
+                        job.queue_s = event.at - job.arrived
                 elif isinstance(event, Delta):
                     job.completion_tokens += len(event.token_ids)
-                    now = time.perf_counter() - job.arrived
-                    job.ttft_s = job.ttft_s or now
-                    job.decode_s = now - job.ttft_s
+                    if event.token_ids:
+                        job.ttft_s = event.at - job.arrived if job.ttft_s is None else job.ttft_s
+                        job.decode_s = max(job.decode_s, event.at - job.arrived - job.ttft_s)
                     if event.finish_reason is not None:
                         job.finish_reasons.add(event.finish_reason)
                 yield prompt, event
@@ -334,7 +336,7 @@ def _progress(job: Job, head: dict[str, Any], prompt: int, event: Progress) -> d
         "total": total,
         "processed": sum(each.processed_tokens for each in job.progress.values()),
         "cached": job.cached_tokens,
-        "time_ms": round(1000 * (time.perf_counter() - job.arrived)),
+        "time_ms": round(1000 * (event.at - job.arrived)),
     }
     return piece
 
