@@ -171,9 +171,7 @@ def serve(
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
     """
-    sources = dict(_model_source(text) for text in model or TINY)
-    if len(sources) < len(model or TINY):
-        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    sources = model_sources(model)
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
     if tensor_parallel > 1 and len(sources) > 1:
@@ -326,6 +324,14 @@ def _make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`{option} {folder}` cannot be written to: {error.strerror}; choose another folder") from error
+
+
+def model_sources(texts: list[str] | None) -> dict[str, str]:
+    """What to load under each name, of all `--model`; the tiny four without any. Raises UserError."""
+    sources = dict(_model_source(text) for text in texts or TINY)
+    if len(sources) < len(texts or TINY):
+        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    return sources
 
 
 def _model_source(text: str) -> tuple[str, str]:

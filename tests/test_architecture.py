@@ -133,8 +133,8 @@ def test_nine_functions_of_ten_have_at_most_24_lines() -> None:
 
 
 def test_serving_is_about_http() -> None:
-    """`serving/bench` aside, which is a client of any server."""
-    server = [path for path in sources("serving") if "bench" not in path.parts]
+    """Beside two folders: `bench`, a client of any server, and `batch`, files of requests to any server."""
+    server = [path for path in sources("serving") if not {"bench", "batch"} & set(path.parts)]
     n_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in server)
     assert n_lines <= 4500
 
