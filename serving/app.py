@@ -31,6 +31,9 @@ from mpt.lora import Adapter
 from mpt.options import MODEL_NAME
 from serving import answers
 from serving.auth import Door, keys_of
+from serving.batch.api import batch_functions
+from serving.batch.service import BatchDoor, BatchService
+from serving.batch.store import Store
 from serving.cards import cards_of
 from serving.docs import add_docs
 from serving.errors import (
@@ -99,6 +102,11 @@ class Serving:
         known = ", ".join(f"`{known}`" for known in [*self.endpoints, *sorted(self.loading)])
         raise NotFound(f"no model `{name[:100]}` here; served: {known}", code="model_not_found", param="model")
 
+    def takes_priority(self, model: str) -> bool:
+        """Whether requests for a model may have a `priority`."""
+        endpoint = self.endpoints.get(split_name(model)[0])
+        return endpoint is not None and "priority" in endpoint.engine.capabilities.request.claimed
+
     def not_ready(self) -> str | None:
         """Why requests cannot be answered now, None if they can."""
         if self.draining:
@@ -115,17 +123,24 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     door: who is let in; the keys of the options by default. Another one stands behind a router, which logs.
     """
     options = serving.options
+    log_format = options.log_format if door is None else None
     metrics = Metrics(lambda: list(serving.endpoints.values()))
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    functions = _generation(serving, metrics) | _models_and_tokens(serving) | _adapter_loading(serving)
+    door = door or keys_of(options)
+    service = None
+    if options.batch_dir is not None:
+        door = BatchDoor(door)
+        service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
+    app.state.batches = service
+    functions = batch_functions(service, door, options.max_body_bytes)
+    functions |= _generation(serving, metrics) | _models_and_tokens(serving) | _adapter_loading(serving)
     add_routes(app, functions | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
         add_docs(app, *BODIES)
-    log_format = options.log_format if door is None else None
-    app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
+    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]

@@ -110,6 +110,14 @@ _AllowAdapterLoading = Annotated[
         show_default="off",
     ),
 ]
+_BatchDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep clients' files and batches there, for /v1/files and /v1/batches.",
+        show_default="off",
+    ),
+]
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
@@ -154,6 +162,7 @@ def serve(
     chat_template: _ChatTemplate = None,
     adapter: _Adapter = None,
     allow_adapter_loading: _AllowAdapterLoading = None,
+    batch_dir: _BatchDir = None,
     cors_origin: _CorsOrigin = None,
     docs: _Docs = None,
     demo: _Demo = False,
@@ -205,6 +214,7 @@ def serve(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         adapter_loading=allow_adapter_loading,
+        batch_dir=batch_dir,
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
         demo=demo,

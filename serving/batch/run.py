@@ -111,5 +111,5 @@ async def _client(batch: BatchRun) -> AsyncIterator[httpx.AsyncClient]:
             serving.endpoints[name] = await asyncio.to_thread(open_endpoint, name, model, len(batch.models))
             opened.callback(serving.endpoints[name].engine.close)
         transport = httpx.ASGITransport(make_app(serving), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here/v1") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://here/v1", timeout=None) as client:
             yield client

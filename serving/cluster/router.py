@@ -155,6 +155,12 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     async def adapter_loading(_: Request) -> Response:
         raise NotFound("a cluster loads no adapters by request; put them into the folder `adapters` of their model")
 
+    async def batches() -> Response:
+        raise NotFound(
+            "a cluster keeps no files and runs no batches; answer the file with "
+            "`mpt run-batch requests.jsonl results.jsonl --url` and this cluster's URL"
+        )
+
     async def models() -> Response:
         runs = await fleet.runs()
         entries = [{**card, "runs": runs.get(name)} for name, found in cards().items() for card in found]
@@ -185,6 +191,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         "models": models, "model": model, "health": health, "ready": ready, "version": version, "metrics": scrape,
         "load_lora_adapter": adapter_loading, "unload_lora_adapter": adapter_loading,
     }  # fmt: skip
+    functions |= {route.name: batches for route in ROUTES if route.path.startswith(("/v1/files", "/v1/batches"))}
     functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
     add_routes(app, functions)
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
