@@ -31,6 +31,7 @@ from typing import Any, Literal
 from mpt.errors import DamagedFile, UserError
 from mpt.files import read_optional_json
 from mpt.tokenizer import Tokenizer
+from mpt.tools import CALL_START, Tool
 
 _MAX_SOURCE = 1_000_000  # characters of a template; the longest published ones have about 20,000
 _LIMITS = {
@@ -43,6 +44,7 @@ _LENGTH = struct.Struct(">I")
 _PLANE = 0xF0000  # of private characters, one for each of the basic plane
 _BASIC = 0xFFFF
 _CONTINUED = "\uf8f3"  # with the random number: where a message ends that is to be continued
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
 _NEXT_STEP = "give another with --chat-template FILE, or one of our styles with --prompt-style"
 
 
@@ -87,22 +89,36 @@ class ChatTemplate:
         self._process = _Process({"source": source, "marks": self._marks, "limits": _LIMITS})
         self._check()
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it tells a model of functions, and has calls written as `CallReader` of `mpt/tools.py` reads them."""
+        return CALL_START in self.source and re.search(r"\btools\b", self.source) is not None
+
     def encode(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        *,
+        tools: Sequence[Tool] = (),
+        arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The ids of a conversation, as transformers' `apply_chat_template` gives them.
 
-        continue_final_message: end inside the last message, which goes on. Raises UserError for a conversation that
-        the template refuses, DamagedFile for a template that fails.
+        continue_final_message: end inside the last message, which goes on. arguments: more variables for the template.
+        Raises UserError for a conversation that the template refuses and for a variable that is ours to set,
+        DamagedFile for a template that fails.
         """
+        more = dict(arguments or {})
+        if ours := (_OWN_VARIABLES | self._names.keys()) & more.keys():
+            raise UserError(f"a chat template's variable `{min(ours)}` cannot be set; leave it out")
+        if tools:
+            more["tools"] = [{"type": "function", "function": tool.as_json()} for tool in tools]
         if continue_final_message:
-            return self._encode(self._continued(messages))
-        return self._encode(self._marked(messages, add_generation_prompt))
+            return self._encode(self._continued(messages, more))
+        return self._encode(self._marked(messages, add_generation_prompt, more))
 
-    def encode_training(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+    def encode_training(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
         """The ids of a finished conversation and, for each, whether it is learned.
 
         A response begins where the template, asked for one, ends the messages before it: there generation begins. It
@@ -139,7 +155,7 @@ class ChatTemplate:
         with suppress(UserError):  # it wants another conversation than this one, and says so to whoever has one
             self._marked([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-    def _responses(self, messages: Sequence[Mapping[str, str]], whole: str) -> Iterator[tuple[int, int]]:
+    def _responses(self, messages: Sequence[Mapping[str, Any]], whole: str) -> Iterator[tuple[int, int]]:
         """Where each response begins and ends in the rendered conversation. Raises UserError."""
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -160,27 +176,32 @@ class ChatTemplate:
                     break
             yield len(before), end
 
-    def _continued(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def _continued(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> str:
         """The text up to the end of the last message's content; transformers' rule for templates that trim it."""
         if not messages:
             raise UserError("`messages` is empty; there is no message to continue")
         end = f"{_CONTINUED}{self._nonce}"
         last = messages[-1]
-        marked = self._marked([*messages[:-1], {**last, "content": f"{last['content']}{end} "}], False)
+        marked = self._marked([*messages[:-1], {**last, "content": f"{last['content']}{end} "}], False, more)
         place = marked.rfind(end)
         if place < 0:
             raise UserError("this model's chat template leaves the last message out, so it cannot be continued")
         kept_its_space = marked.startswith(" ", place + len(end))
         return marked[:place] if kept_its_space else marked[:place].rstrip()
 
-    def _marked(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _marked(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, more: Mapping[str, Any] | None = None
+    ) -> str:
         """The rendered conversation, with a mark in place of each control token that the template wrote."""
-        text = self._render(messages, add_generation_prompt)
+        text = self._render(messages, add_generation_prompt, more or {})
         plain, own = self._resolved(text)
         if self._found(plain) == own:
             return text
+        beside = [*(more or {}).values(), *([m.get("tool_calls"), m.get("tool_call_id")] for m in messages)]
+        if any(map(self._control.search, _strings(beside))):
+            return text  # only content can be hidden, so nothing is proved: what is not marked is text
         hidden = [{**message, "content": _hidden(message["content"])} for message in messages]
-        seen = self._render(hidden, add_generation_prompt)
+        seen = self._render(hidden, add_generation_prompt, more or {})
         either = zip(seen, text, _hidden(text), strict=False)
         if len(seen) != len(text) or any(found not in (shown, hidden) for found, shown, hidden in either):
             return text  # the template reads the content, so nothing is proved: what is not marked is text
@@ -236,14 +257,17 @@ class ChatTemplate:
     def _control_ids(self, ids: list[int]) -> list[int]:
         return [token_id for token_id in ids if token_id in self._texts and token_id not in self._unknown]
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, more: Mapping[str, Any]
+    ) -> str:
         """What the template makes of a conversation; checked, so that nothing of a mark is left when marks are read."""
         variables = {
             **self._names,
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
+            **more,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
         }
         answer = self._process.ask({"variables": variables})
         if "text" not in answer:
@@ -356,6 +380,19 @@ def _is_kept(character: str) -> bool:
 def _hidden(content: str) -> str:
     """Content as characters of a private plane; whitespace stays, for templates that trim."""
     return "".join(c if _is_kept(c) else chr(ord(c) + _PLANE) for c in content)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def read_source(path: Path) -> str:

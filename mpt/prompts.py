@@ -12,29 +12,35 @@ Styles, each as its published checkpoints were trained:
   message goes before the next instruction, joined by a newline as Dolly joins its contexts.
 - `none` (base models, StoryWriter): no messages, only text to continue.
 - `template` (other people's checkpoints): the checkpoint's own Jinja template, `mpt/chat_template.py`.
+
+Tools, calls and their results are text in the first two (`mpt/tools.py`), and in templates that know no tools.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 from mpt.chat_template import ChatTemplate, read_source
 from mpt.checkpoint_text import find_template, token_names
 from mpt.errors import UserError
 from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
+from mpt.tools import Call, Tool, as_text
 
 PromptStyle = Literal["none", "instruct", "chatml", "template"]
 PROMPT_STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
 
 
 class Message(TypedDict):
-    """One turn. role: system, developer (the same to these models), user or assistant."""
+    """One turn. role: system, developer (the same to these models), user, assistant or tool."""
 
     role: str
     content: str
+    calls: NotRequired[tuple[Call, ...]]  # of an assistant's, behind its content
+    call_id: NotRequired[str]  # of a tool's: the call whose result the content is
 
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Source: Databricks Dolly and all rows of mosaicml/dolly_hhrlhf. mpt-7b-instruct's card shows it without the blank
 # lines; its training data and its demo have them.
@@ -69,19 +75,38 @@ def encode_chat(
     add_generation_prompt: bool = True,
     system_default: str | None = None,
     template: ChatTemplate | None = None,
+    *,
+    tools: Sequence[Tool] = (),
+    continue_final_message: bool = False,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The ids of a conversation, up to where the assistant speaks next.
 
     system_default: the system message of a conversation that brings none; a template has a default of its own, or none.
-    template: of style `template`. Raises UserError for an unknown role, no
-    messages, a style without chat, or an order of roles the style cannot express.
+    template: of style `template`; template_arguments: variables for it. continue_final_message: the last message is
+    the beginning of the answer. Raises UserError for an unknown role, no messages, a style without chat, an order of
+    roles the style cannot express, or arguments where there is no template.
     """
     _check(style, messages)
+    if continue_final_message and messages[-1]["role"] != "assistant":
+        raise UserError(f"the last message is to be continued, and its role is `{messages[-1]['role']}`, not assistant")
     if style == "template":
-        return _given(template).encode(_for_template(messages), add_generation_prompt)
+        template = _given(template)
+        native = list(tools) if template.knows_tools else []
+        told = _for_template(messages) if template.knows_tools else _for_template(as_text(messages, tools))
+        return template.encode(
+            told, add_generation_prompt, continue_final_message, tools=native, arguments=template_arguments or {}
+        )
+    if template_arguments:
+        names = ", ".join(f"`{name[:40]}`" for name in template_arguments)
+        raise UserError(f"the prompt style `{style}` has no template that could read {names}; leave it out")
     if system_default is not None and not any(message["role"] in ("system", "developer") for message in messages):
         messages = [Message(role="system", content=system_default), *messages]
-    return _render(tokenizer, style, messages, add_generation_prompt)[0]
+    plain = as_text(messages, tools)
+    if continue_final_message:
+        before = _render(tokenizer, style, plain[:-1], True)[0]
+        return [*before, *tokenizer.encode(plain[-1]["content"])]
+    return _render(tokenizer, style, plain, add_generation_prompt)[0]
 
 
 def encode_training(
@@ -95,7 +120,7 @@ def encode_training(
     _check(style, messages)
     if style == "template":
         return _given(template).encode_training(_for_template(messages))
-    return _render(tokenizer, style, messages, add_generation_prompt=False)
+    return _render(tokenizer, style, as_text(messages), add_generation_prompt=False)
 
 
 class PromptFormat(NamedTuple):
@@ -126,10 +151,32 @@ def _given(template: ChatTemplate | None) -> ChatTemplate:
     return template
 
 
-def _for_template(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """With the roles that templates know."""
+def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """With the roles that templates know, and calls as transformers gives them to templates."""
     known = {"developer": "system"}
-    return [{"role": known.get(each["role"], each["role"]), "content": each["content"]} for each in messages]
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": known.get(message["role"], message["role"]), "content": message["content"]}
+        if "call_id" in message:
+            turn["tool_call_id"] = message["call_id"]
+        if message.get("calls"):
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": _parsed(call.arguments)},
+                }
+                for call in message["calls"]
+            ]
+        told.append(turn)
+    return told
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
 
 
 def _check(style: PromptStyle, messages: Sequence[Message]) -> None:
@@ -147,6 +194,7 @@ def _check(style: PromptStyle, messages: Sequence[Message]) -> None:
 def _render(
     tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], add_generation_prompt: bool
 ) -> tuple[list[int], list[bool]]:
+    """messages: in roles that the styles know, without tools."""
     render = _render_chatml if style == "chatml" else _render_instruct
     return render(tokenizer, messages, add_generation_prompt)
 

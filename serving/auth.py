@@ -99,9 +99,11 @@ def keys_of(options: HttpOptions) -> Keys:
 
 
 def bearer(headers: Headers) -> str:
-    """The key of an `Authorization: Bearer KEY` header. Raises Unauthorized where there is none."""
+    """The key of an `Authorization: Bearer KEY` header, or of Anthropic's `x-api-key`. Raises Unauthorized."""
     scheme, _, key = headers.get(b"authorization", "").partition(" ")
     key = key.strip()
+    if not key and (key := headers.get(b"x-api-key", "").strip()):
+        return key
     if scheme.lower() != "bearer" or not key:
         raise Unauthorized("no API key was sent; send `Authorization: Bearer KEY`", code="missing_api_key")
     return key

@@ -18,8 +18,8 @@ def takes(kind: type[BaseModel]) -> dict[str, Any]:
 def add_docs(app: FastAPI, *kinds: type[BaseModel]) -> None:
     """Serve /openapi.json and /docs. kinds: the bodies that `takes` named.
 
-    FastAPI cannot know them, since bodies are read by `serving/protocol.py`; Swagger's page would load scripts from
-    other people's servers.
+    FastAPI cannot know them, since bodies are read by `serving/protocol/body.py`; Swagger's page would load scripts
+    from other people's servers.
     """
     schemas: dict[str, Any] = {}
     for kind in kinds:

@@ -12,13 +12,13 @@ import uuid
 from typing import Any, Literal, Protocol
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.auth import Door
 from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
 from serving.limits import Admission, RateLimiter
 from serving.metrics import HttpMetrics
+from serving.wire import respond
 
 log = logging.getLogger("serving.access")
 bugs = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Gate:
         try:
             refusal = self._refusal(scope, headers, state)
             if refusal is not None:
-                await respond(refusal)(scope, receive, send_on)
+                await respond(refusal, scope["path"])(scope, receive, send_on)
             else:
                 await self._app(scope, receive, send_on)
         except ClientDisconnect:
@@ -92,7 +92,8 @@ class Gate:
         except Exception:
             bugs.exception("request %s failed", request_id)
             if status == 499:
-                await respond(InternalError(f"internal error; request {request_id}"))(scope, receive, send_on)
+                error = InternalError(f"internal error; request {request_id}")
+                await respond(error, scope["path"])(scope, receive, send_on)
         finally:
             if state["admission"] is not None:
                 state["admission"].settle(state["work"].n_tokens if "work" in state else 0)
@@ -138,9 +139,3 @@ class Gate:
 def _limits_left(state: dict[str, Any], status: int) -> dict[str, str]:
     admission: Admission | None = state["admission"]
     return admission.headers() if admission is not None and status != 429 else {}  # an error brings its own
-
-
-def respond(error: ApiError) -> Response:
-    """An error as its HTTP response."""
-    body = json.dumps(error.body()).encode()
-    return Response(body, error.status, headers=error.headers, media_type="application/json")

@@ -3,17 +3,23 @@
 import asyncio
 import logging
 from dataclasses import replace
+from typing import Any
 
 from fastapi import Request
 
 from mpt.engine.endpoint import Endpoint
-from mpt.engine.grammar import BadGrammar
+from mpt.engine.grammar import BadGrammar, Grammar
+from mpt.engine.request import Sampling
 from mpt.errors import DamagedFile, UserError
 from mpt.lora import Adapter
-from mpt.prompts import Message, encode_chat
-from serving import answers
+from mpt.prompts import encode_chat
+from mpt.tools import ToolUse
 from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
-from serving.protocol import ChatMessage, ChatRequest, CompletionRequest, sampling_of, structure_of
+from serving.jobs import Job
+from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.messages import ChatMessage, check_messages
+from serving.protocol.sampling import sampling_of
+from serving.protocol.structure import Structure, structure_of
 
 log = logging.getLogger(__name__)
 
@@ -38,29 +44,47 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(raw)
 
 
-async def prompt_tokens(endpoint: Endpoint, prompt: str | list[int], param: str = "prompt") -> list[int]:
-    """A prompt's token ids, control tokens never made from text; an empty text begins a new one."""
+async def prompt_tokens(
+    endpoint: Endpoint, prompt: str | list[int], param: str = "prompt", *, parse_special: bool = False
+) -> list[int]:
+    """A prompt's token ids; an empty text begins a new one.
+
+    parse_special: control tokens spelled in the text are control tokens, as for people who write a prompt whole.
+    """
     if not isinstance(prompt, str):
         return prompt
     check_size(endpoint, [prompt], param)
-    if len(prompt) > _LONG_TEXT:
-        ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt)
-    else:
-        ids = endpoint.tokenizer.encode(prompt)
+    try:
+        if len(prompt) > _LONG_TEXT:
+            ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt, parse_special)
+        else:
+            ids = endpoint.tokenizer.encode(prompt, parse_special)
+    except UserError as error:
+        raise InvalidRequest(f"`{param}`: {error}", param=param) from None
     return ids or [endpoint.tokenizer.eos_id]
 
 
-async def chat_tokens(endpoint: Endpoint, messages: list[ChatMessage]) -> list[int]:
-    turns = [Message(role=message.role, content=message.text()) for message in messages]
+async def chat_tokens(endpoint: Endpoint, asked: Any, tools: ToolUse | None = None) -> list[int]:
+    """The token ids of a conversation. asked: `messages`, and what a ChatRequest says of the prompt."""
+    messages: list[ChatMessage] = asked.messages
+    check_messages(messages)
+    turns = [message.as_message() for message in messages]
     check_size(endpoint, [turn["content"] for turn in turns], "messages")
+    if asked.continue_final_message and asked.add_generation_prompt:
+        message = "`continue_final_message` contradicts `add_generation_prompt: true`; send one of them"
+        raise InvalidRequest(message, param="continue_final_message")
     try:
         return await asyncio.to_thread(
             encode_chat,
             endpoint.tokenizer,
             endpoint.prompt_style,
             turns,
+            add_generation_prompt=asked.add_generation_prompt is not False,
             system_default=endpoint.system_prompt,
             template=endpoint.template,
+            tools=() if tools is None else tools.tools,
+            continue_final_message=asked.continue_final_message,
+            template_arguments=_arguments(endpoint, asked.chat_template_kwargs or {}),
         )
     except UserError as error:
         raise InvalidRequest(str(error), param="messages") from None
@@ -70,6 +94,13 @@ async def chat_tokens(endpoint: Endpoint, messages: list[ChatMessage]) -> list[i
             f"the chat template of `{endpoint.name}` cannot render these messages; the server's log says why",
             param="messages",
         ) from None
+
+
+def _arguments(endpoint: Endpoint, given: dict[str, Any]) -> dict[str, Any]:
+    """Variables for a template; without one, only those that ask for something."""
+    if endpoint.template is not None:
+        return given
+    return {name: value for name, value in given.items() if value not in (None, False, "", [], {})}
 
 
 def check_size(endpoint: Endpoint, texts: list[str], param: str) -> None:
@@ -97,15 +128,30 @@ def check_room(endpoint: Endpoint, n_prompt: int, max_tokens: int, param: str) -
         )
 
 
-def check_scores(asked: CompletionRequest, prompts: list[list[int]]) -> None:
-    """Bound the response of `echo` with `logprobs`, which grows with prompts and alternatives."""
-    if not asked.echo or asked.logprobs is None:
+def truncated(endpoint: Endpoint, asked: Any, prompt: list[int], wanted: int) -> list[int]:
+    """A prompt cut to `truncate_prompt_tokens`, -1 being what leaves room for the answer."""
+    limit: int | None = asked.truncate_prompt_tokens
+    if limit is None:
+        return prompt
+    if limit == -1:
+        limit = endpoint.context_length - wanted
+    if limit < 1:
+        raise InvalidRequest(
+            f"`truncate_prompt_tokens` leaves {limit} tokens of the prompt; give 1 or more, or lower max_tokens",
+            param="truncate_prompt_tokens",
+        )
+    return prompt[:limit] if asked.truncation_side == "right" else prompt[-limit:]
+
+
+def check_scores(sampling: Sampling, prompts: list[list[int]]) -> None:
+    """Bound a response that tells log-probabilities of the prompt, which grows with prompts and alternatives."""
+    if sampling.prompt_logprobs is None:
         return
-    n_scores = sum(map(len, prompts)) * max(1, asked.logprobs)
+    n_scores = sum(map(len, prompts)) * max(1, sampling.prompt_logprobs)
     if n_scores > _MAX_SCORES:
         raise InvalidRequest(
-            f"`echo` with `logprobs` {asked.logprobs} would return {n_scores} log-probabilities, over the limit of "
-            f"{_MAX_SCORES}; lower `logprobs` or send fewer prompts at once",
+            f"log-probabilities of the prompt with {sampling.prompt_logprobs} alternatives would be {n_scores}, over "
+            f"the limit of {_MAX_SCORES}; lower `logprobs` or send fewer prompts at once",
             param="logprobs",
         )
 
@@ -117,29 +163,44 @@ async def make_job(
     adapter: Adapter | None,
     prompts: list[list[int]],
     wanted: int,
-) -> answers.Job:
+    tools: ToolUse | None = None,
+) -> Job:
+    """What an endpoint is to do for a completion or a chat. Raises ApiError."""
     if asked.stream_options is not None and not asked.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     options = asked.stream_options
-    structure, grammar = structure_of(asked, wanted), None
-    if structure is not None:
-        try:
-            grammar = await endpoint.grammars.get(structure.kind, structure.value, request.state.salt)
-        except BadGrammar as error:
-            raise InvalidRequest(f"`{structure.param}`: {error}", param=structure.param) from None
-        except TimeoutError as error:
-            raise Unavailable(str(error)) from None
-    return answers.Job(
-        id=request.state.request_id,
+    structure = structure_of(asked, wanted, tools)
+    grammar = None if structure is None else await _compiled(endpoint, structure, request.state.salt)
+    sampling = replace(
+        sampling_of(asked, wanted, endpoint.vocab_size, grammar),
+        progress=options is not None and options.include_progress,
+        cache_salt=asked.cache_salt or "",
+    )
+    if sampling.min_tokens and {*endpoint.tokenizer.end_ids}.issuperset(sampling.allowed_token_ids or {-1}):
+        message = "`min_tokens` and `allowed_token_ids` leave no token that may come first"
+        raise InvalidRequest(message, param="allowed_token_ids")
+    check_scores(sampling, prompts)
+    return Job(
+        id=asked.request_id or request.state.request_id,
         model=asked.model,
         endpoint=endpoint,
         adapter=adapter,
         prompts=prompts,
-        sampling=replace(
-            sampling_of(asked, wanted, endpoint.vocab_size, grammar),
-            progress=options is not None and options.include_progress,
-        ),
-        n=asked.n or 1,
+        sampling=sampling,
+        n=asked.n,
+        tools=tools,
         include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
         continuous_usage=options is not None and options.continuous_usage_stats,
+        shows_token_ids=asked.return_token_ids,
+        names_by_id=asked.return_tokens_as_token_ids,
+        prompt_logprobs=asked.prompt_logprobs,
     )
+
+
+async def _compiled(endpoint: Endpoint, structure: Structure, salt: str) -> Grammar:
+    try:
+        return await endpoint.grammars.get(structure.kind, structure.value, salt)
+    except BadGrammar as error:
+        raise InvalidRequest(f"`{structure.param}`: {error}", param=structure.param) from None
+    except TimeoutError as error:
+        raise Unavailable(str(error)) from None

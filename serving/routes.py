@@ -1,10 +1,11 @@
 """The API's routes, stated once for the app of one process and for the router of a cluster.
 
 A route is a line in `ROUTES`, with its body above it. App and router give a function for each; `add_routes` refuses to
-leave one out. Not here: the bodies of completions and chat and the reading of bodies (`protocol.py`), how a route
+leave one out. Not here: the bodies of completions and chat and the reading of bodies (`protocol/`), how a route
 answers (`app.py`, `cluster/router.py`).
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,37 +13,51 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
-from serving import protocol
+from serving.dialects.anthropic import CountRequest, MessagesRequest
+from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
+from serving.dialects.responses import ResponsesRequest
 from serving.docs import takes
+from serving.protocol.body import Strict, Whole
+from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.messages import ChatMessage, ToolDeclaration
 
 
-class EmbeddingRequest(protocol.Strict):
+class EmbeddingRequest(Strict):
     """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
 
     model: str
-    input: Any  # as a completion's prompt: see `protocol.prompts_of`
-    encoding_format: Literal["float", "base64"] | None = "float"
+    input: Any  # as a completion's prompt: see `prompts_of`
+    encoding_format: Literal["float", "base64"] = "float"
 
 
-class TokenizeRequest(protocol.Strict):
+class TokenizeRequest(Strict):
+    """vLLM's: a text, or messages with what a chat says of its prompt."""
+
     model: str
     prompt: str | None = None
-    messages: list[protocol.ChatMessage] | None = None
+    messages: list[ChatMessage] | None = None
+    parse_special: bool = True  # llama.cpp's: control tokens spelled in the prompt are control tokens
+    add_special_tokens: bool | None = None  # no tokenizer of an MPT adds any by itself
+    return_token_strs: bool = False
+    tools: list[ToolDeclaration] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(protocol.Strict):
+class DetokenizeRequest(Strict):
     model: str
-    tokens: list[int]
+    tokens: list[Whole]
 
 
-class LoadAdapterRequest(protocol.Strict):
+class LoadAdapterRequest(Strict):
     """vLLM's. The name is `base:name`, or a name where one model is served; the path is from the server's folder."""
 
     lora_name: str
     lora_path: str
 
 
-class UnloadAdapterRequest(protocol.Strict):
+class UnloadAdapterRequest(Strict):
     lora_name: str
 
 
@@ -50,7 +65,7 @@ _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
-class BatchRequest(protocol.Strict):
+class BatchRequest(Strict):
     """A file of requests to one endpoint, to be answered within a day."""
 
     input_file_id: str
@@ -80,15 +95,31 @@ class Route:
 
 ROUTES = (
     Route("completions", "/v1/completions", "Continue prompts: text, texts, token ids or lists of those.",
-          protocol.CompletionRequest, is_relayed=True),
+          CompletionRequest, is_relayed=True),
     Route("chat_completions", "/v1/chat/completions", "Answer a conversation, in the model's own prompt style.",
-          protocol.ChatRequest, is_relayed=True),
+          ChatRequest, is_relayed=True),
     Route("embeddings", "/v1/embeddings", "The mean of the last hidden states of each text, scaled to length 1.",
           EmbeddingRequest, is_relayed=True),
+    Route("responses", "/v1/responses", "OpenAI's Responses API: answer an input, or go on from an earlier response.",
+          ResponsesRequest, is_relayed=True),
+    Route("response", "/v1/responses/{response_id}", "A response that is kept here."),
+    Route("delete_response", "/v1/responses/{response_id}", "Forget a response.", verb="DELETE"),
+    Route("messages", "/v1/messages", "Anthropic's Messages API.", MessagesRequest, is_relayed=True),
+    Route("count_tokens", "/v1/messages/count_tokens", "How many tokens a request of `/v1/messages` has.",
+          CountRequest, is_relayed=True),
+    Route("ollama_chat", "/api/chat", "Ollama's chat.", OllamaChatRequest, is_relayed=True),
+    Route("ollama_generate", "/api/generate", "Ollama's completion.", GenerateRequest, is_relayed=True),
+    Route("ollama_embed", "/api/embed", "Ollama's embeddings.", EmbedRequest, is_relayed=True),
+    Route("ollama_show", "/api/show", "What Ollama tells of a model.", ShowRequest),
+    Route("ollama_tags", "/api/tags", "The models served here, as Ollama lists them."),
+    Route("ollama_ps", "/api/ps", "The models that are loaded, as Ollama lists them."),
+    Route("ollama_version", "/api/version", "The version of this server, where Ollama has its own."),
     Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
           TokenizeRequest, is_relayed=True),
     Route("detokenize", "/detokenize", "The text of token ids, control tokens included.",
           DetokenizeRequest, is_relayed=True),
+    Route("tokenizer_info", "/tokenizer_info", "vLLM's: what a tokenizer's configuration says; `?model=` of several."),
+    Route("load", "/load", "vLLM's: how many requests are being answered or wait."),
     Route("models", "/v1/models", "The models served here, and what computes each."),
     Route("model", "/v1/models/{model}", "One model served here."),
     Route("load_lora_adapter", "/v1/load_lora_adapter",
@@ -113,11 +144,21 @@ ROUTES = (
 BODIES = tuple(route.body for route in ROUTES if route.body is not None)
 
 
+def nearest(path: str) -> str:
+    """What somebody may have meant who asked for a path that is not there, as the end of a sentence."""
+    known = [f"/v1{path}"] if path.startswith("/") else []
+    paths = {route.path for route in ROUTES}
+    close = [each for each in known if each in paths] or difflib.get_close_matches(path[:100], paths, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else "the API begins at /v1; /docs lists all of it"
+
+
 def add_routes(app: FastAPI, functions: Mapping[str, Callable[..., Any]]) -> None:
     """Add every route of the table to an app. functions: what answers each, by the route's name, all of them."""
     names = {route.name for route in ROUTES}
     assert functions.keys() == names, f"routes without a function or a place: {functions.keys() ^ names}"
     for route in ROUTES:
+        if route.method == "GET":  # HEAD is its head, which the server cuts off
+            app.add_api_route(route.path, functions[route.name], methods=["HEAD"], include_in_schema=False)
         app.add_api_route(
             route.path,
             functions[route.name],

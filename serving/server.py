@@ -18,8 +18,9 @@ from starlette.responses import RedirectResponse
 
 from mpt.engine.endpoint import open_endpoint
 from mpt.errors import DeviceLost, MachineRefused, UserError
-from serving.app import Serving, make_app
+from serving.app import make_app
 from serving.batch.service import BatchService
+from serving.endpoints import Serving
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
 

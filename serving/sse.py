@@ -1,4 +1,4 @@
-"""Server-sent events that end honestly: `[DONE]` only if all went well, else one error event.
+"""Streams of events that end honestly: as their API ends them only if all went well, else with one error event.
 
 openai-python takes a stream that stops without `[DONE]` for a finished one, so silence is never an end.
 """
@@ -10,30 +10,32 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from typing import Any
 
-import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import ApiError, InternalError
+from serving.wire import OPENAI, Wire
 
 log = logging.getLogger(__name__)
 
-_DONE, KEEP_ALIVE = b"data: [DONE]\n\n", b": keep-alive\n\n"
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not hold events back
-
-
-def event(payload: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
 class EventStream(Response):
     """Sends chunks as they come, a comment where there are none for a while; stops them when the client goes away."""
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], *, request_id: str, keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        chunks: AsyncGenerator[dict[str, Any], None],
+        *,
+        request_id: str,
+        keep_alive_s: float,
+        wire: Wire = OPENAI,
+    ) -> None:
         self.status_code, self.background = 200, None
-        self._chunks, self._request_id, self._keep_alive_s = chunks, request_id, keep_alive_s
+        self._chunks, self._request_id, self._keep_alive_s, self._wire = chunks, request_id, keep_alive_s, wire
         self.body = b""
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8", **UNBUFFERED})
+        self.init_headers({"content-type": wire.media_type, **UNBUFFERED})
         del self.headers["content-length"]
         self._sent_at = 0.0
 
@@ -44,21 +46,24 @@ class EventStream(Response):
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         writer = asyncio.create_task(self._write(write))
-        beside = [asyncio.create_task(until_disconnected(receive)), asyncio.create_task(self._keep_alive(write))]
+        beside = [asyncio.create_task(until_disconnected(receive))]
+        if self._wire.keep_alive:
+            beside.append(asyncio.create_task(self._keep_alive(write)))
         beside[0].add_done_callback(lambda _: writer.cancel())
         await finish(writer, beside)
 
     async def _write(self, write: Callable[..., Awaitable[None]]) -> None:
-        end = _DONE
+        wire = self._wire
+        end = wire.end
         async with contextlib.aclosing(self._chunks) as chunks:
             try:
                 async for chunk in chunks:
-                    await write(event(chunk))
+                    await write(wire.event(chunk))
             except ApiError as error:
-                end = event(error.body())
+                end = wire.failure(wire.error(error))
             except Exception:
                 log.exception("stream of request %s failed", self._request_id)
-                end = event(InternalError(f"internal error; request {self._request_id}").body())
+                end = wire.failure(wire.error(InternalError(f"internal error; request {self._request_id}")))
         await write(end, more=False)
 
     async def _keep_alive(self, write: Callable[..., Awaitable[None]]) -> None:
@@ -66,7 +71,7 @@ class EventStream(Response):
         while True:
             quiet_s = time.monotonic() - self._sent_at
             if quiet_s >= self._keep_alive_s:
-                await write(KEEP_ALIVE)
+                await write(self._wire.keep_alive)
             else:
                 await asyncio.sleep(self._keep_alive_s - quiet_s)
 

@@ -132,11 +132,9 @@ def test_nine_functions_of_ten_have_at_most_24_lines() -> None:
     assert sizes[int(0.9 * len(sizes))] <= 24
 
 
-def test_serving_is_about_http() -> None:
-    """Beside two folders: `bench`, a client of any server, and `batch`, files of requests to any server."""
-    server = [path for path in sources("serving") if not {"bench", "batch"} & set(path.parts)]
-    n_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in server)
-    assert n_lines <= 4500
+@pytest.mark.parametrize("path", sources("serving"), ids=relative)
+def test_a_file_of_serving_is_about_one_thing(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
 
 
 def test_slopes_are_derived_in_one_place() -> None:

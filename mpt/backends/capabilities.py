@@ -88,8 +88,10 @@ _ENGINE_OPTIONS = frozenset(
 )  # fmt: skip
 _ENGINE_REQUEST = frozenset(
     {"max_tokens", "min_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-     "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-     "skip_special_tokens", "logprobs", "prompt_logprobs", "grammar", "priority", "progress"}
+     "repetition_penalty", "logit_bias", "allowed_token_ids", "seed", "stop", "stop_token_ids", "ignore_eos",
+     "include_stop_str_in_output",
+     "skip_special_tokens", "logprobs", "logprob_token_ids", "prompt_logprobs", "grammar", "priority", "progress",
+     "cache_salt"}
 )  # fmt: skip
 _EVERY_ATTENTION = Fields(
     frozenset({"n_heads", "n_kv_heads", "d_head", "scale", "alibi_bias_max", "clip_qkv", "qk_ln"}), {}
@@ -182,11 +184,13 @@ TRITON = Capabilities(
         _TENSORS,
         {
             **dict.fromkeys(("min_tokens", "min_p", "presence_penalty", "frequency_penalty"), _NOT_IN_TENSORS),
-            **dict.fromkeys(("logit_bias", "ignore_eos"), _NOT_IN_TENSORS),
+            **dict.fromkeys(("logit_bias", "allowed_token_ids", "ignore_eos"), _NOT_IN_TENSORS),
             **dict.fromkeys(("logprobs", "prompt_logprobs", "embed"), "it returns tokens only; leave it out"),
+            "logprob_token_ids": "it returns tokens only; leave it out",
             "grammar": "its draws cannot be bound to a grammar; leave it out",
             "progress": "it does not say how far it has read; leave it out",
             "priority": "its queue is its own; leave it out",
+            "cache_salt": "its cache is its own; leave it out",
         },
     ),
     attention=_EVERY_ATTENTION,  # its engine was built for the checkpoint, or not built

@@ -43,7 +43,9 @@ class Draws:
         if asked := [at for at, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]:
             n_top = [sequences[at].sampling.logprobs or 0 for at in asked]
             logits = self._rows([rows[at] for at in asked])
-            for at, logprob in zip(asked, token_logprobs(logits, [tokens[at] for at in asked], n_top), strict=True):
+            named = [sequences[at].sampling.logprob_token_ids for at in asked]
+            found = token_logprobs(logits, [tokens[at] for at in asked], n_top, named)
+            for at, logprob in zip(asked, found, strict=True):
                 told[at] = logprob
         return told
 
@@ -68,6 +70,11 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
     if banned:
         flat[places(logits, *zip(*banned, strict=True))] = -torch.inf
     for row, one in enumerate(sequences):
+        if one.allowed is not None:
+            allowed = torch.from_numpy(one.allowed).to(logits.device)
+            kept = logits[row, allowed]
+            logits[row].fill_(-torch.inf)
+            logits[row, allowed] = kept
         if one.grammar is not None:  # last: no bias lets through what it forbids
             one.mask(logits[row])
 

@@ -172,6 +172,8 @@ class Engine:
         client = salt
         if adapter is not None:
             salt = f"{salt}:{adapter.serial}"  # cached keys and values are of one adapter
+        if sampling.cache_salt:
+            salt = f"{salt}\0{sampling.cache_salt}"
         request = Request(request_id, list(prompt), sampling, salt, adapter, deadline, loop, inbox.put_nowait, client)
         self._submit(request)
         return Answer(request, inbox, self._cancel)

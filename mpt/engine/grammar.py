@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mpt.errors import MPTError
 from mpt.tokenizer import Tokenizer
+from mpt.tools import GUIDANCE
 
 MAX_BYTES = 64 << 10  # of a schema, an expression, all choices or a grammar
 MAX_NESTING = 64  # levels of a schema's JSON; llguidance's own reader ends at 128
@@ -32,9 +33,6 @@ _TRIAL_WALL_S = 10.0  # on a machine that has no time
 _TRIAL_BYTES = 2 << 30
 _MAX_MASK_S = 0.25  # CPU time of one mask: the step of everybody waits for it
 _AT_ONCE = 2  # trials, of an endpoint
-
-# Spaces between the parts of a JSON document: some, but not for ever, which models without a clue otherwise write.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
 # In the same words as `_compile`, so that what passes here passes there; bytes stand for a tokenizer.
 _TRIAL = """
@@ -210,8 +208,7 @@ def _grammar_text(kind: Kind, text: str) -> str:
     from llguidance import LLMatcher
 
     if kind == "json":
-        options: Any = {"lenient": False, "whitespace_pattern": _WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(text, overrides=options)
+        return LLMatcher.grammar_from_json_schema(text, overrides=GUIDANCE)  # type: ignore[arg-type]
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if kind == "choice":

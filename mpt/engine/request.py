@@ -30,6 +30,7 @@ class Sampling(DrawParameters):
     # CTRL (Keskar et al. 2019): prompt and answer, divides or multiplies
     repetition_penalty: float = asked_over_http(1.0, gt=0, le=100)
     logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None  # nothing else is drawn
     seed: int | None = asked_over_http(None, ge=-(2**63), lt=2**63)  # sample k of n draws from seed + k
     stop: tuple[str, ...] = ()  # found in the text, also across token borders
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-text ids
@@ -37,9 +38,11 @@ class Sampling(DrawParameters):
     include_stop_str_in_output: bool = asked_over_http(False)
     skip_special_tokens: bool = asked_over_http(True)
     logprobs: int | None = None  # top alternatives per generated token; 0 gives the token's own only
+    logprob_token_ids: tuple[int, ...] = ()  # tokens whose log-probabilities are told beside the best ones
     prompt_logprobs: int | None = None  # the same for the prompt's tokens (echo)
     grammar: Grammar | None = None  # what the answer must be; it ends where that is complete
     priority: int = asked_over_http(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # lower leaves the queue first
+    cache_salt: str = ""  # cached prefixes are shared only between requests that give the same
     embed: bool = False  # give the mean of the prompt's last hidden states; with max_tokens 0
     progress: bool = False  # tell how far the prompt has been read
 
@@ -51,6 +54,7 @@ class TokenLogprob:
     token_id: int
     logprob: float | None  # None for the first token of a prompt
     top: tuple[tuple[int, float], ...]  # the best alternatives, best first; floats equal to `logprob` where same
+    named: tuple[tuple[int, float], ...] = ()  # the tokens of `logprob_token_ids`
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Not here: drawing the next token (`drawing.py`).
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Sequences
 
 import torch
 from torch import Tensor
@@ -40,8 +41,13 @@ def embedding(sequence: Sequence) -> Embedded | None:
     return Embedded(tuple(vector.tolist())) if bool(vector.isfinite().all()) else None
 
 
-def token_logprobs(logits: Tensor, tokens: list[int], n_top: list[int]) -> list[TokenLogprob]:
-    """Each token's log-probability in its row of logits, (N, V) float32, with its row's n_top best alternatives."""
+def token_logprobs(
+    logits: Tensor, tokens: list[int], n_top: list[int], named: Sequences[Sequences[int]] | None = None
+) -> list[TokenLogprob]:
+    """Each token's log-probability in its row of logits, (N, V) float32, with its row's n_top best alternatives.
+
+    named: for each row, tokens that are told of however likely they are.
+    """
     if not tokens:
         return []
     logprobs = logits.log_softmax(-1)
@@ -52,5 +58,7 @@ def token_logprobs(logits: Tensor, tokens: list[int], n_top: list[int]) -> list[
         top: Iterable[tuple[int, float]] = ()
         if n and top_values is not None and top_ids is not None:
             top = zip(top_ids[row, :n].tolist(), top_values[row, :n].tolist(), strict=True)
-        out.append(TokenLogprob(token, logprob, tuple(top)))
+        wanted = list(named[row]) if named else []
+        values = logprobs[row, wanted].tolist() if wanted else []
+        out.append(TokenLogprob(token, logprob, tuple(top), tuple(zip(wanted, values, strict=True))))
     return out

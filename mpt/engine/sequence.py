@@ -103,9 +103,12 @@ class Sequence:
             self.penalties = Penalties(self._counts, *strengths)
         bias = {token: value for token, value in sampling.logit_bias.items() if token < vocab_size}
         self.bias = np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
+        allowed = sampling.allowed_token_ids
+        self.allowed = None if allowed is None else np.array(allowed, dtype=np.int64)
         self.grammar = sampling.grammar.begin() if sampling.grammar is not None else None
         self._grammar_failed: BadGrammar | None = None
-        self._is_steered = self.penalties is not None or bool(bias) or self.grammar is not None
+        is_bound = self.grammar is not None or self.allowed is not None
+        self._is_steered = self.penalties is not None or bool(bias) or is_bound
 
     @property
     def n_generated(self) -> int:

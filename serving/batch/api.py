@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 
 from serving.auth import Door
 from serving.batch.lines import new_id
@@ -16,7 +16,8 @@ from serving.batch.service import BatchService
 from serving.batch.store import MAX_FILE_BYTES, StoredBatch
 from serving.errors import Forbidden, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.intake import read_body
-from serving.protocol import parse
+from serving.protocol.body import parse
+from serving.replies import as_json
 from serving.routes import BatchRequest
 
 _WINDOW_S = 24 * 3600
@@ -45,7 +46,7 @@ def batch_functions(service: BatchService | None, door: Door, max_body_bytes: in
         finally:
             await form.close()
         name = (upload.filename or "file")[:255]
-        return JSONResponse(store.show_file(owner, file_id, name, "batch").shown)
+        return as_json(store.show_file(owner, file_id, name, "batch").shown)
 
     async def files(request: Request) -> Response:
         rows = [file.shown for file in ours().store.files(request.state.salt)]
@@ -57,11 +58,11 @@ def batch_functions(service: BatchService | None, door: Door, max_body_bytes: in
         return _page(request, [row for row in rows if purpose in (None, row["purpose"])], 10_000, 10_000)
 
     async def file(request: Request, file_id: str) -> Response:
-        return JSONResponse(ours().store.file(request.state.salt, file_id).shown)
+        return as_json(ours().store.file(request.state.salt, file_id).shown)
 
     async def delete_file(request: Request, file_id: str) -> Response:
         ours().store.delete_file(request.state.salt, file_id)
-        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+        return as_json({"id": file_id, "object": "file", "deleted": True})
 
     async def file_content(request: Request, file_id: str) -> Response:
         found = ours().store.file(request.state.salt, file_id)
@@ -77,13 +78,13 @@ def batch_functions(service: BatchService | None, door: Door, max_body_bytes: in
         batch = StoredBatch(owner, client.name, limits, _new_batch(asked))
         work.store.add_batch(batch)
         work.begin(batch)
-        return JSONResponse(batch.shown)
+        return as_json(batch.shown)
 
     async def batches(request: Request) -> Response:
         return _page(request, [batch.shown for batch in ours().store.batches(request.state.salt)], 20, 100)
 
     async def batch(request: Request, batch_id: str) -> Response:
-        return JSONResponse(ours().store.batch(request.state.salt, batch_id).shown)
+        return as_json(ours().store.batch(request.state.salt, batch_id).shown)
 
     async def cancel_batch(request: Request, batch_id: str) -> Response:
         found = ours().store.batch(request.state.salt, batch_id)
@@ -92,7 +93,7 @@ def batch_functions(service: BatchService | None, door: Door, max_body_bytes: in
             raise InvalidRequest(message, code="batch_is_over", param="batch_id")
         if found.shown["status"] != "cancelling":
             ours().cancel(found)
-        return JSONResponse(found.shown)
+        return as_json(found.shown)
 
     return {
         "create_file": create_file, "files": files, "file": file, "delete_file": delete_file,
@@ -168,4 +169,4 @@ def _page(request: Request, rows: list[dict[str, Any]], default: int, most: int)
         rows = rows[places[0] + 1 :]
     shown = rows[: int(text)]
     ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
-    return JSONResponse({"object": "list", "data": shown, **ends, "has_more": len(shown) < len(rows)})
+    return as_json({"object": "list", "data": shown, **ends, "has_more": len(shown) < len(rows)})

@@ -102,7 +102,8 @@ async def _client(batch: BatchRun) -> AsyncIterator[httpx.AsyncClient]:
             yield client
         return
     from mpt.engine.endpoint import open_endpoint  # torch starts here
-    from serving.app import Serving, make_app
+    from serving.app import make_app
+    from serving.endpoints import Serving
 
     options = ServeOptions(models=batch.models, docs=False, request_timeout_s=batch.timeout_s)
     serving = Serving(options)

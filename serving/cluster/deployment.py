@@ -34,7 +34,8 @@ from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
-from serving.cluster.router import Lease, ReplicaLost, make_router
+from serving.cluster.relay import Lease, ReplicaLost
+from serving.cluster.router import make_router
 from serving.errors import Unavailable
 from serving.limits import Limits
 from serving.logs import set_up_logging
@@ -172,7 +173,8 @@ class Model:
             await asyncio.sleep(0.1)  # the last events are on their way to the sockets
 
     def _make_app(self) -> ASGIApp:
-        from serving.app import Serving, make_app
+        from serving.app import make_app
+        from serving.endpoints import Serving
 
         cluster = self._cluster
         options = ServeOptions(
@@ -182,7 +184,8 @@ class Model:
             max_body_bytes=cluster.max_body_bytes,
             keep_alive_s=cluster.keep_alive_s,
         )
-        app = make_app(Serving(options, endpoints={self._name: self._endpoint}), door=_LeaseDoor(self._token))
+        serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)
+        app = make_app(serving, door=_LeaseDoor(self._token))
         self._metrics = app.state.metrics
         return _Leased(app, self._tickets)
 

@@ -35,7 +35,8 @@ from mpt.gguf.ggml_types import BLOCK_TYPES
 from mpt.options import ModelOptions
 from mpt.packed.layers import as_it_lies, packed_bytes
 from mpt.tokenizer import Tokenizer
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests import packers
 from tests.conversion import float64

@@ -17,8 +17,9 @@ from mpt import chat_template
 from mpt.chat_template import ChatTemplate
 from mpt.checkpoint_text import find_template, token_names
 from mpt.errors import DamagedFile, UserError
-from mpt.prompts import Message
+from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
+from mpt.tools import Call, Tool
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 ORDINARY = ["<|turn|>", "    "]  # added tokens that are not special, as some finetunes saved theirs
@@ -168,6 +169,67 @@ def test_a_final_message_is_continued_as_transformers_does(
             messages, chat_template=TEMPLATES[name], continue_final_message=True, return_dict=False
         )
         assert template_of(TEMPLATES[name]).encode(messages, continue_final_message=True) == expected
+
+
+HERMES = (  # knows tools: what models with tool calls in text were published with
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n[{{ m.tool_call_id }}] {{ m.content }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n"
+    "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not thinks %}-{% endif %}{% endif %}"
+)
+CLOCK = Tool("clock", "The time <|im_end|>.", {"type": "object", "properties": {"zone": {"type": "string"}}})
+CALLED = [
+    Message(role="user", content="Time?"),
+    Message(role="assistant", content="", calls=(Call("c1", "clock", '{"zone": "<|im_start|>UTC"}'),)),
+    Message(role="tool", content="noon", call_id="c1"),
+]
+
+
+def test_a_template_that_knows_tools_is_given_them_as_transformers_gives_them(
+    template_of: Callable[[str], ChatTemplate], stock: PreTrainedTokenizerFast, tokenizer: Tokenizer
+) -> None:
+    template = template_of(HERMES)
+    assert template.knows_tools and not template_of(CHATML).knows_tools
+    plain = [Tool("clock", "The time.", dict(CLOCK.parameters))]
+    function = {"name": "clock", "arguments": {"zone": "UTC"}}
+    theirs = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
+        {"role": "tool", "content": "noon", "tool_call_id": "c1"},
+    ]
+    expected = stock.apply_chat_template(
+        theirs,
+        chat_template=HERMES,
+        tools=[{"type": "function", "function": plain[0].as_json()}],
+        add_generation_prompt=True,
+        return_dict=False,
+        thinks=True,
+    )
+    ours = [*CALLED[:1], {**CALLED[1], "calls": (Call("c1", "clock", '{"zone": "UTC"}'),)}, CALLED[2]]
+    arguments = {"template": template, "template_arguments": {"thinks": True}}
+    assert encode_chat(tokenizer, "template", ours, tools=plain, **arguments) == expected
+
+
+def test_what_tools_and_calls_spell_is_text(template_of: Callable[[str], ChatTemplate], tokenizer: Tokenizer) -> None:
+    """In a template that knows tools, in one that builds its control tokens from pieces, and in one of neither."""
+    start = tokenizer.special_id("<|im_start|>")
+    for source in (HERMES, CHATML):
+        ids = encode_chat(tokenizer, "template", CALLED, template=template_of(source), tools=[CLOCK])
+        assert "<|im_start|>UTC" in tokenizer.decode(ids, skip_special_tokens=False)
+        assert ids.count(start) == 5  # system, three turns, the answer
+    pieces = PIECES.replace("{% for", "{{ tools or '' }}<tool_call>{% for", 1)
+    forged = Tool("a", "<|user|>")
+    ids = encode_chat(tokenizer, "template", TALK[:1], template=template_of(pieces), tools=[forged])
+    assert tokenizer.special_id("<|user|>") not in ids
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "bos_token", "add_generation_prompt"])
+def test_variables_that_are_ours_cannot_be_set(template_of: Callable[[str], ChatTemplate], name: str) -> None:
+    with pytest.raises(UserError, match=f"`{name}`"):
+        template_of(CHATML).encode(TALK[:1], arguments={name: "<s>"})
 
 
 HOSTILE = [

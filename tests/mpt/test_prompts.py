@@ -15,6 +15,7 @@ from mpt.prompts import (
     encode_training,
 )
 from mpt.tokenizer import Tokenizer
+from mpt.tools import Call, Tool, describe
 
 DOLLY = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
@@ -170,7 +171,7 @@ def test_training_texts_written_out(small_bpe: Tokenizer) -> None:
         ("none", CONVERSATION[1:2], "/v1/completions"),
         ("chatml", [], "empty"),
         ("alpaca", CONVERSATION[1:2], "none, instruct, chatml"),
-        ("chatml", [turn("user", "a"), turn("tool", "b")], r"`messages\[1\]\.role` is `tool`"),
+        ("chatml", [turn("user", "a"), turn("robot", "b")], r"`messages\[1\]\.role` is `robot`"),
         ("instruct", CONVERSATION[1:3], "assistant's"),
         ("instruct", CONVERSATION[2:4], r"`messages\[0\]`"),
     ],
@@ -192,3 +193,32 @@ def test_training_refusals(small_bpe: Tokenizer) -> None:
 def test_chatml_needs_its_tokens(neox: Tokenizer) -> None:
     with pytest.raises(UserError, match="im_start"):
         encode_chat(neox, "chatml", CONVERSATION[1:2])
+
+
+def test_tools_and_their_results_are_turns_of_the_system_and_the_user(small_bpe: Tokenizer) -> None:
+    clock, call = Tool("clock"), Call("c", "clock", "{}")
+    asked = turn("user", "Time?")
+    called = Message(role="assistant", content="", calls=(call,))
+    result = Message(role="tool", content="noon", call_id="c")
+    text = [
+        turn("system", describe([clock])), asked, turn("assistant", call.as_text()),
+        turn("user", "<tool_response>\nnoon\n</tool_response>"),
+    ]  # fmt: skip
+    for style in ("chatml", "instruct"):
+        found = encode_chat(small_bpe, style, [asked, called, result], tools=[clock])
+        assert found == encode_chat(small_bpe, style, text)
+
+
+@pytest.mark.parametrize("style", ["chatml", "instruct"])
+def test_a_final_message_is_continued_where_it_stops(small_bpe: Tokenizer, style: PromptStyle) -> None:
+    asked = [turn("user", "River?")]
+    before = encode_chat(small_bpe, style, asked)
+    continued = encode_chat(small_bpe, style, [*asked, turn("assistant", "The Ni")], continue_final_message=True)
+    assert continued == [*before, *small_bpe.encode("The Ni")]
+    with pytest.raises(UserError, match="not assistant"):
+        encode_chat(small_bpe, style, asked, continue_final_message=True)
+
+
+def test_a_style_without_a_template_takes_no_variables(small_bpe: Tokenizer) -> None:
+    with pytest.raises(UserError, match="`thinks`"):
+        encode_chat(small_bpe, "chatml", [turn("user", "a")], template_arguments={"thinks": True})

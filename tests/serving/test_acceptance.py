@@ -197,10 +197,33 @@ def test_a_chat_stream_has_openais_order(url):
     assert events[-1] == "[DONE]"
     chunks = [httpx.Response(200, content=event).json() for event in events[:-1]]
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert chunks[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert chunks[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None} | {
+        "finish_reason": "length", "stop_reason": None
+    }  # fmt: skip
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 4
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert all("role" not in chunk["choices"][0]["delta"] for chunk in chunks[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "last"),
+    [
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 4}, '"type":"response.'),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}, '"message_stop"'),
+        ("/api/chat", {"messages": [{"role": "user", "content": "Hi"}], "options": {"num_predict": 4}}, '"done":true'),
+    ],
+)
+def test_other_apis_stream_whole_and_refuse_in_their_shape(url, path, more, last):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{url}{path}", json={"model": "chat", "stream": True, **more}, headers=headers)
+    assert answer.status_code == 200 and last in answer.text.strip().splitlines()[-1]
+    whole = httpx.post(f"{url}{path}", json={"model": "chat", "stream": False, **more}, headers=headers)
+    assert whole.status_code == 200 and whole.headers["content-type"] == "application/json"
+    refused = httpx.post(f"{url}{path}", json={"model": "none", **more}, headers=headers).json()
+    said = refused["error"] if path == "/api/chat" else refused["error"]["message"]
+    assert "`none`" in said
+    unknown = httpx.post(f"{url}{path}", json={"model": "chat", "tempratur": 1, **more}, headers=headers).json()
+    assert "tempratur" in str(unknown["error"])
 
 
 def test_a_long_prompt_tells_how_far_it_is_read(url):

@@ -20,7 +20,8 @@ from mpt.engine.request import Delta, Sampling, Started
 from mpt.errors import CheckpointNotFound, DamagedFile, MPTError, UnsupportedConfig, UserError
 from mpt.generation import generate
 from mpt.lora import load_adapter, open_lora
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 
 

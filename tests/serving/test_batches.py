@@ -17,13 +17,14 @@ from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
 from mpt.errors import DamagedFile, UserError
-from serving.app import Serving, make_app
+from serving.app import make_app
 from serving.auth import Keys
 from serving.batch import store as stores
 from serving.batch.lines import new_id
 from serving.batch.store import Store, StoredBatch
 from serving.cluster.options import TINY, ClusterOptions
 from serving.cluster.router import make_router
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.in_process import listening, running_engine
 from tests.serving.cluster.test_cluster import FakeFleet
@@ -114,7 +115,7 @@ def test_a_batch_is_answered_as_over_http(alice, engine, monkeypatch) -> None:
     expected = alice.completions.create(model="base", prompt="hello", max_tokens=5, temperature=0,
                                         extra_body={"ignore_eos": True})  # fmt: skip
     monkeypatch.setattr(engine, "submit", submit)
-    file_id = upload(alice, row("a"), row("b"), row("wrong", model="base", prompt="x", max_tokens=-1))
+    file_id = upload(alice, row("a"), row("b"), row("wrong", model="base", prompt="x", temperature=9))
     made = alice.batches.create(
         input_file_id=file_id, endpoint="/v1/completions", completion_window="24h", metadata={"of": "a test"}
     )
@@ -129,7 +130,7 @@ def test_a_batch_is_answered_as_over_http(alice, engine, monkeypatch) -> None:
     assert set(good) == {"a", "b"} and set(bad) == {"wrong"}
     answer = good["a"]["response"]
     assert answer["status_code"] == 200 and answer["body"]["choices"][0]["text"] == expected.choices[0].text
-    assert bad["wrong"]["response"]["body"]["error"]["param"] == "max_tokens"
+    assert bad["wrong"]["response"]["body"]["error"]["param"] == "temperature"
     assert priorities == [100, 100]
     shown = alice.files.retrieve(batch.output_file_id)
     assert (shown.purpose, shown.filename) == ("batch_output", f"{batch.id}_output.jsonl")

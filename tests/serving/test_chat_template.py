@@ -13,7 +13,8 @@ import mpt.checkpoint
 from mpt.engine.endpoint import open_endpoint
 from mpt.generation import generate
 from mpt.options import ModelOptions
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 
 PHOGPT = (

@@ -26,7 +26,8 @@ from mpt.engine.request import Delta, EngineError, Sampling, Unsupported
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.in_process import running_endpoint
 from tests.mpt.engine.test_engine import collect, greedy, last, prompts, running, text_of, tokens_of

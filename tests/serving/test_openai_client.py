@@ -13,7 +13,8 @@ from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
 from mpt.engine.request import Sampling, Started
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.in_process import listening
 

@@ -8,7 +8,9 @@ from mpt.backends.native import library
 from mpt.engine.request import Sampling
 from mpt.sampling import DrawParameters
 from serving.errors import InvalidRequest
-from serving.protocol import ChatRequest, CompletionRequest, parse, sampling_of
+from serving.protocol.body import parse
+from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.sampling import sampling_of
 
 BODIES = pytest.mark.parametrize(
     ("kind", "rest"),

@@ -21,7 +21,8 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, EngineFailed, EngineGone, Sampling
 from mpt.errors import DeviceLost, EngineStopped
 from mpt.generation import generate
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.in_process import listening, running_endpoint, running_engine
 

@@ -9,10 +9,11 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from serving.app import Serving, make_app
+from serving.app import make_app
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions
 from serving.cluster.router import make_router
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.in_process import running_endpoint
 from tests.serving.cluster.test_cluster import FakeFleet
@@ -77,8 +78,8 @@ async def test_pages_of_other_origins_may_not_call(app):
 @pytest.mark.parametrize(
     "field",
     [
-        "chat_template", "chat_template_kwargs", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
-        "prompt_embeds", "prompt_logprobs", "kv_transfer_params", "mm_processor_kwargs", "use_beam_search",
+        "chat_template", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
+        "prompt_embeds", "kv_transfer_params", "mm_processor_kwargs", "use_beam_search",
     ],
 )  # fmt: skip
 async def test_what_hurt_others_is_no_parameter_here(app, field):

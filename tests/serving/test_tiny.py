@@ -15,8 +15,9 @@ from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.generation import generate
 from mpt.options import ModelOptions
 from mpt.prompts import encode_chat
-from serving.app import Serving, make_app
+from serving.app import make_app
 from serving.cluster import top
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 
 NAMES = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")

@@ -66,7 +66,8 @@ def dashboard() -> dict:
 @pytest.fixture(scope="module")
 def exposition() -> str:
     """What a Router shows at /metrics: its own metrics and a replica's, each metric used once."""
-    from serving.cluster.router import RouterMetrics, merged
+    from serving.cluster.relay import RouterMetrics
+    from serving.cluster.router import merged
 
     numbers = dict.fromkeys(inspect.signature(EngineStats).parameters, 1)
     stats = EngineStats(**numbers | {"n_compiled": {"triton": 1}, "steps_by_tokens": {8: 1}})  # type: ignore[arg-type]

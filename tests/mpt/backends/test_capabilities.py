@@ -23,6 +23,7 @@ SAMPLING = {
     "frequency_penalty": 0.5, "repetition_penalty": 1.5, "logit_bias": {3: 1.0}, "seed": 0, "stop": ("x",),
     "stop_token_ids": (4,), "ignore_eos": True, "include_stop_str_in_output": True, "skip_special_tokens": False,
     "logprobs": 0, "prompt_logprobs": 0, "grammar": "a grammar", "priority": 1, "embed": True, "progress": True,
+    "allowed_token_ids": (5,), "logprob_token_ids": (6,), "cache_salt": "mine",
 }  # fmt: skip
 ATTENTION = {"alibi_bias_max": 8.0, "clip_qkv": 6.0, "qk_ln": True}
 PLAIN = AttentionSpec(n_heads=4, n_kv_heads=4, d_head=16, scale=0.25)

@@ -10,7 +10,8 @@ from mpt.backends import compilations
 from mpt.backends.backend import Work
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.request import Sampling
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.in_process import running_endpoint
 

@@ -389,6 +389,30 @@ async def test_penalties_and_bias_steer_the_choice(model, tokenizer):
     assert len(set(tokens_of(unlike))) > len(set(generate(model, prompt, 60)))
 
 
+async def test_only_allowed_tokens_are_drawn_and_named_ones_are_told(model, tokenizer):
+    """The allowed token that the model likes best, and every named one's own log-probability."""
+    with running(model, tokenizer) as engine:
+        logprobs = model(torch.tensor([[5, 6]])).logits[0, -1].float().log_softmax(-1)
+        for temperature in (0.0, 1.5):
+            asked = replace(greedy(12, allowed_token_ids=(70, 80, 90), seed=3), temperature=temperature)
+            assert set(tokens_of(await collect(engine, [5, 6], asked))) <= {70, 80, 90}
+        asked = greedy(1, allowed_token_ids=(70, 80, 90), logprobs=1, logprob_token_ids=(3, 200))
+        (told,) = last(await collect(engine, [5, 6], asked)).logprobs
+    assert told.token_id == max((70, 80, 90), key=lambda token: logprobs[token])
+    assert [token for token, _ in told.named] == [3, 200]
+    assert [value for _, value in told.named] == pytest.approx([logprobs[3].item(), logprobs[200].item()], abs=1e-4)
+
+
+async def test_a_cache_salt_keeps_prefixes_apart(model, tokenizer):
+    with running(model, tokenizer) as engine:
+
+        async def cached(salt: str) -> int:
+            events = await collect(engine, [7] * 100, greedy(1, cache_salt=salt))
+            return next(event.cached_tokens for event in events if isinstance(event, Started))
+
+        assert [await cached(""), await cached("a"), await cached("a"), await cached("")] == [0, 0, 99, 99]
+
+
 async def test_cancelled_requests_free_their_memory(model, tokenizer):
     with running(model, tokenizer, max_running=4) as engine:
 

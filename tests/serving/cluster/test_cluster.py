@@ -25,7 +25,8 @@ from mpt.errors import DeviceLost, UserError
 from mpt.options import ModelOptions
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
-from serving.cluster.router import Lease, ReplicaLost, make_router, merged
+from serving.cluster.relay import Lease, ReplicaLost
+from serving.cluster.router import make_router, merged
 from tests.serving.servers import free_port, serve_config
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ async def test_a_replica_that_ray_gives_up_ends_its_streams_though_its_socket_is
 @pytest.mark.parametrize("kind", [False, True])
 async def test_silence_is_the_end_of_a_stream_but_not_of_a_whole_answer(monkeypatch, kind):
     """A whole answer says nothing until it is there, however long that takes; a stream has comments."""
-    monkeypatch.setattr("serving.cluster.router._SILENCE_S", 0.1)
+    monkeypatch.setattr("serving.cluster.relay._SILENCE_S", 0.1)
 
     async def slow(request):
         await asyncio.sleep(0.6)

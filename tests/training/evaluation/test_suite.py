@@ -16,7 +16,8 @@ from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
 from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
-from serving.app import Serving, make_app
+from serving.app import make_app
+from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.mpt.test_sentencepiece_model import OPTIONS, train
 from training.distributed import World

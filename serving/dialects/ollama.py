@@ -1,0 +1,299 @@
+"""Ollama's chat, generate and embed as chats, completions and embeddings. Source: Ollama's `docs/api.md`.
+
+Streams are lines of JSON. A stream is what a client gets that does not say otherwise.
+"""
+
+import json
+import time
+from contextlib import aclosing
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from serving.dialects.translation import Chunks, given, with_usage
+from serving.errors import InvalidRequest
+from serving.protocol.body import NoNulls, Strict, Whole, translated
+from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.messages import Lenient, ToolDeclaration
+from serving.wire import OLLAMA
+
+_LATEST = ":latest"
+
+_NAMES = {  # ours, and what they are called here
+    "max_tokens": "options.num_predict",
+    "response_format": "format",
+    "repetition_penalty": "options.repeat_penalty",
+}
+
+
+class Options(Strict):
+    """Sampling. Sizes of caches and batches are the server's: a model is loaded once, for everybody."""
+
+    num_predict: Annotated[Whole, Field(ge=-2)] | None = None  # -1 and -2: no limit
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_k: Annotated[Whole, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Whole | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    num_ctx: Any = None
+    num_batch: Any = None
+    num_gpu: Any = None
+    main_gpu: Any = None
+    num_thread: Any = None
+    num_keep: Any = None
+    use_mmap: Any = None
+    use_mlock: Any = None
+    numa: Any = None
+    low_vram: Any = None
+    repeat_last_n: Any = None
+    penalize_newline: Any = None
+    typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    tfs_z: Annotated[float, Field(ge=1, le=1)] | None = None
+    mirostat: Annotated[Whole, Field(ge=0, le=0)] | None = None
+    mirostat_tau: Any = None
+    mirostat_eta: Any = None
+
+    def as_fields(self) -> dict[str, Any]:
+        """The same under our names."""
+        limit = self.num_predict
+        return given(
+            max_tokens=None if limit is None else max(limit, -1) or 1,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+            stop=self.stop,
+            repetition_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+
+
+class OllamaFunction(Lenient):
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaCall(Lenient):
+    function: OllamaFunction
+
+
+class OllamaMessage(Lenient):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    images: Annotated[list[Any], Field(max_length=0)] | None = None  # MPT reads text only
+    tool_calls: list[OllamaCall] | None = None
+
+    def as_message(self) -> dict[str, Any]:
+        calls = [
+            {"function": {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}}
+            for call in self.tool_calls or ()
+        ]
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        return message | ({"tool_calls": calls} if calls else {})
+
+
+class _Asked(Strict):
+    model: str
+    stream: bool = True
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: Options | None = None
+
+    def shared_fields(self) -> dict[str, Any]:
+        fields = {"model": self.model.removesuffix(_LATEST), "stream": self.stream}
+        fields |= {} if self.options is None else self.options.as_fields()
+        if self.format == "json":
+            fields["response_format"] = {"type": "json_object"}
+        elif isinstance(self.format, dict):
+            fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "a", "schema": self.format}}
+        return fields
+
+
+class OllamaChatRequest(_Asked):
+    """`POST /api/chat`."""
+
+    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
+    tools: list[ToolDeclaration] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        messages = [message.as_message() for message in self.messages]
+        fields = {**self.shared_fields(), "messages": messages} | ({"tools": self.tools} if self.tools else {})
+        return translated(ChatRequest, with_usage(fields), _NAMES)
+
+
+class GenerateRequest(_Asked):
+    """`POST /api/generate`. `raw`: the prompt is the whole prompt; else it is put into the model's own format."""
+
+    prompt: str = ""
+    system: str | None = None
+    raw: bool = False
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+    template: Annotated[str, Field(max_length=0)] | None = None
+    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    context: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*system, {"role": "user", "content": self.prompt}]
+        return translated(ChatRequest, with_usage({**self.shared_fields(), "messages": messages}), _NAMES)
+
+    def as_completion(self) -> CompletionRequest:
+        """The same for a text that is continued as it is. Raises InvalidRequest for a system message."""
+        if self.system:
+            message = "`system` needs a model with a chat format, and no `raw: true`; write it into the prompt"
+            raise InvalidRequest(message, param="system")
+        fields = {"max_tokens": -1, **self.shared_fields(), "prompt": self.prompt}
+        return translated(CompletionRequest, with_usage(fields), _NAMES)
+
+
+class EmbedRequest(Strict):
+    """`POST /api/embed`."""
+
+    model: str
+    input: str | list[str]
+    truncate: bool = True
+
+    def model_name(self) -> str:
+        return self.model.removesuffix(_LATEST)
+
+
+class ShowRequest(NoNulls):
+    """`POST /api/show`. `name` is what `model` was called."""
+
+    model: str | None = None
+    name: str | None = None
+    verbose: bool = False
+
+    def model_name(self) -> str:
+        """Raises InvalidRequest where none is given."""
+        name = self.model or self.name
+        if name is None:
+            raise InvalidRequest("`model` is missing", code="missing_required_parameter", param="model")
+        return name.removesuffix(_LATEST)
+
+
+class Ollama:
+    """The answer of a chat or of a completion as Ollama's."""
+
+    wire, shortens = OLLAMA, True
+
+    def __init__(self, model: str, *, is_chat: bool) -> None:
+        self._model, self._is_chat = model, is_chat
+        self._began = time.perf_counter()
+        self._first: float | None = None
+
+    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        choice = answer["choices"][0]
+        message = choice.get("message", {})
+        calls = [_whole_call(call) for call in message.get("tool_calls", ())]
+        text = choice["text"] if "text" in choice else message["content"] or ""
+        return {**self._line(text, calls), **self._end(choice["finish_reason"], answer["usage"])}
+
+    async def events(self, chunks: Chunks) -> Chunks:
+        """A line for each piece of text; calls are told whole, with the last line."""
+        reason, usage = "stop", dict[str, Any]()
+        calls: list[dict[str, Any]] = []
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                usage = chunk.get("usage") or usage
+                for choice in chunk["choices"]:
+                    delta = choice.get("delta", choice)
+                    for call in delta.get("tool_calls", ()):
+                        if "id" in call:
+                            calls.append(call)
+                        else:
+                            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+                    if text := delta.get("text") or delta.get("content"):
+                        self._first = self._first or time.perf_counter()
+                        yield self._line(text, [])
+                    reason = choice["finish_reason"] or reason
+        yield {**self._line("", [_whole_call(call) for call in calls]), **self._end(reason, usage)}
+
+    def _line(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"model": self._model, "created_at": now()}
+        if not self._is_chat:
+            return {**head, "response": text, "done": False}
+        message = {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})
+        return {**head, "message": message, "done": False}
+
+    def _end(self, reason: str, usage: dict[str, Any]) -> dict[str, Any]:
+        """Durations in nanoseconds. What the prompt took is known where text was streamed."""
+        ended = time.perf_counter()
+        first = self._first or ended
+        return {
+            "done": True,
+            "done_reason": "length" if reason == "length" else "stop",
+            "total_duration": round(1e9 * (ended - self._began)),
+            "load_duration": 0,
+            "prompt_eval_count": usage["prompt_tokens"],
+            "prompt_eval_duration": round(1e9 * (first - self._began)),
+            "eval_count": usage["completion_tokens"],
+            "eval_duration": round(1e9 * (ended - first)),
+        }
+
+
+def _whole_call(call: dict[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except ValueError:  # the answer was cut
+        arguments = {}
+    return {"function": {"name": call["function"]["name"], "arguments": arguments}}
+
+
+def tags(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """`GET /api/tags`, of the entries of /v1/models."""
+    return {"models": [_tag(card) for card in cards]}
+
+
+def running(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """`GET /api/ps`: every model that is served is loaded."""
+    return {"models": [{**_tag(card), "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0} for card in cards]}
+
+
+def _tag(card: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": card["id"],
+        "model": card["id"],
+        "modified_at": datetime.fromtimestamp(card["created"], UTC).isoformat().replace("+00:00", "Z"),
+        "size": 0,
+        "digest": "",
+        "details": _details(card),
+    }
+
+
+def _details(card: dict[str, Any]) -> dict[str, Any]:
+    precision = (card.get("runs") or {}).get("precision", "")
+    return {
+        "parent_model": card.get("parent") or "",
+        "format": "safetensors",
+        "family": "mpt",
+        "families": ["mpt"],
+        "parameter_size": "",
+        "quantization_level": precision,
+    }
+
+
+def shown(card: dict[str, Any]) -> dict[str, Any]:
+    """`POST /api/show`, of an entry of /v1/models."""
+    chats = card["prompt_style"] != "none"
+    return {
+        "license": card["licence"],
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "details": _details(card),
+        "model_info": {"general.architecture": "mpt", "mpt.context_length": card["context_length"]},
+        "capabilities": ["completion", *(["tools"] if chats else [])],
+        "modified_at": _tag(card)["modified_at"],
+    }
+
+
+def now() -> str:
+    """As Ollama writes times."""
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,247 @@
+"""The routes that compute: completions, chats and embeddings, in OpenAI's shape and in those of the dialects.
+
+Whatever a request is called, it is one of three: a text that is continued, a conversation that is answered, texts that
+are embedded. A dialect's body becomes one of these, and its `Translation` gives the answer back in the dialect.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from mpt.engine.request import Sampling
+from serving import answers
+from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
+from serving.dialects.kept_responses import KeptResponses
+from serving.dialects.ollama import EmbedRequest, GenerateRequest, Ollama, OllamaChatRequest
+from serving.dialects.responses import Responses, ResponsesRequest
+from serving.dialects.translation import AsItIs, Chunks, Translation
+from serving.endpoints import Serving
+from serving.errors import ApiError, InvalidRequest
+from serving.intake import chat_tokens, check_room, make_job, prompt_tokens, read_body, truncated
+from serving.jobs import Events, Job, start
+from serving.metrics import Metrics
+from serving.protocol.body import parse, prompts_of
+from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from serving.replies import as_json
+from serving.routes import EmbeddingRequest
+from serving.sse import EventStream, until_disconnected
+
+Result = TypeVar("Result")
+Whole = Callable[[Events], Coroutine[Any, Any, dict[str, Any]]]
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class Generation:
+    """The functions of these routes over the endpoints of one process."""
+
+    def __init__(self, serving: Serving, metrics: Metrics) -> None:
+        self._serving, self._metrics = serving, metrics
+        self._kept = KeptResponses()
+
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """What answers each route, by its name in `routes.py`."""
+        return {
+            "completions": self.completions,
+            "chat_completions": self.chat_completions,
+            "embeddings": self.embeddings,
+            "responses": self.responses,
+            "response": self.response,
+            "delete_response": self.delete_response,
+            "messages": self.messages,
+            "count_tokens": self.count_tokens,
+            "ollama_chat": self.ollama_chat,
+            "ollama_generate": self.ollama_generate,
+            "ollama_embed": self.ollama_embed,
+        }
+
+    # -- the routes ----------------------------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        return await self._complete(request, await self._body(request, CompletionRequest), AsItIs())
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._chat(request, await self._body(request, ChatRequest), AsItIs())
+
+    async def embeddings(self, request: Request) -> Response:
+        asked = await self._body(request, EmbeddingRequest)
+        return as_json(await self._embed(request, asked.model, asked.input, asked.encoding_format))
+
+    async def responses(self, request: Request) -> Response:
+        asked = await self._body(request, ResponsesRequest)
+        salt, before = request.state.salt, list[dict[str, Any]]()
+        if asked.previous_response_id is not None:
+            before = self._kept.get(salt, asked.previous_response_id, "previous_response_id").messages
+        is_stored = asked.store and self._serving.keeps_responses
+        translation = Responses(asked, request.state.request_id, is_stored)
+
+        def keep(response: dict[str, Any]) -> None:
+            if is_stored and response["status"] in ("completed", "incomplete"):
+                self._kept.add(salt, response, [*before, *asked.messages(), *translation.said()])
+
+        return await self._chat(request, asked.as_chat(before), translation, keep)
+
+    async def response(self, request: Request, response_id: str) -> Response:
+        return as_json(self._kept.get(request.state.salt, response_id).response)
+
+    async def delete_response(self, request: Request, response_id: str) -> Response:
+        self._kept.delete(request.state.salt, response_id)
+        return as_json({"id": response_id, "object": "response", "deleted": True})
+
+    async def messages(self, request: Request) -> Response:
+        asked = await self._body(request, MessagesRequest)
+        return await self._chat(request, asked.as_chat(), Messages())
+
+    async def count_tokens(self, request: Request) -> Response:
+        asked = (await self._body(request, CountRequest)).as_chat()
+        endpoint, _ = await self._serving.chosen(asked.model)
+        return as_json({"input_tokens": len(await chat_tokens(endpoint, asked, asked.tool_use()))})
+
+    async def ollama_chat(self, request: Request) -> Response:
+        asked = await self._body(request, OllamaChatRequest)
+        return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
+
+    async def ollama_generate(self, request: Request) -> Response:
+        asked = await self._body(request, GenerateRequest)
+        translation = Ollama(asked.model, is_chat=False)
+        endpoint, _ = await self._serving.chosen(asked.shared_fields()["model"])
+        if asked.raw or endpoint.prompt_style == "none":
+            return await self._complete(request, asked.as_completion(), translation)
+        return await self._chat(request, asked.as_chat(), translation)
+
+    async def ollama_embed(self, request: Request) -> Response:
+        asked = await self._body(request, EmbedRequest)
+        found = await self._embed(request, asked.model_name(), asked.input, "float")
+        vectors = [each["embedding"] for each in found["data"]]
+        count = found["usage"]["prompt_tokens"]
+        return as_json({"model": asked.model, "embeddings": vectors, "prompt_eval_count": count})
+
+    # -- what they have in common --------------------------------------------------------------------------------
+
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        return parse(kind, await read_body(request, self._serving.options.max_body_bytes))
+
+    async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
+        endpoint, adapter = await self._serving.chosen(asked.model)
+        texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
+        parsed = [await prompt_tokens(endpoint, each, parse_special=asked.parse_special) for each in texts_or_ids]
+        wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        prompts = [truncated(endpoint, asked, prompt, max(wanted, 0)) for prompt in parsed]
+        longest = max(map(len, prompts))
+        room = max(endpoint.context_length - longest, 1)
+        if asked.max_tokens is None or wanted == ALL_THERE_IS or translation.shortens:
+            wanted = room if wanted == ALL_THERE_IS else min(wanted, room)
+        check_room(endpoint, longest, wanted, "prompt")
+        job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
+        if asked.echo:
+            pairs = zip(texts_or_ids, prompts, strict=True)
+            job.echo = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
+        return await self._answer(
+            request,
+            job,
+            asked.stream,
+            translation,
+            lambda events: answers.completion_chunks(job, events, logprobs=asked.logprobs),
+            lambda events: answers.completion(job, events, logprobs=asked.logprobs),
+        )
+
+    async def _chat(
+        self,
+        request: Request,
+        asked: ChatRequest,
+        translation: Translation,
+        keep: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Response:
+        """keep: called with the response of a translation when it has ended."""
+        endpoint, adapter = await self._serving.chosen(asked.model)
+        tools, wanted = asked.tool_use(), asked.wanted_tokens()
+        prompt = truncated(endpoint, asked, await chat_tokens(endpoint, asked, tools), wanted or 1)
+        room = max(endpoint.context_length - len(prompt), 1)
+        wanted = room if wanted is None else min(wanted, room) if translation.shortens else wanted
+        check_room(endpoint, len(prompt), wanted, "messages")
+        job = await make_job(request, asked, endpoint, adapter, [prompt], wanted, tools)
+        if asked.echo:
+            job.echo = [asked.messages[-1].text()]
+        return await self._answer(
+            request,
+            job,
+            asked.stream,
+            translation,
+            lambda events: answers.chat_chunks(job, events, logprobs=asked.logprobs),
+            lambda events: answers.chat(job, events, logprobs=asked.logprobs),
+            keep,
+        )
+
+    async def _embed(self, request: Request, model: str, asked: Any, encoding: str) -> dict[str, Any]:
+        endpoint, adapter = await self._serving.chosen(model)
+        if not endpoint.engine.capabilities.gives_embeddings:
+            message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
+            raise InvalidRequest(message, code="unsupported_value", param="model")
+        texts = prompts_of(asked, endpoint.vocab_size, "input")
+        prompts = [await prompt_tokens(endpoint, text, "input") for text in texts]
+        check_room(endpoint, max(map(len, prompts)), 0, "input")
+        sampling = Sampling(max_tokens=0, embed=True)
+        job = Job(request.state.request_id, model, endpoint, adapter, prompts, sampling, n=1)
+        return await self._whole(request, job, lambda events: answers.embeddings(job, events, encoding=encoding))
+
+    def _start(self, request: Request, job: Job) -> Events:
+        request.state.admission.reserve(job.n_tokens_at_most)
+        request.state.work = job  # for the access log and the client's account, when the last byte has been sent
+        return start(job, self._metrics, deadline_s=self._serving.options.request_timeout_s, salt=request.state.salt)
+
+    async def _whole(self, request: Request, job: Job, whole: Whole) -> dict[str, Any]:
+        return await _unless_disconnected(request, whole(self._start(request, job)))
+
+    async def _answer(
+        self,
+        request: Request,
+        job: Job,
+        is_streamed: bool,
+        translation: Translation,
+        chunks: Callable[[Events], Chunks],
+        whole: Whole,
+        keep: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Response:
+        """Start a job and answer with a stream or a whole response, whichever was asked for."""
+        if not is_streamed:
+            answer = translation.whole(await self._whole(request, job, whole))
+            if keep is not None:
+                keep(answer)
+            return as_json(answer)
+        events = translation.events(chunks(self._start(request, job)))
+        return EventStream(
+            events if keep is None else _kept(events, keep),
+            request_id=job.id,
+            keep_alive_s=self._serving.options.keep_alive_s,
+            wire=translation.wire,
+        )
+
+
+async def _kept(events: Chunks, keep: Callable[[dict[str, Any]], None]) -> Chunks:
+    """Pass events through; the last one's response is kept."""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if event["type"] in ("response.completed", "response.incomplete"):
+                keep(event["response"])
+            yield event
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of the work, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await task

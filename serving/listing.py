@@ -1,0 +1,113 @@
+"""The routes that tell of models and tokenizers: OpenAI's, vLLM's and Ollama's lists."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from mpt.engine.adapters import split_name
+from mpt.engine.endpoint import Endpoint
+from serving.cards import cards_of
+from serving.dialects import ollama
+from serving.dialects.ollama import ShowRequest
+from serving.endpoints import Serving
+from serving.errors import InvalidRequest, NotFound
+from serving.intake import chat_tokens, prompt_tokens, read_body
+from serving.protocol.body import parse, prompts_of
+from serving.protocol.messages import tool_use_of
+from serving.replies import as_json
+from serving.routes import DetokenizeRequest, TokenizeRequest
+
+
+def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
+    """What answers each of these routes, by its name in `routes.py`."""
+    limit = serving.options.max_body_bytes
+
+    def cards() -> list[dict[str, Any]]:
+        return [card for endpoint in serving.endpoints.values() for card in cards_of(endpoint)]
+
+    async def models() -> Response:
+        return as_json({"object": "list", "data": cards()})
+
+    async def model(model: str) -> Response:
+        base, _ = split_name(model)
+        for card in cards_of(serving.endpoint(base)):
+            if card["id"] == model:
+                return as_json(card)
+        raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
+
+    async def tokenize(request: Request) -> Response:
+        asked = parse(TokenizeRequest, await read_body(request, limit))
+        endpoint, _ = await serving.chosen(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
+        if asked.messages is not None:
+            ids = await chat_tokens(endpoint, asked, tool_use_of(asked.tools, None, None))
+        else:
+            ids = await prompt_tokens(endpoint, asked.prompt or "", parse_special=asked.parse_special)
+            ids = ids if asked.prompt else []
+        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length}
+        if asked.return_token_strs:
+            answer["token_strs"] = [endpoint.tokenizer.token_text(token) for token in ids]
+        return as_json(answer)
+
+    async def detokenize(request: Request) -> Response:
+        asked = parse(DetokenizeRequest, await read_body(request, limit))
+        endpoint, _ = await serving.chosen(asked.model)
+        ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
+        return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
+
+    async def tokenizer_info(model: str | None = None) -> Response:
+        return as_json(_tokenizer_of(serving.endpoint(model or _only_model(serving))))
+
+    async def ollama_tags() -> Response:
+        return as_json(ollama.tags(cards()))
+
+    async def ollama_ps() -> Response:
+        return as_json(ollama.running(cards()))
+
+    async def ollama_show(request: Request) -> Response:
+        name = parse(ShowRequest, await read_body(request, limit)).model_name()
+        for card in cards_of(serving.endpoint(split_name(name)[0])):
+            if card["id"] == name:
+                return as_json(ollama.shown(card))
+        raise NotFound(f"no adapter `{name[:100]}` here", code="model_not_found", param="model")
+
+    async def load() -> Response:
+        stats = [endpoint.engine.stats() for endpoint in serving.endpoints.values()]
+        return as_json({"server_load": sum(each.n_running + each.n_waiting for each in stats)})
+
+    return {
+        "models": models, "model": model, "tokenize": tokenize, "detokenize": detokenize, "load": load,
+        "tokenizer_info": tokenizer_info, "ollama_tags": ollama_tags, "ollama_ps": ollama_ps,
+        "ollama_show": ollama_show,
+    }  # fmt: skip
+
+
+def _only_model(serving: Serving) -> str:
+    names = [*serving.endpoints, *serving.loading]
+    if len(names) != 1:
+        shown = ", ".join(f"`{name}`" for name in names)
+        message = f"say which model with `?model=NAME`: {shown}"
+        raise InvalidRequest(message, code="missing_required_parameter", param="model")
+    return names[0]
+
+
+def _tokenizer_of(endpoint: Endpoint) -> dict[str, Any]:
+    """A tokenizer as transformers' tokenizer_config.json tells it, and lm-eval reads it."""
+    tokenizer = endpoint.tokenizer
+    end = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": endpoint.context_length,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token": None,
+        "eos_token": end,
+        "pad_token": end,
+        "added_tokens_decoder": {
+            str(token): {"content": text, "special": token in tokenizer.special_ids}
+            for text, token in tokenizer.added_tokens.items()
+        },
+        "chat_template": None if endpoint.template is None else endpoint.template.source,
+    }

@@ -1,0 +1,201 @@
+"""Reading a JSON body strictly: every field has a type, a range and a fate.
+
+A field is used, or accepted because it asks for nothing (`unused.py`), or refused by name; none is ignored. null asks
+for nothing anywhere, and 5.0 is the integer 5.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from serving.errors import InvalidRequest
+from serving.protocol.unused import RENAMED, UNUSED, asks_nothing
+
+MAX_PROMPTS = 2048  # of one request: OpenAI's for embeddings
+
+
+class NoNulls(BaseModel):
+    """A JSON object in which a field that is null is as good as left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class Strict(NoNulls):
+    """An object in which every field is known and of its type, and no number is NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+_DEFAULTS: dict[str, list[Any]] = {}
+
+
+def accept_defaults_of(*kinds: type[BaseModel]) -> None:
+    """Let the fields of these bodies ask for nothing at their defaults in every other body too."""
+    for kind in kinds:
+        for name, declared in kind.model_fields.items():
+            if not declared.is_required():
+                _DEFAULTS.setdefault(name, []).append(declared.default)
+
+
+def _whole(value: Any) -> Any:
+    """5.0 as 5; clients whose language has one kind of number send it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+Whole = Annotated[int, WHOLE]
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """A request body of one kind. Raises InvalidRequest naming the field, its value and what would be right."""
+    try:
+        fields = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest(f"the body is a JSON {_kind(fields)}, not an object", code="invalid_json")
+    fields = {name: value for name, value in fields.items() if _is_used(kind, name, value)}
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error.errors()) from None
+
+
+def translated(kind: type[Body], fields: dict[str, Any], names: Mapping[str, str] | None = None) -> Body:
+    """A body made of another API's. names: what its fields are called there. Raises InvalidRequest in these names."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = error.errors()
+        for problem in problems:
+            field, *rest = problem["loc"]
+            if field in (names or {}):  # places inside it are not those of the other API
+                problem["loc"] = ((names or {})[str(field)],)
+            else:
+                problem["loc"] = (field, *rest)
+        raise _explain(problems) from None
+
+
+def _is_used(kind: type[BaseModel], name: str, value: object) -> bool:
+    """Whether a field is one that is read; raises for the unknown and the unsupported."""
+    if name in kind.model_fields:
+        return True
+    defaults = _DEFAULTS.get(name, [])
+    if value is None or asks_nothing(name, value) or any(_is_same(value, default) for default in defaults):
+        return False
+    if name in RENAMED and (shown := RENAMED[name]).partition(":")[0] in kind.model_fields:
+        raise InvalidRequest(f"`{name}` is called `{shown}` here", code="unsupported_parameter", param=name)
+    if name in UNUSED or defaults:
+        raise InvalidRequest(f"`{name}` is not supported here; leave it out", code="unsupported_parameter", param=name)
+    close = difflib.get_close_matches(name, kind.model_fields, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else ""
+    raise InvalidRequest(f"unknown parameter `{short(name)}`{hint}", code="unknown_parameter", param=short(name))
+
+
+def _is_same(value: object, default: object) -> bool:
+    """Whether a value is a default, or as empty as one that is null."""
+    if default is None:
+        return value in ([], {}, "")
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _explain(problems: list[Any]) -> InvalidRequest:
+    """Pydantic's first finding as one sentence; of a field that may be of several kinds, what each kind is."""
+    first = problems[0]
+    param, is_branch = _place(first["loc"])
+    kind = first["type"]
+    if kind == "missing":
+        return InvalidRequest(f"`{param}` is missing", code="missing_required_parameter", param=param)
+    is_type = kind.endswith(("_type", "_parsing")) or kind == "int_from_float"
+    same = [each for each in problems if is_branch and _place(each["loc"]) == (param, True)] or [first]
+    wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
+    message = f"`{param}`: {wanted}; got {short(first['input'])}"
+    return InvalidRequest(message, code="invalid_type" if is_type else "invalid_value", param=param)
+
+
+def _place(loc: tuple[str | int, ...]) -> tuple[str, bool]:
+    """The field's path, and whether pydantic has gone into a branch of a union, which is no part of it."""
+    param = ""
+    for step in loc:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        elif step in ("str", "float", "int", "dict") or "[" in step or step[:1].isupper():
+            return param, True
+        else:
+            param += f".{step}" if param else step
+    return param, False
+
+
+def _wanted(problem: Any) -> str:
+    """What pydantic says should be there."""
+    expected = problem.get("ctx", {}).get("expected")
+    if expected:
+        return f"input should be {expected}"
+    if problem["type"] in ("model_type", "dict_type"):
+        return "input should be an object"
+    said: str = problem["msg"]
+    return said[0].lower() + said[1:]
+
+
+def short(value: object) -> str:
+    """A value as an error message shows it."""
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, list | dict):  # its content may be megabytes, or nested deeper than orjson writes
+        text = f"a JSON {_kind(value)} of {len(value)}"
+    else:
+        text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _kind(value: object) -> str:
+    names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def prompts_of(value: Any, vocab_size: int, param: str = "prompt") -> list[str | list[int]]:
+    """The prompts in a field of a request: a string, strings, token ids, or lists of those."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(
+            f"`{param}` must be a string, a list of strings, a list of token ids or a list of those, and not empty",
+            code="invalid_type" if not isinstance(value, list) else "invalid_value",
+            param=param,
+        )
+    if all(is_id(item) for item in value):
+        return [check_ids(value, vocab_size, param)]
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"`{param}` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param=param)
+    prompts: list[str | list[int]] = []
+    for n, item in enumerate(value):
+        if isinstance(item, str):
+            prompts.append(item)
+        elif isinstance(item, list) and item and all(is_id(token) for token in item):
+            prompts.append(check_ids(item, vocab_size, param))
+        else:
+            message = f"`{param}[{n}]` must be a string or a list of token ids; got {short(item)}"
+            raise InvalidRequest(message, code="invalid_type", param=f"{param}[{n}]")
+    return prompts
+
+
+def is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
+    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(
+            f"token id {bad} is outside the vocabulary, 0 to {vocab_size - 1}", code="invalid_prompt", param=param
+        )
+    return ids

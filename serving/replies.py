@@ -1,0 +1,10 @@
+"""Whole responses in JSON."""
+
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+
+def as_json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")

@@ -1,0 +1,246 @@
+"""Other APIs say what a chat says: the same text, and errors in their own shape wherever they arise."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from serving.app import make_app
+from serving.dialects.kept_responses import KeptResponses
+from serving.endpoints import Serving
+from serving.errors import NotFound
+from serving.options import ServeOptions
+from serving.routes import ROUTES
+from tests.in_process import listening, running_endpoint
+
+KEY = "sk-of-a-dialect"
+HEADERS = {"authorization": f"Bearer {KEY}"}
+HI = [{"role": "user", "content": "Hi"}]
+DRAW = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def serving(model, tokenizer) -> Iterator[Serving]:
+    with running_endpoint(model, tokenizer, context_length=512, kv_bytes=1 << 24) as endpoint:
+        yield Serving(ServeOptions(models={}, api_keys=(KEY, "sk-other")), endpoints={"base": endpoint})
+
+
+@pytest.fixture(scope="module")
+def url(serving) -> Iterator[str]:
+    with listening(make_app(serving), log_level="warning") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def said(client) -> str:
+    """What a chat says to HI in eight tokens."""
+    answer = client.chat.completions.create(model="base", messages=HI, max_tokens=8, **DRAW)
+    return str(answer.choices[0].message.content)
+
+
+def post(url: str, path: str, body: dict[str, Any], headers: dict[str, str] = HEADERS) -> httpx.Response:
+    return httpx.post(f"{url}{path}", json={"model": "base", **body}, headers=headers)
+
+
+BODIES = {
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 8, **DRAW},
+    "/v1/messages": {"messages": HI, "max_tokens": 8, **DRAW},
+    "/api/chat": {"messages": HI, "options": {"num_predict": 8, **DRAW}},
+    "/api/generate": {"prompt": "Hi", "options": {"num_predict": 8, **DRAW}},
+}
+
+
+def text_in(path: str, answer: dict[str, Any]) -> str:
+    if path == "/v1/responses":
+        return str(answer["output"][0]["content"][0]["text"])
+    if path == "/v1/messages":
+        return "".join(block["text"] for block in answer["content"])
+    return str(answer["response"] if path == "/api/generate" else answer["message"]["content"])
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_each_api_says_what_a_chat_says(url, said, path):
+    answer = post(url, path, {**BODIES[path], "stream": False})
+    assert answer.status_code == 200, answer.text
+    assert text_in(path, answer.json()) == said
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_each_stream_says_what_a_chat_says_and_ends_as_its_api_ends(url, said, path):
+    answer = post(url, path, {**BODIES[path], "stream": True})
+    if path.startswith("/api/"):
+        assert answer.headers["content-type"] == "application/x-ndjson"
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert "".join(text_in(path, line) for line in lines) == said
+        assert lines[-1]["eval_count"] == 8 and lines[-1]["done_reason"] == "length"
+        return
+    events = [dict(line.split(": ", 1) for line in block.split("\n")) for block in answer.text.strip().split("\n\n")]
+    data = [json.loads(event["data"]) for event in events]
+    assert [event["event"] for event in events] == [each["type"] for each in data]
+    if path == "/v1/messages":
+        assert data[0]["type"] == "message_start" and data[-1]["type"] == "message_stop"
+        assert "".join(each["delta"]["text"] for each in data if each["type"] == "content_block_delta") == said
+        assert data[-2]["delta"]["stop_reason"] == "max_tokens" and data[-2]["usage"]["output_tokens"] == 8
+        assert data[0]["message"]["usage"]["input_tokens"] + data[0]["message"]["usage"]["cache_read_input_tokens"] > 0
+    else:
+        assert [each["sequence_number"] for each in data] == list(range(len(data)))
+        assert "".join(each["delta"] for each in data if each["type"] == "response.output_text.delta") == said
+        assert data[-1]["type"] == "response.incomplete"
+        assert data[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert text_in(path, data[-1]["response"]) == said
+
+
+ERRORS = {  # what each API's clients look for
+    "/v1/responses": lambda body: body["error"]["message"],
+    "/v1/messages": lambda body: body["error"]["message"] if body["type"] == "error" else None,
+    "/api/chat": lambda body: body["error"],
+    "/api/generate": lambda body: body["error"],
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_errors_have_the_shape_of_their_api(url, path):
+    wrong_key = post(url, path, BODIES[path], {"authorization": "Bearer sk-wrong"})
+    unknown_model = post(url, path, {**BODIES[path], "model": "none"})
+    unknown_field = post(url, path, {**BODIES[path], "tempratur": 1})
+    long = "a" * 600
+    prompt = {"input": long, "prompt": long, "messages": [{"role": "user", "content": long}]}
+    too_long = post(url, path, {name: prompt.get(name, value) for name, value in BODIES[path].items()})
+    wrong_method = httpx.get(f"{url}{path}", headers=HEADERS)
+    for answer, status, word in (
+        (wrong_key, 401, "key"),
+        (unknown_model, 404, "`none`"),
+        (unknown_field, 400, "tempratur"),
+        (too_long, 400, "context"),
+        (wrong_method, 405, "GET"),
+    ):
+        assert answer.status_code == status, answer.text
+        assert word in ERRORS[path](answer.json())
+
+
+def test_anthropics_own_header_is_a_key(url):
+    answer = post(url, "/v1/messages", BODIES["/v1/messages"], {"x-api-key": KEY})
+    assert answer.status_code == 200
+    wrong = post(url, "/v1/messages", BODIES["/v1/messages"], {"x-api-key": "sk-wrong"})
+    assert (wrong.status_code, wrong.json()["error"]["type"]) == (401, "authentication_error")
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_that_breaks_ends_with_an_error_of_its_api(url, serving, monkeypatch, path):
+    backend = serving.endpoints["base"].engine._backend
+    forward = backend.forward
+
+    def failing(work):
+        if any(item.row.length > 5 for item in work):
+            raise RuntimeError("a step that cannot be computed")
+        return forward(work)
+
+    monkeypatch.setattr(backend, "forward", failing)
+    text = post(url, path, {**BODIES[path], "stream": True}).text
+    last = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))
+    if path == "/v1/responses":
+        assert last["type"] == "response.failed" and "could not be computed" in last["response"]["error"]["message"]
+    else:
+        assert "could not be computed" in ERRORS[path](last)
+
+
+# -- responses that are kept ---------------------------------------------------------------------------------------
+
+
+def test_a_response_goes_on_from_an_earlier_one(client):
+    """What the model reads is the conversation as a chat would send it; instructions are of one response alone."""
+    first = client.responses.create(model="base", input="Hi", instructions="Be kind.", max_output_tokens=4, **DRAW)
+    second = client.responses.create(
+        model="base", input="And?", previous_response_id=first.id, max_output_tokens=4, **DRAW
+    )
+    messages = [*HI, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And?"}]
+    whole = client.chat.completions.create(model="base", messages=messages, max_tokens=4, **DRAW)
+    assert second.output_text == whole.choices[0].message.content
+    assert second.usage.input_tokens == whole.usage.prompt_tokens
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match="send the whole conversation"):
+        client.responses.retrieve(first.id)
+    client.responses.create(model="base", input="So?", previous_response_id=second.id, max_output_tokens=1)
+
+
+def test_a_streamed_response_is_kept_too_and_one_that_is_not_to_be_stored_is_not(client):
+    *_, last = client.responses.create(model="base", input="Hi", max_output_tokens=2, stream=True)
+    kept = last.response
+    assert client.responses.retrieve(kept.id).output_text == kept.output_text and kept.store
+    lost = client.responses.create(model="base", input="Hi", max_output_tokens=2, store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="base", input="And?", previous_response_id=lost.id)
+
+
+def test_another_key_finds_no_response_of_this_one(client, url):
+    mine = client.responses.create(model="base", input="Hi", max_output_tokens=1)
+    theirs = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-other", max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        theirs.responses.retrieve(mine.id)
+
+
+def test_the_least_recently_used_responses_go_first():
+    kept = KeptResponses(max_kept=2)
+    for name in ("a", "b"):
+        kept.add("me", {"id": name}, [])
+    kept.get("me", "a")
+    kept.add("me", {"id": "c"}, [])
+    assert kept.get("me", "a") and kept.get("me", "c")
+    with pytest.raises(NotFound):
+        kept.get("me", "b")
+    small = KeptResponses(max_bytes=150)
+    small.add("me", {"id": "a"}, [{"role": "user", "content": "x" * 60}])
+    small.add("me", {"id": "b"}, [{"role": "user", "content": "x" * 60}])
+    assert small.get("me", "b")
+    with pytest.raises(NotFound):
+        small.get("me", "a")
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "web_search"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
+        ({"include": ["file_search_call.results"]}, "file_search_call.results"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"input": []}, "input"),
+    ],
+)
+def test_what_responses_cannot_do_is_refused_by_name(url, more, word):
+    answer = post(url, "/v1/responses", {**BODIES["/v1/responses"], **more})
+    assert answer.status_code == 400 and word in answer.json()["error"]["message"], answer.text
+
+
+def test_ollama_finds_its_models_and_their_names_with_a_tag(url):
+    names = [each["name"] for each in httpx.get(f"{url}/api/tags", headers=HEADERS).json()["models"]]
+    assert names == ["base"]
+    assert post(url, "/api/show", {"model": "base:latest"}).json()["capabilities"] == ["completion", "tools"]
+    tagged = post(url, "/api/chat", {**BODIES["/api/chat"], "model": "base:latest", "stream": False})
+    assert tagged.json()["done"] is True
+
+
+def test_a_limit_over_the_room_there_is_means_all_of_it_where_clients_must_send_one(url):
+    answer = post(url, "/v1/messages", {**BODIES["/v1/messages"], "max_tokens": 32_000})
+    assert answer.status_code == 200
+    refused = post(url, "/v1/responses", {**BODIES["/v1/responses"], "max_output_tokens": 32_000})
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_unknown_routes_name_the_nearest(url):
+    for path, near in (("/chat/completions", "/v1/chat/completions"), ("/v1/completion", "/v1/completions")):
+        message = post(url, path, {}).json()["error"]["message"]
+        assert f"`{near}`" in message
+    assert len({(route.path, route.method) for route in ROUTES}) == len(ROUTES)
