@@ -23,6 +23,9 @@ from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
 from serving.auth import Door, keys_of
+from serving.batch.api import batch_functions
+from serving.batch.service import BatchDoor, BatchService
+from serving.batch.store import Store
 from serving.docs import add_docs
 from serving.endpoints import Serving
 from serving.errors import (
@@ -55,17 +58,24 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     door: who is let in; the keys of the options by default. Another one stands behind a router, which logs.
     """
     options = serving.options
+    log_format = options.log_format if door is None else None
     metrics = Metrics(lambda: list(serving.endpoints.values()))
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    functions = Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
+    door = door or keys_of(options)
+    service = None
+    if options.batch_dir is not None:
+        door = BatchDoor(door)
+        service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
+    app.state.batches = service
+    functions = batch_functions(service, door, options.max_body_bytes)
+    functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
     add_routes(app, functions | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
         add_docs(app, *BODIES)
-    log_format = options.log_format if door is None else None
-    app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
+    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]

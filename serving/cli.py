@@ -110,6 +110,14 @@ _AllowAdapterLoading = Annotated[
         show_default="off",
     ),
 ]
+_BatchDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep clients' files and batches there, for /v1/files and /v1/batches.",
+        show_default="off",
+    ),
+]
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
@@ -154,6 +162,7 @@ def serve(
     chat_template: _ChatTemplate = None,
     adapter: _Adapter = None,
     allow_adapter_loading: _AllowAdapterLoading = None,
+    batch_dir: _BatchDir = None,
     cors_origin: _CorsOrigin = None,
     docs: _Docs = None,
     demo: _Demo = False,
@@ -171,9 +180,7 @@ def serve(
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
     """
-    sources = dict(_model_source(text) for text in model or TINY)
-    if len(sources) < len(model or TINY):
-        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    sources = model_sources(model)
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
     if tensor_parallel > 1 and len(sources) > 1:
@@ -207,6 +214,7 @@ def serve(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         adapter_loading=allow_adapter_loading,
+        batch_dir=batch_dir,
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
         demo=demo,
@@ -326,6 +334,14 @@ def _make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`{option} {folder}` cannot be written to: {error.strerror}; choose another folder") from error
+
+
+def model_sources(texts: list[str] | None) -> dict[str, str]:
+    """What to load under each name, of all `--model`; the tiny four without any. Raises UserError."""
+    sources = dict(_model_source(text) for text in texts or TINY)
+    if len(sources) < len(texts or TINY):
+        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    return sources
 
 
 def _model_source(text: str) -> tuple[str, str]:

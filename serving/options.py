@@ -36,6 +36,7 @@ class ServeOptions(HttpOptions):
     host: str = "127.0.0.1"
     port: int = 8000
     adapter_loading: Path | None = None  # clients may load adapters inside this folder
+    batch_dir: Path | None = None  # holds the files and batches of clients
     demo: bool = False  # the Spaces of demos/ under /demo
     drain_s: float = 30.0
 

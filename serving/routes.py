@@ -8,10 +8,10 @@ answers (`app.py`, `cluster/router.py`).
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from serving.dialects.anthropic import CountRequest, MessagesRequest
 from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
@@ -61,20 +61,36 @@ class UnloadAdapterRequest(Strict):
     lora_name: str
 
 
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
+
+
+class BatchRequest(Strict):
+    """A file of requests to one endpoint, to be answered within a day."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
+    completion_window: Literal["24h"]
+    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
+
+
 @dataclass(frozen=True)
 class Route:
-    """name: of the function that answers. is_relayed: in a cluster a replica answers it, as the body says which."""
+    """name: of the function that answers. is_relayed: in a cluster a replica answers it, as the body says which.
+
+    verb: the HTTP method, where it is not the one that the body says.
+    """
 
     name: str
     path: str
     description: str
     body: type[BaseModel] | None = None  # a POST with this body; None is a GET
     is_relayed: bool = False
-    deletes: bool = False  # a DELETE
+    verb: Literal["POST", "DELETE"] | None = None
 
     @property
     def method(self) -> str:
-        return "POST" if self.body is not None else "DELETE" if self.deletes else "GET"
+        return self.verb or ("GET" if self.body is None else "POST")
 
 
 ROUTES = (
@@ -87,7 +103,7 @@ ROUTES = (
     Route("responses", "/v1/responses", "OpenAI's Responses API: answer an input, or go on from an earlier response.",
           ResponsesRequest, is_relayed=True),
     Route("response", "/v1/responses/{response_id}", "A response that is kept here."),
-    Route("delete_response", "/v1/responses/{response_id}", "Forget a response.", deletes=True),
+    Route("delete_response", "/v1/responses/{response_id}", "Forget a response.", verb="DELETE"),
     Route("messages", "/v1/messages", "Anthropic's Messages API.", MessagesRequest, is_relayed=True),
     Route("count_tokens", "/v1/messages/count_tokens", "How many tokens a request of `/v1/messages` has.",
           CountRequest, is_relayed=True),
@@ -110,6 +126,16 @@ ROUTES = (
           "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
     Route("unload_lora_adapter", "/v1/unload_lora_adapter",
           "Serve a loaded adapter no longer; its running requests finish with it.", UnloadAdapterRequest),
+    Route("create_file", "/v1/files", "Keep a file of requests: a form with `purpose` (`batch`) and `file`.",
+          verb="POST"),
+    Route("files", "/v1/files", "The files of this key, the newest first."),
+    Route("file", "/v1/files/{file_id}", "One file of this key."),
+    Route("delete_file", "/v1/files/{file_id}", "Delete a file.", verb="DELETE"),
+    Route("file_content", "/v1/files/{file_id}/content", "What is in a file."),
+    Route("create_batch", "/v1/batches", "Answer a file of requests, when there is time.", BatchRequest),
+    Route("batches", "/v1/batches", "The batches of this key, the newest first."),
+    Route("batch", "/v1/batches/{batch_id}", "One batch of this key."),
+    Route("cancel_batch", "/v1/batches/{batch_id}/cancel", "End a batch with the answers it has.", verb="POST"),
     Route("health", "/health", "200 while this process answers; 503 when an engine has stopped for good."),
     Route("ready", "/ready", "200 once every model can answer and the server takes requests."),
     Route("version", "/version", "The versions that run here."),

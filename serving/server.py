@@ -19,6 +19,7 @@ from starlette.responses import RedirectResponse
 from mpt.engine.endpoint import open_endpoint
 from mpt.errors import DeviceLost, MachineRefused, UserError
 from serving.app import make_app
+from serving.batch.service import BatchService
 from serving.endpoints import Serving
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
@@ -61,6 +62,7 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
         self._serving = serving
+        self._batches: BatchService | None = app.state.batches
         self.failure: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -86,6 +88,8 @@ class _Server(uvicorn.Server):
             self.should_exit = True
             return
         auth = "with keys" if serving.options.api_keys or serving.options.api_key_file else "without keys"
+        if (batches := self._batches) is not None:
+            batches.resume()
         log.info("ready after %.1f s on %s, %s", time.perf_counter() - started, url, auth)
         await self._leave_when_one_stops()
 
@@ -111,6 +115,8 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         engines = [endpoint.engine for endpoint in self._serving.endpoints.values()]
+        if self._batches is not None:
+            await self._batches.stop()
         log.info("shutting down; running requests may take %.0f s more", self._serving.options.drain_s)
         await asyncio.gather(*(engine.drain(self._serving.options.drain_s) for engine in engines))
         await asyncio.sleep(0.05)  # the last events are on their way to the sockets

@@ -25,7 +25,7 @@ from mpt.backends import compilations
 from mpt.backends.backend import Backend, Work
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.device_errors import raise_if_lost
-from mpt.engine import scoring
+from mpt.engine import clock, scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
 from mpt.engine.profile import StepProfile
@@ -72,6 +72,9 @@ class EngineStats:
     step_seconds: float  # spent inside the backend
     n_guessed: int  # tokens guessed at, and those of them that were right
     n_guessed_right: int
+    n_guesses: int = 0  # times that somebody guessed for a sequence
+    n_step_tokens: int = 0  # computed by all steps, guesses included
+    steps_by_tokens: Mapping[int, int] = field(default_factory=dict)  # by their tokens, rounded up to a power of two
     n_compiled: Mapping[compilations.Kind, int] = field(default_factory=dict)  # since it was ready
 
 
@@ -124,7 +127,8 @@ class Engine:
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
         self._lost: DeviceLost | None = None  # what others found out
-        self._n_steps, self._step_seconds = 0, 0.0
+        self._n_steps, self._step_seconds, self._n_step_tokens = 0, 0.0, 0
+        self._steps_by_tokens = Counter[int]()
         self._compiled_before, self._n_compiled = Counter[compilations.Kind](), Counter[compilations.Kind]()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -162,7 +166,7 @@ class Engine:
         """
         if (why := self._backend.capabilities.refusal(sampling)) is not None:
             raise Unsupported(why)
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        deadline = None if deadline_s is None else clock.now() + deadline_s
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         client = salt
@@ -204,6 +208,9 @@ class Engine:
             step_seconds=self._step_seconds,
             n_guessed=self.speculation.n_guessed if self.speculation else 0,
             n_guessed_right=self.speculation.n_right if self.speculation else 0,
+            n_guesses=self.speculation.n_guesses if self.speculation else 0,
+            n_step_tokens=self._n_step_tokens,
+            steps_by_tokens=dict(self._steps_by_tokens),
             n_compiled=self._n_compiled,
         )
 
@@ -320,7 +327,7 @@ class Engine:
                 log.exception("request %s cannot be set up", request.id)
                 self._outbox.fail(request, EngineFailed("this request could not be set up"))
             self._scheduler.waiting.extend(request.sequences)
-        now = time.monotonic()
+        now = clock.now()
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             request = sequence.request
             if not request.cancelled and request.deadline is not None and now > request.deadline:
@@ -346,8 +353,7 @@ class Engine:
             self._step_alone(planned)
             return
         taken_s = time.perf_counter() - started
-        self._step_seconds += taken_s
-        self._n_steps += 1
+        self._count_step(sum(len(work.tokens) for _, work in planned), taken_s)
         self._look_for_compilations(taken_s)
         with self._span("tell"):
             if self._outbox.make_text():  # of the step before, while a GPU computes
@@ -357,6 +363,12 @@ class Engine:
         if self._profile is not None:
             self._profile.step_ended()
             self._profile = None if self._profile.is_done else self._profile
+
+    def _count_step(self, n_tokens: int, taken_s: float) -> None:
+        self._step_seconds += taken_s
+        self._n_steps += 1
+        self._n_step_tokens += n_tokens
+        self._steps_by_tokens[1 << (n_tokens - 1).bit_length()] += 1
 
     def _look_for_compilations(self, taken_s: float) -> None:
         """Count, and tell, what this step has waited for though it should have been there before the first."""

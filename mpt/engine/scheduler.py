@@ -101,10 +101,9 @@ class Scheduler:
             return False
         sequence.hidden.clear()
         sequence.row = self._row_by(plan, len(sequence.tokens))
-        if not sequence.started and sequence.index == 0:
+        if not sequence.begun and sequence.index == 0:
             self.n_queries += sequence.n_prompt
             self.n_hits += plan.n_shared
-            self._outbox.tell(sequence.request, Started(sequence.n_prompt, plan.n_shared))
         return True
 
     def _plan_row(self, sequence: Sequence) -> RowPlan | None:
@@ -207,9 +206,19 @@ class Scheduler:
             mine = budget - budget // 2 if sequence is order[0] and len(order) > 1 else budget
             n = min(len(sequence.unread), mine)
             if n:
+                self._begin(sequence)
                 planned.append((sequence, self._work(sequence, n)))
                 budget -= n
         return planned
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Tell a request that its first step begins now; its row holds what was shared and nothing else."""
+        if sequence.begun:
+            return
+        sequence.begun = True
+        if sequence.index == 0:
+            assert sequence.row is not None
+            self._outbox.tell(sequence.request, Started(sequence.n_prompt, sequence.row.length))
 
     def _work(self, sequence: Sequence, n: int, guess: list[int] | None = None) -> Work:
         """The next n unread tokens of a sequence, and behind the last one what may follow."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mpt.backends.backend import Row
+from mpt.engine import clock
 from mpt.engine.grammar import BadGrammar
 from mpt.engine.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
 from mpt.lora import Adapter
@@ -61,13 +61,13 @@ class Request:
     sampling: Sampling
     salt: str  # prefixes are shared only within one salt
     adapter: Adapter | None
-    deadline: float | None  # time.monotonic
+    deadline: float | None  # by `mpt.engine.clock`
     loop: asyncio.AbstractEventLoop  # where `deliver` must be called
     deliver: Callable[[Event | EngineError], None]
     client: str = ""  # who takes turns with others in the queue
     sequences: list["Sequence"] = field(default_factory=list)
     cancelled: bool = False  # set by the asker, read by the engine's thread
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=clock.now)
 
 
 class Sequence:
@@ -83,7 +83,8 @@ class Sequence:
         self.hidden: list[Tensor] = []  # sums over parts of the prompt, (C,) each, where an embedding is asked for
         self.admitted = False  # has left the queue once, though it may have been sent back
         self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
-        self.started = False
+        self.started = False  # its prompt is read
+        self.begun = False  # a step has had a part of it
         self.random = random.Random(None if sampling.seed is None else sampling.seed + index)
         self._detokenize = DetokenizeStream(
             tokenizer,
@@ -187,11 +188,11 @@ class Sequence:
         elif self.n_generated >= sampling.max_tokens:
             reason = "length"
         self.finished = reason is not None
-        return Taken(token, late_enough, reason)
+        return Taken(token, late_enough, reason, clock.now())
 
     def say(self, taken: "Taken", logprob: TokenLogprob | None) -> Delta:
         """What a token that was taken adds to the answer; a stop string in it ends the answer. Each once, in order."""
-        token, late_enough, reason = taken
+        token, late_enough, reason, at = taken
         stop: int | str | None = token if reason == "stop" else None
         text = ""
         if reason != "stop" or self.sampling.include_stop_str_in_output:
@@ -206,15 +207,17 @@ class Sequence:
         elif reason is not None:
             text += self._stop_text.flush()
         logprobs = None if logprob is None else (logprob,)
-        return Delta(self.index, text, (token,), logprobs, reason, stop)
+        return Delta(self.index, text, (token,), logprobs, reason, stop, at)
 
 
 class Taken(NamedTuple):
-    """A token on its way into an answer's text. late_enough: it may end the answer. reason: why it does."""
+    """A token on its way into an answer's text. late_enough: it may end the answer. reason: why it does. at: when it
+    was drawn."""
 
     token: int
     late_enough: bool
     reason: FinishReason | None
+    at: float
 
 
 class Answer:
@@ -226,7 +229,7 @@ class Answer:
     def __init__(
         self, request: Request, inbox: "asyncio.Queue[Event | EngineError]", cancel: Callable[[Request], None]
     ) -> None:
-        self._request, self._inbox, self._cancel = request, inbox, cancel
+        self.request, self._inbox, self._cancel = request, inbox, cancel
         self._n_left = request.sampling.n
 
     def __aiter__(self) -> "Answer":
@@ -242,4 +245,4 @@ class Answer:
         return event
 
     def close(self) -> None:
-        self._cancel(self._request)
+        self._cancel(self.request)

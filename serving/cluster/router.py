@@ -113,6 +113,12 @@ def _listing(
     async def adapter_loading(_: Request) -> Response:
         raise NotFound("a cluster loads no adapters by request; put them into the folder `adapters` of their model")
 
+    async def batches() -> Response:
+        raise NotFound(
+            "a cluster keeps no files and runs no batches; answer the file with "
+            "`mpt run-batch requests.jsonl results.jsonl --url` and this cluster's URL"
+        )
+
     async def models() -> Response:
         return as_json({"object": "list", "data": await all_cards()})
 
@@ -172,6 +178,7 @@ def _listing(
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
         "ollama_version": ollama_version,
+        **{route.name: batches for route in ROUTES if route.path.startswith(("/v1/files", "/v1/batches"))},
     }  # fmt: skip
 
 
