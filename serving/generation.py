@@ -222,6 +222,7 @@ class Generation:
         keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
+        translation.begin(job)
         if not is_streamed:
             answer = translation.whole(await self._whole(request, job, whole))
             if keep is not None:

@@ -123,8 +123,10 @@ def plot(report: Report, to: Path) -> None:
         axis.grid(alpha=0.3)
         if times:
             axis.ecdf([1000 * value for value in times])
-            for p in (50, 99):
-                axis.axvline(1000 * float(np.percentile(times, p)), linewidth=1, linestyle="--", color="grey")
+            for p, style in ((50, "--"), (99, ":")):
+                value = 1000 * float(np.percentile(times, p))
+                axis.axvline(value, linewidth=1, linestyle=style, color="grey", label=f"p{p} {value:.1f} ms")
+            axis.legend(loc="lower right")
     settings = report.settings
     figure.suptitle(f"{settings['model']}: {len(report.good)} requests, {settings['load']}")
     figure.savefig(to, dpi=110)

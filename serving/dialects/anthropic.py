@@ -8,6 +8,7 @@ from pydantic import Field
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
+from serving.jobs import Job
 from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import ChatRequest
 from serving.protocol.messages import TOOL_NAME, Lenient
@@ -159,6 +160,9 @@ class Messages:
     """The answer of a chat as Anthropic's."""
 
     wire, shortens = ANTHROPIC, True
+
+    def begin(self, job: Job) -> None:
+        pass
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Anthropic's message."""

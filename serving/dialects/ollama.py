@@ -4,7 +4,6 @@ Streams are lines of JSON. A stream is what a client gets that does not say othe
 """
 
 import json
-import time
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
+from serving.jobs import Job
 from serving.protocol.body import NoNulls, Strict, Whole, translated
 from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
@@ -185,8 +185,10 @@ class Ollama:
 
     def __init__(self, model: str, *, is_chat: bool) -> None:
         self._model, self._is_chat = model, is_chat
-        self._began = time.perf_counter()
-        self._first: float | None = None
+        self._job: Job | None = None
+
+    def begin(self, job: Job) -> None:
+        self._job = job
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         choice = answer["choices"][0]
@@ -210,7 +212,6 @@ class Ollama:
                         else:
                             calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
                     if text := delta.get("text") or delta.get("content"):
-                        self._first = self._first or time.perf_counter()
                         yield self.line(text, [])
                     reason = choice["finish_reason"] or reason
         yield {**self.line("", [_whole_call(call) for call in calls]), **self._end(reason, usage)}
@@ -224,18 +225,18 @@ class Ollama:
         return {**head, "message": message, "done": False}
 
     def _end(self, reason: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """Durations in nanoseconds. What the prompt took is known where text was streamed."""
-        ended = time.perf_counter()
-        first = self._first or ended
+        """Durations in nanoseconds, as the engine took the times."""
+        assert self._job is not None
+        first = self._job.ttft_s or 0.0
         return {
             "done": True,
             "done_reason": "length" if reason == "length" else "stop",
-            "total_duration": round(1e9 * (ended - self._began)),
+            "total_duration": round(1e9 * (first + self._job.decode_s)),
             "load_duration": 0,
             "prompt_eval_count": usage["prompt_tokens"],
-            "prompt_eval_duration": round(1e9 * (first - self._began)),
+            "prompt_eval_duration": round(1e9 * (first - (self._job.queue_s or 0.0))),
             "eval_count": usage["completion_tokens"],
-            "eval_duration": round(1e9 * (ended - first)),
+            "eval_duration": round(1e9 * self._job.decode_s),
         }
 
 
