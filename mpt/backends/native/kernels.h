@@ -25,6 +25,7 @@ typedef struct { /* inputs of all tokens beside codes: x = step * code */
     const int8_t *codes;   /* (T, K), none of them -128 */
     const float *steps;    /* (T, K / 32) */
     const int32_t *totals; /* (T, K / 16) the sums of 16 codes */
+    const float *sums32, *sums16; /* (T, K / 32), (T, K / 16) the sums of 32 and of 16 inputs */
 } Coded;
 
 #if AVX512

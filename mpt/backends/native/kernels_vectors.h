@@ -122,13 +122,11 @@ static void multiply_dense(Format format, const void *rows, size_t stride, int n
     if (format == BFLOAT16) multiply_format(BFLOAT16, rows, stride, n_rows, x, x_stride, T, K, is_first, sums);
 }
 
-/* What the offsets b of n codes of a row take from a token's sum. Never inlined, so that it rounds in one way for all
- * callers. */
-static __attribute__((noinline)) float offset_of(const float *b, int group, const float *steps, const int32_t *totals,
-                                                 int n) {
-    float sum = 0;
-    for (int i = 0; i < n / 16; i++) sum += b[16 * i / group] * (steps[i / 2] * (float)totals[i]);
-    return sum;
+/* What the offsets b of n groups take from a token's sum. Never inlined, so that it rounds in one way for all callers. */
+static __attribute__((noinline)) float offset_of(const float *b, const float *sums, int n) {
+    float found = 0;
+    for (int i = 0; i < n; i++) found += b[i] * sums[i];
+    return found;
 }
 
 /* A row of n codes with its scales a and offsets b times n_tokens tokens, a constant, from token t0 and input `at` on,
@@ -140,7 +138,7 @@ static inline __attribute__((always_inline)) void multiply_groups(const uint8_t 
     const size_t K = inputs->K;
     const int8_t *x = inputs->codes + t0 * K + at;
     const float *steps = inputs->steps + (t0 * K + at) / 32;
-    const int32_t *totals = inputs->totals + (t0 * K + at) / 16;
+    const float *inputs_sums = (group == 32 ? inputs->sums32 : inputs->sums16) + (t0 * K + at) / group;
     float scales[CODE_TOKENS][CHUNK / 16]; /* of the weights and of the inputs */
     Lanes sums[CODE_TOKENS] = {0};
     for (int t = 0; t < n_tokens; t++)
@@ -152,7 +150,7 @@ static inline __attribute__((always_inline)) void multiply_groups(const uint8_t 
             sums[t] += dots * (Lanes){s0, s0, s0, s0, s1, s1, s1, s1};
         }
     for (int t = 0; t < n_tokens; t++) {
-        const float offset = offset_of(b, group, steps + t * (K / 32), totals + t * (K / 16), n);
+        const float offset = offset_of(b, inputs_sums + t * (K / group), n / group);
         const float found = sum_of_eight(sums[t]) - offset;
         float *to = out + (size_t)t * STRIP;
         *to = at ? *to + found : found;

@@ -41,7 +41,7 @@ typedef struct {
     float *plain;   /* (T, K) as they are, beside float32 and float16, and of whole tokens until they are rounded */
     Dense *dense;   /* (T, K) rounded, for bfloat16 weights and for strips of blocks widened */
     int8_t *codes;  /* (T, K), for weights in codes, with what belongs to them (`Coded` in kernels.h): */
-    float *steps;
+    float *steps, *sums32, *sums16;
     int32_t *totals;
 } Inputs;
 
@@ -64,8 +64,9 @@ static void to_codes(const Inputs *inputs, size_t token, int k0, int n, const fl
         for (int part = 0; part < 2; part++) {
             int32_t total = 0;
             for (int i = k + 16 * part; i < k + 16 * part + 16; i++) total += codes[i];
-            inputs->totals[(at + k) / 16 + part] = total;
+            inputs->totals[(at + k) / 16 + part] = total, inputs->sums16[(at + k) / 16 + part] = step * total;
         }
+        inputs->sums32[(at + k) / 32] = inputs->sums16[(at + k) / 16] + inputs->sums16[(at + k) / 16 + 1];
     }
 }
 
@@ -200,7 +201,7 @@ static void multiply_wide(const Linear *linear, int n0, int n_rows, const Inputs
 static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
     const int K = linear->n_in, at_once = T > TOKENS_AT_ONCE || inputs->side_by_side ? n_rows : 4;
     if (inputs->kind == CODED) {
-        const Coded coded = {K, inputs->codes, inputs->steps, inputs->totals};
+        const Coded coded = {K, inputs->codes, inputs->steps, inputs->totals, inputs->sums32, inputs->sums16};
         multiply_codes(linear, n0, n_rows, &coded, T, own->sums);
         return;
     }
@@ -329,6 +330,8 @@ static size_t carve(const Model *model, size_t T, int is_prompt, int n_threads, 
         TAKE(inputs->dense, has_floats ? 0 : T * K * sizeof(Dense) / sizeof(float) + 1);
         TAKE(inputs->codes, has_floats ? 0 : T * K / 4 + 1);
         TAKE(inputs->steps, has_floats ? 0 : T * K / 32 + 1);
+        TAKE(inputs->sums32, has_floats ? 0 : T * K / 32 + 1);
+        TAKE(inputs->sums16, has_floats ? 0 : T * K / 16 + 1);
         TAKE(inputs->totals, has_floats ? 0 : T * K / 16 + 1);
     }
     TAKE(out->queues, 16 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));

@@ -20,7 +20,8 @@ int main(void) {
     Linear linear = {.n_out = N, .n_in = K, .format = asked[0]};
     linear.weight = filled(N * row_bytes(&linear)), linear.scale = filled(N * sizeof(float));
     Inputs inputs = {.plain = filled((size_t)T * K * 4), .dense = empty((size_t)T * K * sizeof(Dense)),
-                     .codes = empty((size_t)T * K), .steps = empty(T * K / 8), .totals = empty(T * K / 4)};
+                     .codes = empty((size_t)T * K), .steps = empty(T * K / 8), .totals = empty(T * K / 4),
+                     .sums32 = empty(T * K / 8), .sums16 = empty(T * K / 4)};
     Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 4), .room = empty(SIDE_ROOM * 4)};
     atomic_int *queue = calloc(32, sizeof *queue);
     Team team = {0};

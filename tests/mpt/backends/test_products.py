@@ -144,7 +144,7 @@ def test_no_bit_depends_on_the_tokens_beside(programs: dict[str, list[str]], ker
 def test_no_bit_of_a_prompt_depends_on_the_tokens_beside(
     programs: dict[str, list[str]], kernels: str, kind: str
 ) -> None:
-    """1, 2, 4 and 18 tokens end differently where six or twelve are multiplied at once; of inputs some are left over."""
+    """1, 2, 4 and 18 tokens end differently where 6 or 12 are multiplied at once; of inputs some are left."""
     n_in = 768 if kind == "Q6_K" else 544
     x = np.random.default_rng(6).standard_normal((25, n_in))
     together, expected = product(programs[kernels], kind, 70, x, True)
