@@ -112,6 +112,9 @@ class _EngineCollector(Collector):
         up = GaugeMetricFamily("mpt_engine_up", "1 while the engine answers.", labels=labels)
         queries = CounterMetricFamily("mpt_prefix_cache_queries", "Prompt tokens looked up.", labels=labels)
         hits = CounterMetricFamily("mpt_prefix_cache_hits", "Prompt tokens found in the cache.", labels=labels)
+        from_disk = CounterMetricFamily("mpt_prefix_disk_hits", "Those of them that came from disk.", labels=labels)
+        to_disk = CounterMetricFamily("mpt_prefix_disk_written_tokens", "Prompt tokens written to disk.", labels=labels)
+        on_disk = GaugeMetricFamily("mpt_prefix_disk_bytes", "Size of the folder of prefixes.", labels=labels)
         preemptions = CounterMetricFamily("mpt_preemptions", "Sequences sent back to the queue.", labels=labels)
         steps = CounterMetricFamily("mpt_model_steps", "Steps of the model.", labels=labels)
         step_seconds = CounterMetricFamily("mpt_model_step_seconds", "Time spent in the model.", labels=labels)
@@ -132,6 +135,9 @@ class _EngineCollector(Collector):
             up.add_metric(name, float(endpoint.engine.ready))
             queries.add_metric(name, stats.prefix_queries_tokens)
             hits.add_metric(name, stats.prefix_hits_tokens)
+            from_disk.add_metric(name, stats.prefix_disk_hits_tokens)
+            to_disk.add_metric(name, stats.prefix_disk_written_tokens)
+            on_disk.add_metric(name, stats.prefix_disk_bytes)
             preemptions.add_metric(name, stats.n_preemptions)
             steps.add_metric(name, stats.n_steps)
             guessed.add_metric(name, stats.n_guessed)
@@ -153,6 +159,9 @@ class _EngineCollector(Collector):
             up,
             queries,
             hits,
+            from_disk,
+            to_disk,
+            on_disk,
             preemptions,
             steps,
             step_seconds,
