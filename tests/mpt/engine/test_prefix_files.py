@@ -400,10 +400,15 @@ class HeldReads:
 async def test_who_is_sent_back_while_loading_loads_again(model, tokenizer, tmp_path, monkeypatch):
     """Room for 2,048 tokens: a text that grows beyond 512 sends the one of 1,281 back, which waits for it."""
     await read_once(model, tokenizer, tmp_path)
-    with running(TorchBackend(model), tokenizer, tmp_path, kv_tokens=2048) as asker, HeldReads(monkeypatch) as held:
-        grows = asyncio.create_task(asker.ask(prompt(500, 1), n=300))
-        while not asker.engine.stats().n_steps:
-            await asyncio.sleep(0)
+    held = HeldReads(monkeypatch)
+
+    class Patient(TorchBackend):
+        def forward(self, work):
+            held.asked.wait(0.1)  # in each of 200 steps at most, until the other has its row
+            return super().forward(work)
+
+    with running(Patient(model), tokenizer, tmp_path, kv_tokens=2048) as asker, held:
+        grows = asyncio.create_task(asker.ask(prompt(312, 1), n=300))
         loads = asyncio.create_task(asker.ask(prompt()))
         await asyncio.to_thread(held.asked.wait)
         assert len((await grows).tokens) == 300
