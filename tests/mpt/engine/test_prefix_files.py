@@ -22,6 +22,7 @@ from prometheus_client import generate_latest
 
 import mpt
 from mpt import fingerprint as fingerprints
+from mpt.backends.backend import Row, Work
 from mpt.backends.native import library
 from mpt.backends.paged_backend import PagedBackend
 from mpt.backends.torch_backend import TorchBackend
@@ -448,22 +449,79 @@ async def test_who_leaves_while_loading_gives_the_memory_back(model, tokenizer, 
         assert (stats.n_running, stats.n_waiting, stats.kv_used_bytes) == (0, 0, 0)
 
 
-async def test_blocks_are_copied_for_a_share_of_the_steps_time(model, tokenizer, tmp_path):
+@dataclass
+class Owned:
+    """A row of three blocks, as far as it has been read, outside of any engine."""
+
+    row: Row
+    trail: prefix_transfers.Trail
+    tokens: list[int]
+
+    @classmethod
+    def make(cls, backend: TorchBackend, files: PrefixFiles, n_blocks: int) -> "Owned":
+        row, root = backend.reserve(None, 3 * BLOCK), files.root("", "")
+        row.length = n_blocks * BLOCK
+        return cls(row, prefix_transfers.Trail(root, time.time_ns(), name=root), prompt(3 * BLOCK))
+
+
+def test_blocks_are_copied_for_a_share_of_the_steps_time(model, tmp_path):
     """With no time to spend, while others run, nothing is copied; with nobody there, all of it is."""
-    backend = TorchBackend(model)
-    files = PrefixFiles(tmp_path, 10**9)
+    backend, files = TorchBackend(model), PrefixFiles(tmp_path, 10**9)
     transfers = prefix_transfers.PrefixTransfers(files, backend, lambda: None)
-    row = backend.reserve(None, 2 * BLOCK)
-    row.length = 2 * BLOCK
-    root = files.root("", "")
-    trail = prefix_transfers.Trail(root, time.time_ns(), name=root)
-    kept = type("Owned", (), {"row": row, "trail": trail, "tokens": prompt(2 * BLOCK)})()
-    transfers.keep([kept], step_s=0.0)
-    assert trail.n_blocks == 0 and transfers.wants_turn
-    transfers.keep([kept], step_s=None)
-    assert trail.n_blocks == 2 and not transfers.wants_turn
+    owned = Owned.make(backend, files, 2)
+    transfers.keep([owned], step_s=0.0)
+    assert owned.trail.n_blocks == 0 and transfers.wants_turn
+    transfers.keep([owned], step_s=None)
+    assert owned.trail.n_blocks == 2 and not transfers.wants_turn
     transfers.close()
     assert len(blocks_in(tmp_path)) == 2
+
+
+def test_after_a_failure_a_row_is_written_from_its_beginning_and_nothing_twice(model, tmp_path, monkeypatch):
+    backend, files = TorchBackend(model), PrefixFiles(tmp_path, 10**9)
+    write, failing, done = files.write, [True], threading.Semaphore(0)
+
+    def write_or_fail(name: bytes, block: np.ndarray, used_ns: int) -> None:
+        if failing:
+            raise OSError(failing.pop(), "no")
+        write(name, block, used_ns)
+
+    monkeypatch.setattr(files, "write", write_or_fail)
+    transfers = prefix_transfers.PrefixTransfers(files, backend, done.release)
+    owned = Owned.make(backend, files, 1)
+    transfers.keep([owned], step_s=None)
+    done.acquire()
+    transfers._off_until = 0.0  # a minute later
+    owned.row.length = 3 * BLOCK
+    transfers.keep([owned], step_s=None)
+    for _ in range(3):
+        done.acquire()
+    transfers.keep([Owned.make(backend, files, 3)], step_s=None)
+    transfers.close()
+    assert len(blocks_in(tmp_path)) == 3 and transfers.n_written_tokens == 3 * BLOCK
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch, bfloat16", "pages"])
+def test_a_block_comes_back_with_the_bound_of_its_keys(model, kind):
+    """The larger one, where the row that gets it has one already."""
+    backend = BACKENDS[kind](model)
+    backend.allocate((1 << 12) * backend.bytes_per_token)
+    rows = [backend.reserve(None, BLOCK) for _ in range(3)]
+    backend.forward([Work(rows[0], prompt(BLOCK), 0)])
+    block = backend.take_out(rows[0], 0, BLOCK)
+    n_norms = backend.block_bytes(0) // 4
+
+    def norms(row: Row) -> torch.Tensor:
+        return torch.from_numpy(backend.take_out(row, 0, BLOCK)[: 4 * n_norms].copy()).view(torch.float32)
+
+    smaller, larger = block.copy(), block.copy()
+    for other, factor in ((smaller, 0.5), (larger, 2.0)):
+        other[: 4 * n_norms].view(np.float32)[...] *= factor
+    for row, before, after in ((rows[1], smaller, 1.0), (rows[2], larger, 2.0)):
+        backend.put_in(row, 0, BLOCK, before)
+        backend.put_in(row, 0, BLOCK, block)
+        assert torch.equal(norms(row), after * norms(rows[0])) and bool((norms(row) > 0).all())
+        assert (backend.take_out(row, 0, BLOCK)[4 * n_norms :] == block[4 * n_norms :]).all()
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
