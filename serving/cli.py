@@ -64,6 +64,19 @@ _KvGb = Annotated[
     float | None,
     typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
 ]
+_PrefixCache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep what was read of prompts of 1,024 tokens or more there, for the next start and for other servers of "
+        "this machine. It holds in effect what they say.",
+        show_default="in memory only",
+    ),
+]
+_PrefixCacheGb = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="What that folder may take, in GB (1e9 bytes), oldest out first.", show_default="20"),
+]
 _MaxRunning = Annotated[
     int | None,
     typer.Option(min=1, help="Sequences computed at once, per model.", show_default="256 on a GPU, else 32"),
@@ -154,6 +167,8 @@ def serve(
     draft: _Draft = None,
     tensor_parallel: _TensorParallel = 1,
     kv_gb: _KvGb = None,
+    prefix_cache: _PrefixCache = None,
+    prefix_cache_gb: _PrefixCacheGb = None,
     max_running: _MaxRunning = None,
     max_waiting: _MaxWaiting = 256,
     prefill_chunk: _PrefillChunk = None,
@@ -185,10 +200,7 @@ def serve(
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
     if tensor_parallel > 1 and len(sources) > 1:
         raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
-    if allow_adapter_loading is not None and not allow_adapter_loading.is_dir():
-        raise UserError(f"`--allow-adapter-loading {allow_adapter_loading}` is no folder")
-    if profile is not None:
-        _make_folder(profile, "--profile")
+    _check_folders(allow_adapter_loading, profile)
     shared = ModelOptions(
         root="",  # each model has its own
         device=device,
@@ -198,6 +210,8 @@ def serve(
         speculate=speculate,
         tensor_parallel=tensor_parallel,
         kv_gb=kv_gb,
+        prefix_cache=prefix_cache,
+        prefix_cache_gb=prefix_cache_gb,
         max_running=max_running,
         max_waiting=max_waiting,
         prefill_chunk=prefill_chunk,
@@ -326,6 +340,14 @@ def _models(
         )
         for name, source in sources.items()
     }
+
+
+def _check_folders(adapters: Path | None, profile: Path | None) -> None:
+    """Raises UserError where adapters are to be loaded from what is no folder, or a profile cannot be written."""
+    if adapters is not None and not adapters.is_dir():
+        raise UserError(f"`--allow-adapter-loading {adapters}` is no folder")
+    if profile is not None:
+        _make_folder(profile, "--profile")
 
 
 def _make_folder(folder: Path, option: str) -> None:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from mpt.backends import compilations
-from mpt.backends.backend import Backend, Work
+from mpt.backends.backend import Backend, RowCopies, Work
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import clock, scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
+from mpt.engine.prefix_files import PrefixFiles
+from mpt.engine.prefix_transfers import PrefixTransfers
 from mpt.engine.profile import StepProfile
 from mpt.engine.request import (
     EngineError,
@@ -75,6 +77,9 @@ class EngineStats:
     n_guesses: int = 0  # times that somebody guessed for a sequence
     n_step_tokens: int = 0  # computed by all steps, guesses included
     steps_by_tokens: Mapping[int, int] = field(default_factory=dict)  # by their tokens, rounded up to a power of two
+    prefix_disk_hits_tokens: int = 0  # of those found, the ones that came from disk
+    prefix_disk_written_tokens: int = 0
+    prefix_disk_bytes: int = 0  # of the folder, whatever process wrote them
     n_compiled: Mapping[compilations.Kind, int] = field(default_factory=dict)  # since it was ready
 
 
@@ -88,7 +93,8 @@ class Engine:
     kv_bytes: budget of the KV cache. prefill_chunk: most prompt tokens read in a step that others wait for; alone, a
     prompt is read in chunks up to four times as large. max_waiting: sequences in the queue before `Overloaded`.
     speculation: who guesses at tokens that the model then checks several at once; answers are the same without.
-    profile: records some steps.
+    profile: records some steps. prefix_files: where prefixes are kept beyond memory and process; the backend is one of
+    `RowCopies` then.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class Engine:
         prefill_chunk: int = 512,
         speculation: Speculation | None = None,
         profile: StepProfile | None = None,
+        prefix_files: PrefixFiles | None = None,
     ) -> None:
         if kv_bytes < backend.bytes_per_token * backend.capacity_for(1):
             raise PromptTooLong(f"a KV budget of {kv_bytes} bytes does not hold one block; raise it")
@@ -114,6 +121,13 @@ class Engine:
         self._backend, self._tokenizer = backend, tokenizer
         self._max_waiting = max_waiting
         self._outbox = Outbox()
+        self._inbox: deque[Request] = deque()  # from any thread
+        self._wake = threading.Condition()
+        self._has_changed = False  # since the last turn began
+        self._disk: PrefixTransfers | None = None
+        if prefix_files is not None:
+            assert isinstance(backend, RowCopies), "`choose` has refused the option elsewhere"
+            self._disk = PrefixTransfers(prefix_files, backend, self._wake_up)
         self._scheduler = Scheduler(
             backend,
             self._outbox,
@@ -121,9 +135,8 @@ class Engine:
             max_running=max_running,
             prefill_chunk=prefill_chunk,
             speculation=speculation,
+            disk=self._disk,
         )
-        self._inbox: deque[Request] = deque()  # from any thread
-        self._wake = threading.Condition()
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
         self._lost: DeviceLost | None = None  # what others found out
@@ -212,6 +225,9 @@ class Engine:
             n_step_tokens=self._n_step_tokens,
             steps_by_tokens=dict(self._steps_by_tokens),
             n_compiled=self._n_compiled,
+            prefix_disk_hits_tokens=self._disk.n_loaded_tokens if self._disk else 0,
+            prefix_disk_written_tokens=self._disk.n_written_tokens if self._disk else 0,
+            prefix_disk_bytes=self._disk.n_bytes if self._disk else 0,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -257,6 +273,12 @@ class Engine:
         request.cancelled = True
         with self._wake:
             self._requests.discard(request)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        """Have a turn made, from any thread: something has changed that it may wait for."""
+        with self._wake:
+            self._has_changed = True
             self._wake.notify()
 
     def stop_if_lost(self, error: Exception) -> None:
@@ -284,17 +306,22 @@ class Engine:
         self._fail_everybody()  # before what may fail too
         if self._profile is not None:
             self._profile.write()
+        if self._disk is not None:
+            self._disk.close()
         self._backend.close()
 
     def turn(self) -> None:
         """One turn of the loop, for its thread, or for who measures it without one."""
+        started = time.perf_counter()
         self._take_in()
+        self._scheduler.take_loaded()
         self._scheduler.admit()
         if self._scheduler.running:
             self._step()
         if not (self._backend.capabilities.returns_early and self._scheduler.running):
             self._outbox.make_text()  # else while the next step is computed, which does not depend on it
         self._outbox.hand_out()
+        self._scheduler.keep_on_disk(time.perf_counter() - started if self._scheduler.running else None)
 
     def _warm_up(self) -> None:
         logits = self._read_one_token()
@@ -308,9 +335,9 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            scheduler = self._scheduler
-            while not (self._inbox or scheduler.waiting or scheduler.running or self._closing or self._lost):
+            while not (self._inbox or self._has_changed or self._scheduler.can_go_on or self._closing or self._lost):
                 self._wake.wait()
+            self._has_changed = False
             if self._lost is not None:
                 raise self._lost
             return not self._closing
@@ -326,7 +353,7 @@ class Engine:
             except Exception:
                 log.exception("request %s cannot be set up", request.id)
                 self._outbox.fail(request, EngineFailed("this request could not be set up"))
-            self._scheduler.waiting.extend(request.sequences)
+            self._scheduler.take_in(request.sequences)
         now = clock.now()
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             request = sequence.request
@@ -343,6 +370,7 @@ class Engine:
         if not planned:
             self._outbox.make_text()
             return
+        self._has_changed = True  # who ends in this step makes room for others
         started = time.perf_counter()
         try:
             with self._span("model"):
@@ -495,8 +523,7 @@ class Engine:
                 places.append(row)
                 continue
             self._outbox.fail(sequence.request, EngineFailed("the model gave no finite logits for this request"))
-            sequence.row = None  # what it computed is not worth keeping
-            self._scheduler.release(sequence)
+            self._scheduler.discard(sequence)  # what it computed is not worth keeping
         logprobs = draws.logprobs(list(drawn), places, list(drawn.values()))
         for (sequence, token), logprob in zip(drawn.items(), logprobs, strict=True):
             try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mpt.backends.backend import Row
 from mpt.engine import clock
 from mpt.engine.grammar import BadGrammar
+from mpt.engine.prefix_transfers import Loading, Lookup, Trail
 from mpt.engine.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
 from mpt.lora import Adapter
 from mpt.sampling import Penalties, TokenCounts
@@ -79,6 +80,9 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.n_prompt = len(request.prompt)
         self.row: Row | None = None
+        self.lookup: Lookup | None = None  # of its prompt on disk; it is not admitted before that is done
+        self.loading: Loading | None = None  # while its row comes from disk; it takes part in no step meanwhile
+        self.trail: Trail | None = None  # how far its row is on disk, None where it is not to be kept there
         self.finished = False
         self.hidden: list[Tensor] = []  # sums over parts of the prompt, (C,) each, where an embedding is asked for
         self.admitted = False  # has left the queue once, though it may have been sent back
@@ -109,6 +113,11 @@ class Sequence:
         self._grammar_failed: BadGrammar | None = None
         is_bound = self.grammar is not None or self.allowed is not None
         self._is_steered = self.penalties is not None or bool(bias) or is_bound
+
+    @property
+    def waits_for_disk(self) -> bool:
+        waited_for = self.loading or self.lookup
+        return waited_for is not None and not waited_for.done
 
     @property
     def n_generated(self) -> int:
