@@ -1,6 +1,8 @@
 """The commands `mpt serve`, `mpt cluster` and `mpt top`."""
 
 import os
+import signal
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +197,7 @@ def serve(
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # until the server takes signals, there is nothing to end
     sources = model_sources(model)
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
