@@ -2,8 +2,9 @@
 
 HTTP answers at once (`/ready` says 503) while the models load in a thread. On SIGTERM or SIGINT new requests get 503,
 running ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0, even
-while a model is loading. A second signal leaves at once. When an engine has stopped for good the process drains in the same way, and leaves with
-the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a server that only fails.
+while a model is loading. A second signal leaves at once. When an engine has stopped for good the process drains in the
+same way, and leaves with the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a
+server that only fails.
 """
 
 import asyncio
