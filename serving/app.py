@@ -44,7 +44,7 @@ from serving.listing import listing
 from serving.metrics import HttpMetrics, Metrics
 from serving.protocol.body import parse
 from serving.replies import as_json
-from serving.routes import BODIES, LoadAdapterRequest, UnloadAdapterRequest, add_routes, nearest
+from serving.routes import BODIES, LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
 from serving.wire import respond
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
 
 
 def _adapter_loading(serving: Serving) -> Functions:
-    limit, folder = serving.options.max_body_bytes, serving.options.adapter_loading
+    folder = serving.options.adapter_loading
 
     def named(lora_name: str) -> tuple[Adapters, str, str]:
         """The adapters of the model that is meant, and the whole and the own name of this one."""
@@ -111,7 +111,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def load_lora_adapter(request: Request) -> Response:
         within = allowed()
-        asked = parse(LoadAdapterRequest, await read_body(request, limit))
+        asked = parse(LoadAdapterRequest, await read_body(request, serving.options))
         adapters, whole, name = named(asked.lora_name)
         path = Path()
         try:
@@ -129,7 +129,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def unload_lora_adapter(request: Request) -> Response:
         allowed()
-        asked = parse(UnloadAdapterRequest, await read_body(request, limit))
+        asked = parse(UnloadAdapterRequest, await read_body(request, serving.options))
         adapters, whole, name = named(asked.lora_name)
         if not await adapters.remove(name):
             known = name in adapters.names()
@@ -186,7 +186,7 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
         refused: ApiError = InvalidRequest(str(error.detail))
         if error.status_code == 405:
             refused = MethodNotAllowed(f"`{where}` is not a method of this URL")
-            refused.headers = dict(error.headers or {})
+            refused.headers = {"Allow": ", ".join(sorted(methods_of(app, request.scope)))}
         elif error.status_code == 404:
             refused = NotFound(f"there is no `{where}` here; {nearest(path)}")
         return respond(refused, path)

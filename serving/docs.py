@@ -34,11 +34,11 @@ def add_docs(app: FastAPI, *kinds: type[BaseModel]) -> None:
         document["components"] = {"schemas": schemas}
         return document
 
-    @app.get("/openapi.json", include_in_schema=False)
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
     async def openapi() -> Response:
         return Response(orjson.dumps(described()), media_type="application/json")
 
-    @app.get("/docs", include_in_schema=False)
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
     async def docs() -> Response:
         rows = []
         for path, methods in app.openapi()["paths"].items():

@@ -1,6 +1,7 @@
 """From an HTTP request to work for an engine: its body under a limit, its prompts as tokens, its fit in the context."""
 
 import asyncio
+import codecs
 import logging
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,10 @@ from mpt.errors import DamagedFile, UserError
 from mpt.lora import Adapter
 from mpt.prompts import encode_chat
 from mpt.tools import ToolUse
-from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
+from serving.encodings import TAKEN, unpacked
+from serving.errors import BodyTimeout, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.jobs import Job
+from serving.options import HttpOptions
 from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, check_messages
 from serving.protocol.sampling import sampling_of
@@ -27,21 +30,48 @@ _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so tha
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises UnsupportedMediaType and TooLarge before it is parsed."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        raise UnsupportedMediaType(f"content-type is `{kind[:60]}`; send `application/json`")
+async def read_body(request: Request, options: HttpOptions) -> bytes:
+    """The JSON of a request's body, unpacked. Raises UnsupportedMediaType, TooLarge, BodyTimeout and InvalidRequest."""
+    _check_kind(request)
+    coding = _coding(request)
+    limit, timeout_s = options.max_body_bytes, options.read_timeout_s
     too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
+    if length.isdecimal() and int(length) > limit:
         raise too_large
     raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > limit:
-            raise too_large
-    return bytes(raw)
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > limit:
+                    raise too_large
+    except TimeoutError:
+        message = f"{len(raw)} bytes of the body came in {timeout_s:g} s, and not its end; send it again, and faster"
+        raise BodyTimeout(message) from None
+    body = bytes(raw) if coding is None else await asyncio.to_thread(unpacked, bytes(raw), coding, limit)
+    return body.removeprefix(codecs.BOM_UTF8)  # RFC 8259 allows to ignore one
+
+
+def _check_kind(request: Request) -> None:
+    """Raises UnsupportedMediaType for anything but JSON in UTF-8, the one encoding that JSON has."""
+    given = request.headers.get("content-type", "")
+    kind, *parameters = (part.strip().lower() for part in given.split(";"))
+    charsets = [part.partition("=")[2].strip('"') for part in parameters if part.startswith("charset=")]
+    if kind != "application/json" or not {"utf-8", "utf8", "us-ascii"}.issuperset(charsets):
+        raise UnsupportedMediaType(f"content-type is `{given[:60]}`; send `application/json`, in UTF-8")
+
+
+def _coding(request: Request) -> str | None:
+    """The content-encoding of a body, None for none. Raises UnsupportedMediaType."""
+    given = request.headers.get("content-encoding", "").strip().lower().removeprefix("x-")
+    if given in ("", "identity"):
+        return None
+    if given not in TAKEN:
+        error = UnsupportedMediaType(f"content-encoding is `{given[:60]}`; send one of {', '.join(TAKEN)}, or none")
+        error.headers = {"Accept-Encoding": ", ".join(TAKEN)}
+        raise error
+    return given
 
 
 async def prompt_tokens(

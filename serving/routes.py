@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.routing import Match
+from starlette.routing import Route as Matched
+from starlette.types import Scope
 
 from serving.dialects.anthropic import CountRequest, MessagesRequest
 from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
@@ -93,6 +97,14 @@ class Route:
         return self.verb or ("GET" if self.body is None else "POST")
 
 
+class _Name(StringConvertor):
+    """A name in a path: one with a slash too, which is no model's here, and that is what its answer says."""
+
+    regex = ".+"
+
+
+register_url_convertor("name", _Name())
+
 ROUTES = (
     Route("completions", "/v1/completions", "Continue prompts: text, texts, token ids or lists of those.",
           CompletionRequest, is_relayed=True),
@@ -121,7 +133,7 @@ ROUTES = (
     Route("tokenizer_info", "/tokenizer_info", "vLLM's: what a tokenizer's configuration says; `?model=` of several."),
     Route("load", "/load", "vLLM's: how many requests are being answered or wait."),
     Route("models", "/v1/models", "The models served here, and what computes each."),
-    Route("model", "/v1/models/{model}", "One model served here."),
+    Route("model", "/v1/models/{model:name}", "One model served here."),
     Route("load_lora_adapter", "/v1/load_lora_adapter",
           "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
     Route("unload_lora_adapter", "/v1/unload_lora_adapter",
@@ -146,10 +158,17 @@ BODIES = tuple(route.body for route in ROUTES if route.body is not None)
 
 def nearest(path: str) -> str:
     """What somebody may have meant who asked for a path that is not there, as the end of a sentence."""
-    known = [f"/v1{path}"] if path.startswith("/") else []
-    paths = {route.path for route in ROUTES}
-    close = [each for each in known if each in paths] or difflib.get_close_matches(path[:100], paths, n=1, cutoff=0.5)
+    plain = "/" + "/".join(part for part in path[:200].split("/") if part)
+    paths = {route.path.replace(":name}", "}") for route in ROUTES}
+    likely = [each for each in (plain, f"/v1{plain}", plain.removeprefix("/v1")) if each in paths]
+    close = likely or difflib.get_close_matches(plain[:100], paths, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else "the API begins at /v1; /docs lists all of it"
+
+
+def methods_of(app: FastAPI, scope: Scope) -> set[str]:
+    """The methods that a path is there for."""
+    found = [each for each in app.router.routes if isinstance(each, Matched) and each.matches(scope)[0] != Match.NONE]
+    return {method for each in found for method in each.methods or ()}
 
 
 def add_routes(app: FastAPI, functions: Mapping[str, Callable[..., Any]]) -> None:

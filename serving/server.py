@@ -22,6 +22,7 @@ from mpt.engine.endpoint import open_endpoint
 from mpt.errors import DeviceLost, MachineRefused, UserError
 from serving.app import make_app
 from serving.batch.service import BatchService
+from serving.connections import timed_protocol
 from serving.endpoints import Serving
 from serving.logs import process_age_s, set_up_logging
 from serving.options import ServeOptions
@@ -59,7 +60,7 @@ class _Server(uvicorn.Server):
             server_header=False,
             timeout_graceful_shutdown=5,  # the engines have ended every answer by then
             h11_max_incomplete_event_size=64 << 10,
-            http="h11",  # bounds what it buffers of a head, which httptools does not
+            http=timed_protocol(serving.options.read_timeout_s),  # of h11, which bounds what it buffers of a head
             ws="none",  # there is nothing to upgrade to, and the gate sees HTTP only
         )
         super().__init__(config)

@@ -68,7 +68,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         return base, adapter
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
-        raw = await read_body(request, options.max_body_bytes)
+        raw = await read_body(request, options)
         asked = _as_openai(parse(kind, raw))
         base, adapter = find(asked.model)
         work = Relayed(asked.model, _tokens(asked))
@@ -140,7 +140,7 @@ def _listing(
         return as_json(ollama.running(await all_cards()))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, options.max_body_bytes)).model_name()
+        name = parse(ShowRequest, await read_body(request, options)).model_name()
         find(name)
         return as_json(ollama.shown(next(card for card in await all_cards() if card["id"] == name)))
 
