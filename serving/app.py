@@ -44,7 +44,7 @@ from serving.listing import listing
 from serving.metrics import HttpMetrics, Metrics
 from serving.protocol.body import parse
 from serving.replies import as_json
-from serving.routes import BODIES, LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
+from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
 from serving.wire import respond
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     add_routes(app, functions | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, *BODIES)
+        add_docs(app, needs_key=keys_of(options).required)
     app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(

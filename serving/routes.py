@@ -20,7 +20,6 @@ from starlette.types import Scope
 from serving.dialects.anthropic import CountRequest, MessagesRequest
 from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
 from serving.dialects.responses import ResponsesRequest
-from serving.docs import takes
 from serving.protocol.body import Strict, Whole
 from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, ToolDeclaration
@@ -183,5 +182,5 @@ def add_routes(app: FastAPI, functions: Mapping[str, Callable[..., Any]]) -> Non
             functions[route.name],
             methods=[route.method],
             description=route.description,
-            openapi_extra=None if route.body is None else takes(route.body),
+            include_in_schema=False,  # `docs.py` describes it
         )

@@ -39,7 +39,7 @@ from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
 from serving.replies import as_json
-from serving.routes import BODIES, ROUTES, EmbeddingRequest, add_routes
+from serving.routes import ROUTES, EmbeddingRequest, add_routes
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -90,10 +90,11 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
     add_errors(app, metrics)
-    if options.replica_host == "loopback":
+    is_local = options.replica_host == "loopback"
+    if is_local:
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, *BODIES)
+        add_docs(app, needs_key=getattr(door, "required", True), also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
     )
