@@ -30,7 +30,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """shape: of the JSON of a 200; a text is the content type of what is no JSON. piece: of a stream's events or lines."""
+    """shape: of the JSON of a 200; a text is the content type of what is none. piece: of a stream's events or lines."""
 
     shape: type[BaseModel] | str
     piece: type[BaseModel] | None = None

@@ -8,7 +8,8 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
@@ -84,10 +85,19 @@ class OllamaCall(Lenient):
     function: OllamaFunction
 
 
+def _no_images(given: list[Any]) -> list[Any]:
+    if given:
+        raise PydanticCustomError("images", "there are images, and MPT reads text only; leave them out")
+    return given
+
+
+NoImages = Annotated[list[Any], AfterValidator(_no_images), Field(json_schema_extra={"maxItems": 0})]
+
+
 class OllamaMessage(Lenient):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
-    images: Annotated[list[Any], Field(max_length=0)] | None = None  # MPT reads text only
+    images: NoImages | None = None
     tool_calls: list[OllamaCall] | None = None
 
     def as_message(self) -> dict[str, Any]:
@@ -135,7 +145,7 @@ class GenerateRequest(_Asked):
     raw: bool = False
     suffix: Annotated[str, Field(max_length=0)] | None = None
     template: Annotated[str, Field(max_length=0)] | None = None
-    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    images: NoImages | None = None
     context: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def as_chat(self) -> ChatRequest:
