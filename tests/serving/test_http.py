@@ -280,7 +280,7 @@ async def test_a_name_that_no_model_has_is_said_as_it_was_meant(app, name, said)
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
 BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}
-RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [BLOCK]}
+DONE = {"type": "tool_result", "tool_use_id": "a", "content": [BLOCK]}
 SEEN = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
 
 
@@ -290,7 +290,7 @@ SEEN = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0]", "image_url"),
         ("/v1/responses", {"input": [{"role": "user", "content": [SEEN]}]}, "input", "input_image"),
         ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [BLOCK]}]}, "messages[0]", "image"),
-        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [RESULT]}]}, "[0].content", "image"),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [DONE]}]}, "[0].content", "image"),
         ("/api/chat", {"messages": [{"role": "user", "content": "a", "images": ["A"]}]}, "messages[0].images", "image"),
         ("/api/generate", {"prompt": "a", "images": ["AA"]}, "`images`", "image"),
     ],
