@@ -69,7 +69,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
         door = BatchDoor(door)
         service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
     app.state.batches = service
-    functions = batch_functions(service, door, options.max_body_bytes)
+    functions = batch_functions(service, door, options)
     functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
     add_routes(app, functions | _operations(serving, metrics))
     add_errors(app, metrics)

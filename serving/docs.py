@@ -81,6 +81,8 @@ def _operation(route: Route, also: tuple[int, ...]) -> dict[str, Any]:
         found["parameters"] = parameters
     if route.body is not None:
         found["requestBody"] = {"required": True, "content": _content(route.body, answer.asked)}
+    if answer.form is not None:
+        found["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": answer.form}}}
     found["responses"] = {"200": _whole(route, answer)} | {
         str(status): _refused(route, answer, status) for status in sorted({*statuses_of(route), *also})
     }

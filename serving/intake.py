@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import logging
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from serving.protocol.structure import Structure, structure_of
 log = logging.getLogger(__name__)
 
 _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
+_SLOWEST = 64 << 10  # bytes a second, of a body that takes longer than the time for any body
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
 
 
@@ -34,23 +36,38 @@ async def read_body(request: Request, options: HttpOptions) -> bytes:
     """The JSON of a request's body, unpacked. Raises UnsupportedMediaType, TooLarge, BodyTimeout and InvalidRequest."""
     _check_kind(request)
     coding = _coding(request)
-    limit, timeout_s = options.max_body_bytes, options.read_timeout_s
+    limit = options.max_body_bytes
     too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
+    raw = bytearray()
+    async for piece in pieces_of(request, limit, options.read_timeout_s, too_large):
+        raw += piece
+    body = bytes(raw) if coding is None else await asyncio.to_thread(unpacked, bytes(raw), coding, limit)
+    return body.removeprefix(codecs.BOM_UTF8)  # RFC 8259 allows to ignore one
+
+
+async def pieces_of(request: Request, limit: int, timeout_s: float, too_large: TooLarge) -> AsyncGenerator[bytes, None]:
+    """A body as it comes, of at most `limit` bytes, and a second more than timeout_s for every 64 KiB of it.
+
+    Raises `too_large`, before a byte is read if the head says so, and BodyTimeout.
+    """
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit:
         raise too_large
-    raw = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for piece in request.stream():
-                raw += piece
-                if len(raw) > limit:
-                    raise too_large
-    except TimeoutError:
-        message = f"{len(raw)} bytes of the body came in {timeout_s:g} s, and not its end; send it again, and faster"
-        raise BodyTimeout(message) from None
-    body = bytes(raw) if coding is None else await asyncio.to_thread(unpacked, bytes(raw), coding, limit)
-    return body.removeprefix(codecs.BOM_UTF8)  # RFC 8259 allows to ignore one
+    began, n_bytes = asyncio.get_running_loop().time(), 0
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout_at(began + timeout_s + n_bytes / _SLOWEST):
+                piece = await anext(stream, None)
+        except TimeoutError:
+            message = f"{n_bytes} bytes of the body came in time, and not its end; send it again, and faster"
+            raise BodyTimeout(message) from None
+        if piece is None:
+            return
+        n_bytes += len(piece)
+        if n_bytes > limit:
+            raise too_large
+        yield piece
 
 
 def _check_kind(request: Request) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving.api import shapes
+from serving.api import dialects, shapes
 from serving.routes import Route
 from serving.wire import ANTHROPIC, OLLAMA, wire_of
 
@@ -17,7 +17,7 @@ REASONS = {
     400: "The body, or a value in it, is wrong; the message names it.",
     401: "No API key, or one that is not known.",
     403: "This server does not allow it.",
-    404: "There is no such model, adapter or response.",
+    404: "There is no such model, adapter, response, file or batch.",
     408: "The body did not come in time.",
     413: "The body is over the limit, as it came or unpacked.",
     415: "The body is not JSON in UTF-8, or is packed in a way that is not taken.",
@@ -38,6 +38,7 @@ class Answer:
     asked: dict[str, Any] | None = None  # an example of a body
     example: dict[str, Any] | None = None  # of what is answered
     query: dict[str, str] = field(default_factory=dict)  # parameters, and what each says
+    form: dict[str, Any] | None = None  # the schema of a multipart form that is asked with
     unavailable: type[BaseModel] | None = None  # the shape of a 503, where it is not an error's
 
 
@@ -89,6 +90,13 @@ _RESPONSE = {
 _CHOSEN = {"logprobs": None, "finish_reason": "stop", "stop_reason": None}
 _SAID = {"role": "assistant", "content": _TEXT, "refusal": None}
 
+_KEPT = (403, 503)  # of the routes of files and batches
+_PAGE = {"limit": "The most rows of an answer.", "after": "The `id` of the last row of the answer before."}
+_FORM = {
+    "type": "object", "required": ["file", "purpose"], "additionalProperties": False,
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["batch"]}},
+}  # fmt: skip
+
 ANSWERS: dict[str, Answer] = {
     "completions": Answer(
         shapes.Completion, shapes.CompletionChunk,
@@ -115,16 +123,16 @@ ANSWERS: dict[str, Answer] = {
         },
     ),
     "responses": Answer(
-        shapes.Response, shapes.ResponseEvent,
+        dialects.Response, dialects.ResponseEvent,
         asked={"model": _MODEL, "input": "Hi", "max_output_tokens": 8, "temperature": 0},
         example=_RESPONSE,
     ),
-    "response": Answer(shapes.Response, also=(404,), example=_RESPONSE),
+    "response": Answer(dialects.Response, also=(404,), example=_RESPONSE),
     "delete_response": Answer(
-        shapes.DeletedResponse, also=(404,), example={"id": "resp_75acde", "object": "response", "deleted": True}
+        dialects.DeletedResponse, also=(404,), example={"id": "resp_75acde", "object": "response", "deleted": True}
     ),
     "messages": Answer(
-        shapes.AnthropicMessage, shapes.AnthropicEvent,
+        dialects.AnthropicMessage, dialects.AnthropicEvent,
         asked={"model": _MODEL, "max_tokens": 8, "messages": _HI, "temperature": 0},
         example={
             "id": "msg_75acde", "type": "message", "role": "assistant", "model": _MODEL,
@@ -135,36 +143,36 @@ ANSWERS: dict[str, Answer] = {
         },
     ),
     "count_tokens": Answer(
-        shapes.TokenCount, asked={"model": _MODEL, "messages": _HI}, example={"input_tokens": 12}
+        dialects.TokenCount, asked={"model": _MODEL, "messages": _HI}, example={"input_tokens": 12}
     ),
     "ollama_chat": Answer(
-        shapes.OllamaChat, shapes.OllamaChat,
+        dialects.OllamaChat, dialects.OllamaChat,
         asked={"model": _MODEL, "messages": _HI, "stream": False, "options": {"num_predict": 8, "temperature": 0}},
         example={**_LAST_LINE, "message": {"role": "assistant", "content": _TEXT}},
     ),
     "ollama_generate": Answer(
-        shapes.OllamaText, shapes.OllamaText,
+        dialects.OllamaText, dialects.OllamaText,
         asked={"model": _MODEL, "prompt": "Hi", "stream": False, "options": {"num_predict": 8, "temperature": 0}},
         example={**_LAST_LINE, "response": _TEXT},
     ),
     "ollama_embed": Answer(
-        shapes.OllamaEmbeddings,
+        dialects.OllamaEmbeddings,
         asked={"model": _MODEL, "input": "Hi"},
         example={"model": _MODEL, "embeddings": [[0.6, -0.8]], "prompt_eval_count": 1},
     ),
     "ollama_show": Answer(
-        shapes.OllamaShown, also=(404, 503), asked={"model": _MODEL},
+        dialects.OllamaShown, also=(404, 503), asked={"model": _MODEL},
         example={
             "license": "Apache-2.0", "modelfile": "", "parameters": "", "template": "", "details": _DETAILS,
             "model_info": {"general.architecture": "mpt", "mpt.context_length": 2048},
             "capabilities": ["completion", "tools"], "modified_at": "2026-11-21T00:46:31Z",
         },
     ),
-    "ollama_tags": Answer(shapes.OllamaModels, example={"models": [_TAG]}),
+    "ollama_tags": Answer(dialects.OllamaModels, example={"models": [_TAG]}),
     "ollama_ps": Answer(
-        shapes.OllamaModels, example={"models": [{**_TAG, "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}]}
+        dialects.OllamaModels, example={"models": [{**_TAG, "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}]}
     ),
-    "ollama_version": Answer(shapes.OllamaVersion, example={"version": "0.1.0"}),
+    "ollama_version": Answer(dialects.OllamaVersion, example={"version": "0.1.0"}),
     "tokenize": Answer(
         shapes.Tokens, asked={"model": _MODEL, "prompt": "Hi"},
         example={"tokens": [72, 105], "count": 2, "max_model_len": 2048},
@@ -185,6 +193,20 @@ ANSWERS: dict[str, Answer] = {
         shapes.Loaded, also=(403, 404, 503), asked={"lora_name": f"{_MODEL}:mine"},
         example={"id": f"{_MODEL}:mine", "object": "model", "loaded": False},
     ),
+    "create_file": Answer(shapes.File, also=_KEPT, form=_FORM),
+    "files": Answer(
+        shapes.Files, also=(400, *_KEPT), query={**_PAGE, "purpose": "Only files for it.", "order": "`asc` or `desc`."}
+    ),
+    "file": Answer(shapes.File, also=(404, *_KEPT)),
+    "delete_file": Answer(shapes.DeletedFile, also=(400, 404, *_KEPT)),
+    "file_content": Answer("application/jsonl", also=(404, *_KEPT)),
+    "create_batch": Answer(
+        shapes.Batch, also=(404, *_KEPT),
+        asked={"input_file_id": "file-75acde", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
+    ),
+    "batches": Answer(shapes.Batches, also=(400, *_KEPT), query=_PAGE),
+    "batch": Answer(shapes.Batch, also=(404, *_KEPT)),
+    "cancel_batch": Answer(shapes.Batch, also=(400, 404, *_KEPT)),
     "health": Answer(shapes.Health, also=(503,), example={"status": "ok"}, unavailable=shapes.Failed),
     "ready": Answer(shapes.Ready, also=(503,), example={"status": "ready"}),
     "version": Answer(
@@ -199,7 +221,7 @@ def statuses_of(route: Route) -> list[int]:
     found = {431, 500, *ANSWERS[route.name].also}
     if route.name not in OPEN:
         found |= {401, 429}
-    if route.body is not None:
+    if route.body is not None or ANSWERS[route.name].form is not None:
         found |= {400, 408, 413, 415}
     if route.is_relayed:
         found |= {404, 503}
@@ -209,4 +231,6 @@ def statuses_of(route: Route) -> list[int]:
 def error_of(path: str) -> type[BaseModel]:
     """The shape of the errors of a path's API."""
     wire = wire_of(path)
-    return shapes.AnthropicError if wire is ANTHROPIC else shapes.OllamaError if wire is OLLAMA else shapes.OpenAIError
+    if wire is ANTHROPIC:
+        return dialects.AnthropicError
+    return dialects.OllamaError if wire is OLLAMA else shapes.OpenAIError

@@ -302,239 +302,67 @@ class OpenAIError(Shape):
     error: Error
 
 
-# -- OpenAI's Responses API ------------------------------------------------------------------------------------------
+# -- files and batches -----------------------------------------------------------------------------------------------
 
 
-class OutputText(Shape):
-    type: Literal["output_text"]
-    text: str
-    annotations: list[Any]
-    logprobs: list[TokenLogprob]
-
-
-class OutputMessage(Shape):
+class File(Shape):
     id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    status: str
-    content: list[OutputText]
-
-
-class OutputCall(Shape):
-    id: str
-    type: Literal["function_call"]
-    status: str
-    call_id: str
-    name: str
-    arguments: str
-
-
-class ResponseError(Shape):
-    code: str
-    message: str
-
-
-class Incomplete(Shape):
-    reason: Literal["max_output_tokens"]
-
-
-class ReasoningTokens(Shape):
-    reasoning_tokens: int
-
-
-class ResponseUsage(Shape):
-    input_tokens: int
-    input_tokens_details: Cached
-    output_tokens: int
-    output_tokens_details: ReasoningTokens
-    total_tokens: int
-
-
-class Response(Shape):
-    """OpenAI's `response`."""
-
-    id: str
-    object: Literal["response"]
+    object: Literal["file"]
+    bytes: int
     created_at: int
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
-    background: bool
-    error: ResponseError | None
-    incomplete_details: Incomplete | None
-    instructions: str | None
-    max_output_tokens: int | None
-    metadata: dict[str, str]
-    model: str
-    output: list[OutputMessage | OutputCall]
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    reasoning: dict[str, Any]
-    store: bool
-    temperature: float
-    text: dict[str, Any]
-    tool_choice: str | dict[str, Any]
-    tools: list[dict[str, Any]]
-    top_p: float
-    truncation: str
-    usage: ResponseUsage | None
+    filename: str
+    purpose: str
+    status: str
+    expires_at: int | None
+    status_details: str | None
 
 
-class ResponseEvent(BaseModel):
-    """An event of a streamed response; `type` says which, and what else it has."""
+class Files(Shape):
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
-    type: str
-    sequence_number: int
 
-
-class DeletedResponse(Shape):
+class DeletedFile(Shape):
     id: str
-    object: Literal["response"]
+    object: Literal["file"]
     deleted: Literal[True]
 
 
-# -- Anthropic's -----------------------------------------------------------------------------------------------------
+class Counts(Shape):
+    total: int
+    completed: int
+    failed: int
 
 
-class TextBlock(Shape):
-    type: Literal["text"]
-    text: str
-
-
-class ToolUseBlock(Shape):
-    type: Literal["tool_use"]
+class Batch(Shape):
     id: str
-    name: str
-    input: dict[str, Any]
+    object: Literal["batch"]
+    endpoint: str
+    errors: dict[str, Any] | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: Counts
+    metadata: dict[str, str] | None
 
 
-class AnthropicUsage(Shape):
-    input_tokens: int
-    cache_creation_input_tokens: int
-    cache_read_input_tokens: int
-    output_tokens: int
-
-
-class AnthropicMessage(Shape):
-    """Anthropic's `message`."""
-
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[TextBlock | ToolUseBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
-    stop_sequence: str | None
-    usage: AnthropicUsage
-
-
-class AnthropicEvent(BaseModel):
-    """An event of a streamed message; `type` says which, and what else it has."""
-
-    type: str
-
-
-class TokenCount(Shape):
-    input_tokens: int
-
-
-class AnthropicProblem(Shape):
-    type: str
-    message: str
-
-
-class AnthropicError(Shape):
-    """What Anthropic's routes answer when they cannot."""
-
-    type: Literal["error"]
-    error: AnthropicProblem
-
-
-# -- Ollama's --------------------------------------------------------------------------------------------------------
-
-
-class OllamaCalled(Shape):
-    name: str
-    arguments: dict[str, Any]
-
-
-class OllamaToolCall(Shape):
-    function: OllamaCalled
-
-
-class OllamaSaid(Shape):
-    role: Literal["assistant"]
-    content: str
-    tool_calls: list[OllamaToolCall] | None = None
-
-
-class _OllamaLine(Shape):
-    """A line of a stream, or the whole answer; the last line has what it took, durations in nanoseconds."""
-
-    model: str
-    created_at: str
-    done: bool
-    done_reason: Literal["stop", "length", "load", "unload"] | None = None
-    total_duration: int | None = None
-    load_duration: int | None = None
-    prompt_eval_count: int | None = None
-    prompt_eval_duration: int | None = None
-    eval_count: int | None = None
-    eval_duration: int | None = None
-
-
-class OllamaChat(_OllamaLine):
-    message: OllamaSaid
-
-
-class OllamaText(_OllamaLine):
-    response: str
-
-
-class OllamaEmbeddings(Shape):
-    model: str
-    embeddings: list[list[float]]
-    prompt_eval_count: int
-
-
-class OllamaDetails(Shape):
-    parent_model: str
-    format: str
-    family: str
-    families: list[str]
-    parameter_size: str
-    quantization_level: str
-
-
-class OllamaModel(Shape):
-    name: str
-    model: str
-    modified_at: str
-    size: int
-    digest: str
-    details: OllamaDetails
-    expires_at: str | None = None
-    size_vram: int | None = None
-
-
-class OllamaModels(Shape):
-    models: list[OllamaModel]
-
-
-class OllamaShown(Shape):
-    license: str
-    modelfile: str
-    parameters: str
-    template: str
-    details: OllamaDetails
-    model_info: dict[str, Any]
-    capabilities: list[str]
-    modified_at: str
-
-
-class OllamaVersion(Shape):
-    version: str
-
-
-class OllamaError(Shape):
-    """What Ollama's routes answer when they cannot."""
-
-    error: str
+class Batches(Shape):
+    object: Literal["list"]
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

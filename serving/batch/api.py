@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +15,8 @@ from serving.batch.lines import new_id
 from serving.batch.service import BatchService
 from serving.batch.store import MAX_FILE_BYTES, StoredBatch
 from serving.errors import Forbidden, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
-from serving.intake import read_body
+from serving.intake import pieces_of, read_body
+from serving.options import HttpOptions
 from serving.protocol.body import parse
 from serving.replies import as_json
 from serving.routes import BatchRequest
@@ -25,7 +26,7 @@ _FORM_BYTES = 64 << 10  # of an upload, beside the file
 _TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 
 
-def batch_functions(service: BatchService | None, door: Door, max_body_bytes: int) -> dict[str, Callable[..., Any]]:
+def batch_functions(service: BatchService | None, door: Door, options: HttpOptions) -> dict[str, Callable[..., Any]]:
     """What answers each route, by its name. service None: every route says how to turn it on."""
 
     def ours() -> BatchService:
@@ -38,7 +39,7 @@ def batch_functions(service: BatchService | None, door: Door, max_body_bytes: in
     async def create_file(request: Request) -> Response:
         store, owner = ours().store, request.state.salt
         store.check_room(owner, 0)  # before the body is read
-        form = await _read_form(request)
+        form = await _read_form(request, options.read_timeout_s)
         try:
             upload = _checked_upload(form)
             store.check_room(owner, upload.size or 0)
@@ -71,7 +72,7 @@ def batch_functions(service: BatchService | None, door: Door, max_body_bytes: in
 
     async def create_batch(request: Request) -> Response:
         work, owner = ours(), request.state.salt
-        asked = parse(BatchRequest, await read_body(request, max_body_bytes))
+        asked = parse(BatchRequest, await read_body(request, options))
         work.store.file(owner, asked.input_file_id)
         client = door.client({name: value.decode("latin-1") for name, value in request.headers.raw})
         limits = client.limits.requests_per_minute, client.limits.tokens_per_minute
@@ -113,27 +114,16 @@ def _new_batch(asked: BatchRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _read_form(request: Request) -> FormData:
-    """An upload's fields, its file on disk. Raises UnsupportedMediaType, TooLarge and InvalidRequest."""
+async def _read_form(request: Request, timeout_s: float) -> FormData:
+    """An upload's fields, its file on disk. Raises UnsupportedMediaType, TooLarge, BodyTimeout and InvalidRequest."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise UnsupportedMediaType(
             f"content-type is `{kind[:60]}`; send `multipart/form-data` with `purpose` and `file`"
         )
     too_large = TooLarge(f"the upload is over the limit of {MAX_FILE_BYTES} bytes; split the file")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_FILE_BYTES + _FORM_BYTES:
-        raise too_large
-
-    async def limited() -> AsyncIterator[bytes]:
-        n_bytes = 0
-        async for piece in request.stream():
-            n_bytes += len(piece)
-            if n_bytes > MAX_FILE_BYTES + _FORM_BYTES:
-                raise too_large
-            yield piece
-
-    parser = MultiPartParser(request.headers, limited(), max_files=1, max_fields=8, max_part_size=_FORM_BYTES)  # type: ignore[arg-type]  # it is an iterator
+    pieces = pieces_of(request, MAX_FILE_BYTES + _FORM_BYTES, timeout_s, too_large)
+    parser = MultiPartParser(request.headers, pieces, max_files=1, max_fields=8, max_part_size=_FORM_BYTES)
     try:
         return await parser.parse()
     except (MultiPartException, KeyError) as error:

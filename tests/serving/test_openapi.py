@@ -1,5 +1,6 @@
 """The OpenAPI document against the routes: what it says they take and answer is what they take and answer."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -23,9 +24,12 @@ KEY = "sk-the-only-one"
 
 
 @pytest.fixture(scope="module")
-def app(model, tokenizer) -> Iterator[FastAPI]:
+def app(model, tokenizer, tmp_path_factory) -> Iterator[FastAPI]:
+    folder = tmp_path_factory.mktemp("batches")
     with running_endpoint(model, tokenizer, context_length=1024, kv_bytes=1 << 24) as endpoint:
-        yield make_app(Serving(ServeOptions(models={}, api_keys=(KEY,)), endpoints={"base": endpoint}))
+        yield make_app(
+            Serving(ServeOptions(models={}, api_keys=(KEY,), batch_dir=folder), endpoints={"base": endpoint})
+        )
 
 
 async def ask(app: FastAPI, method: str, path: str, body: Any = None) -> httpx.Response:
@@ -58,7 +62,7 @@ def test_an_example_is_what_the_schema_says(name):
     check(ANSWERS[name].example, schema_of(name, 200))
 
 
-ASKED = [name for name, answer in ANSWERS.items() if answer.asked and "lora" not in name]
+ASKED = [name for name, answer in ANSWERS.items() if answer.asked and "model" in answer.asked]
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -118,7 +122,14 @@ async def test_calls_of_tools_are_as_the_schema_says(app):
         check(answer.json(), schema_of(name, 200))
 
 
-@pytest.mark.parametrize("name", [name for name, route in BY_NAME.items() if route.method == "GET"])
+LOOKED_AT = [
+    name
+    for name, route in BY_NAME.items()
+    if route.method == "GET" and not route.path.startswith(("/v1/files", "/v1/batches"))
+]
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
 async def test_what_is_asked_without_a_body_is_as_the_schema_says(app, name):
     path = BY_NAME[name].path.replace("{model:name}", "base")
     if "response_id" in path:
@@ -128,3 +139,38 @@ async def test_what_is_asked_without_a_body_is_as_the_schema_says(app, name):
     assert answer.status_code == 200
     kind = answer.headers["content-type"].partition(";")[0]
     check(answer.json() if kind == "application/json" else answer.text, schema_of(name, 200, kind))
+
+
+async def test_files_and_batches_are_as_the_schema_says(app):
+    headers = {"authorization": f"Bearer {KEY}"}
+
+    async def look(name: str, method: str, **ids: str) -> dict[str, Any]:
+        answer = await ask(app, method, BY_NAME[name].path.format(**ids))
+        assert answer.status_code == 200, answer.text
+        check(answer.json(), schema_of(name, 200))
+        return answer.json()
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers) as client:
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": ANSWERS["completions"].asked}
+        line["body"] = {**line["body"], "model": "base"}
+        upload = {"file": ("asked.jsonl", json.dumps(line).encode())}
+        file = (await client.post("/v1/files", data={"purpose": "batch"}, files=upload)).json()
+        check(file, schema_of("create_file", 200))
+        body = {**ANSWERS["create_batch"].asked, "input_file_id": file["id"], "endpoint": "/v1/completions"}
+        check(body, operation("create_batch")["requestBody"]["content"]["application/json"]["schema"])
+        batch = (await client.post("/v1/batches", json=body)).json()
+        check(batch, schema_of("create_batch", 200))
+        while (await look("batch", "GET", batch_id=batch["id"]))["status"] != "completed":
+            await asyncio.sleep(0.02)
+        content = await client.get(f"/v1/files/{file['id']}/content")
+        assert (
+            content.headers["content-type"].partition(";")[0]
+            in operation("file_content")["responses"]["200"]["content"]
+        )
+    await look("batches", "GET")
+    await look("files", "GET")
+    await look("file", "GET", file_id=file["id"])
+    await look("delete_file", "DELETE", file_id=file["id"])
+    over = await ask(app, "POST", f"/v1/batches/{batch['id']}/cancel")
+    check(over.json(), schema_of("cancel_batch", over.status_code))
+    await app.state.batches.stop()

@@ -29,9 +29,10 @@ CASES = [(route.name, mode) for route in ROUTES for mode in (GOOD, BAD) if mode 
 
 
 @pytest.fixture(scope="module")
-def described(model, tokenizer) -> Iterator[Any]:
+def described(model, tokenizer, tmp_path_factory) -> Iterator[Any]:
+    options = ServeOptions(models={}, batch_dir=tmp_path_factory.mktemp("batches"))
     with running_endpoint(model, tokenizer, context_length=256, kv_bytes=1 << 22) as endpoint:
-        app = make_app(Serving(ServeOptions(models={}), endpoints={"base": endpoint}))
+        app = make_app(Serving(options, endpoints={"base": endpoint}))
         yield schemathesis.openapi.from_asgi("/openapi.json", app)
 
 
