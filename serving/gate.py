@@ -76,8 +76,6 @@ class Gate:
                     own["x-request-id"] = request_id
                 extra = [(name.encode(), value.encode()) for name, value in own.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
-            elif scope["method"] == "HEAD":
-                message = {**message, "body": b""}
             try:
                 await send(message)
             except Exception as error:  # the connection is broken, or what came over it is not HTTP

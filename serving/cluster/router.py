@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import mpt
 from mpt.engine.adapters import split_name
 from serving.app import add_errors, versions
-from serving.auth import Door
+from serving.auth import Door, Keys
 from serving.cluster.options import ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -94,7 +94,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     if is_local:
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, needs_key=getattr(door, "required", True), also=(403,) if is_local else ())
+        add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
     )

@@ -225,11 +225,15 @@ def test_a_body_in_chunks_needs_no_length(url):
     "path",
     ["/v1/models", "/v1/models/base", "/docs", "/openapi.json", "/health", "/load", "/api/tags", "/v1/models/no"],
 )
-async def test_head_is_get_without_its_body(app, path):
-    whole, head = await ask(app, "GET", path), await ask(app, "HEAD", path)
-    assert head.status_code == whole.status_code and head.content == b""
-    for name in ("content-type", "content-length"):
-        assert head.headers[name] == whole.headers[name]
+def test_head_is_get_without_its_body(url, path):
+    found = []
+    for method in ("GET", "HEAD"):
+        with connected(url) as connection:
+            connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            head, _, body = rest(connection).decode().partition("\r\n\r\n")
+        lines = [line for line in head.splitlines() if not line.startswith(("date:", "x-request-id:"))]
+        found.append((lines, body))
+    assert found[0][0] == found[1][0] and found[0][1] and not found[1][1]
 
 
 async def test_another_method_is_405_with_those_there_are(app):
