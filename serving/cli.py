@@ -1,12 +1,13 @@
 """The commands `mpt serve`, `mpt cluster` and `mpt top`."""
 
+import functools
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, ParamSpec, get_args
 
 import typer
 
@@ -15,6 +16,7 @@ from mpt.errors import UserError
 from mpt.options import MODEL_NAME, TINY, TRITON, ModelOptions
 from serving.options import ServeOptions, is_loopback
 
+P = ParamSpec("P")
 CONFIG = Path(__file__).with_name("config.yaml")
 
 
@@ -151,6 +153,21 @@ _RequestTimeout = Annotated[
 ]
 
 
+def _ends_well(command: Callable[P, None]) -> Callable[P, None]:
+    """SIGTERM ends a command with 0 until its server takes signals itself: while torch is imported, say."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **options: P.kwargs) -> None:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        try:
+            command(*args, **options)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run
+
+
+@_ends_well
 def serve(
     model: _Model = None,
     host: _Host = "127.0.0.1",
@@ -197,7 +214,6 @@ def serve(
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # until the server takes signals, there is nothing to end
     sources = model_sources(model)
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
