@@ -89,8 +89,11 @@ class Serving:
 
     def takes_priority(self, model: str) -> bool:
         """Whether requests for a model may have a `priority`."""
-        endpoint = self.endpoints.get(self._split(model)[0])
-        return endpoint is not None and "priority" in endpoint.engine.capabilities.request.claimed
+        base, _ = self._split(model)
+        if (endpoint := self.endpoints.get(base)) is not None:
+            return "priority" in endpoint.engine.capabilities.request.claimed
+        unloaded = self.lifecycle.models.get(base)
+        return unloaded is not None and not unloaded.options.is_remote  # every engine of this process does
 
     def not_ready(self) -> str | None:
         """Why requests cannot be answered now, None if they can. What is loaded when asked for counts as there."""

@@ -133,6 +133,7 @@ async def test_a_model_is_loaded_by_its_first_request_and_listed_before(serve, m
         ]
         assert (await client.get("/v1/models/b")).json() == cards[1]
         assert (await client.get("/api/ps")).json() == {"models": []}
+        assert serving.takes_priority("a") and not serving.takes_priority("d")  # for batches
         assert await sample(client, 'mpt_engine_up{model_name="a"}') is None
         answer = (await ask(client, "a")).json()
         assert answer["choices"][0]["token_ids"] == generate(model, [5, 6, 7], 8)
