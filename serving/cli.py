@@ -13,9 +13,9 @@ import typer
 
 from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style, ThreadsOption
 from mpt.errors import UserError
-from mpt.options import MODEL_NAME, TRITON, ModelOptions
+from mpt.options import TRITON, ModelOptions
 from serving.options import ServeOptions, is_loopback, seconds
-from serving.sources import all_sources
+from serving.sources import adapter_folders, all_sources
 
 P = ParamSpec("P")
 CONFIG = Path(__file__).with_name("config.yaml")
@@ -378,7 +378,7 @@ def _models(
     drafts = dict(_by_model("--draft", draft, sources))
     if drafts and not shared.speculate:
         raise UserError("--draft and --no-speculate contradict each other; give one of them")
-    adapters, folders = _adapters(adapter, sources)
+    adapters, folders = adapter_folders(adapter, sources)
     from mpt.catalog import resolve
 
     for source in (*sources.values(), *drafts.values()):
@@ -438,22 +438,3 @@ def _style(name: str, text: str) -> Style:
         if text == style:
             return style
     raise UserError(f"`--prompt-style {name}={text}` is unknown; known: {', '.join(styles)}")
-
-
-def _adapters(texts: list[str] | None, names: Collection[str]) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
-    """The single adapters of each model, and its folder of adapters."""
-    single: dict[str, dict[str, Path]] = {}
-    folders: dict[str, Path] = {}
-    for text in texts or ():
-        asked, equals, folder = text.partition("=")
-        model, colon, name = asked.partition(":")
-        if not equals or not folder or model not in names or (colon and not MODEL_NAME.fullmatch(name)):
-            raise UserError(
-                f"`--adapter {text}` names no model served here; write MODEL:NAME=FOLDER or MODEL=FOLDER, for example "
-                f"{min(names)}:mine=runs/lora/adapter"
-            )
-        if colon:
-            single.setdefault(model, {})[name] = Path(folder)
-        else:
-            folders[model] = Path(folder)
-    return single, folders

@@ -15,6 +15,7 @@ import logging
 import re
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ Reason = Literal["idle", "room", "request"]  # of an unload
 Failure = tuple[str, str]  # message and code
 T = TypeVar("T")
 
+_LET_GO_S = 0.5  # the thread that has stopped an engine drops it a moment after it has told so
 _LEAVING = ("the server is shutting down; try another replica", "shutting_down")
 _PATH = re.compile(r"(?<![\w.])[/~][^\s`:;,]*")  # of this machine, in a text for clients
 
@@ -358,7 +360,11 @@ class Lifecycle:
             model.added = endpoint.adapters.added()
         model.card = {**cards_of(endpoint)[0], "runs": None}
         await endpoint.engine.drain(0.0)
+        gone = weakref.ref(endpoint.engine)
         del endpoint
+        until = time.monotonic() + _LET_GO_S
+        while gone() is not None and time.monotonic() < until:
+            await asyncio.sleep(0.002)
         await asyncio.to_thread(give_back_memory)
         model.n_unloads[reason] += 1
         log.info("%s: unloaded (%s)", model.name, _IN_WORDS[reason])

@@ -1,5 +1,6 @@
-"""What a server is to serve: the names and places of `--model` and `--models-dir`."""
+"""What a server is to serve: the names and places of `--model`, `--models-dir` and `--adapter`."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from mpt.errors import UserError
@@ -37,3 +38,24 @@ def _model_source(text: str) -> tuple[str, str]:
             "write NAME=PATH, for example chat=/models/mpt-7b-chat"
         )
     return name, source
+
+
+def adapter_folders(
+    texts: list[str] | None, names: Collection[str]
+) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
+    """The single adapters of each model, and its folder of adapters."""
+    single: dict[str, dict[str, Path]] = {}
+    folders: dict[str, Path] = {}
+    for text in texts or ():
+        asked, equals, folder = text.partition("=")
+        model, colon, name = asked.partition(":")
+        if not equals or not folder or model not in names or (colon and not MODEL_NAME.fullmatch(name)):
+            raise UserError(
+                f"`--adapter {text}` names no model served here; write MODEL:NAME=FOLDER or MODEL=FOLDER, for example "
+                f"{min(names)}:mine=runs/lora/adapter"
+            )
+        if colon:
+            single.setdefault(model, {})[name] = Path(folder)
+        else:
+            folders[model] = Path(folder)
+    return single, folders

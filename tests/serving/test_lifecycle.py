@@ -26,6 +26,7 @@ from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.options import ModelOptions
 from serving import cli
+from serving.api import shapes
 from serving.app import make_app
 from serving.cluster.options import TINY, ClusterOptions, read_args
 from serving.endpoints import Serving
@@ -127,7 +128,9 @@ async def test_a_model_is_loaded_by_its_first_request_and_listed_before(serve, m
     await serving.lifecycle.check_all()
     async with client_of(serving) as client:
         assert (await client.get("/ready")).status_code == (await client.get("/health")).status_code == 200
-        cards = (await client.get("/v1/models")).json()["data"]
+        listed = (await client.get("/v1/models")).json()
+        shapes.Models.model_validate(listed)
+        cards = listed["data"]
         assert [(card["id"], card["state"], card["context_length"], card["runs"]) for card in cards] == [
             (name, "unloaded", 2048, None) for name in NAMES
         ]
@@ -288,6 +291,7 @@ async def test_a_load_that_fails_is_told_to_each_who_waits_and_may_be_tried_agai
         assert "sha256" in error["message"] and str(tmp_path) not in error["message"]
         assert json.loads(streamed.text.removeprefix("data: ")) == {"error": error}
         card = (await client.get("/v1/models/a")).json()
+        shapes.Model.model_validate(card)
         assert card["state"] == "failed" and card["reason"] in error["message"]
         assert (await client.get("/ready")).status_code == (await client.get("/health")).status_code == 200
         assert (await ask(client, "b")).status_code == 200
@@ -468,6 +472,7 @@ async def test_clients_load_and_unload_where_they_may(serve, gate):
     async with client_of(serving, authorization="Bearer one") as client:
         for path, state in (("load", "loaded"), ("load", "loaded"), ("unload", "unloaded"), ("unload", "unloaded")):
             done = await client.post(f"/v1/models/{path}", json=body)
+            shapes.ModelState.model_validate(done.json())
             assert (done.status_code, done.json()) == (200, {"id": "a", "object": "model", "state": state})
         assert (await client.post("/v1/models/load", json={"model": "d"})).status_code == 404
         with serving.lifecycle.holding() as hold:
@@ -513,11 +518,11 @@ def test_an_unloaded_model_leaves_no_memory_and_no_thread(tokenizer, tmp_path):
     serving = Serving(
         ServeOptions(models={"large": options}, load="on-request", model_loading=frozenset({"all"}), docs=False)
     )
-    process, after = psutil.Process(), []
+    process, after, fell = psutil.Process(), [], []
     with listening(make_app(serving), log_level="critical", ws="none", timeout_keep_alive=600) as url:
         n_engines = sum(thread.name == "engine" for thread in threading.enumerate())
         with httpx.Client(base_url=url, timeout=60) as asking, httpx.Client(base_url=url, timeout=60) as ordering:
-            for _ in range(3):
+            for _ in range(4):
                 asking.post("/v1/completions", json={"model": "large", **GREEDY}).raise_for_status()
                 weights = weakref.ref(serving.endpoints["large"].engine._backend.model)
                 gc.collect()
@@ -526,8 +531,9 @@ def test_an_unloaded_model_leaves_no_memory_and_no_thread(tokenizer, tmp_path):
                 assert weights() is None
                 assert sum(thread.name == "engine" for thread in threading.enumerate()) == n_engines
                 after.append(process.memory_info().rss)
-                assert loaded - after[-1] > 0.8 * n_bytes
-    assert after[2] - after[0] < 0.2 * n_bytes
+                fell.append(loaded - after[-1])
+    # glibc keeps up to 64 MB at the end of a thread's heap: a load may find them there, and an unload leave them.
+    assert max(fell) > 0.8 * n_bytes and max(after) - min(after) < 64 << 20
 
 
 # -- what a server is told ---------------------------------------------------------------------------------------------
