@@ -189,7 +189,7 @@ async def make_job(
         sampling=sampling,
         n=asked.n,
         tools=tools,
-        include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
+        include_usage=options is not None and options.include_usage,
         continuous_usage=options is not None and options.continuous_usage_stats,
         shows_token_ids=asked.return_token_ids,
         names_by_id=asked.return_tokens_as_token_ids,
