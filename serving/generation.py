@@ -18,7 +18,7 @@ from mpt.engine.request import Sampling
 from serving import answers
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, Ollama, OllamaChatRequest
+from serving.dialects.ollama import EmbedRequest, GenerateRequest, OldEmbedRequest, Ollama, OllamaChatRequest
 from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import AsItIs, Chunks, Translation
 from serving.endpoints import Serving
@@ -58,6 +58,7 @@ class Generation:
             "ollama_chat": self.ollama_chat,
             "ollama_generate": self.ollama_generate,
             "ollama_embed": self.ollama_embed,
+            "ollama_embeddings": self.ollama_embeddings,
         }
 
     # -- the routes ----------------------------------------------------------------------------------------------
@@ -104,12 +105,18 @@ class Generation:
 
     async def ollama_chat(self, request: Request) -> Response:
         asked = await self._body(request, OllamaChatRequest)
-        return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
+        translation = Ollama(asked.model, is_chat=True)
+        if not asked.messages:
+            await self._serving.chosen(asked.model_name())
+            return as_json(translation.loaded(asked.keep_alive))
+        return await self._chat(request, asked.as_chat(), translation)
 
     async def ollama_generate(self, request: Request) -> Response:
         asked = await self._body(request, GenerateRequest)
         translation = Ollama(asked.model, is_chat=False)
-        endpoint, _ = await self._serving.chosen(asked.shared_fields()["model"])
+        endpoint, _ = await self._serving.chosen(asked.model_name())
+        if not asked.prompt:
+            return as_json(translation.loaded(asked.keep_alive))
         if asked.raw or endpoint.prompt_style == "none":
             return await self._complete(request, asked.as_completion(), translation)
         return await self._chat(request, asked.as_chat(), translation)
@@ -120,6 +127,11 @@ class Generation:
         vectors = [each["embedding"] for each in found["data"]]
         count = found["usage"]["prompt_tokens"]
         return as_json({"model": asked.model, "embeddings": vectors, "prompt_eval_count": count})
+
+    async def ollama_embeddings(self, request: Request) -> Response:
+        asked = (await self._body(request, OldEmbedRequest)).as_embed()
+        found = await self._embed(request, asked.model_name(), asked.input, "float")
+        return as_json({"embedding": found["data"][0]["embedding"]})
 
     # -- what they have in common --------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, check_messages
 from serving.protocol.sampling import sampling_of
 from serving.protocol.structure import Structure, structure_of
+from serving.wire import OLLAMA, wire_of
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,14 @@ _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: abo
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises UnsupportedMediaType and TooLarge before it is parsed."""
+    """The request's body. Raises UnsupportedMediaType and TooLarge before it is parsed.
+
+    Clients of Ollama need not say that they send JSON, as with Ollama itself. A web page must: what it can send to
+    another origin without being asked is anything but JSON, and has an `Origin`.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
+    may_be_silent = wire_of(request.url.path) is OLLAMA and "origin" not in request.headers
+    if kind != "application/json" and not may_be_silent:
         raise UnsupportedMediaType(f"content-type is `{kind[:60]}`; send `application/json`")
     too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
     length = request.headers.get("content-length", "")

@@ -16,7 +16,7 @@ from serving.errors import InvalidRequest, NotFound
 from serving.intake import chat_tokens, prompt_tokens, read_body
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.messages import tool_use_of
-from serving.replies import as_json
+from serving.replies import as_json, welcome
 from serving.routes import DetokenizeRequest, TokenizeRequest
 
 
@@ -81,7 +81,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     return {
         "models": models, "model": model, "tokenize": tokenize, "detokenize": detokenize, "load": load,
         "tokenizer_info": tokenizer_info, "ollama_tags": ollama_tags, "ollama_ps": ollama_ps,
-        "ollama_show": ollama_show,
+        "ollama_show": ollama_show, "root": welcome,
     }  # fmt: skip
 
 

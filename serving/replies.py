@@ -8,3 +8,8 @@ from starlette.responses import Response
 
 def as_json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+async def welcome() -> Response:
+    """What is at `/`, for people and for clients that look whether somebody is there."""
+    return as_json({"message": "MPT is served here: OpenAI's API under /v1, Ollama's under /api"})

@@ -14,7 +14,13 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from serving.dialects.anthropic import CountRequest, MessagesRequest
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
+from serving.dialects.ollama import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from serving.dialects.responses import ResponsesRequest
 from serving.docs import takes
 from serving.protocol.body import Strict, Whole
@@ -94,9 +100,12 @@ ROUTES = (
     Route("ollama_chat", "/api/chat", "Ollama's chat.", OllamaChatRequest, is_relayed=True),
     Route("ollama_generate", "/api/generate", "Ollama's completion.", GenerateRequest, is_relayed=True),
     Route("ollama_embed", "/api/embed", "Ollama's embeddings.", EmbedRequest, is_relayed=True),
+    Route("ollama_embeddings", "/api/embeddings", "Ollama's embedding of one text, as it was before `/api/embed`.",
+          OldEmbedRequest, is_relayed=True),
     Route("ollama_show", "/api/show", "What Ollama tells of a model.", ShowRequest),
     Route("ollama_tags", "/api/tags", "The models served here, as Ollama lists them."),
     Route("ollama_ps", "/api/ps", "The models that are loaded, as Ollama lists them."),
+    Route("root", "/", "200: clients of Ollama ask here whether there is a server."),
     Route("ollama_version", "/api/version", "The version of this server, where Ollama has its own."),
     Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
           TokenizeRequest, is_relayed=True),

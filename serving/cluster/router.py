@@ -29,7 +29,13 @@ from serving.cluster.options import ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
 from serving.dialects.anthropic import CountRequest, MessagesRequest
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
+from serving.dialects.ollama import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
@@ -38,7 +44,7 @@ from serving.intake import read_body
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
-from serving.replies import as_json
+from serving.replies import as_json, welcome
 from serving.routes import BODIES, ROUTES, EmbeddingRequest, add_routes
 from serving.wire import respond
 
@@ -171,7 +177,7 @@ def _listing(
         "load_lora_adapter": adapter_loading, "unload_lora_adapter": adapter_loading, "load": load,
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
-        "ollama_version": ollama_version,
+        "ollama_version": ollama_version, "root": welcome,
     }  # fmt: skip
 
 
@@ -229,6 +235,8 @@ def _as_openai(asked: Any) -> Any:
     if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
         message = f"`previous_response_id`: {_KEEPS_NONE}"
         raise InvalidRequest(message, code="unsupported_value", param="previous_response_id")
+    if isinstance(asked, OldEmbedRequest):
+        asked = asked.as_embed()
     if isinstance(asked, EmbedRequest):
         return EmbeddingRequest(model=asked.model_name(), input=asked.input)
     if isinstance(asked, CountRequest) and not isinstance(asked, MessagesRequest):

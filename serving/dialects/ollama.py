@@ -1,6 +1,7 @@
 """Ollama's chat, generate and embed as chats, completions and embeddings. Source: Ollama's `docs/api.md`.
 
-Streams are lines of JSON. A stream is what a client gets that does not say otherwise.
+Streams are lines of JSON. A stream is what a client gets that does not say otherwise. A request without a prompt or
+messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten; here every model stays loaded.
 """
 
 import json
@@ -50,6 +51,10 @@ class Options(Strict):
     use_mlock: Any = None
     numa: Any = None
     low_vram: Any = None
+    f16_kv: Any = None
+    logits_all: Any = None
+    vocab_only: Literal[False] = False
+    embedding_only: Literal[False] = False
     repeat_last_n: Any = None
     penalize_newline: Any = None
     typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
@@ -104,9 +109,13 @@ class _Asked(Strict):
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: Options | None = None
+    keep_alive: Any = None  # every model stays loaded; it is told back where a request asks for nothing else
+
+    def model_name(self) -> str:
+        return self.model.removesuffix(_LATEST)
 
     def shared_fields(self) -> dict[str, Any]:
-        fields = {"model": self.model.removesuffix(_LATEST), "stream": self.stream}
+        fields = {"model": self.model_name(), "stream": self.stream}
         fields |= {} if self.options is None else self.options.as_fields()
         if self.format == "json":
             fields["response_format"] = {"type": "json_object"}
@@ -118,11 +127,11 @@ class _Asked(Strict):
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
-    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
+    messages: list[OllamaMessage] = []  # noqa: RUF012
     tools: list[ToolDeclaration] | None = None
 
     def as_chat(self) -> ChatRequest:
-        messages = [message.as_message() for message in self.messages]
+        messages = [message.as_message() for message in self.messages] or [{"role": "user", "content": ""}]
         fields = {**self.shared_fields(), "messages": messages} | ({"tools": self.tools} if self.tools else {})
         return translated(ChatRequest, with_usage(fields), _NAMES)
 
@@ -158,9 +167,21 @@ class EmbedRequest(Strict):
     model: str
     input: str | list[str]
     truncate: bool = True
+    options: Options | None = None  # of sampling, which vectors are not, and of caches
 
     def model_name(self) -> str:
         return self.model.removesuffix(_LATEST)
+
+
+class OldEmbedRequest(Strict):
+    """`POST /api/embeddings`, which `/api/embed` has replaced: one text, one vector."""
+
+    model: str
+    prompt: str
+    options: Options | None = None
+
+    def as_embed(self) -> EmbedRequest:
+        return EmbedRequest(model=self.model, input=self.prompt)
 
 
 class ShowRequest(NoNulls):
@@ -187,6 +208,11 @@ class Ollama:
         self._model, self._is_chat = model, is_chat
         self._began = time.perf_counter()
         self._first: float | None = None
+
+    def loaded(self, keep_alive: Any) -> dict[str, Any]:
+        """The answer to a request that asks for no text."""
+        is_last = str(keep_alive).strip("smh") in ("0", "0.0")
+        return {**self._line("", []), "done": True, "done_reason": "unload" if is_last else "load"}
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         choice = answer["choices"][0]
