@@ -136,7 +136,8 @@ class Generation:
     # -- what they have in common --------------------------------------------------------------------------------
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        return parse(kind, await read_body(request, self._serving.options.max_body_bytes))
+        serving = self._serving
+        return parse(kind, await read_body(request, serving.options.max_body_bytes), serving.only_model)
 
     async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
         endpoint, adapter = await self._serving.chosen(asked.model)

@@ -38,7 +38,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
 
     async def tokenize(request: Request) -> Response:
-        asked = parse(TokenizeRequest, await read_body(request, limit))
+        asked = parse(TokenizeRequest, await read_body(request, limit), serving.only_model)
         endpoint, _ = await serving.chosen(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
@@ -53,7 +53,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(answer)
 
     async def detokenize(request: Request) -> Response:
-        asked = parse(DetokenizeRequest, await read_body(request, limit))
+        asked = parse(DetokenizeRequest, await read_body(request, limit), serving.only_model)
         endpoint, _ = await serving.chosen(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
@@ -86,12 +86,12 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
 
 
 def _only_model(serving: Serving) -> str:
-    names = [*serving.endpoints, *serving.loading]
-    if len(names) != 1:
-        shown = ", ".join(f"`{name}`" for name in names)
+    name = serving.only_model
+    if name is None:
+        shown = ", ".join(f"`{name}`" for name in [*serving.endpoints, *serving.loading])
         message = f"say which model with `?model=NAME`: {shown}"
         raise InvalidRequest(message, code="missing_required_parameter", param="model")
-    return names[0]
+    return name
 
 
 def _tokenizer_of(endpoint: Endpoint) -> dict[str, Any]:

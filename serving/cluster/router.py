@@ -75,7 +75,8 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options.max_body_bytes)
-        asked = _as_openai(parse(kind, raw))
+        served = [*cards()]
+        asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
         base, adapter = find(asked.model)
         work = Relayed(asked.model, _tokens(asked))
         request.state.admission.reserve(work.estimate)

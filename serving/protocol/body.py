@@ -55,8 +55,11 @@ Whole = Annotated[int, WHOLE]
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse(kind: type[Body], raw: bytes) -> Body:
-    """A request body of one kind. Raises InvalidRequest naming the field, its value and what would be right."""
+def parse(kind: type[Body], raw: bytes, model: str | None = None) -> Body:
+    """A request body of one kind. Raises InvalidRequest naming the field, its value and what would be right.
+
+    model: the one that is meant where the body names none, as with vLLM.
+    """
     try:
         fields = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -64,6 +67,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the body is a JSON {_kind(fields)}, not an object", code="invalid_json")
     fields = {name: value for name, value in fields.items() if _is_used(kind, name, value)}
+    if model is not None and "model" in kind.model_fields and fields.get("model") is None:
+        fields["model"] = model
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
