@@ -23,13 +23,18 @@ from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import AsItIs, Chunks, Translation
 from serving.endpoints import Serving
 from serving.errors import ApiError, InvalidRequest
-from serving.intake import chat_tokens, check_room, make_job, prompt_tokens, read_body, truncated
+from serving.intake import chat_tokens, check_room, make_job, may_be_read, prompt_tokens, read_body, truncated
 from serving.jobs import Events, Job, start
 from serving.metrics import Metrics
 from serving.protocol.body import parse, prompts_of
-from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from serving.protocol.generation import (
+    ALL_THERE_IS,
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
 from serving.replies import as_json
-from serving.routes import EmbeddingRequest
 from serving.sse import EventStream, until_disconnected
 
 Result = TypeVar("Result")
@@ -71,7 +76,7 @@ class Generation:
 
     async def embeddings(self, request: Request) -> Response:
         asked = await self._body(request, EmbeddingRequest)
-        return as_json(await self._embed(request, asked.model, asked.input, asked.encoding_format))
+        return as_json(await self._embed(request, asked))
 
     async def responses(self, request: Request) -> Response:
         asked = await self._body(request, ResponsesRequest)
@@ -123,14 +128,14 @@ class Generation:
 
     async def ollama_embed(self, request: Request) -> Response:
         asked = await self._body(request, EmbedRequest)
-        found = await self._embed(request, asked.model_name(), asked.input, "float")
+        found = await self._embed(request, asked.as_embedding())
         vectors = [each["embedding"] for each in found["data"]]
         count = found["usage"]["prompt_tokens"]
         return as_json({"model": asked.model, "embeddings": vectors, "prompt_eval_count": count})
 
     async def ollama_embeddings(self, request: Request) -> Response:
-        asked = (await self._body(request, OldEmbedRequest)).as_embed()
-        found = await self._embed(request, asked.model_name(), asked.input, "float")
+        asked = await self._body(request, OldEmbedRequest)
+        found = await self._embed(request, asked.as_embedding())
         return as_json({"embedding": found["data"][0]["embedding"]})
 
     # -- what they have in common --------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ class Generation:
 
     async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
         endpoint, adapter = await self._serving.chosen(asked.model)
-        texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
+        texts_or_ids = [may_be_read(endpoint, asked, each) for each in prompts_of(asked.prompt, endpoint.vocab_size)]
         parsed = [await prompt_tokens(endpoint, each, parse_special=asked.parse_special) for each in texts_or_ids]
         wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         prompts = [truncated(endpoint, asked, prompt, max(wanted, 0)) for prompt in parsed]
@@ -190,17 +195,19 @@ class Generation:
             keep,
         )
 
-    async def _embed(self, request: Request, model: str, asked: Any, encoding: str) -> dict[str, Any]:
-        endpoint, adapter = await self._serving.chosen(model)
+    async def _embed(self, request: Request, asked: EmbeddingRequest) -> dict[str, Any]:
+        endpoint, adapter = await self._serving.chosen(asked.model)
         if not endpoint.engine.capabilities.gives_embeddings:
             message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
             raise InvalidRequest(message, code="unsupported_value", param="model")
-        texts = prompts_of(asked, endpoint.vocab_size, "input")
-        prompts = [await prompt_tokens(endpoint, text, "input") for text in texts]
+        texts = [may_be_read(endpoint, asked, text) for text in prompts_of(asked.input, endpoint.vocab_size, "input")]
+        prompts = [truncated(endpoint, asked, await prompt_tokens(endpoint, text, "input"), 0) for text in texts]
         check_room(endpoint, max(map(len, prompts)), 0, "input")
         sampling = Sampling(max_tokens=0, embed=True)
-        job = Job(request.state.request_id, model, endpoint, adapter, prompts, sampling, n=1)
-        return await self._whole(request, job, lambda events: answers.embeddings(job, events, encoding=encoding))
+        job = Job(request.state.request_id, asked.model, endpoint, adapter, prompts, sampling, n=1)
+        return await self._whole(
+            request, job, lambda events: answers.embeddings(job, events, encoding=asked.encoding_format)
+        )
 
     def _start(self, request: Request, job: Job) -> Events:
         request.state.admission.reserve(job.n_tokens_at_most)

@@ -134,6 +134,18 @@ def check_room(endpoint: Endpoint, n_prompt: int, max_tokens: int, param: str) -
         )
 
 
+def may_be_read(endpoint: Endpoint, asked: Any, prompt: str | list[int]) -> str | list[int]:
+    """What of a text can be among the tokens that `truncate_prompt_tokens` leaves of it, however it is tokenized."""
+    if asked.truncate_prompt_tokens is None or not isinstance(prompt, str):
+        return prompt
+    raw = prompt.encode("utf-8", "replace")
+    if len(raw) <= endpoint.max_prompt_bytes:
+        return prompt
+    is_end_lost = asked.truncation_side == "right"
+    kept = raw[: endpoint.max_prompt_bytes] if is_end_lost else raw[-endpoint.max_prompt_bytes :]
+    return kept.decode("utf-8", "ignore")
+
+
 def truncated(endpoint: Endpoint, asked: Any, prompt: list[int], wanted: int) -> list[int]:
     """A prompt cut to `truncate_prompt_tokens`, -1 being what leaves room for the answer."""
     limit: int | None = asked.truncate_prompt_tokens

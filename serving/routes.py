@@ -8,7 +8,7 @@ answers (`app.py`, `cluster/router.py`).
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -24,16 +24,8 @@ from serving.dialects.ollama import (
 from serving.dialects.responses import ResponsesRequest
 from serving.docs import takes
 from serving.protocol.body import Strict, Whole
-from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import ChatMessage, ToolDeclaration
-
-
-class EmbeddingRequest(Strict):
-    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
-
-    model: str
-    input: Any  # as a completion's prompt: see `prompts_of`
-    encoding_format: Literal["float", "base64"] = "float"
 
 
 class TokenizeRequest(Strict):

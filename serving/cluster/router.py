@@ -43,9 +43,15 @@ from serving.gate import Gate
 from serving.intake import read_body
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
-from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from serving.protocol.generation import (
+    ALL_THERE_IS,
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
 from serving.replies import as_json, welcome
-from serving.routes import BODIES, ROUTES, EmbeddingRequest, add_routes
+from serving.routes import BODIES, ROUTES, add_routes
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -236,10 +242,8 @@ def _as_openai(asked: Any) -> Any:
     if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
         message = f"`previous_response_id`: {_KEEPS_NONE}"
         raise InvalidRequest(message, code="unsupported_value", param="previous_response_id")
-    if isinstance(asked, OldEmbedRequest):
-        asked = asked.as_embed()
-    if isinstance(asked, EmbedRequest):
-        return EmbeddingRequest(model=asked.model_name(), input=asked.input)
+    if isinstance(asked, EmbedRequest | OldEmbedRequest):
+        return asked.as_embedding()
     if isinstance(asked, CountRequest) and not isinstance(asked, MessagesRequest):
         return asked
     if isinstance(asked, ResponsesRequest | MessagesRequest | OllamaChatRequest | GenerateRequest):

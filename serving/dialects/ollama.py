@@ -15,7 +15,7 @@ from pydantic import Field
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
 from serving.protocol.body import NoNulls, Strict, Whole, translated
-from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
 
@@ -169,8 +169,11 @@ class EmbedRequest(Strict):
     truncate: bool = True
     options: Options | None = None  # of sampling, which vectors are not, and of caches
 
-    def model_name(self) -> str:
-        return self.model.removesuffix(_LATEST)
+    def as_embedding(self) -> EmbeddingRequest:
+        """The same as OpenAI's. What is too long loses its end, as with Ollama, unless `truncate` is false."""
+        limit = -1 if self.truncate else None
+        name = self.model.removesuffix(_LATEST)
+        return EmbeddingRequest(model=name, input=self.input, truncate_prompt_tokens=limit, truncation_side="right")
 
 
 class OldEmbedRequest(Strict):
@@ -180,8 +183,8 @@ class OldEmbedRequest(Strict):
     prompt: str
     options: Options | None = None
 
-    def as_embed(self) -> EmbedRequest:
-        return EmbedRequest(model=self.model, input=self.prompt)
+    def as_embedding(self) -> EmbeddingRequest:
+        return EmbedRequest(model=self.model, input=self.prompt).as_embedding()
 
 
 class ShowRequest(NoNulls):

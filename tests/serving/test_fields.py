@@ -223,6 +223,27 @@ async def test_a_prompt_is_cut_on_the_side_that_is_asked(serving, side, left):
     assert long.json()["usage"]["prompt_tokens"] == 1023  # of 1,024, one is for the answer
 
 
+@pytest.mark.parametrize(("side", "kept"), [("left", slice(-1024, None)), ("right", slice(0, 1024))])
+async def test_a_text_of_any_length_is_embedded_where_it_may_be_cut(serving, side, kept):
+    """Benchmarks send `truncate_prompt_tokens: -1`. A token is a byte here, and the context has 1,024."""
+    text = "".join(chr(97 + n * n % 26) for n in range(50_000))
+    asked = {"model": "base", "input": text, "truncate_prompt_tokens": -1, "truncation_side": side}
+    cut = (await post(serving, "/v1/embeddings", asked)).json()
+    whole = (await post(serving, "/v1/embeddings", {"model": "base", "input": text[kept]})).json()
+    assert cut["usage"]["prompt_tokens"] == 1024
+    assert cut["data"] == whole["data"]
+    refused = (await post(serving, "/v1/embeddings", {"model": "base", "input": text})).json()["error"]
+    assert refused["code"] == "context_length_exceeded"
+
+
+async def test_ollamas_embeddings_lose_their_end_unless_that_is_refused(serving):
+    text = "ab" * 2000
+    whole = (await post(serving, "/api/embed", {"model": "base", "input": text[:1024]})).json()["embeddings"]
+    assert (await post(serving, "/api/embed", {"model": "base", "input": text})).json()["embeddings"] == whole
+    assert (await post(serving, "/api/embeddings", {"model": "base", "prompt": text})).json()["embedding"] == whole[0]
+    assert (await post(serving, "/api/embed", {"model": "base", "input": text, "truncate": False})).status_code == 400
+
+
 async def test_a_final_message_is_continued_and_echoed(serving, tokenizer):
     messages = [*CHAT["messages"], {"role": "assistant", "content": "Good "}]
     asked = {"model": "base", "messages": messages, "max_tokens": 3, "echo": True, "return_token_ids": True}
