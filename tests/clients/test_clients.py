@@ -194,6 +194,11 @@ OWN: dict[str, dict[str, Callable[[Any, dict[str, Any]], bool]]] = {
         "too_long": equals(400),
         "wrong_key": equals(401),
     },
+    "open_webui": {
+        "version": equals(["version"]),
+        "running": is_fact("models"),
+        "unloaded": equals("unload"),
+    },
     "llama_index_client": {"called": equals("get_time")},
     "litellm_client": {"no_model_error": equals("NotFoundError")},
     "openai_agent": {"n_calls": equals(2)},

@@ -215,6 +215,7 @@ def test_the_least_recently_used_responses_go_first():
         ({"include": ["file_search_call.results"]}, "file_search_call.results"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"background": True}, "background"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "enable_thinking"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"input": []}, "input"),
     ],

@@ -115,7 +115,7 @@ def test_numbers_stay_numbers(name, value):
         read(CompletionRequest, {**TEXT, name: value})
 
 
-@pytest.mark.parametrize("value", [2**63, 2**64, 1e30])
+@pytest.mark.parametrize("value", [2**63, 2**64, -(2**63) - 1, 1e30])
 def test_a_number_that_is_too_large_is_told_its_range(value):
     with pytest.raises(InvalidRequest, match="9223372036854775808") as refused:
         read(CompletionRequest, {**TEXT, "seed": value})
