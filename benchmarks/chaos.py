@@ -41,7 +41,7 @@ OUTCOMES = ("complete", "refused", "error event", "cancelled", "wrong", "lost")
 OVER_THE_LIMIT = bytes(33 << 20)  # mpt serve takes bodies of 32 MiB
 SETTLE_S = 10.0  # until the gauges must be back at 0
 QUIET_S = 30.0  # until a connection of bytes that are not HTTP must be closed
-GAUGES = ("mpt_num_requests_running", "mpt_num_requests_waiting", "mpt_kv_cache_usage_ratio")
+GAUGES = ("mpt_num_requests_running", "mpt_num_requests_waiting", "mpt_kv_cache_usage_perc")
 LONG_CONTEXT = 8192  # tokens; a model that has them also gets prompts of 1,500 to 5,000 words, about 6,000 tokens
 PROMPTS = (
     "The old man and the", "Once upon a time there was", "She opened the door and", "In the year 1900",

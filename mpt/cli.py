@@ -1,4 +1,4 @@
-"""The `mpt` command: serve, cluster, top, demo, chat, generate, convert, inspect, verify, train.
+"""The `mpt` command: serve, cluster, top, bench, run-batch, demo, chat, generate, convert, inspect, verify, train.
 
 Nothing heavy is imported before a command is chosen, so `--help` answers at once. This is the one file of `mpt` that
 imports the stages: it is where their commands come together.
@@ -16,6 +16,8 @@ from demos.cli import demo
 from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style, ThreadsOption, new_app, run_app
 from mpt.errors import UserError
 from mpt.options import ModelOptions
+from serving.batch.cli import run_batch
+from serving.bench.cli import bench
 from serving.cli import cluster, serve, top
 
 if TYPE_CHECKING:
@@ -191,7 +193,7 @@ def _load(options: ModelOptions) -> "LocalModel":
     return LocalModel(options)
 
 
-for _command in (serve, cluster, top, demo, convert, inspect, verify):
+for _command in (serve, cluster, top, bench, run_batch, demo, convert, inspect, verify):
     app.command()(_command)
 
 

@@ -5,13 +5,17 @@ Light to import, so that `--help` answers at once.
 `Style` is the same as in `mpt.prompts`, which is slow to import; the type checker compares them.
 """
 
+import gc
 import os
 import sys
+import time
 from typing import Annotated, Literal
 
 import typer
 
 from mpt.errors import DeviceLost, MPTError
+
+BEGAN = time.monotonic()  # of a command: this is among the first modules that one imports
 
 Style = Literal["none", "instruct", "chatml", "template"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -62,3 +66,5 @@ def run_app(app: typer.Typer, name: str) -> None:
             sys.stderr.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    finally:
+        gc.freeze()  # else the interpreter, as it ends, looks a second long for cycles among the objects of torch

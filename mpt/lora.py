@@ -4,10 +4,12 @@ y = W x + alpha / r B A x (Hu et al. 2021). Not here: training them (`training/a
 weights of their base (`conversion/formats/adapter.py`).
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -94,6 +96,17 @@ class Adapter:
     @property
     def n_bytes(self) -> int:
         return sum(a.nbytes + b.nbytes for a, b in self.pairs.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of its matrices, which are all that it adds to a model: what was cached of the same one elsewhere, or
+        before a restart, may be reused."""
+        found = hashlib.sha256()
+        for name, pair in sorted(self.pairs.items()):
+            for matrix in pair:
+                found.update(f"{name} {matrix.dtype} {tuple(matrix.shape)} ".encode())
+                found.update(matrix.contiguous().cpu().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
 
 def adaptable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:

@@ -15,6 +15,7 @@ from mpt.errors import UserError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of models and of adapters; the colon stands between
 TRITON = "triton://"  # begins the address of a model in a Triton server
+_PREFIX_CACHE_GB = 20
 TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")  # served when nothing is asked for
 
 
@@ -39,6 +40,8 @@ class ModelOptions:
     draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
     tensor_parallel: int = 1  # processes that share the model, one GPU each
     kv_gb: float | None = None  # KV cache, 1e9 bytes; None shares what memory is free
+    prefix_cache: Path | None = None  # folder in which prefixes outlive the memory and the process
+    prefix_cache_gb: float | None = None  # what all files in it may take, 1e9 bytes; None is 20
     max_running: int | None = None  # sequences computed at once; None is what the device has the room and speed for
     max_waiting: int = 256  # requests that may wait
     prefill_chunk: int | None = None  # prompt tokens read in a step that others wait for; None likewise
@@ -54,7 +57,11 @@ class ModelOptions:
         at_least(self, 1, "context_length", "max_running", "tensor_parallel", "threads")
         at_least(self, 0, "max_waiting")
         at_least(self, 16, "prefill_chunk")
-        at_least(self, 1e-3, "kv_gb")
+        at_least(self, 1e-3, "kv_gb", "prefix_cache_gb")
+        if self.prefix_cache_gb is not None and self.prefix_cache is None:
+            raise UserError(
+                f"prefix_cache_gb is {self.prefix_cache_gb:g} and there is no prefix_cache; give its folder too"
+            )
         if self.draft is not None and not self.speculate:
             raise UserError("`draft` is given and `speculate` is off; leave one of them out")
         if self.chat_template is not None and self.prompt_style is not None:
@@ -92,6 +99,10 @@ class ModelOptions:
     @property
     def kv_bytes(self) -> int | None:
         return None if self.kv_gb is None else round(self.kv_gb * 1e9)
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        return round((self.prefix_cache_gb or _PREFIX_CACHE_GB) * 1e9)
 
 
 def at_least(options: Any, low: float, *names: str) -> None:

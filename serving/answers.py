@@ -4,7 +4,6 @@ A choice's index is prompt * n + sample. What runs underneath is in `jobs.py`.
 """
 
 import base64
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -261,7 +260,7 @@ def _progress(job: Job, head: dict[str, Any], prompt: int, event: Progress) -> d
         "total": total,
         "processed": sum(each.processed_tokens for each in job.progress.values()),
         "cached": job.cached_tokens,
-        "time_ms": round(1000 * (time.perf_counter() - job.arrived)),
+        "time_ms": round(1000 * (event.at - job.arrived)),
     }
     return piece
 

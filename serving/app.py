@@ -23,6 +23,9 @@ from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
 from serving.auth import Door, keys_of
+from serving.batch.api import batch_functions
+from serving.batch.service import BatchDoor, BatchService
+from serving.batch.store import Store
 from serving.docs import add_docs
 from serving.endpoints import Serving
 from serving.errors import (
@@ -41,7 +44,7 @@ from serving.listing import listing
 from serving.metrics import HttpMetrics, Metrics
 from serving.protocol.body import parse
 from serving.replies import as_json
-from serving.routes import BODIES, LoadAdapterRequest, UnloadAdapterRequest, add_routes, nearest
+from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
 from serving.wire import respond
 
 log = logging.getLogger(__name__)
@@ -55,17 +58,24 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     door: who is let in; the keys of the options by default. Another one stands behind a router, which logs.
     """
     options = serving.options
+    log_format = options.log_format if door is None else None
     metrics = Metrics(lambda: list(serving.endpoints.values()))
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    functions = Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
+    door = door or keys_of(options)
+    service = None
+    if options.batch_dir is not None:
+        door = BatchDoor(door)
+        service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
+    app.state.batches = service
+    functions = batch_functions(service, door, options)
+    functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
     add_routes(app, functions | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, *BODIES)
-    log_format = options.log_format if door is None else None
-    app.add_middleware(Gate, door=door or keys_of(options), metrics=metrics, log_format=log_format)
+        add_docs(app, needs_key=keys_of(options).required)
+    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -74,7 +84,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
 
 
 def _adapter_loading(serving: Serving) -> Functions:
-    limit, folder = serving.options.max_body_bytes, serving.options.adapter_loading
+    folder = serving.options.adapter_loading
 
     def named(lora_name: str) -> tuple[Adapters, str, str]:
         """The adapters of the model that is meant, and the whole and the own name of this one."""
@@ -101,7 +111,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def load_lora_adapter(request: Request) -> Response:
         within = allowed()
-        asked = parse(LoadAdapterRequest, await read_body(request, limit))
+        asked = parse(LoadAdapterRequest, await read_body(request, serving.options))
         adapters, whole, name = named(asked.lora_name)
         path = Path()
         try:
@@ -119,7 +129,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def unload_lora_adapter(request: Request) -> Response:
         allowed()
-        asked = parse(UnloadAdapterRequest, await read_body(request, limit))
+        asked = parse(UnloadAdapterRequest, await read_body(request, serving.options))
         adapters, whole, name = named(asked.lora_name)
         if not await adapters.remove(name):
             known = name in adapters.names()
@@ -176,7 +186,7 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
         refused: ApiError = InvalidRequest(str(error.detail))
         if error.status_code == 405:
             refused = MethodNotAllowed(f"`{where}` is not a method of this URL")
-            refused.headers = dict(error.headers or {})
+            refused.headers = {"Allow": ", ".join(sorted(methods_of(app, request.scope)))}
         elif error.status_code == 404:
             refused = NotFound(f"there is no `{where}` here; {nearest(path)}")
         return respond(refused, path)

@@ -1,10 +1,13 @@
 """The commands `mpt serve`, `mpt cluster` and `mpt top`."""
 
+import functools
 import os
-from collections.abc import Collection, Iterator, Mapping
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, ParamSpec, get_args
 
 import typer
 
@@ -13,6 +16,7 @@ from mpt.errors import UserError
 from mpt.options import MODEL_NAME, TINY, TRITON, ModelOptions
 from serving.options import ServeOptions, is_loopback
 
+P = ParamSpec("P")
 CONFIG = Path(__file__).with_name("config.yaml")
 
 
@@ -64,6 +68,19 @@ _KvGb = Annotated[
     float | None,
     typer.Option(min=0.001, help="KV cache of each model, in GB (1e9 bytes).", show_default="by free memory"),
 ]
+_PrefixCache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep what was read of prompts of 1,024 tokens or more there, for the next start and for other servers of "
+        "this machine. It holds in effect what they say.",
+        show_default="in memory only",
+    ),
+]
+_PrefixCacheGb = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="What that folder may take, in GB (1e9 bytes), oldest out first.", show_default="20"),
+]
 _MaxRunning = Annotated[
     int | None,
     typer.Option(min=1, help="Sequences computed at once, per model.", show_default="256 on a GPU, else 32"),
@@ -110,6 +127,14 @@ _AllowAdapterLoading = Annotated[
         show_default="off",
     ),
 ]
+_BatchDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep clients' files and batches there, for /v1/files and /v1/batches.",
+        show_default="off",
+    ),
+]
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
@@ -128,6 +153,21 @@ _RequestTimeout = Annotated[
 ]
 
 
+def _ends_well(command: Callable[P, None]) -> Callable[P, None]:
+    """SIGTERM ends a command with 0 until its server takes signals itself: while torch is imported, say."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **options: P.kwargs) -> None:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        try:
+            command(*args, **options)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run
+
+
+@_ends_well
 def serve(
     model: _Model = None,
     host: _Host = "127.0.0.1",
@@ -146,6 +186,8 @@ def serve(
     draft: _Draft = None,
     tensor_parallel: _TensorParallel = 1,
     kv_gb: _KvGb = None,
+    prefix_cache: _PrefixCache = None,
+    prefix_cache_gb: _PrefixCacheGb = None,
     max_running: _MaxRunning = None,
     max_waiting: _MaxWaiting = 256,
     prefill_chunk: _PrefillChunk = None,
@@ -154,6 +196,7 @@ def serve(
     chat_template: _ChatTemplate = None,
     adapter: _Adapter = None,
     allow_adapter_loading: _AllowAdapterLoading = None,
+    batch_dir: _BatchDir = None,
     cors_origin: _CorsOrigin = None,
     docs: _Docs = None,
     demo: _Demo = False,
@@ -171,17 +214,12 @@ def serve(
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
     """
-    sources = dict(_model_source(text) for text in model or TINY)
-    if len(sources) < len(model or TINY):
-        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    sources = model_sources(model)
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
     if tensor_parallel > 1 and len(sources) > 1:
         raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
-    if allow_adapter_loading is not None and not allow_adapter_loading.is_dir():
-        raise UserError(f"`--allow-adapter-loading {allow_adapter_loading}` is no folder")
-    if profile is not None:
-        _make_folder(profile, "--profile")
+    _check_folders(allow_adapter_loading, profile)
     shared = ModelOptions(
         root="",  # each model has its own
         device=device,
@@ -191,6 +229,8 @@ def serve(
         speculate=speculate,
         tensor_parallel=tensor_parallel,
         kv_gb=kv_gb,
+        prefix_cache=prefix_cache,
+        prefix_cache_gb=prefix_cache_gb,
         max_running=max_running,
         max_waiting=max_waiting,
         prefill_chunk=prefill_chunk,
@@ -207,6 +247,7 @@ def serve(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         adapter_loading=allow_adapter_loading,
+        batch_dir=batch_dir,
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
         demo=demo,
@@ -320,12 +361,28 @@ def _models(
     }
 
 
+def _check_folders(adapters: Path | None, profile: Path | None) -> None:
+    """Raises UserError where adapters are to be loaded from what is no folder, or a profile cannot be written."""
+    if adapters is not None and not adapters.is_dir():
+        raise UserError(f"`--allow-adapter-loading {adapters}` is no folder")
+    if profile is not None:
+        _make_folder(profile, "--profile")
+
+
 def _make_folder(folder: Path, option: str) -> None:
     """Make a folder that something will be written to. Raises UserError if that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`{option} {folder}` cannot be written to: {error.strerror}; choose another folder") from error
+
+
+def model_sources(texts: list[str] | None) -> dict[str, str]:
+    """What to load under each name, of all `--model`; the tiny four without any. Raises UserError."""
+    sources = dict(_model_source(text) for text in texts or TINY)
+    if len(sources) < len(texts or TINY):
+        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
+    return sources
 
 
 def _model_source(text: str) -> tuple[str, str]:

@@ -64,6 +64,11 @@ class Serving:
         known = ", ".join(f"`{known}`" for known in [*self.endpoints, *sorted(self.loading)])
         raise NotFound(f"no model `{name[:100]}` here; served: {known}", code="model_not_found", param="model")
 
+    def takes_priority(self, model: str) -> bool:
+        """Whether requests for a model may have a `priority`."""
+        endpoint = self.endpoints.get(self._owner(model) or split_name(model)[0])
+        return endpoint is not None and "priority" in endpoint.engine.capabilities.request.claimed
+
     def not_ready(self) -> str | None:
         """Why requests cannot be answered now, None if they can."""
         if self.draining:

@@ -59,7 +59,15 @@ class MethodNotAllowed(ApiError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class BodyTimeout(ApiError):
+    """The body did not come in time."""
+
+    status, type, code = 408, "invalid_request_error", "body_timeout"
+    headers = {"Connection": "close"}  # noqa: RUF012  (the rest of it may still come)
+
+
 class TooLarge(ApiError):
+    headers = {"Connection": "close"}  # noqa: RUF012
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
 

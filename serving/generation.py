@@ -7,6 +7,7 @@ are embedded. A dialect's body becomes one of these, and its `Translation` gives
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,10 +16,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from mpt.engine.request import Sampling
-from serving import answers
+from serving import answers, beam
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, OldEmbedRequest, Ollama, OllamaChatRequest
+from serving.dialects.ollama import EmbedRequest, GenerateRequest, OldEmbedRequest, Ollama, OllamaChatRequest, loaded
 from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import AsItIs, Chunks, Translation
 from serving.endpoints import Serving
@@ -110,18 +111,17 @@ class Generation:
 
     async def ollama_chat(self, request: Request) -> Response:
         asked = await self._body(request, OllamaChatRequest)
-        translation = Ollama(asked.model, is_chat=True)
         if not asked.messages:
             await self._serving.chosen(asked.model_name())
-            return as_json(translation.loaded(asked.keep_alive))
-        return await self._chat(request, asked.as_chat(), translation)
+            return as_json(loaded(asked.model, asked.keep_alive, is_chat=True))
+        return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
 
     async def ollama_generate(self, request: Request) -> Response:
         asked = await self._body(request, GenerateRequest)
         translation = Ollama(asked.model, is_chat=False)
         endpoint, _ = await self._serving.chosen(asked.model_name())
         if not asked.prompt:
-            return as_json(translation.loaded(asked.keep_alive))
+            return as_json(loaded(asked.model, asked.keep_alive, is_chat=False))
         if asked.raw or endpoint.prompt_style == "none":
             return await self._complete(request, asked.as_completion(), translation)
         return await self._chat(request, asked.as_chat(), translation)
@@ -141,8 +141,7 @@ class Generation:
     # -- what they have in common --------------------------------------------------------------------------------
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        serving = self._serving
-        return parse(kind, await read_body(request, serving.options.max_body_bytes), serving.only_model)
+        return parse(kind, await read_body(request, self._serving.options), self._serving.only_model)
 
     async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
         endpoint, adapter = await self._serving.chosen(asked.model)
@@ -210,9 +209,17 @@ class Generation:
         )
 
     def _start(self, request: Request, job: Job) -> Events:
+        if job.length_penalty is not None:
+            beam.check(job)
         request.state.admission.reserve(job.n_tokens_at_most)
         request.state.work = job  # for the access log and the client's account, when the last byte has been sent
-        return start(job, self._metrics, deadline_s=self._serving.options.request_timeout_s, salt=request.state.salt)
+        deadline_s, salt = self._serving.options.request_timeout_s, request.state.salt
+        if job.length_penalty is None:
+            return start(job, self._metrics, deadline_s=deadline_s, salt=salt)
+        submit = partial(
+            job.endpoint.engine.submit, request_id=job.id, deadline_s=deadline_s, salt=salt, adapter=job.adapter
+        )
+        return beam.search(job, submit, job.length_penalty)
 
     async def _whole(self, request: Request, job: Job, whole: Whole) -> dict[str, Any]:
         return await _unless_disconnected(request, whole(self._start(request, job)))
@@ -228,6 +235,7 @@ class Generation:
         keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> Response:
         """Start a job and answer with a stream or a whole response, whichever was asked for."""
+        translation.begin(job)
         if not is_streamed:
             answer = translation.whole(await self._whole(request, job, whole))
             if keep is not None:

@@ -1,7 +1,9 @@
 """From an HTTP request to work for an engine: its body under a limit, its prompts as tokens, its fit in the context."""
 
 import asyncio
+import codecs
 import logging
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +16,10 @@ from mpt.errors import DamagedFile, UserError
 from mpt.lora import Adapter
 from mpt.prompts import encode_chat
 from mpt.tools import ToolUse
-from serving.errors import InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
+from serving.encodings import TAKEN, unpacked
+from serving.errors import BodyTimeout, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.jobs import Job
+from serving.options import HttpOptions
 from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, check_messages
 from serving.protocol.sampling import sampling_of
@@ -25,29 +29,73 @@ from serving.wire import OLLAMA, wire_of
 log = logging.getLogger(__name__)
 
 _LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
+_SLOWEST = 64 << 10  # bytes a second, of a body that takes longer than the time for any body
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises UnsupportedMediaType and TooLarge before it is parsed.
+async def read_body(request: Request, options: HttpOptions) -> bytes:
+    """The JSON of a request's body, unpacked. Raises UnsupportedMediaType, TooLarge, BodyTimeout and InvalidRequest."""
+    _check_kind(request)
+    coding = _coding(request)
+    limit = options.max_body_bytes
+    too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
+    raw = bytearray()
+    async for piece in pieces_of(request, limit, options.read_timeout_s, too_large):
+        raw += piece
+    body = bytes(raw) if coding is None else await asyncio.to_thread(unpacked, bytes(raw), coding, limit)
+    return body.removeprefix(codecs.BOM_UTF8)  # RFC 8259 allows to ignore one
+
+
+async def pieces_of(request: Request, limit: int, timeout_s: float, too_large: TooLarge) -> AsyncGenerator[bytes, None]:
+    """A body as it comes, of at most `limit` bytes, and a second more than timeout_s for every 64 KiB of it.
+
+    Raises `too_large`, before a byte is read if the head says so, and BodyTimeout.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise too_large
+    began, n_bytes = asyncio.get_running_loop().time(), 0
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout_at(began + timeout_s + n_bytes / _SLOWEST):
+                piece = await anext(stream, None)
+        except TimeoutError:
+            message = f"{n_bytes} bytes of the body came in time, and not its end; send it again, and faster"
+            raise BodyTimeout(message) from None
+        if piece is None:
+            return
+        n_bytes += len(piece)
+        if n_bytes > limit:
+            raise too_large
+        yield piece
+
+
+def _check_kind(request: Request) -> None:
+    """Raises UnsupportedMediaType for anything but JSON in UTF-8, the one encoding that JSON has.
 
     Clients of Ollama need not say that they send JSON, as with Ollama itself. A web page must: what it can send to
     another origin without being asked is anything but JSON, and has an `Origin`.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    may_be_silent = wire_of(request.url.path) is OLLAMA and "origin" not in request.headers
-    if kind != "application/json" and not may_be_silent:
-        raise UnsupportedMediaType(f"content-type is `{kind[:60]}`; send `application/json`")
-    too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > limit:
-            raise too_large
-    return bytes(raw)
+    if wire_of(request.url.path) is OLLAMA and "origin" not in request.headers:
+        return
+    given = request.headers.get("content-type", "")
+    kind, *parameters = (part.strip().lower() for part in given.split(";"))
+    charsets = [part.partition("=")[2].strip('"') for part in parameters if part.startswith("charset=")]
+    if kind != "application/json" or not {"utf-8", "utf8", "us-ascii"}.issuperset(charsets):
+        raise UnsupportedMediaType(f"content-type is `{given[:60]}`; send `application/json`, in UTF-8")
+
+
+def _coding(request: Request) -> str | None:
+    """The content-encoding of a body, None for none. Raises UnsupportedMediaType."""
+    given = request.headers.get("content-encoding", "").strip().lower().removeprefix("x-")
+    if given in ("", "identity"):
+        return None
+    if given not in TAKEN:
+        error = UnsupportedMediaType(f"content-encoding is `{given[:60]}`; send one of {', '.join(TAKEN)}, or none")
+        error.headers = {"Accept-Encoding": ", ".join(TAKEN)}
+        raise error
+    return given
 
 
 async def prompt_tokens(
@@ -198,6 +246,10 @@ async def make_job(
         message = "`min_tokens` and `allowed_token_ids` leave no token that may come first"
         raise InvalidRequest(message, param="allowed_token_ids")
     check_scores(sampling, prompts)
+    if asked.use_beam_search and asked.stream:
+        raise InvalidRequest("`use_beam_search` ends with the best answers; set stream to false", param="stream")
+    if asked.length_penalty != 1 and not asked.use_beam_search:
+        raise InvalidRequest("`length_penalty` needs `use_beam_search: true`", param="length_penalty")
     return Job(
         id=asked.request_id or request.state.request_id,
         model=asked.model,
@@ -206,6 +258,7 @@ async def make_job(
         prompts=prompts,
         sampling=sampling,
         n=asked.n,
+        length_penalty=asked.length_penalty if asked.use_beam_search else None,
         tools=tools,
         include_usage=options is not None and options.include_usage,
         continuous_usage=options is not None and options.continuous_usage_stats,

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpt.engine import clock
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.request import Delta, EngineError, Event, Progress, Sampling, Started
 from mpt.engine.sequence import Answer
@@ -34,6 +35,7 @@ class Job:
     sampling: Sampling
     n: int  # choices returned per prompt; sampling.n are generated (best_of)
     echo: list[str] = field(default_factory=list)  # what the answer to each prompt begins with, if it does
+    length_penalty: float | None = None  # of a beam search; None draws
     tools: ToolUse | None = None  # calls are looked for in the answer
     shows_token_ids: bool = False
     names_by_id: bool = False  # tokens of log-probabilities are called by their ids
@@ -44,7 +46,7 @@ class Job:
     cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reasons: set[str] = field(default_factory=set)
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived: float = field(default_factory=clock.now)
     queue_s: float | None = None
     ttft_s: float | None = None
     decode_s: float = 0.0  # from the first token to the last
@@ -132,28 +134,29 @@ async def _in_turn(
                 if error.code != "overloaded" or time.monotonic() > until:
                     raise
                 await asyncio.sleep(_RETRY_S)
-        async with aclosing(_merged(job, answers, metrics, start)) as events:
+        async with aclosing(_merged(job, answers, metrics)) as events:
             async for prompt, event in events:
                 yield start + prompt, event
 
 
-async def _merged(job: Job, answers: list[Answer], metrics: Metrics, first: int = 0) -> Events:
-    """The events of all answers as they come; closing this closes them. first: the prompt that answers[0] is of."""
+async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
+    """The events of all answers as they come; closing this closes them."""
     started = False
     try:
         name = job.endpoint.name
-        observed = [metrics.observe(name, len(p), a) for p, a in zip(job.prompts[first:], answers, strict=False)]
+        observed = [metrics.observe(name, answer) for answer in answers]
         async with aclosing(_interleaved(observed)) as events:
             async for prompt, event in events:
                 if isinstance(event, Started):
                     started = True
                     job.cached_tokens += event.cached_tokens
-                    job.queue_s = job.queue_s or time.perf_counter() - job.arrived
+                    if job.queue_s is None:
+                        job.queue_s = event.at - job.arrived
                 elif isinstance(event, Delta):
                     job.completion_tokens += len(event.token_ids)
-                    now = time.perf_counter() - job.arrived
-                    job.ttft_s = job.ttft_s or now
-                    job.decode_s = now - job.ttft_s
+                    if event.token_ids:
+                        job.ttft_s = event.at - job.arrived if job.ttft_s is None else job.ttft_s
+                        job.decode_s = max(job.decode_s, event.at - job.arrived - job.ttft_s)
                     if event.finish_reason is not None:
                         job.finish_reasons.add(event.finish_reason)
                 yield prompt, event

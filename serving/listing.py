@@ -22,7 +22,6 @@ from serving.routes import DetokenizeRequest, TokenizeRequest
 
 def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     """What answers each of these routes, by its name in `routes.py`."""
-    limit = serving.options.max_body_bytes
 
     def cards() -> list[dict[str, Any]]:
         return [card for endpoint in serving.endpoints.values() for card in cards_of(endpoint)]
@@ -38,7 +37,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
 
     async def tokenize(request: Request) -> Response:
-        asked = parse(TokenizeRequest, await read_body(request, limit), serving.only_model)
+        asked = parse(TokenizeRequest, await read_body(request, serving.options), serving.only_model)
         endpoint, _ = await serving.chosen(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
@@ -53,7 +52,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(answer)
 
     async def detokenize(request: Request) -> Response:
-        asked = parse(DetokenizeRequest, await read_body(request, limit), serving.only_model)
+        asked = parse(DetokenizeRequest, await read_body(request, serving.options), serving.only_model)
         endpoint, _ = await serving.chosen(asked.model)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
@@ -68,7 +67,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(ollama.running(cards()))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, limit)).model_name()
+        name = parse(ShowRequest, await read_body(request, serving.options)).model_name()
         for card in cards_of(serving.endpoint(split_name(name)[0])):
             if card["id"] == name:
                 return as_json(ollama.shown(card))

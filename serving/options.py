@@ -21,7 +21,8 @@ class HttpOptions:
     requests_per_minute: int | None = None  # of each client whose key has no limits of its own
     tokens_per_minute: int | None = None
     request_timeout_s: float = 600.0
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 32 << 20  # of one that comes compressed, when it is unpacked
+    read_timeout_s: float = 60.0  # for the head of a request, where uvicorn reads it, and again for its body
     keep_alive_s: float = 15.0
     cors_origins: tuple[str, ...] = ()
     docs: bool = True
@@ -36,6 +37,7 @@ class ServeOptions(HttpOptions):
     host: str = "127.0.0.1"
     port: int = 8000
     adapter_loading: Path | None = None  # clients may load adapters inside this folder
+    batch_dir: Path | None = None  # holds the files and batches of clients
     demo: bool = False  # the Spaces of demos/ under /demo
     drain_s: float = 30.0
 

@@ -8,10 +8,14 @@ answers (`app.py`, `cluster/router.py`).
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.routing import Match
+from starlette.routing import Route as Matched
+from starlette.types import Scope
 
 from serving.dialects.anthropic import CountRequest, MessagesRequest
 from serving.dialects.ollama import (
@@ -22,7 +26,6 @@ from serving.dialects.ollama import (
     ShowRequest,
 )
 from serving.dialects.responses import ResponsesRequest
-from serving.docs import takes
 from serving.protocol.body import Strict, Whole
 from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import ChatMessage, ToolDeclaration
@@ -59,21 +62,45 @@ class UnloadAdapterRequest(Strict):
     lora_name: str
 
 
+_Key = Annotated[str, Field(max_length=64)]
+_Value = Annotated[str, Field(max_length=512)]
+
+
+class BatchRequest(Strict):
+    """A file of requests to one endpoint, to be answered within a day."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
+    completion_window: Literal["24h"]
+    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
+
+
 @dataclass(frozen=True)
 class Route:
-    """name: of the function that answers. is_relayed: in a cluster a replica answers it, as the body says which."""
+    """name: of the function that answers. is_relayed: in a cluster a replica answers it, as the body says which.
+
+    verb: the HTTP method, where it is not the one that the body says.
+    """
 
     name: str
     path: str
     description: str
     body: type[BaseModel] | None = None  # a POST with this body; None is a GET
     is_relayed: bool = False
-    deletes: bool = False  # a DELETE
+    verb: Literal["POST", "DELETE"] | None = None
 
     @property
     def method(self) -> str:
-        return "POST" if self.body is not None else "DELETE" if self.deletes else "GET"
+        return self.verb or ("GET" if self.body is None else "POST")
 
+
+class _Name(StringConvertor):
+    """A name in a path: one with a slash too, which is no model's here, and that is what its answer says."""
+
+    regex = ".+"
+
+
+register_url_convertor("name", _Name())
 
 ROUTES = (
     Route("completions", "/v1/completions", "Continue prompts: text, texts, token ids or lists of those.",
@@ -85,7 +112,7 @@ ROUTES = (
     Route("responses", "/v1/responses", "OpenAI's Responses API: answer an input, or go on from an earlier response.",
           ResponsesRequest, is_relayed=True),
     Route("response", "/v1/responses/{response_id}", "A response that is kept here."),
-    Route("delete_response", "/v1/responses/{response_id}", "Forget a response.", deletes=True),
+    Route("delete_response", "/v1/responses/{response_id}", "Forget a response.", verb="DELETE"),
     Route("messages", "/v1/messages", "Anthropic's Messages API.", MessagesRequest, is_relayed=True),
     Route("count_tokens", "/v1/messages/count_tokens", "How many tokens a request of `/v1/messages` has.",
           CountRequest, is_relayed=True),
@@ -106,11 +133,21 @@ ROUTES = (
     Route("tokenizer_info", "/tokenizer_info", "vLLM's: what a tokenizer's configuration says; `?model=` of several."),
     Route("load", "/load", "vLLM's: how many requests are being answered or wait."),
     Route("models", "/v1/models", "The models served here, and what computes each."),
-    Route("model", "/v1/models/{model}", "One model served here."),
+    Route("model", "/v1/models/{model:name}", "One model served here."),
     Route("load_lora_adapter", "/v1/load_lora_adapter",
           "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
     Route("unload_lora_adapter", "/v1/unload_lora_adapter",
           "Serve a loaded adapter no longer; its running requests finish with it.", UnloadAdapterRequest),
+    Route("create_file", "/v1/files", "Keep a file of requests: a form with `purpose` (`batch`) and `file`.",
+          verb="POST"),
+    Route("files", "/v1/files", "The files of this key, the newest first."),
+    Route("file", "/v1/files/{file_id}", "One file of this key."),
+    Route("delete_file", "/v1/files/{file_id}", "Delete a file.", verb="DELETE"),
+    Route("file_content", "/v1/files/{file_id}/content", "What is in a file."),
+    Route("create_batch", "/v1/batches", "Answer a file of requests, when there is time.", BatchRequest),
+    Route("batches", "/v1/batches", "The batches of this key, the newest first."),
+    Route("batch", "/v1/batches/{batch_id}", "One batch of this key."),
+    Route("cancel_batch", "/v1/batches/{batch_id}/cancel", "End a batch with the answers it has.", verb="POST"),
     Route("health", "/health", "200 while this process answers; 503 when an engine has stopped for good."),
     Route("ready", "/ready", "200 once every model can answer and the server takes requests."),
     Route("version", "/version", "The versions that run here."),
@@ -121,10 +158,17 @@ BODIES = tuple(route.body for route in ROUTES if route.body is not None)
 
 def nearest(path: str) -> str:
     """What somebody may have meant who asked for a path that is not there, as the end of a sentence."""
-    known = [f"/v1{path}"] if path.startswith("/") else []
-    paths = {route.path for route in ROUTES}
-    close = [each for each in known if each in paths] or difflib.get_close_matches(path[:100], paths, n=1, cutoff=0.5)
+    plain = "/" + "/".join(part for part in path[:200].split("/") if part)
+    paths = {route.path.replace(":name}", "}") for route in ROUTES}
+    likely = [each for each in (plain, f"/v1{plain}", plain.removeprefix("/v1")) if each in paths]
+    close = likely or difflib.get_close_matches(plain[:100], paths, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else "the API begins at /v1; /docs lists all of it"
+
+
+def methods_of(app: FastAPI, scope: Scope) -> set[str]:
+    """The methods that a path is there for."""
+    found = [each for each in app.router.routes if isinstance(each, Matched) and each.matches(scope)[0] != Match.NONE]
+    return {method for each in found for method in each.methods or ()}
 
 
 def add_routes(app: FastAPI, functions: Mapping[str, Callable[..., Any]]) -> None:
@@ -139,5 +183,5 @@ def add_routes(app: FastAPI, functions: Mapping[str, Callable[..., Any]]) -> Non
             functions[route.name],
             methods=[route.method],
             description=route.description,
-            openapi_extra=None if route.body is None else takes(route.body),
+            include_in_schema=False,  # `docs.py` describes it
         )

@@ -1,15 +1,17 @@
 """`mpt serve`: the app on uvicorn with its engines in the same process, from loading to a clean exit.
 
 HTTP answers at once (`/ready` says 503) while the models load in a thread. On SIGTERM or SIGINT new requests get 503,
-running ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0. A
-second signal leaves at once. When an engine has stopped for good the process drains in the same way, and leaves with
-the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a server that only fails.
+running ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0, even
+while a model is loading. A second signal leaves at once. When an engine has stopped for good the process drains in the
+same way, and leaves with the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a
+server that only fails.
 """
 
 import asyncio
 import logging
+import os
 import socket
-import time
+import sys
 from types import FrameType
 
 import uvicorn
@@ -19,8 +21,10 @@ from starlette.responses import RedirectResponse
 from mpt.engine.endpoint import open_endpoint
 from mpt.errors import DeviceLost, MachineRefused, UserError
 from serving.app import make_app
+from serving.batch.service import BatchService
+from serving.connections import timed_protocol
 from serving.endpoints import Serving
-from serving.logs import set_up_logging
+from serving.logs import process_age_s, set_up_logging
 from serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
@@ -56,11 +60,12 @@ class _Server(uvicorn.Server):
             server_header=False,
             timeout_graceful_shutdown=5,  # the engines have ended every answer by then
             h11_max_incomplete_event_size=64 << 10,
-            http="h11",  # bounds what it buffers of a head, which httptools does not
+            http=timed_protocol(serving.options.read_timeout_s),  # of h11, which bounds what it buffers of a head
             ws="none",  # there is nothing to upgrade to, and the gate sees HTTP only
         )
         super().__init__(config)
         self._serving = serving
+        self._batches: BatchService | None = app.state.batches
         self.failure: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -70,7 +75,7 @@ class _Server(uvicorn.Server):
             self._tasks.append(asyncio.create_task(self._load(_url_of(sockets[0]))))
 
     async def _load(self, url: str) -> None:
-        serving, started = self._serving, time.perf_counter()
+        serving = self._serving
         try:
             for name, options in serving.options.models.items():
                 endpoint = await asyncio.to_thread(open_endpoint, name, options, len(serving.loading))
@@ -81,12 +86,15 @@ class _Server(uvicorn.Server):
                     raise kind(f"`{name}` cannot answer: {why}")
                 serving.endpoints[name] = endpoint
                 serving.loading.discard(name)
+                self._tasks.append(asyncio.create_task(endpoint.grammars.prepare()))
         except BaseException as error:
             self.failure = error
             self.should_exit = True
             return
         auth = "with keys" if serving.options.api_keys or serving.options.api_key_file else "without keys"
-        log.info("ready after %.1f s on %s, %s", time.perf_counter() - started, url, auth)
+        if (batches := self._batches) is not None:
+            batches.resume()
+        log.info("ready after %.1f s on %s, %s", process_age_s(), url, auth)
         await self._leave_when_one_stops()
 
     async def _leave_when_one_stops(self) -> None:
@@ -111,10 +119,22 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         engines = [endpoint.engine for endpoint in self._serving.endpoints.values()]
+        if self._batches is not None:
+            await self._batches.stop()
         log.info("shutting down; running requests may take %.0f s more", self._serving.options.drain_s)
         await asyncio.gather(*(engine.drain(self._serving.options.drain_s) for engine in engines))
         await asyncio.sleep(0.05)  # the last events are on their way to the sockets
+        if self._serving.loading and self.failure is None:
+            _leave_at_once()
         self.should_exit = True
+
+
+def _leave_at_once() -> None:
+    """End the process with 0, though a thread loads a model: nothing interrupts it, and it has written nothing."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _url_of(listener: socket.socket) -> str:

@@ -43,7 +43,7 @@ def running_endpoint(
 def listening(app: FastAPI, **options: Any) -> Iterator[str]:
     """The URL of an app behind uvicorn, over HTTP/1.1 as `mpt serve` has it."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, http="h11", **options))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, **{"http": "h11", **options}))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -6,8 +6,9 @@ who runs when (`mpt/engine/`), which backend is taken (`choose.py`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from mpt.backends.capabilities import Capabilities
@@ -74,4 +75,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Let go of what is not memory: other processes, sessions."""
+        ...
+
+
+@runtime_checkable
+class RowCopies(Protocol):
+    """A backend whose rows can leave the process and come back, as the same bits: what prefixes on disk need."""
+
+    def block_bytes(self, n_tokens: int) -> int:
+        """Bytes of so many tokens outside."""
+        ...
+
+    def take_out(self, row: Row, start: int, n_tokens: int) -> np.ndarray:
+        """A copy of what the tokens from `start` on hold, (block_bytes,) uint8; on the engine's thread."""
+        ...
+
+    def put_in(self, row: Row, start: int, n_tokens: int, block: np.ndarray) -> None:
+        """Write what `take_out` gave, on any thread; the row is nobody else's meanwhile. Its length stays as it is."""
         ...

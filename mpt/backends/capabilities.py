@@ -86,6 +86,7 @@ _ENGINE_OPTIONS = frozenset(
     {"root", "device", "dtype", "speculate", "kv_gb", "max_running", "max_waiting", "prefill_chunk", "context_length",
      "prompt_style", "chat_template", "profile", "threads"}
 )  # fmt: skip
+_ON_DISK = frozenset({"prefix_cache", "prefix_cache_gb"})
 _ENGINE_REQUEST = frozenset(
     {"max_tokens", "min_tokens", "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
      "repetition_penalty", "logit_bias", "allowed_token_ids", "seed", "stop", "stop_token_ids", "ignore_eos",
@@ -98,6 +99,8 @@ _EVERY_ATTENTION = Fields(
 )
 _NO_ADAPTERS = "serve a Hugging Face style folder of it in one process"
 _NO_HIDDEN_STATES = "it gives logits and no hidden states; serve a Hugging Face style folder of it in one process"
+_NOT_SHARED = "prefixes are kept on disk by a model in one process; leave `--prefix-cache` out"
+_NO_FILES = "onnxruntime owns its KV cache; leave `--prefix-cache` out"
 _EXACT_ONLY = "a draft guesses for a model whose steps run in C, on CPU; leave `--draft` out"
 
 # -- the backends ------------------------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ _EXACT_ONLY = "a draft guesses for a model whose steps run in C, on CPU; leave `
 TORCH = Capabilities(
     what="a model that this process computes on CPU",
     options=Fields(
-        _ENGINE_OPTIONS | {"quantize", "kv_cache", "draft", "adapters", "named_adapters"},
+        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "kv_cache", "draft", "adapters", "named_adapters"},
         {"tensor_parallel": "the model is shared over processes then"},
     ),
     request=Fields(_ENGINE_REQUEST | {"embed"}, {}),
@@ -114,7 +117,7 @@ TORCH = Capabilities(
 PAGED = Capabilities(
     what="a model that this process computes on a GPU",
     options=Fields(
-        _ENGINE_OPTIONS | {"adapters", "named_adapters"},
+        _ENGINE_OPTIONS | _ON_DISK | {"adapters", "named_adapters"},
         {
             "quantize": "rounded weights are for bfloat16 on CPU; give `--dtype bfloat16 --device cpu`, or "
             "leave `--quantize` out",
@@ -135,6 +138,7 @@ SHARDED = Capabilities(
         {
             "quantize": "rounded weights are for a model in one process; leave `--quantize` out",
             "kv_cache": "an int8 KV cache is for a model in one process; leave `--kv-cache` out",
+            **dict.fromkeys(sorted(_ON_DISK), _NOT_SHARED),
             "draft": _EXACT_ONLY,
             "adapters": _NO_ADAPTERS,
             "named_adapters": _NO_ADAPTERS,
@@ -153,6 +157,7 @@ ONNX = Capabilities(
         {
             "quantize": "choose its precision with `mpt convert --dtype int8` (or int4)",
             "kv_cache": "an int8 KV cache is for Hugging Face style folders in bfloat16; leave `--kv-cache` out",
+            **dict.fromkeys(sorted(_ON_DISK), _NO_FILES),
             "draft": _EXACT_ONLY,
             "tensor_parallel": "onnxruntime runs in one process; leave it out",
             "adapters": _NO_ADAPTERS,
@@ -174,7 +179,7 @@ TRITON = Capabilities(
         frozenset({"root", "speculate", "max_waiting", "context_length", "prompt_style", "chat_template"}),
         {
             **dict.fromkeys(("device", "dtype", "quantize", "kv_cache", "draft", "tensor_parallel", "kv_gb"), _SERVERS),
-            **dict.fromkeys(("max_running", "prefill_chunk", "threads"), _SERVERS),
+            **dict.fromkeys(("max_running", "prefill_chunk", "threads", *sorted(_ON_DISK)), _SERVERS),
             "adapters": _NO_ADAPTERS,
             "named_adapters": _NO_ADAPTERS,
             "profile": "only steps of this process can be recorded; leave it out",

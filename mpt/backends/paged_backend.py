@@ -195,6 +195,28 @@ class PagedBackend:
         row.length = n_tokens
         return row
 
+    def block_bytes(self, n_tokens: int) -> int:
+        return n_tokens * self.bytes_per_token + self._n_layers * self._n_kv * 4  # and the bound of its keys, float32
+
+    def take_out(self, row: Row, start: int, n_tokens: int) -> np.ndarray:
+        kv, norms = self._part(row, start, n_tokens)
+        parts = [part.contiguous().view(torch.uint8).flatten() for part in (norms, kv)]
+        return torch.cat(parts).cpu().numpy()
+
+    def put_in(self, row: Row, start: int, n_tokens: int, block: np.ndarray) -> None:
+        kv, norms = self._part(row, start, n_tokens)
+        found = torch.from_numpy(block).to(self._device)
+        n_norms = norms.numel() * norms.itemsize
+        torch.maximum(norms, found[:n_norms].view(norms.dtype).view(norms.shape), out=norms)
+        kv.copy_(found[n_norms:].view(kv.dtype).view(kv.shape))
+
+    def _part(self, row: Row, start: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Where some tokens of one page lie, (L, 2, KV heads, n_tokens, D), and the page's bound, (L, KV heads)."""
+        assert isinstance(row, PagedRow)
+        at, page = start % PAGE, row.pages[start // PAGE]
+        assert at + n_tokens <= PAGE, (start, n_tokens)
+        return self._pages.kv[:, page, :, :, at : at + n_tokens], self._pages.key_norms[:, page]
+
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
         rows = [_own_row(item) for item in work]

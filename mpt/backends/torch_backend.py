@@ -9,10 +9,11 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,6 +114,30 @@ class TorchBackend:
         row.length = n_tokens
         row.memory = RowMemory.of(row.kv, source.memory)
         return row
+
+    def block_bytes(self, n_tokens: int) -> int:
+        _, heads, _ = self._shape
+        return n_tokens * self.bytes_per_token + self._n_layers * heads * 4  # and the bound of its keys, float32
+
+    def take_out(self, row: Row, start: int, n_tokens: int) -> np.ndarray:
+        assert isinstance(row, TorchRow) and start + n_tokens <= row.capacity
+        block = np.empty(self.block_bytes(n_tokens), dtype=np.uint8)
+        at = 0
+        for piece in _memory(row, start, n_tokens):
+            block[at : at + piece.size].reshape(piece.shape)[...] = piece
+            at += piece.size
+        assert at == block.size, (at, block.size)
+        return block
+
+    def put_in(self, row: Row, start: int, n_tokens: int, block: np.ndarray) -> None:
+        assert isinstance(row, TorchRow) and start + n_tokens <= row.capacity
+        norms = row.memory.key_norms.numpy()
+        known = norms.copy()
+        at = 0
+        for piece in _memory(row, start, n_tokens):
+            piece[...] = block[at : at + piece.size].reshape(piece.shape)
+            at += piece.size
+        np.maximum(norms, known, out=norms)
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
@@ -228,6 +253,18 @@ def _copy(source: Any, to: Any, n_tokens: int) -> None:
         to.copy_from(source, n_tokens)
     else:
         to[:, :, :n_tokens] = source[:, :, :n_tokens]
+
+
+def _memory(row: TorchRow, start: int, n_tokens: int) -> Iterator[np.ndarray]:
+    """The bytes of some tokens of a row on CPU, where they lie, behind those of the bound of its keys.
+
+    As numpy's, since each thread that computes with torch leaves threads of OpenMP behind.
+    """
+    yield row.memory.key_norms.numpy().view(np.uint8)
+    for layer in row.kv:
+        tensors = (layer.numbers, layer.scales[..., None]) if isinstance(layer, Int8Layer) else (layer,)
+        for tensor in tensors:
+            yield tensor.view(torch.uint8).numpy()[:, :, start : start + n_tokens]
 
 
 def _at_most(work: Sequence[Work], n_tokens: int) -> list[Work]:

@@ -1,13 +1,16 @@
 """An endpoint: one checkpoint under a served name, its engine, what computes it, and what clients should know of it."""
 
+import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
+import mpt
 from mpt.backends.backend import Backend
 from mpt.backends.choose import Choice, choose, open_backend
 from mpt.backends.device_errors import raise_if_lost
@@ -19,10 +22,12 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.adapters import Adapters
 from mpt.engine.engine import Engine
 from mpt.engine.grammar import Grammars
+from mpt.engine.prefix_files import PrefixFiles
 from mpt.engine.profile import StepProfile
 from mpt.engine.remote import Address, TritonEngine
 from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
 from mpt.errors import MachineRefused, UserError
+from mpt.fingerprint import fingerprint
 from mpt.memory import available_bytes
 from mpt.options import ModelOptions
 from mpt.packed.layers import packed_bytes
@@ -108,7 +113,8 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
     else:
         backend = open_backend(choice, folder, options)
         kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, choice, n_sharing)
-        engine = _engine(name, backend, tokenizer, options, context, kv_bytes)
+        prefixes = None if options.prefix_cache is None else _prefix_files(name, folder, options, choice, backend)
+        engine = _engine(name, backend, tokenizer, options, context, kv_bytes, prefixes)
         if backend.model is not None and choice.capabilities.takes_adapters:
             adapters = Adapters(options.named_adapters, options.adapters, backend.model, engine.stop_if_lost)
         memory = f"KV cache {engine.stats().kv_total_bytes / 1e9:.2f} GB"
@@ -132,7 +138,13 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
 
 
 def _engine(
-    name: str, backend: Backend, tokenizer: Tokenizer, options: ModelOptions, context: int, kv_bytes: int
+    name: str,
+    backend: Backend,
+    tokenizer: Tokenizer,
+    options: ModelOptions,
+    context: int,
+    kv_bytes: int,
+    prefix_files: PrefixFiles | None,
 ) -> Engine:
     """The engine over a backend, with its memory, and with who guesses for it."""
     assert options.max_running is not None and options.prefill_chunk is not None, options
@@ -147,7 +159,33 @@ def _engine(
         prefill_chunk=options.prefill_chunk,
         speculation=_speculation(name, backend, tokenizer, options),
         profile=None if options.profile is None else StepProfile(options.profile, name),
+        prefix_files=prefix_files,
     )
+
+
+def _prefix_files(name: str, folder: Path, options: ModelOptions, choice: Choice, backend: Backend) -> PrefixFiles:
+    """Where a model's prefixes are kept on disk, apart from those of other weights and of what rounds otherwise.
+
+    Raises UserError for a folder that cannot be used.
+    """
+    assert options.prefix_cache is not None
+    files = PrefixFiles(options.prefix_cache, options.prefix_cache_bytes)
+    started = time.perf_counter()
+    device = torch.cuda.get_device_name() if choice.device == "cuda" else "cpu"
+    runs = {step.kind: step.runs for step in choice.steps}
+    versions = [mpt.__version__, torch.__version__]
+    weights = fingerprint(folder, files.folder / "weights")
+    files.identity = json.dumps([weights, choice.backend, choice.precision, runs, device, versions])
+    log.info(
+        "%s: prefixes are kept in %s, up to %.1f GB, about %d tokens of this model; its weights are %s (%.1f s)",
+        name,
+        options.prefix_cache,
+        options.prefix_cache_bytes / 1e9,
+        options.prefix_cache_bytes // backend.bytes_per_token,
+        weights[:16],
+        time.perf_counter() - started,
+    )
+    return files
 
 
 def _say(endpoint: Endpoint, choice: Choice, entry: Entry, context: int, memory: str) -> None:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from mpt.backends import compilations
-from mpt.backends.backend import Backend, Work
+from mpt.backends.backend import Backend, RowCopies, Work
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.device_errors import raise_if_lost
-from mpt.engine import scoring
+from mpt.engine import clock, scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
+from mpt.engine.prefix_files import PrefixFiles
+from mpt.engine.prefix_transfers import PrefixTransfers
 from mpt.engine.profile import StepProfile
 from mpt.engine.request import (
     EngineError,
@@ -72,6 +74,12 @@ class EngineStats:
     step_seconds: float  # spent inside the backend
     n_guessed: int  # tokens guessed at, and those of them that were right
     n_guessed_right: int
+    n_guesses: int = 0  # times that somebody guessed for a sequence
+    n_step_tokens: int = 0  # computed by all steps, guesses included
+    steps_by_tokens: Mapping[int, int] = field(default_factory=dict)  # by their tokens, rounded up to a power of two
+    prefix_disk_hits_tokens: int = 0  # of those found, the ones that came from disk
+    prefix_disk_written_tokens: int = 0
+    prefix_disk_bytes: int = 0  # of the folder, whatever process wrote them
     n_compiled: Mapping[compilations.Kind, int] = field(default_factory=dict)  # since it was ready
 
 
@@ -85,7 +93,8 @@ class Engine:
     kv_bytes: budget of the KV cache. prefill_chunk: most prompt tokens read in a step that others wait for; alone, a
     prompt is read in chunks up to four times as large. max_waiting: sequences in the queue before `Overloaded`.
     speculation: who guesses at tokens that the model then checks several at once; answers are the same without.
-    profile: records some steps.
+    profile: records some steps. prefix_files: where prefixes are kept beyond memory and process; the backend is one of
+    `RowCopies` then.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Engine:
         prefill_chunk: int = 512,
         speculation: Speculation | None = None,
         profile: StepProfile | None = None,
+        prefix_files: PrefixFiles | None = None,
     ) -> None:
         if kv_bytes < backend.bytes_per_token * backend.capacity_for(1):
             raise PromptTooLong(f"a KV budget of {kv_bytes} bytes does not hold one block; raise it")
@@ -111,6 +121,13 @@ class Engine:
         self._backend, self._tokenizer = backend, tokenizer
         self._max_waiting = max_waiting
         self._outbox = Outbox()
+        self._inbox: deque[Request] = deque()  # from any thread
+        self._wake = threading.Condition()
+        self._has_changed = False  # since the last turn began
+        self._disk: PrefixTransfers | None = None
+        if prefix_files is not None:
+            assert isinstance(backend, RowCopies), "`choose` has refused the option elsewhere"
+            self._disk = PrefixTransfers(prefix_files, backend, self._wake_up)
         self._scheduler = Scheduler(
             backend,
             self._outbox,
@@ -118,13 +135,13 @@ class Engine:
             max_running=max_running,
             prefill_chunk=prefill_chunk,
             speculation=speculation,
+            disk=self._disk,
         )
-        self._inbox: deque[Request] = deque()  # from any thread
-        self._wake = threading.Condition()
         self._requests: set[Request] = set()  # alive; guarded by _wake
         self._draining = self._closing = False
         self._lost: DeviceLost | None = None  # what others found out
-        self._n_steps, self._step_seconds = 0, 0.0
+        self._n_steps, self._step_seconds, self._n_step_tokens = 0, 0.0, 0
+        self._steps_by_tokens = Counter[int]()
         self._compiled_before, self._n_compiled = Counter[compilations.Kind](), Counter[compilations.Kind]()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -162,7 +179,7 @@ class Engine:
         """
         if (why := self._backend.capabilities.refusal(sampling)) is not None:
             raise Unsupported(why)
-        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        deadline = None if deadline_s is None else clock.now() + deadline_s
         inbox: asyncio.Queue[Event | EngineError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         client = salt
@@ -204,7 +221,13 @@ class Engine:
             step_seconds=self._step_seconds,
             n_guessed=self.speculation.n_guessed if self.speculation else 0,
             n_guessed_right=self.speculation.n_right if self.speculation else 0,
+            n_guesses=self.speculation.n_guesses if self.speculation else 0,
+            n_step_tokens=self._n_step_tokens,
+            steps_by_tokens=dict(self._steps_by_tokens),
             n_compiled=self._n_compiled,
+            prefix_disk_hits_tokens=self._disk.n_loaded_tokens if self._disk else 0,
+            prefix_disk_written_tokens=self._disk.n_written_tokens if self._disk else 0,
+            prefix_disk_bytes=self._disk.n_bytes if self._disk else 0,
         )
 
     async def drain(self, timeout_s: float) -> bool:
@@ -250,6 +273,12 @@ class Engine:
         request.cancelled = True
         with self._wake:
             self._requests.discard(request)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        """Have a turn made, from any thread: something has changed that it may wait for."""
+        with self._wake:
+            self._has_changed = True
             self._wake.notify()
 
     def stop_if_lost(self, error: Exception) -> None:
@@ -277,17 +306,22 @@ class Engine:
         self._fail_everybody()  # before what may fail too
         if self._profile is not None:
             self._profile.write()
+        if self._disk is not None:
+            self._disk.close()
         self._backend.close()
 
     def turn(self) -> None:
         """One turn of the loop, for its thread, or for who measures it without one."""
+        started = time.perf_counter()
         self._take_in()
+        self._scheduler.take_loaded()
         self._scheduler.admit()
         if self._scheduler.running:
             self._step()
         if not (self._backend.capabilities.returns_early and self._scheduler.running):
             self._outbox.make_text()  # else while the next step is computed, which does not depend on it
         self._outbox.hand_out()
+        self._scheduler.keep_on_disk(time.perf_counter() - started if self._scheduler.running else None)
 
     def _warm_up(self) -> None:
         logits = self._read_one_token()
@@ -301,9 +335,9 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            scheduler = self._scheduler
-            while not (self._inbox or scheduler.waiting or scheduler.running or self._closing or self._lost):
+            while not (self._inbox or self._has_changed or self._scheduler.can_go_on or self._closing or self._lost):
                 self._wake.wait()
+            self._has_changed = False
             if self._lost is not None:
                 raise self._lost
             return not self._closing
@@ -319,8 +353,8 @@ class Engine:
             except Exception:
                 log.exception("request %s cannot be set up", request.id)
                 self._outbox.fail(request, EngineFailed("this request could not be set up"))
-            self._scheduler.waiting.extend(request.sequences)
-        now = time.monotonic()
+            self._scheduler.take_in(request.sequences)
+        now = clock.now()
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             request = sequence.request
             if not request.cancelled and request.deadline is not None and now > request.deadline:
@@ -336,6 +370,7 @@ class Engine:
         if not planned:
             self._outbox.make_text()
             return
+        self._has_changed = True  # who ends in this step makes room for others
         started = time.perf_counter()
         try:
             with self._span("model"):
@@ -346,8 +381,7 @@ class Engine:
             self._step_alone(planned)
             return
         taken_s = time.perf_counter() - started
-        self._step_seconds += taken_s
-        self._n_steps += 1
+        self._count_step(sum(len(work.tokens) for _, work in planned), taken_s)
         self._look_for_compilations(taken_s)
         with self._span("tell"):
             if self._outbox.make_text():  # of the step before, while a GPU computes
@@ -357,6 +391,12 @@ class Engine:
         if self._profile is not None:
             self._profile.step_ended()
             self._profile = None if self._profile.is_done else self._profile
+
+    def _count_step(self, n_tokens: int, taken_s: float) -> None:
+        self._step_seconds += taken_s
+        self._n_steps += 1
+        self._n_step_tokens += n_tokens
+        self._steps_by_tokens[1 << (n_tokens - 1).bit_length()] += 1
 
     def _look_for_compilations(self, taken_s: float) -> None:
         """Count, and tell, what this step has waited for though it should have been there before the first."""
@@ -483,8 +523,7 @@ class Engine:
                 places.append(row)
                 continue
             self._outbox.fail(sequence.request, EngineFailed("the model gave no finite logits for this request"))
-            sequence.row = None  # what it computed is not worth keeping
-            self._scheduler.release(sequence)
+            self._scheduler.discard(sequence)  # what it computed is not worth keeping
         logprobs = draws.logprobs(list(drawn), places, list(drawn.values()))
         for (sequence, token), logprob in zip(drawn.items(), logprobs, strict=True):
             try:

@@ -53,6 +53,7 @@ _PLACE = re.compile(r"^at \d+\(\d+\): |(?<=\") \(in regex\)")  # in a text of ou
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 ANY_OBJECT = {"type": "object"}
+_OURS = frozenset({("json", orjson.dumps(ANY_OBJECT).decode())})  # no client's: harmless, and no secret
 
 
 class BadGrammar(MPTError):
@@ -94,7 +95,7 @@ class GrammarState:
         Control tokens are never allowed, whatever a grammar names; those that end an answer are where it is complete.
         Raises BadGrammar when no token is left, or it took too long.
         """
-        allowed = torch.from_numpy(self._allowed(len(logits))).to(logits.device)
+        allowed = torch.from_numpy(self.allowed(len(logits))).to(logits.device)
         logits.masked_fill_(~allowed, -torch.inf)
 
     def take(self, token: int) -> None:
@@ -104,7 +105,8 @@ class GrammarState:
         if token not in self._grammar.end_ids and not self._matcher.consume_token(token):
             raise BadGrammar(f"the grammar cannot be followed any further: {_sentence(self._matcher.get_error())}")
 
-    def _allowed(self, vocab_size: int) -> np.ndarray:
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """Which tokens may come next, (V,) bool. Raises like `mask`."""
         started = time.thread_time()
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
@@ -143,7 +145,7 @@ class Grammars:
         and TimeoutError when there was no time to look at it.
         """
         text = _source(kind, value)
-        key = (salt, kind, text)
+        key = ("" if (kind, text) in _OURS else salt, kind, text)
         task = self._kept.get(key)
         if task is None or (task.done() and (task.cancelled() or task.exception())):  # ours to blame, or a busy minute
             task = self._kept[key] = asyncio.create_task(self._compile(kind, text))
@@ -154,6 +156,10 @@ class Grammars:
         if kept.grammar is None:
             raise BadGrammar(kept.error)
         return kept.grammar
+
+    async def prepare(self) -> None:
+        """Compile what needs no client's grammar, so that the first request does not wait for it."""
+        await self.get("json", ANY_OBJECT)
 
     async def _compile(self, kind: Kind, text: str) -> _Kept:
         async with self._room:
@@ -166,7 +172,8 @@ class Grammars:
         import llguidance
 
         grammar = _grammar_text(kind, text)
-        _try_out(grammar)
+        if (kind, text) not in _OURS:
+            _try_out(grammar)
         with self._lock:
             if self._made is None:
                 self._made = _ll_tokenizer(self._tokenizer)
@@ -175,7 +182,7 @@ class Grammars:
         if matcher.is_error():
             raise BadGrammar(_sentence(matcher.get_error()))
         made = Grammar(matcher, self._tokenizer)
-        made.begin().mask(torch.zeros(self._tokenizer.vocab_size))
+        made.begin().allowed(self._tokenizer.vocab_size)
         return made
 
 

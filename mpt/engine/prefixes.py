@@ -4,11 +4,13 @@ ALiBi stores no positions in the cache, so any common prefix can be reused at an
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from mpt.backends.backend import Row
+from mpt.engine.prefix_transfers import Trail
 
 
 @dataclass(eq=False)
@@ -18,6 +20,7 @@ class Kept:
     tokens: np.ndarray  # (row.length,) int64
     row: Row
     salt: str  # whose it is: prefixes are shared only within one salt
+    trail: Trail | None = None  # how far it is on disk, None where that is not its place
 
 
 class Prefixes:
@@ -34,13 +37,16 @@ class Prefixes:
         """Tokens of capacity held."""
         return sum(kept.row.capacity for kept in self._kept.values())
 
-    def add(self, tokens: list[int], row: Row, salt: str) -> None:
+    def add(self, tokens: list[int], row: Row, salt: str, trail: Trail | None = None) -> None:
         """Keep a row; one that another begins with is redundant and goes."""
-        kept = Kept(np.asarray(tokens[: row.length], dtype=np.int64), row, salt)
+        kept = Kept(np.asarray(tokens[: row.length], dtype=np.int64), row, salt, trail)
         for other in list(self._kept.values()):
             if other.salt == salt and common_length(other.tokens, kept.tokens) == len(other.tokens):
                 self.take(other)
         self._kept[id(kept)] = kept
+
+    def newest_first(self) -> Iterator[Kept]:
+        return reversed(self._kept.values())
 
     def find(self, tokens: np.ndarray, salt: str) -> tuple[Kept | None, int]:
         """The kept row that shares the longest prefix with tokens, and how long that is; (None, 0) if none."""

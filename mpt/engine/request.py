@@ -7,6 +7,7 @@ chunks; the engine knows no field names of OpenAI.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mpt.engine import clock
 from mpt.engine.grammar import Grammar
 from mpt.errors import EngineStopped, MPTError
 from mpt.sampling import DrawParameters, asked_over_http
@@ -76,6 +77,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
+    at: float = field(default_factory=clock.now, compare=False)  # when the token was drawn (`mpt.engine.clock`)
 
     def then(self, later: "Delta") -> "Delta":
         """Both as one."""
@@ -87,10 +89,11 @@ class Delta:
 
 @dataclass(frozen=True)
 class Started:
-    """The request has left the queue: how much of its prompt is in the cache already. Precedes every other event."""
+    """The request's first step begins: how much of its prompt is in the cache already. Precedes every other event."""
 
     prompt_tokens: int
     cached_tokens: int
+    at: float = field(default_factory=clock.now, compare=False)  # when that step began
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Progress:
 
     processed_tokens: int
     total_tokens: int
+    at: float = field(default_factory=clock.now, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Everything here runs on the engine's thread. Not here: running a step, drawing (
 
 import logging
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ from mpt.backends.backend import Backend, Row, Work
 from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import scoring
 from mpt.engine.delivery import Outbox
+from mpt.engine.prefix_files import BLOCK
+from mpt.engine.prefix_transfers import PrefixTransfers
 from mpt.engine.prefixes import Kept, Prefixes, common_length
 from mpt.engine.request import EngineFailed, Started
 from mpt.engine.sequence import Sequence
@@ -31,9 +34,10 @@ _WORTH_COPYING = 16  # a shorter common prefix is recomputed
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How a sequence gets its row: a kept one is taken and written on, another one is copied, or it starts afresh."""
+    """How a sequence gets its row: a kept one is taken and written on, another is copied, one comes from disk, or it
+    starts afresh."""
 
-    how: Literal["take", "copy", "fresh"]
+    how: Literal["take", "copy", "load", "fresh"]
     n_shared: int = 0  # tokens that need not be computed
     kept: Kept | None = None  # the row to take, or to copy from
     source: Row | None = None  # the row to copy from, kept or of a running sequence
@@ -51,6 +55,7 @@ class Scheduler:
         max_running: int,
         prefill_chunk: int,
         speculation: Speculation | None,
+        disk: PrefixTransfers | None = None,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
@@ -58,6 +63,7 @@ class Scheduler:
         self.kv_tokens = kv_bytes // backend.bytes_per_token
         self.n_queries = self.n_hits = self.n_preemptions = 0  # prompt tokens looked up, and found
         self._backend, self._outbox, self._speculation = backend, outbox, speculation
+        self._disk = disk
         self._max_running, self._chunk = max_running, prefill_chunk
         self._turns = Turns()
 
@@ -68,7 +74,38 @@ class Scheduler:
         if any(s.request.cancelled for s in self.waiting):
             self.waiting = deque(s for s in self.waiting if not s.request.cancelled)
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another turn does anything though nothing has happened since the last; else all wait for the disk, or
+        there is nobody."""
+        if self._disk is None:
+            return bool(self.waiting or self.running)
+        ready = self.running or self.waiting  # where nobody runs, there is room for one of those who wait
+        return self._disk.wants_turn or any(not s.waits_for_disk for s in ready)
+
     # -- from the queue to a row -------------------------------------------------------------------------------------
+
+    def take_in(self, sequences: Iterable[Sequence]) -> None:
+        """Let sequences wait, and have the disk searched for the prompts of those that read theirs."""
+        for sequence in sequences:
+            if self._disk is not None and sequence.index == 0 and not scoring.reads_all(sequence):
+                request = sequence.request
+                sequence.lookup = self._disk.look_up(request.prompt, request.client, request.adapter)
+            self.waiting.append(sequence)
+
+    def take_loaded(self) -> None:
+        """Let sequences whose rows have come from disk take part in the next step."""
+        if self._disk is None:
+            return
+        for sequence in self.running:
+            loading = sequence.loading
+            if loading is None or not loading.done:
+                continue
+            assert sequence.row is not None and sequence.trail is not None
+            sequence.loading = None
+            sequence.row.length = min(loading.n_tokens, len(sequence.tokens) - 1)  # the last one is read for its logits
+            self._disk.loaded(loading, sequence.trail, sequence.row.length)
+            self._count_hits(sequence, sequence.row.length)
 
     def admit(self) -> None:
         """Start waiting sequences, each in its turn, while rows and memory last."""
@@ -78,6 +115,8 @@ class Scheduler:
             leader = sequence.request.sequences[0]
             if sequence is not leader and not leader.started:
                 continue  # samples of one prompt: the first reads it, the others copy its cache
+            if sequence.waits_for_disk:
+                continue
             if len(self.running) >= self._max_running:
                 return
             try:
@@ -101,17 +140,29 @@ class Scheduler:
             return False
         sequence.hidden.clear()
         sequence.row = self._row_by(plan, len(sequence.tokens))
-        if not sequence.started and sequence.index == 0:
-            self.n_queries += sequence.n_prompt
-            self.n_hits += plan.n_shared
-            self._outbox.tell(sequence.request, Started(sequence.n_prompt, plan.n_shared))
+        lookup = sequence.lookup
+        if lookup is not None:
+            sequence.trail = lookup.trail
+        if plan.how == "load":
+            assert self._disk is not None and lookup is not None
+            sequence.loading = self._disk.load(sequence.row, lookup.names)
+        else:
+            self._count_hits(sequence, plan.n_shared)
         return True
+
+    def _count_hits(self, sequence: Sequence, n_cached: int) -> None:
+        """A request's first sample has a row; n_cached tokens of its prompt need not be read."""
+        if not sequence.begun and sequence.index == 0:
+            self.n_queries += sequence.n_prompt
+            self.n_hits += n_cached
 
     def _plan_row(self, sequence: Sequence) -> RowPlan | None:
         """What is best for a sequence and fits the budget, kept prefixes given up; None: it waits. Changes nothing."""
         capacity = self._backend.capacity_for(len(sequence.tokens))
         tokens = np.asarray(sequence.tokens, dtype=np.int64)
         kept, source, n_shared = self._find_shared(tokens, sequence)
+        if sequence.lookup is not None and sequence.lookup.n_tokens >= n_shared + BLOCK:
+            return RowPlan("load", sequence.lookup.n_tokens) if self._fits(capacity) else None
         if n_shared < _WORTH_COPYING:
             return RowPlan("fresh") if self._fits(capacity) else None
         if kept is None:
@@ -133,7 +184,7 @@ class Scheduler:
             self._make_room(max(capacity, row.capacity))
             return self._backend.reserve(row, n_tokens)
         self._make_room(capacity, keep=plan.kept)
-        if plan.how == "fresh":
+        if plan.how in ("fresh", "load"):
             return self._backend.reserve(None, n_tokens)
         assert plan.source is not None
         row = self._backend.copy(plan.source, plan.n_shared, n_tokens)
@@ -195,7 +246,8 @@ class Scheduler:
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in self.running:
-            (prefilling if sequence.is_prefill else decoding).append(sequence)
+            if sequence.loading is None:
+                (prefilling if sequence.is_prefill else decoding).append(sequence)
         guesses = self._speculation.guess(decoding) if self._speculation and decoding else {}
         planned = [(s, self._work(s, 1, guesses[s]) if s in guesses else _next_token(s)) for s in decoding]
         if not prefilling:
@@ -207,9 +259,19 @@ class Scheduler:
             mine = budget - budget // 2 if sequence is order[0] and len(order) > 1 else budget
             n = min(len(sequence.unread), mine)
             if n:
+                self._begin(sequence)
                 planned.append((sequence, self._work(sequence, n)))
                 budget -= n
         return planned
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Tell a request that its first step begins now; its row holds what was shared and nothing else."""
+        if sequence.begun:
+            return
+        sequence.begun = True
+        if sequence.index == 0:
+            assert sequence.row is not None
+            self._outbox.tell(sequence.request, Started(sequence.n_prompt, sequence.row.length))
 
     def _work(self, sequence: Sequence, n: int, guess: list[int] | None = None) -> Work:
         """The next n unread tokens of a sequence, and behind the last one what may follow."""
@@ -256,6 +318,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._stop_loading(sequence)
         sequence.row = None
         self.waiting.appendleft(sequence)
         self.n_preemptions += 1
@@ -264,9 +327,28 @@ class Scheduler:
         """Take a sequence out of the batch and keep its row as a prefix for the next one."""
         if sequence in self.running:
             self.running.remove(sequence)
+        self._stop_loading(sequence)
         row, sequence.row = sequence.row, None
         if row is not None and row.length >= _WORTH_COPYING:
-            self.prefixes.add(sequence.tokens, row, sequence.request.salt)
+            self.prefixes.add(sequence.tokens, row, sequence.request.salt, sequence.trail)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take a sequence out of the batch whose row is not worth keeping, in memory or on disk."""
+        if self._disk is not None and sequence.row is not None and sequence.trail is not None:
+            self._disk.forget(sequence.trail, sequence.tokens, sequence.row.length)
+        sequence.row = None
+        self.release(sequence)
+
+    def keep_on_disk(self, step_s: float | None) -> None:
+        """Have more of the rows written to disk. step_s: what the last step took, None where there was none."""
+        if self._disk is not None:
+            self._disk.keep((*self.running, *self.prefixes.newest_first()), step_s)
+
+    @staticmethod
+    def _stop_loading(sequence: Sequence) -> None:
+        if sequence.loading is not None:
+            sequence.loading.cancelled = True
+            sequence.loading = None
 
 
 def _next_token(sequence: Sequence) -> Work:

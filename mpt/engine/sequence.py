@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from mpt.backends.backend import Row
+from mpt.engine import clock
 from mpt.engine.grammar import BadGrammar
+from mpt.engine.prefix_transfers import Loading, Lookup, Trail
 from mpt.engine.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
 from mpt.lora import Adapter
 from mpt.sampling import Penalties, TokenCounts
@@ -61,13 +62,13 @@ class Request:
     sampling: Sampling
     salt: str  # prefixes are shared only within one salt
     adapter: Adapter | None
-    deadline: float | None  # time.monotonic
+    deadline: float | None  # by `mpt.engine.clock`
     loop: asyncio.AbstractEventLoop  # where `deliver` must be called
     deliver: Callable[[Event | EngineError], None]
     client: str = ""  # who takes turns with others in the queue
     sequences: list["Sequence"] = field(default_factory=list)
     cancelled: bool = False  # set by the asker, read by the engine's thread
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=clock.now)
 
 
 class Sequence:
@@ -79,11 +80,15 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.n_prompt = len(request.prompt)
         self.row: Row | None = None
+        self.lookup: Lookup | None = None  # of its prompt on disk; it is not admitted before that is done
+        self.loading: Loading | None = None  # while its row comes from disk; it takes part in no step meanwhile
+        self.trail: Trail | None = None  # how far its row is on disk, None where it is not to be kept there
         self.finished = False
         self.hidden: list[Tensor] = []  # sums over parts of the prompt, (C,) each, where an embedding is asked for
         self.admitted = False  # has left the queue once, though it may have been sent back
         self.scored: list[TokenLogprob] = []  # the prompt's, while it is being scored
-        self.started = False
+        self.started = False  # its prompt is read
+        self.begun = False  # a step has had a part of it
         self.random = random.Random(None if sampling.seed is None else sampling.seed + index)
         self._detokenize = DetokenizeStream(
             tokenizer,
@@ -108,6 +113,11 @@ class Sequence:
         self._grammar_failed: BadGrammar | None = None
         is_bound = self.grammar is not None or self.allowed is not None
         self._is_steered = self.penalties is not None or bool(bias) or is_bound
+
+    @property
+    def waits_for_disk(self) -> bool:
+        waited_for = self.loading or self.lookup
+        return waited_for is not None and not waited_for.done
 
     @property
     def n_generated(self) -> int:
@@ -187,11 +197,11 @@ class Sequence:
         elif self.n_generated >= sampling.max_tokens:
             reason = "length"
         self.finished = reason is not None
-        return Taken(token, late_enough, reason)
+        return Taken(token, late_enough, reason, clock.now())
 
     def say(self, taken: "Taken", logprob: TokenLogprob | None) -> Delta:
         """What a token that was taken adds to the answer; a stop string in it ends the answer. Each once, in order."""
-        token, late_enough, reason = taken
+        token, late_enough, reason, at = taken
         stop: int | str | None = token if reason == "stop" else None
         text = ""
         if reason != "stop" or self.sampling.include_stop_str_in_output:
@@ -206,15 +216,17 @@ class Sequence:
         elif reason is not None:
             text += self._stop_text.flush()
         logprobs = None if logprob is None else (logprob,)
-        return Delta(self.index, text, (token,), logprobs, reason, stop)
+        return Delta(self.index, text, (token,), logprobs, reason, stop, at)
 
 
 class Taken(NamedTuple):
-    """A token on its way into an answer's text. late_enough: it may end the answer. reason: why it does."""
+    """A token on its way into an answer's text. late_enough: it may end the answer. reason: why it does. at: when it
+    was drawn."""
 
     token: int
     late_enough: bool
     reason: FinishReason | None
+    at: float
 
 
 class Answer:
@@ -226,7 +238,7 @@ class Answer:
     def __init__(
         self, request: Request, inbox: "asyncio.Queue[Event | EngineError]", cancel: Callable[[Request], None]
     ) -> None:
-        self._request, self._inbox, self._cancel = request, inbox, cancel
+        self.request, self._inbox, self._cancel = request, inbox, cancel
         self._n_left = request.sampling.n
 
     def __aiter__(self) -> "Answer":
@@ -242,4 +254,4 @@ class Answer:
         return event
 
     def close(self) -> None:
-        self._cancel(self._request)
+        self._cancel(self.request)

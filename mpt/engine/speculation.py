@@ -60,7 +60,7 @@ class Speculation:
 
     def __init__(self, guesser: Guesser, n_cheap: int = 32) -> None:
         """n_cheap: tokens in a step, guesses included, beyond which each more costs time."""
-        self.n_guessed = self.n_right = 0
+        self.n_guesses = self.n_guessed = self.n_right = 0
         self.guesser, self._n_cheap = guesser, n_cheap
         self._paces: WeakKeyDictionary[Sequence, Pace] = WeakKeyDictionary()
 
@@ -79,6 +79,7 @@ class Speculation:
         return forced | self.guesser.guess(free) if free else forced
 
     def note(self, sequence: Sequence, n_guessed: int, n_right: int) -> None:
+        self.n_guesses += 1
         self.n_guessed += n_guessed
         self.n_right += n_right
         self._paces[sequence].note(n_guessed, n_right)

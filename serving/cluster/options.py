@@ -91,7 +91,7 @@ class ClusterOptions(HttpOptions):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
-        at_least(self, 0.1, "request_timeout_s", "keep_alive_s")
+        at_least(self, 0.1, "request_timeout_s", "keep_alive_s", "read_timeout_s")
 
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""

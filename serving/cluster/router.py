@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import mpt
 from mpt.engine.adapters import split_name
 from serving.app import add_errors, versions
-from serving.auth import Door
+from serving.auth import Door, Keys
 from serving.cluster.options import ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -51,7 +51,7 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.replies import as_json, welcome
-from serving.routes import BODIES, ROUTES, add_routes
+from serving.routes import ROUTES, add_routes
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -80,7 +80,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         return base, adapter
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
-        raw = await read_body(request, options.max_body_bytes)
+        raw = await read_body(request, options)
         served = [*cards()]
         asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
         base, adapter = find(asked.model)
@@ -103,10 +103,11 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
     add_errors(app, metrics)
-    if options.replica_host == "loopback":
+    is_local = options.replica_host == "loopback"
+    if is_local:
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, *BODIES)
+        add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
     )
@@ -125,6 +126,12 @@ def _listing(
 
     async def adapter_loading(_: Request) -> Response:
         raise NotFound("a cluster loads no adapters by request; put them into the folder `adapters` of their model")
+
+    async def batches() -> Response:
+        raise NotFound(
+            "a cluster keeps no files and runs no batches; answer the file with "
+            "`mpt run-batch requests.jsonl results.jsonl --url` and this cluster's URL"
+        )
 
     async def models() -> Response:
         return as_json({"object": "list", "data": await all_cards()})
@@ -147,7 +154,7 @@ def _listing(
         return as_json(ollama.running(await all_cards()))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, options.max_body_bytes)).model_name()
+        name = parse(ShowRequest, await read_body(request, options)).model_name()
         find(name)
         return as_json(ollama.shown(next(card for card in await all_cards() if card["id"] == name)))
 
@@ -185,6 +192,7 @@ def _listing(
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
         "ollama_version": ollama_version, "root": welcome,
+        **{route.name: batches for route in ROUTES if route.path.startswith(("/v1/files", "/v1/batches"))},
     }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def rows(before: Samples, after: Samples, seconds: float) -> list[Row]:
             replicas=replicas,
             running=round(now("num_requests_running")),
             waiting=round(now("num_requests_waiting")),
-            kv_use=now("kv_cache_usage_ratio") / max(replicas, 1),
+            kv_use=now("kv_cache_usage_perc") / max(replicas, 1),
             prompt_tokens=grown("prompt_tokens_total") / seconds,
             answer_tokens=grown("generation_tokens_total") / seconds,
             ttft_s=mean("time_to_first_token_seconds"),

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
+from serving.jobs import Job
 from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import ChatRequest
 from serving.protocol.messages import TOOL_NAME, Lenient
@@ -105,9 +106,9 @@ def _system(system: str | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _text(block: dict[str, Any], where: str) -> str:
-    if block.get("type") != "text" or not isinstance(block.get("text"), str):
-        kind = str(block.get("type"))[:40]
+def _text(block: Any, where: str) -> str:
+    if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
+        kind = str(block.get("type") if isinstance(block, dict) else None)[:40]
         message = f"`{where}`: MPT reads text only, and a block is of type `{kind}`; send blocks of type `text`"
         raise InvalidRequest(message, param=where)
     return str(block["text"])
@@ -137,7 +138,9 @@ def _messages(n: int, turn: Turn) -> list[dict[str, Any]]:
 
 
 def _result(block: dict[str, Any], where: str) -> str:
-    content = block.get("content", "")
+    content = block.get("content") or ""
+    if not isinstance(content, str | list):
+        raise InvalidRequest(f"`{where}`: the content of a tool_result is a text or blocks of text", param=where)
     text = content if isinstance(content, str) else "\n".join(_text(part, where) for part in content)
     return f"error: {text}" if block.get("is_error") else text
 
@@ -160,6 +163,9 @@ class Messages:
     """The answer of a chat as Anthropic's."""
 
     wire, shortens = ANTHROPIC, True
+
+    def begin(self, job: Job) -> None:
+        pass
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Anthropic's message."""

@@ -5,21 +5,22 @@ messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten;
 """
 
 import json
-import time
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
+from serving.jobs import Job
 from serving.protocol.body import NoNulls, Strict, Whole, translated
 from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
 
-_LATEST = ":latest"
+LATEST = ":latest"
 
 _NAMES = {  # ours, and what they are called here
     "max_tokens": "options.num_predict",
@@ -89,10 +90,19 @@ class OllamaCall(Lenient):
     function: OllamaFunction
 
 
+def _no_images(given: list[Any]) -> list[Any]:
+    if given:
+        raise PydanticCustomError("images", "there are images, and MPT reads text only; leave them out")
+    return given
+
+
+NoImages = Annotated[list[Any], AfterValidator(_no_images), Field(json_schema_extra={"maxItems": 0})]
+
+
 class OllamaMessage(Lenient):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
-    images: Annotated[list[Any], Field(max_length=0)] | None = None  # MPT reads text only
+    images: NoImages | None = None
     tool_calls: list[OllamaCall] | None = None
 
     def as_message(self) -> dict[str, Any]:
@@ -112,7 +122,7 @@ class _Asked(Strict):
     keep_alive: Any = None  # every model stays loaded; it is told back where a request asks for nothing else
 
     def model_name(self) -> str:
-        return self.model.removesuffix(_LATEST)
+        return self.model.removesuffix(LATEST)
 
     def shared_fields(self) -> dict[str, Any]:
         fields = {"model": self.model_name(), "stream": self.stream}
@@ -127,7 +137,7 @@ class _Asked(Strict):
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
-    messages: list[OllamaMessage] = []  # noqa: RUF012
+    messages: Annotated[list[OllamaMessage], Field(default_factory=list)]
     tools: list[ToolDeclaration] | None = None
 
     def as_chat(self) -> ChatRequest:
@@ -144,7 +154,7 @@ class GenerateRequest(_Asked):
     raw: bool = False
     suffix: Annotated[str, Field(max_length=0)] | None = None
     template: Annotated[str, Field(max_length=0)] | None = None
-    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    images: NoImages | None = None
     context: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def as_chat(self) -> ChatRequest:
@@ -172,7 +182,7 @@ class EmbedRequest(Strict):
     def as_embedding(self) -> EmbeddingRequest:
         """The same as OpenAI's. What is too long loses its end, as with Ollama, unless `truncate` is false."""
         limit = -1 if self.truncate else None
-        name = self.model.removesuffix(_LATEST)
+        name = self.model.removesuffix(LATEST)
         return EmbeddingRequest(model=name, input=self.input, truncate_prompt_tokens=limit, truncation_side="right")
 
 
@@ -199,7 +209,7 @@ class ShowRequest(NoNulls):
         name = self.model or self.name
         if name is None:
             raise InvalidRequest("`model` is missing", code="missing_required_parameter", param="model")
-        return name.removesuffix(_LATEST)
+        return name.removesuffix(LATEST)
 
 
 class Ollama:
@@ -209,20 +219,17 @@ class Ollama:
 
     def __init__(self, model: str, *, is_chat: bool) -> None:
         self._model, self._is_chat = model, is_chat
-        self._began = time.perf_counter()
-        self._first: float | None = None
+        self._job: Job | None = None
 
-    def loaded(self, keep_alive: Any) -> dict[str, Any]:
-        """The answer to a request that asks for no text."""
-        is_last = str(keep_alive).strip("smh") in ("0", "0.0")
-        return {**self._line("", []), "done": True, "done_reason": "unload" if is_last else "load"}
+    def begin(self, job: Job) -> None:
+        self._job = job
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         choice = answer["choices"][0]
         message = choice.get("message", {})
         calls = [_whole_call(call) for call in message.get("tool_calls", ())]
         text = choice["text"] if "text" in choice else message["content"] or ""
-        return {**self._line(text, calls), **self._end(choice["finish_reason"], answer["usage"])}
+        return {**self.line(text, calls), **self._end(choice["finish_reason"], answer["usage"])}
 
     async def events(self, chunks: Chunks) -> Chunks:
         """A line for each piece of text; calls are told whole, with the last line."""
@@ -239,12 +246,12 @@ class Ollama:
                         else:
                             calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
                     if text := delta.get("text") or delta.get("content"):
-                        self._first = self._first or time.perf_counter()
-                        yield self._line(text, [])
+                        yield self.line(text, [])
                     reason = choice["finish_reason"] or reason
-        yield {**self._line("", [_whole_call(call) for call in calls]), **self._end(reason, usage)}
+        yield {**self.line("", [_whole_call(call) for call in calls]), **self._end(reason, usage)}
 
-    def _line(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def line(self, text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """A piece of the answer."""
         head = {"model": self._model, "created_at": now()}
         if not self._is_chat:
             return {**head, "response": text, "done": False}
@@ -252,19 +259,29 @@ class Ollama:
         return {**head, "message": message, "done": False}
 
     def _end(self, reason: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """Durations in nanoseconds. What the prompt took is known where text was streamed."""
-        ended = time.perf_counter()
-        first = self._first or ended
+        """Durations in nanoseconds, as the engine took the times."""
+        assert self._job is not None
+        first = self._job.ttft_s or 0.0
         return {
             "done": True,
             "done_reason": "length" if reason == "length" else "stop",
-            "total_duration": round(1e9 * (ended - self._began)),
+            "total_duration": round(1e9 * (first + self._job.decode_s)),
             "load_duration": 0,
             "prompt_eval_count": usage["prompt_tokens"],
-            "prompt_eval_duration": round(1e9 * (first - self._began)),
+            "prompt_eval_duration": round(1e9 * (first - (self._job.queue_s or 0.0))),
             "eval_count": usage["completion_tokens"],
-            "eval_duration": round(1e9 * (ended - first)),
+            "eval_duration": round(1e9 * self._job.decode_s),
         }
+
+
+def loaded(model: str, keep_alive: Any, *, is_chat: bool) -> dict[str, Any]:
+    """The answer to a request without a text: it asks for the model to be loaded, and it is.
+
+    keep_alive: 0 asks for it to be forgotten.
+    """
+    line = Ollama(model, is_chat=is_chat).line("", [])
+    is_last = str(keep_alive).strip("smh") in ("0", "0.0")
+    return {**line, "done": True, "done_reason": "unload" if is_last else "load"}
 
 
 def _whole_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, create_model
 
 from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import ApiError, InternalError, InvalidRequest
+from serving.jobs import Job
 from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import MAX_TOP_LOGPROBS, ChatRequest, drawn_fields
 from serving.protocol.messages import TOOL_NAME, Lenient
@@ -177,6 +178,9 @@ class Responses:
     output: list[dict[str, Any]] = field(default_factory=list)  # the items of the answer, as they come
     wire = RESPONSES
     shortens = False
+
+    def begin(self, job: Job) -> None:
+        pass
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The response of a whole answer."""

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
+from serving.jobs import Job
 from serving.wire import OPENAI, Wire
 
 Chunks = AsyncGenerator[dict[str, Any], None]
@@ -11,6 +12,10 @@ Chunks = AsyncGenerator[dict[str, Any], None]
 class Translation(Protocol):
     wire: Wire
     shortens: bool  # a limit of the answer over the room there is means all the room: clients must send one
+
+    def begin(self, job: Job) -> None:
+        """Called with the request at work, before its answer is asked for."""
+        ...
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The whole answer."""
@@ -25,6 +30,9 @@ class AsItIs:
     """OpenAI's own."""
 
     wire, shortens = OPENAI, False
+
+    def begin(self, job: Job) -> None:
+        pass
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         return answer

@@ -58,6 +58,8 @@ class _Given(Strict):
     prompt_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    use_beam_search: bool = False
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     truncate_prompt_tokens: Annotated[Whole, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] = "left"
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None

@@ -30,7 +30,7 @@ UNUSED: dict[str, tuple[Any, ...]] = {
         "separate_reasoning", "stream_reasoning", "reasoning_format", "response_fields", "chat_id", "session_id",
     ),
     **_flags(
-        "store", "use_beam_search", "early_stopping", "post_sampling_probs", "timings_per_token", "think",
+        "store", "early_stopping", "post_sampling_probs", "timings_per_token", "think",
         "thinking_forced_open", "no_stop_trim", "background", "return_hidden_states", "enable_response_messages",
     ),
     **_lists(
@@ -58,7 +58,6 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "context_management": ([], {}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "truncation": ("disabled",),
-    "length_penalty": (1,),
     "spaces_between_special_tokens": (True,),
     "typical_p": (1,),
     "tfs_z": (1,),

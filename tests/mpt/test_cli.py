@@ -257,14 +257,17 @@ def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp
         *("--device", "cpu", "--dtype", "bfloat16", "--kv-gb", "1.5", "--max-running", "3", "--max-waiting", "4"),
         *("--prefill-chunk", "64", "--context-length", "base=84000", "--prompt-style", "base=instruct"),
         *("--cors-origin", "https://a", "--cors-origin", "https://b", "--log-format", "json"),
+        *("--prefix-cache", "kept", "--prefix-cache-gb", "2.5"),
         *("--drain-seconds", "5", "--request-timeout", "7.5"),
     )
     assert (options.host, options.port, options.docs) == ("0.0.0.0", 0, False)
     assert (options.api_keys, options.api_key_file) == ((), keys)
     both = {"device": "cpu", "dtype": "bfloat16", "kv_gb": 1.5, "max_running": 3, "max_waiting": 4, "prefill_chunk": 64}
+    both |= {"prefix_cache": Path("kept"), "prefix_cache_gb": 2.5}
     assert options.models["chat"] == ModelOptions("chat", **both)
     assert options.models["base"] == ModelOptions("base", **both, context_length=84000, prompt_style="instruct")
     assert options.models["base"].kv_bytes == 1_500_000_000
+    assert options.models["base"].prefix_cache_bytes == 2_500_000_000
     assert (options.cors_origins, options.log_format) == (("https://a", "https://b"), "json")
     assert (options.drain_s, options.request_timeout_s) == (5, 7.5)
     assert served("--model", "base", "--host", "0.0.0.0", "--no-auth", "--docs").docs
@@ -296,6 +299,7 @@ def test_serve_on_loopback_needs_none(served: Callable[..., ServeOptions], host:
         (["--model", "base", "--context-length", "base=many"], "whole number"),
         (["--model", "base", "--context-length", "base=0"], "whole number"),
         (["--model", "base", "--api-key", "k", "--no-auth"], "contradict"),
+        (["--model", "base", "--prefix-cache-gb", "3"], "prefix_cache_gb is 3 and there is no prefix_cache"),
     ],
 )
 def test_serve_mistakes_name_themselves(

@@ -302,7 +302,7 @@ def test_metrics_count_what_happened(url, client):
         client.completions.create(model="chat", prompt="12345", max_tokens=7, extra_body=ignoring_eos())
     after = [total(url, name, "chat") for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [3 * 5, 3 * 7, 3 * 6]
-    assert total(url, "mpt_num_requests_running", "chat") == total(url, "mpt_kv_cache_usage_ratio", "chat") == 0
+    assert total(url, "mpt_num_requests_running", "chat") == total(url, "mpt_kv_cache_usage_perc", "chat") == 0
 
 
 def test_a_good_request_id_is_echoed_once(url):
@@ -334,7 +334,7 @@ def test_clients_that_go_away_stop_their_generation(url, stream):
             break
         time.sleep(0.02)
     assert total(url, "mpt_requests_cancelled_total", "base") == before + 8
-    assert total(url, "mpt_num_requests_running", "base") == total(url, "mpt_kv_cache_usage_ratio", "base") == 0
+    assert total(url, "mpt_num_requests_running", "base") == total(url, "mpt_kv_cache_usage_perc", "base") == 0
 
 
 def test_a_full_queue_is_503_with_retry_after(url):

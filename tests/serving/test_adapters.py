@@ -204,7 +204,8 @@ async def test_an_adapter_loaded_at_run_time_answers_until_it_is_unloaded(loadin
     assert await served(loading) == ["base", "base:given", "base:mine", "base:other2", "other"]
     for name, folder in (("mine", "a1"), ("other2", "a2")):
         expected = tokenizer.decode(generate(merged(model, folders[folder]), [5, 6, 7], 12), False)
-        assert (await text(loading, f"base:{name}")).json()["choices"][0]["text"] == expected
+        for asked in (f"base:{name}", name):  # where one model alone has an adapter of this name, it may go by that
+            assert (await text(loading, asked)).json()["choices"][0]["text"] == expected
     assert (await load(loading, "mine", "a1")).status_code == 200  # the same again
     taken = await load(loading, "mine", "a2")
     assert (taken.status_code, taken.json()["error"]["code"]) == (400, "adapter_exists")

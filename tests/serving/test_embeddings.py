@@ -66,6 +66,16 @@ async def test_texts_and_ids_become_the_mean_of_one_forwards_states(serving, mod
     assert len(one) == 1 and one[0]["embedding"] == pytest.approx(direct(model, ids[0]), abs=1e-5)
 
 
+@pytest.mark.parametrize("serving", [{"max_waiting": 80}], indirect=True)
+async def test_more_texts_than_the_queue_holds_are_embedded_in_turn(serving, model):
+    """LangChain and LlamaIndex send hundreds of texts at once; the queue here holds 80 sequences."""
+    ids = [[5 + k % 200, 6] for k in range(150)]
+    answer = (await ask(serving, input=ids)).json()
+    assert [entry["index"] for entry in answer["data"]] == list(range(150))
+    for k in (0, 63, 64, 149):
+        assert answer["data"][k]["embedding"] == pytest.approx(direct(model, ids[k]), abs=1e-5)
+
+
 @pytest.mark.parametrize("serving", [{"kv_bytes": 1 << 20}], indirect=True)
 async def test_an_embedding_that_was_sent_back_is_read_from_its_beginning(serving, model, monkeypatch):
     """A chat of 250 tokens grows out of its block while a long text is read beside it, and takes its memory."""

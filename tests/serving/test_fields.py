@@ -48,11 +48,11 @@ NEUTRAL = {
     "add_generation_prompt": True, "continue_final_message": False, "return_token_ids": False, "think": False,
 }  # fmt: skip
 REFUSED = {
-    "suffix": "x", "use_beam_search": True, "reasoning_effort": "high", "store": True, "functions": [{"name": "a"}],
+    "suffix": "x", "reasoning_effort": "high", "store": True, "functions": [{"name": "a"}],
     "audio": {"voice": "alloy"}, "documents": [{"text": "a"}], "bad_words": ["a"], "mirostat": 2, "dimensions": 8,
     "reasoning": {"effort": "low", "summary": None}, "thinking": {"type": "enabled", "budget_tokens": 9},
     "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
-    "length_penalty": 2.0, "modalities": ["text", "audio"], "web_search_options": {"search_context_size": "low"},
+    "modalities": ["text", "audio"], "web_search_options": {"search_context_size": "low"},
 }  # fmt: skip
 
 

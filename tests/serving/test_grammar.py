@@ -334,6 +334,17 @@ async def test_grammars_are_kept_and_the_least_used_let_go(tokenizer, monkeypatc
     assert len(tried) == 5  # refusals too
 
 
+async def test_a_plain_json_object_is_compiled_before_anybody_asks(tokenizer, monkeypatch):
+    """Without a trial, which is for what clients write; and for every client, since it is no secret."""
+    tried: list[str] = []
+    monkeypatch.setattr(grammars, "_try_out", tried.append)
+    kept = Grammars(tokenizer)
+    await kept.prepare()
+    monkeypatch.setattr(Grammars, "_compile_here", None)  # nothing more is compiled
+    assert await kept.get("json", {"type": "object"}, "ann") is await kept.get("json", '{"type":"object"}', "bob")
+    assert tried == []
+
+
 async def test_a_minute_without_time_is_503_and_is_not_remembered(serving, monkeypatch):
     asked = {"prompt": "x", "structured_outputs": {"choice": ["only here"]}}
     with monkeypatch.context() as busy:

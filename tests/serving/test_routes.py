@@ -28,7 +28,13 @@ def test_an_app_has_the_routes_of_the_table(name):
 
 def test_openai_s_paths_are_among_them():
     paths = {route.path for route in ROUTES}
-    assert paths >= {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}"}
+    assert paths >= {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/v1/models/{model:name}",
+    }
 
 
 def test_a_route_without_a_function_is_a_mistake_of_ours():

@@ -79,7 +79,7 @@ async def test_pages_of_other_origins_may_not_call(app):
     "field",
     [
         "chat_template", "guided_json", "guided_regex", "guided_grammar", "guided_choice",
-        "prompt_embeds", "kv_transfer_params", "mm_processor_kwargs", "use_beam_search",
+        "prompt_embeds", "kv_transfer_params", "mm_processor_kwargs",
     ],
 )  # fmt: skip
 async def test_what_hurt_others_is_no_parameter_here(app, field):

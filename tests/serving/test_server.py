@@ -4,14 +4,17 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 import mpt
+from serving.logs import process_age_s
 from tests.serving import servers
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -128,6 +131,52 @@ def test_a_lost_device_ends_the_process_with_a_code_of_its_own(folder):
     finally:
         server.stop(signal.SIGKILL)
     assert "mpt: `base` has stopped: the device is lost: CUDA error: an illegal memory access" in "".join(server.lines)
+
+
+STUCK = """
+import sys, threading
+from mpt import cli
+from serving import server
+
+def open_endpoint(*_):
+    print("loading", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+server.open_endpoint = open_endpoint
+sys.argv[0] = "mpt"
+cli.main()
+"""
+
+
+def test_sigterm_while_a_model_loads_ends_it_at_once_and_well(folder):
+    """The thread that loads would never end, so nothing waited for it."""
+    command = [sys.executable, "-c", STUCK, "serve", "--port", "0", "--model", f"base={folder}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert any("loading" in line for line in process.stderr)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def test_sigterm_before_the_server_stands_ends_it_well(folder):
+    code = "import os, signal\nfrom mpt import cli, catalog\n"
+    code += "catalog.resolve = lambda _: os.kill(os.getpid(), signal.SIGTERM)\ncli.main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--model", f"base={folder}"]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+def test_a_command_that_ends_looks_for_no_cycles():
+    """Among the objects of torch that takes a second. They are frozen before the interpreter's own end begins."""
+    code = "import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+    code += "from mpt import cli\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_a_process_is_as_old_as_psutil_says():
+    assert process_age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
 
 
 def test_a_port_that_is_taken_is_said_before_anything_loads(start, folder):

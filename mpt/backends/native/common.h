@@ -55,7 +55,7 @@
 #else
 #define NEON 0
 #endif
-#if NEON || (AVX2 && !AVX2_VNNI)
+#if defined(__ARM_NEON) || (AVX2 && !AVX2_VNNI) || (AVX512 && !AVX512_VNNI)
 #define SIGNED_CODES 1 /* products are of signed numbers; elsewhere of unsigned ones by signed ones */
 #endif
 #if AVX512_BF16 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)

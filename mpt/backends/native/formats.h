@@ -33,6 +33,18 @@ enum { ADDED = 0 };
 enum { ADDED = 128 };
 #endif
 
+/* The code of the weight 0, where a format's groups have no minimum. */
+static inline int zero_of(Format format) {
+    switch (format) {
+    case Q4_0: return 8;
+    case Q5_0: return 16;
+    case Q3_K: return 4;
+    case Q6_K: return 32;
+    case INT8_ROWS: case Q8_0: case IQ4_NL: return ADDED;
+    default: return 0;
+    }
+}
+
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 static inline Bytes bytes_at(const uint8_t *from) {
@@ -109,7 +121,7 @@ static inline void unpack_k(Format format, const uint8_t *block, uint8_t *codes,
                 codes[128 * h + 64 + i] = low >> 4 | (high >> 4 & 3) << 4;
                 codes[128 * h + 96 + i] = next >> 4 | (high >> 6) << 4;
             }
-        for (int g = 0; g < 16; g++) a[g] = d * (int8_t)block[192 + g], b[g] = 32 * a[g];
+        for (int g = 0; g < 16; g++) a[g] = d * (int8_t)block[192 + g], b[g] = zero_of(Q6_K) * a[g];
         return;
     }
     const uint8_t *pairs = block + (format == Q2_K ? 16 : 32); /* two bits each */
@@ -126,7 +138,7 @@ static inline void unpack_k(Format format, const uint8_t *block, uint8_t *codes,
         for (int i = 0; i < 32; i++) codes[32 * part + i] |= (uint8_t)((block[i] >> part & 1) << 2);
     for (int g = 0; g < 16; g++) {
         const int low = block[96 + g % 8] >> 4 * (g / 8) & 15, high = block[104 + g % 4] >> 2 * (g / 4) & 3;
-        a[g] = d * ((low | high << 4) - 32), b[g] = 4 * a[g];
+        a[g] = d * ((low | high << 4) - 32), b[g] = zero_of(Q3_K) * a[g];
     }
 }
 
@@ -148,7 +160,7 @@ static inline void unpack_32(Format format, const uint8_t *block, int n, uint8_t
     static const int8_t MEANT[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     const int bytes = BLOCK_FORMATS[format].bytes, has_minimum = format == Q4_1 || format == Q5_1;
     const int is_fifth = format == Q5_0 || format == Q5_1, from = 2 + 2 * has_minimum + 4 * is_fifth;
-    const float zero = format == Q4_0 ? 8 : format == Q5_0 ? 16 : ADDED; /* the code of 0 */
+    const float zero = zero_of(format);
     halves(block, bytes, n, a);
     if (has_minimum) {
         halves(block + 2, bytes, n, b);

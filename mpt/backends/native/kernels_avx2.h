@@ -7,18 +7,13 @@ enum { DENSE_ROWS = 4, DENSE_TOKENS = 3 }; /* twelve sums, three inputs and a we
 #define IN_A_REGISTER(lanes) __asm__("" : "+x"(lanes)) /* else gcc loads it anew for each product */
 
 /* See `multiply_groups`. */
-static inline Ints dot8(const uint8_t *codes, const int8_t *high, const int8_t *low) {
-    const __m256i c = _mm256_loadu_si256((const __m256i *)codes);
-    const __m256i h = _mm256_loadu_si256((const __m256i *)high), l = _mm256_loadu_si256((const __m256i *)low);
+static inline Ints dot8(const uint8_t *codes, const int8_t *x) {
+    const __m256i c = _mm256_loadu_si256((const __m256i *)codes), xs = _mm256_loadu_si256((const __m256i *)x);
 #if AVX2_VNNI
-    const __m256i of_high = _mm256_slli_epi32(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), c, h), 7);
-    return (Ints)_mm256_dpbusd_avx_epi32(of_high, c, l);
+    return (Ints)_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), c, xs);
 #else /* codes are signed here; two products fit into 16 bits, as no input is -128 */
-    const __m256i size = _mm256_abs_epi8(c);
-    const __m256i of_high = _mm256_maddubs_epi16(size, _mm256_sign_epi8(h, c));
-    const __m256i of_low = _mm256_maddubs_epi16(size, _mm256_sign_epi8(l, c));
-    return (Ints)_mm256_add_epi32(_mm256_madd_epi16(of_high, _mm256_set1_epi16(128)),
-                                  _mm256_madd_epi16(of_low, _mm256_set1_epi16(1)));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(xs, c));
+    return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
 }
 

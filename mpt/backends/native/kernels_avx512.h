@@ -115,95 +115,18 @@ static void multiply_dense(Format format, const void *rows, size_t stride, int n
 #if AVX512_VNNI
 static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { return _mm512_dpbusd_epi32(sums, codes, x); }
 #else
-static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { /* by way of int16 */
-    const __m512i ones = _mm512_set1_epi16(1), low_codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
-    const __m512i high_codes = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
-    const __m512i low = _mm512_madd_epi16(_mm512_maddubs_epi16(low_codes, x), ones);
-    const __m512i high = _mm512_madd_epi16(_mm512_maddubs_epi16(high_codes, x), ones);
-    const __m512i found = _mm512_add_epi32(low, _mm512_slli_epi32(high, 4)); /* no sum passes 15 * 127 * 2 */
-    return _mm512_add_epi32(sums, found);
+static inline __m512i dot_codes(__m512i sums, __m512i codes, __m512i x) { /* codes are signed here */
+    const __m512i signed_ = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), x);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(codes), signed_); /* at most 128 * 127 * 2 */
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #endif
 
-#define INT8_AS_IT_IS 1
-
-/* Four sums of int32, each over 16 lanes. */
-static inline __m128i four_totals(__m512i s0, __m512i s1, __m512i s2, __m512i s3) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s1), _mm512_unpackhi_epi32(s0, s1));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(s2, s3), _mm512_unpackhi_epi32(s2, s3));
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    const __m256i part = _mm256_add_epi32(_mm512_castsi512_si256(ab), _mm512_extracti64x4_epi64(ab, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(part), _mm256_extracti128_si256(part, 1));
-}
-
-/* 64 inputs of four rows of int8 weights and n_tokens tokens, 1 or 2, added to exact sums of both of their numbers. */
-static inline __attribute__((always_inline)) void int8_lanes(const int8_t *const *rows, const Coded *tokens, int at, int k,
-                                                             int left, const int is_whole, const int n_tokens,
-                                                             __m512i (*high)[2], __m512i (*low)[2]) {
-    const __mmask64 mask = is_whole ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
-#define LOAD(from) (is_whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(mask, from))
-    __m512i codes[4]; /* + 128 */
-    for (int r = 0; r < 4; r++) codes[r] = _mm512_xor_si512(LOAD(rows[r] + k), _mm512_set1_epi8((char)0x80));
-    for (int t = 0; t < n_tokens; t++) {
-        const __m512i h = LOAD(tokens[t].high + at + k), l = LOAD(tokens[t].low + at + k);
-        for (int r = 0; r < 4; r++) {
-            high[r][t] = dot_codes(high[r][t], codes[r], h);
-            low[r][t] = dot_codes(low[r][t], codes[r], l);
-        }
-    }
-#undef LOAD
-}
-
-/* Four rows of int8 weights times n_tokens tokens, 1 or 2; exact up to the last rounding. next: what is fetched
- * meanwhile, or NULL. */
-static inline __attribute__((always_inline)) void four_int8_rows(const int8_t *const *rows, int n, const Coded *tokens,
-                                                                 int at, __m128 scales, const char *next,
-                                                                 const int n_tokens, int is_first, float *sums) {
-    __m512i h[4][2], l[4][2];
-    for (int r = 0; r < 4; r++)
-        for (int t = 0; t < n_tokens; t++) h[r][t] = l[r][t] = _mm512_setzero_si512();
-    int k = 0;
-    for (; k + 64 <= n; k += 64) {
-        for (int i = 0; i < 256 && next; i += 64) _mm_prefetch(next + 4 * k + i, _MM_HINT_T0);
-        int8_lanes(rows, tokens, at, k, 0, 1, n_tokens, h, l);
-    }
-    if (k < n) int8_lanes(rows, tokens, at, k, n - k, 0, n_tokens, h, l);
-    for (int t = 0; t < n_tokens; t++) {
-        const int32_t *totals = tokens[t].totals + at / CHUNK * 2;
-        __m128i high = four_totals(h[0][t], h[1][t], h[2][t], h[3][t]);
-        __m128i low = four_totals(l[0][t], l[1][t], l[2][t], l[3][t]);
-        high = _mm_sub_epi32(high, _mm_set1_epi32(totals[0] * 128)); /* what the 128 of each code added */
-        low = _mm_sub_epi32(low, _mm_set1_epi32(totals[1] * 128));
-        const __m128 dots = _mm_fmadd_ps(_mm_cvtepi32_ps(high), _mm_set1_ps(128), _mm_cvtepi32_ps(low));
-        const __m128 found = _mm_mul_ps(_mm_mul_ps(dots, scales), _mm_set1_ps(tokens[t].step));
-        float *to = sums + t * STRIP;
-        _mm_storeu_ps(to, is_first ? found : _mm_add_ps(_mm_loadu_ps(to), found));
-    }
-}
-
-/* n_rows rows of n int8 weights, `stride` apart, with a scale each, from input `at` on, times T tokens. */
-static void multiply_int8(const int8_t *rows, size_t stride, int n_rows, const float *scales, int n, size_t ahead,
-                          const Coded *tokens, int at, int T, int is_first, float *sums) {
-    for (int r = 0; r < n_rows; r += 4) {
-        const int8_t *four[4];
-        float own[4];
-        for (int i = 0; i < 4; i++) {
-            const int row = r + i < n_rows ? r + i : r;
-            four[i] = rows + row * stride, own[i] = scales[row];
-        }
-        const __m128 s = _mm_loadu_ps(own);
-        const char *next = (const char *)four[0] + ahead;
-        int t = 0;
-        for (; t + 2 <= T; t += 2)
-            four_int8_rows(four, n, tokens + t, at, s, t ? NULL : next, 2, is_first, sums + t * STRIP + r);
-        if (t < T) four_int8_rows(four, n, tokens + t, at, s, t ? NULL : next, 1, is_first, sums + t * STRIP + r);
-    }
-}
-
-/* 16 x 16 numbers of four bytes with their rows, `stride` bytes apart, made columns, `apart` registers apart. */
-static inline void turn(const void *from, size_t stride, __m512i *to, int apart) {
+/* 16 x 16 numbers of four bytes with their rows, `stride` bytes apart, made columns, `apart` registers apart; the bits of
+ * `flipped` are changed. */
+static inline void turn(const void *from, size_t stride, __m512i flipped, __m512i *to, int apart) {
     __m512i r[16], s[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512((const char *)from + i * stride);
+    for (int i = 0; i < 16; i++) r[i] = _mm512_xor_si512(_mm512_loadu_si512((const char *)from + i * stride), flipped);
     for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     for (int i = 0; i < 16; i += 4)
         for (int k = 0; k < 2; k++) {

@@ -11,7 +11,7 @@ enum { SIDE_INPUTS = 512, SIDE_TOKENS = 12 }; /* of a strip that is laid out at 
 static void lay_side_by_side(const bf16 *rows, size_t stride, int n, __m512i *out) {
     for (int panel = 0; panel < STRIP / 16; panel++)
         for (int k = 0; k < n; k += 32)
-            turn(rows + panel * 16 * stride + k, stride * sizeof *rows, out + k + panel, STRIP / 16);
+            turn(rows + panel * 16 * stride + k, stride * sizeof *rows, _mm512_setzero_si512(), out + k + panel, STRIP / 16);
 }
 
 /* A strip that is laid out times n_tokens tokens, a constant, x_stride apart: sums (tokens, STRIP). */

@@ -6,7 +6,7 @@
 #pragma once
 #include "kernels_lanes.h"
 
-enum { TOKENS_AT_ONCE = 4 };
+enum { TOKENS_AT_ONCE = 4, CODE_TOKENS = 4 };
 typedef float Dense;
 static const Format DENSE = FLOAT32;
 
@@ -122,33 +122,58 @@ static void multiply_dense(Format format, const void *rows, size_t stride, int n
     if (format == BFLOAT16) multiply_format(BFLOAT16, rows, stride, n_rows, x, x_stride, T, K, is_first, sums);
 }
 
-/* A row of codes times T tokens through `dot8`, which each file brings: 32 products of codes and inputs 128 high + low
- * into 8 sums, the first 16 products into the first four of them; exact. */
+/* What the offsets b of n groups take from a token's sum. Never inlined, so that it rounds in one way for all callers. */
+static __attribute__((noinline)) float offset_of(const float *b, const float *sums, int n) {
+    float found = 0;
+    for (int i = 0; i < n; i++) found += b[i] * sums[i];
+    return found;
+}
+
+/* A row of n codes with its scales a and offsets b times n_tokens tokens, a constant, from token t0 and input `at` on,
+ * through `dot8`, which each file brings: 32 products of codes and inputs into 8 sums, the first 16 products into the
+ * first four of them; exact. */
 static inline __attribute__((always_inline)) void multiply_groups(const uint8_t *codes, const float *a, const float *b,
-                                                                  int n, const int group, const Coded *tokens, int at,
-                                                                  int T, int is_first, float *out) {
-    for (int t = 0; t < T; t++) {
-        const int8_t *high = tokens[t].high + at, *low = tokens[t].low + at;
-        const float *sums = (group == 32 ? tokens[t].sums32 : tokens[t].sums16) + at / group;
-        Lanes even = {0}, odd = {0}; /* a sum waits for the one before it */
-        for (int k = 0, i = 0; k < n; k += 32, i++) {
-            const Lanes dots = __builtin_convertvector(dot8(codes + k, high + k, low + k), Lanes);
-            const float a0 = group == 32 ? a[i] : a[2 * i], a1 = group == 32 ? a0 : a[2 * i + 1];
-            const Lanes scale = {a0, a0, a0, a0, a1, a1, a1, a1};
-            if (i & 1) odd += dots * scale; else even += dots * scale;
+                                                                  int n, const int group, const Coded *inputs, int t0,
+                                                                  int at, const int n_tokens, float *out) {
+    const size_t K = inputs->K;
+    const int8_t *x = inputs->codes + t0 * K + at;
+    const float *steps = inputs->steps + (t0 * K + at) / 32;
+    const float *inputs_sums = (group == 32 ? inputs->sums32 : inputs->sums16) + (t0 * K + at) / group;
+    float scales[CODE_TOKENS][CHUNK / 16]; /* of the weights and of the inputs */
+    Lanes sums[CODE_TOKENS] = {0};
+    for (int t = 0; t < n_tokens; t++)
+        for (int i = 0; i < n / group; i++) scales[t][i] = a[i] * steps[t * (K / 32) + i * group / 32];
+    for (int k = 0, i = 0; k < n; k += 32, i++)
+        for (int t = 0; t < n_tokens; t++) {
+            const Lanes dots = __builtin_convertvector(dot8(codes + k, x + t * K + k), Lanes);
+            const float s0 = scales[t][group == 32 ? i : 2 * i], s1 = group == 32 ? s0 : scales[t][2 * i + 1];
+            sums[t] += dots * (Lanes){s0, s0, s0, s0, s1, s1, s1, s1};
         }
-        float offset = 0;
-        for (int i = 0; i < n / group; i++) offset += b[i] * sums[i];
-        const float found = (sum_of_eight(even + odd) - offset) * tokens[t].step;
+    for (int t = 0; t < n_tokens; t++) {
+        const float offset = offset_of(b, inputs_sums + t * (K / group), n / group);
+        const float found = sum_of_eight(sums[t]) - offset;
         float *to = out + (size_t)t * STRIP;
-        *to = is_first ? found : *to + found;
+        *to = at ? *to + found : found;
     }
 }
 
-static void multiply_codes(const uint8_t *codes, const float *a, const float *b, int n, int group, const Coded *tokens,
-                           int at, int T, int is_first, float *out) {
-    if (group == 32)
-        multiply_groups(codes, a, b, n, 32, tokens, at, T, is_first, out);
-    else
-        multiply_groups(codes, a, b, n, 16, tokens, at, T, is_first, out);
+/* n_rows rows of weights in codes, STRIP or fewer, from n0 on, times T tokens: sums (T, STRIP). */
+static void multiply_codes(const Linear *linear, int n0, int n_rows, const Coded *inputs, int T, float *sums) {
+    const int K = linear->n_in, group = BLOCK_FORMATS[linear->format].group;
+    uint8_t codes[CHUNK];
+    float a[CHUNK / 16], b[CHUNK / 16];
+    for (int k = 0; k < K; k += CHUNK)
+        for (int r = 0; r < n_rows; r++) {
+            const int n = K - k < CHUNK ? K - k : CHUNK;
+            unpack(linear, n0 + r, k, n, codes, a, b);
+            int t = 0;
+#define OF(n_tokens)                                                                                            \
+    for (; t + n_tokens <= T; t += n_tokens) {                                                                  \
+        float *to = sums + (size_t)t * STRIP + r;                                                               \
+        if (group == 32) multiply_groups(codes, a, b, n, 32, inputs, t, k, n_tokens, to);                       \
+        else multiply_groups(codes, a, b, n, 16, inputs, t, k, n_tokens, to);                                   \
+    }
+            OF(4) OF(1)
+#undef OF
+        }
 }

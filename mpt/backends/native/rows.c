@@ -13,11 +13,10 @@
  * inputs in the first.
  *
  * Weights are float32, float16, bfloat16, or blocks of small integers (formats.h). The residual stream and all sums are
- * float32. Beside float32 and float16, inputs stay float32; beside bfloat16, they are rounded to bfloat16. Beside blocks, a
- * step of few tokens makes two int8 numbers of each input, 15 bits of a token's largest, which leaves enough of the
- * others beside an outlier (Dettmers et al. 2022), and multiplies integers; a prompt widens each strip of blocks, rounded
- * to bfloat16, once for all its tokens. No bit of a token's result depends on which other tokens share the step: every
- * sum runs in its own fixed order.
+ * float32. Beside float32 and float16, inputs stay float32; beside bfloat16, they are rounded to bfloat16. Beside codes,
+ * int8 or blocks, each input becomes an int8 number with a step for each 32 of them, as ggml's Q8_0 does, and integers
+ * are multiplied. No bit of a token's result depends on which other tokens share the step: every sum runs in its own
+ * fixed order.
  */
 #include "common.h"
 
@@ -27,7 +26,6 @@
 #include "attention_prompt.h"
 
 enum {
-    MOST_AHEAD = 1 << 15,  /* bytes */
     SPAN = MAX_TOKENS,     /* queries of a row that share each block of keys */
     FEW = 2 * TOKENS_AT_ONCE, /* tokens for which nothing is widened beforehand */
     LOOPS_PER_LAYER = 5 + N_PROJECTIONS,
@@ -40,14 +38,12 @@ typedef enum { AS_THEY_ARE, ROUNDED, CODED } Kind;
 typedef struct {
     int K, side_by_side; /* side_by_side: multiplied by `multiply_side_by_side`, where there is one */
     Kind kind;
-    float *plain;   /* (T, K) as they are, for weights in float32 and float16, and until they are coded */
+    float *plain;   /* (T, K) as they are, beside float32 and float16, and of whole tokens until they are rounded */
     Dense *dense;   /* (T, K) rounded, for bfloat16 weights and for strips of blocks widened */
-    int8_t *high, *low; /* (T, K), for weights in codes, with what belongs to them: */
-    float *steps, *sums32, *sums16; /* (T), (T, K / 32), (T, K / 16) */
-    int32_t *totals;                /* (T, chunks, 2) */
+    int8_t *codes;  /* (T, K), for weights in codes, with what belongs to them (`Coded` in kernels.h): */
+    float *steps, *sums32, *sums16;
+    int32_t *totals;
 } Inputs;
-
-static inline size_t n_chunks(int K) { return (K + CHUNK - 1) / CHUNK; }
 
 static inline void to_dense(const float *x, int n, Dense *out) {
 #if AVX512_BF16
@@ -57,49 +53,33 @@ static inline void to_dense(const float *x, int n, Dense *out) {
 #endif
 }
 
-/* Round the inputs of one token for weights in codes. */
-static void encode_coded(const Inputs *inputs, size_t token) {
-    const int K = inputs->K;
-    const float *x = inputs->plain + token * K;
-    int8_t *high = inputs->high + token * K, *low = inputs->low + token * K;
-    float *sums32 = inputs->sums32 + token * K / 32, *sums16 = inputs->sums16 + token * K / 16;
-    const float largest = largest_size(x, K);
-    inputs->steps[token] = largest / (127 * 128); /* NaN or infinite where an input is: damage is not hidden */
-    const float inverse = (127 * 128) / largest;
-    for (int k = 0; k < K; k += 16) {
-        int32_t sum = 0;
-        for (int i = k; i < k + 16; i++) {
-            const int32_t code = (int32_t)__builtin_rintf(x[i] * inverse), top = (code + 64) >> 7;
-            high[i] = (int8_t)top, low[i] = (int8_t)(code - (top << 7)), sum += code;
+/* Round n inputs of one token from k0 on, whole groups of 32, for weights in codes. */
+static void to_codes(const Inputs *inputs, size_t token, int k0, int n, const float *x) {
+    const size_t at = token * inputs->K + k0;
+    int8_t *codes = inputs->codes + at;
+    for (int k = 0; k < n; k += 32) {
+        const float step = largest_size(x + k, 32) / 127, inverse = 1 / step;
+        inputs->steps[(at + k) / 32] = step; /* NaN or infinite where an input is: damage is not hidden */
+        for (int i = k; i < k + 32; i++) codes[i] = (int8_t)(int32_t)__builtin_rintf(x[i] * inverse);
+        for (int part = 0; part < 2; part++) {
+            int32_t total = 0;
+            for (int i = k + 16 * part; i < k + 16 * part + 16; i++) total += codes[i];
+            inputs->totals[(at + k) / 16 + part] = total, inputs->sums16[(at + k) / 16 + part] = step * total;
         }
-        sums16[k / 16] = (float)sum;
-    }
-    for (int g = 0; g < K / 32; g++) sums32[g] = sums16[2 * g] + sums16[2 * g + 1];
-    for (int k = 0; k < K; k += CHUNK) {
-        int32_t of_high = 0, of_low = 0;
-        for (int i = k; i < K && i < k + CHUNK; i++) of_high += high[i], of_low += low[i];
-        int32_t *totals = inputs->totals + (token * n_chunks(K) + k / CHUNK) * 2;
-        totals[0] = of_high, totals[1] = of_low;
+        inputs->sums32[(at + k) / 32] = inputs->sums16[(at + k) / 16] + inputs->sums16[(at + k) / 16 + 1];
     }
 }
 
-/* Round inputs k0 to k0 + n of one token to bfloat16; weights in codes wait until all of a token's are known. */
-static void encode(const Inputs *inputs, size_t token, int k0, int n) {
-    if (inputs->kind != ROUNDED) return;
-    to_dense(inputs->plain + token * inputs->K + k0, n, inputs->dense + token * inputs->K + k0);
+/* Round inputs k0 to k0 + n of one token to what its weights are multiplied with. */
+static void encode(const Inputs *inputs, size_t token, int k0, int n, const float *x) {
+    if (inputs->kind == ROUNDED) to_dense(x, n, inputs->dense + token * inputs->K + k0);
+    if (inputs->kind == CODED) to_codes(inputs, token, k0, n, x);
 }
 
-/* After all inputs of a product are there: round them for weights in codes. Every thread calls it. */
-static void finish(const Inputs *inputs, int T, Worker *worker) {
-    if (inputs->kind != CODED) return;
-    for (int token = worker->thread; token < T; token += worker->n) encode_coded(inputs, token);
-    wait_for_all(worker);
-}
-
-/* For which weights inputs are made. is_prompt: many tokens, for which blocks are widened. */
+/* For which weights inputs are made. is_prompt: many tokens. */
 static void start(Inputs *inputs, const Linear *linear, int is_prompt) {
     inputs->K = linear->n_in, inputs->side_by_side = is_prompt && linear->n_in % 32 == 0;
-    inputs->kind = is_float(linear->format) ? AS_THEY_ARE : linear->format == BFLOAT16 || is_prompt ? ROUNDED : CODED;
+    inputs->kind = is_float(linear->format) ? AS_THEY_ARE : linear->format == BFLOAT16 ? ROUNDED : CODED;
 }
 
 /* LayerNorm of tokens' residual streams (C) into the inputs of a product. which: (n) the tokens, or NULL for all. */
@@ -109,29 +89,22 @@ static void normalize_all(const float *x, Norm norm, float eps, Inputs *inputs, 
     const size_t C = inputs->K;
     for (int at = worker->thread; at < n; at += worker->n) {
         normalize_one(x + (which ? which[at] : at) * C, norm, eps, inputs->K, inputs->plain + at * C);
-        encode(inputs, at, 0, inputs->K);
-        if (inputs->kind == CODED) encode_coded(inputs, at);
+        encode(inputs, at, 0, inputs->K, inputs->plain + at * C);
     }
     wait_for_all(worker);
 }
 
 /* -- adapters ------------------------------------------------------------------------------------------------------ */
 
-static float dot_wide(const bf16 *a, const float *x, int n) {
+static float dot_narrow(const bf16 *a, const Dense *x, int n) {
     float sum = 0;
-    for (int i = 0; i < n; i++) sum += wide(a[i]) * x[i];
-    return sum;
-}
-
 #if AVX512_BF16
-static float dot_narrow(const bf16 *a, const bf16 *x, int n) {
-    float sum = 0;
     for (int i = 0; i < n; i++) sum += wide(a[i]) * wide(x[i]);
+#else
+    for (int i = 0; i < n; i++) sum += wide(a[i]) * x[i];
+#endif
     return sum;
 }
-#else
-#define dot_narrow dot_wide
-#endif
 
 static float dot_float(const float *a, const float *x, int n) {
     float sum = 0;
@@ -139,13 +112,25 @@ static float dot_float(const float *a, const float *x, int n) {
     return sum;
 }
 
+/* The inputs are those that weights in codes meet. */
+static float dot_coded(const bf16 *a, const Inputs *inputs, size_t token) {
+    const int8_t *codes = inputs->codes + token * inputs->K;
+    const float *steps = inputs->steps + token * inputs->K / 32;
+    float sum = 0;
+    for (int g = 0; g < inputs->K / 32; g++) {
+        float own = 0;
+        for (int i = 32 * g; i < 32 * g + 32; i++) own += wide(a[i]) * codes[i];
+        sum += own * steps[g];
+    }
+    return sum;
+}
+
 /* One row of a matrix a times the inputs of a token. */
 static float dot_row(Format format, const Lora *lora, int r, const Inputs *inputs, size_t token) {
     const size_t K = inputs->K;
-    const float *plain = inputs->plain + token * K;
-    if (is_float(format)) return dot_float((const float *)lora->a + r * K, plain, inputs->K);
+    if (is_float(format)) return dot_float((const float *)lora->a + r * K, inputs->plain + token * K, inputs->K);
     const bf16 *a = (const bf16 *)lora->a + r * K;
-    return inputs->kind == CODED ? dot_wide(a, plain, inputs->K) : dot_narrow(a, inputs->dense + token * K, inputs->K);
+    return inputs->kind == CODED ? dot_coded(a, inputs, token) : dot_narrow(a, inputs->dense + token * K, inputs->K);
 }
 
 /* low = a x for the tokens of each adapter. */
@@ -184,102 +169,46 @@ static void add_adapted(const Adapted *adapted, int token, int N, int n0, int n,
 
 typedef struct { /* one thread's memory */
     float *sums;    /* (T, STRIP) */
-    void *strip;    /* (STRIP, CHUNK) widened weights: of blocks, Dense; of plain numbers, float32 */
-    uint8_t *codes; /* (CHUNK) of one row, with a and b of its groups */
-    float *a, *b;
-    void *room;     /* of what rows side by side need: SIXTEEN_ROOM for each token, or SIDE_ROOM */
-    size_t ahead;   /* bytes of weights to fetch before they are used */
+    float *strip;   /* (STRIP, CHUNK) widened weights */
+    void *room;     /* SIDE_ROOM floats, in prompts */
 } Own;
 
-/* Widen n weights of a row of blocks; they are rounded to bfloat16. */
-static void widen(const Linear *linear, size_t row, int k0, int n, const Own *own, Dense *out) {
-    const int group = BLOCK_FORMATS[linear->format].group;
-    unpack(linear, row, k0, n, own->codes, own->a, own->b);
-    for (int g = 0; g < n / group; g++) {
-        float values[32];
-        for (int i = 0; i < group; i++) {
-#ifdef SIGNED_CODES
-            const float code = (int8_t)own->codes[g * group + i];
-#else
-            const float code = own->codes[g * group + i];
-#endif
-            values[i] = own->a[g] * code - own->b[g];
-        }
-        to_dense(values, group, out + g * group);
-    }
-}
-
-/* Sums (T, STRIP) of n_rows outputs from n0 on, in integers: of n inputs from k0 on, added to those of inputs before. */
-static void multiply_coded(const Linear *linear, int n0, int n_rows, const Coded *tokens, int T, int k0, int n,
-                           const Own *own, float *sums) {
-#ifdef INT8_AS_IT_IS
-    if (linear->format == INT8_ROWS) {
-        const int8_t *rows = (const int8_t *)linear->weight + (size_t)n0 * linear->n_in + k0;
-        multiply_int8(rows, linear->n_in, n_rows, linear->scale + n0, n, own->ahead, tokens, k0, T, !k0,
-                      sums);
-        return;
-    }
-#endif
-    int r = 0;
-#ifdef CODES_OF_SIXTEEN_ROWS
-    for (; r + 16 <= n_rows && T > TOKENS_AT_ONCE; r += 16)
-        multiply_sixteen(linear, n0 + r, k0, n, tokens, T, own->room, sums + r);
-#endif
-    for (; r < n_rows; r++) {
-#ifdef BLOCKS_AS_THEY_ARE
-        if (takes_blocks(linear->format, n, T)) {
-            multiply_blocks(linear->format, block_at(linear, n0 + r, k0), n, own->ahead, tokens, k0, T, !k0,
-                            sums + r);
-            continue;
-        }
-#endif
-        unpack(linear, n0 + r, k0, n, own->codes, own->a, own->b);
-        multiply_codes(own->codes, own->a, own->b, n, BLOCK_FORMATS[linear->format].group, tokens, k0, T, !k0, sums + r);
-    }
-}
-
-/* The same in float32, or in bfloat16 where it has instructions of its own. */
+/* Sums (T, STRIP) of n_rows outputs from n0 on, in float32, or in bfloat16 where it has instructions of its own: of n
+ * inputs from k0 on, added to those of inputs before. */
 static void multiply_wide(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, int k0, int n,
                           const Own *own, float *sums) {
     const size_t K = linear->n_in, bytes = number_bytes(linear->format);
     const char *rows = (const char *)linear->weight + (n0 * K + k0) * bytes;
     const void *x = inputs->kind == AS_THEY_ARE ? (const void *)(inputs->plain + k0) : inputs->dense + k0;
-    if (!bytes)
-        for (int r = 0; r < n_rows; r++) widen(linear, n0 + r, k0, n, own, (Dense *)own->strip + (size_t)r * n);
 #ifdef ROWS_SIDE_BY_SIDE
     if (inputs->side_by_side && n_rows == STRIP && inputs->kind == ROUNDED) {
-        multiply_side_by_side(bytes ? (const void *)rows : own->strip, bytes ? K : (size_t)n, x, K, T, n, !k0, own->room,
-                              sums);
+        multiply_side_by_side((const void *)rows, K, x, K, T, n, !k0, own->room, sums);
         return;
     }
 #endif
-    if (!bytes) {
-        multiply_dense(DENSE, own->strip, n, n_rows, x, K, T, n, !k0, sums);
-    } else if (T > FEW && !(linear->format == BFLOAT16 && DENSE == BFLOAT16)) {
+    if (T > FEW && !(linear->format == BFLOAT16 && DENSE == BFLOAT16)) {
         /* The same bits. float32 gains too, 1.4 times with AVX-512: rows side by side are read faster from the cache. */
         for (int r = 0; r < n_rows; r++)
-            widen_numbers(linear->format, rows + r * K * bytes, n, (float *)own->strip + (size_t)r * n);
+            widen_numbers(linear->format, rows + r * K * bytes, n, own->strip + (size_t)r * n);
         multiply_dense(FLOAT32, own->strip, n, n_rows, x, K, T, n, !k0, sums);
     } else {
         multiply_dense(linear->format, rows, K, n_rows, x, K, T, n, !k0, sums);
     }
 }
 
-/* Sums (T, STRIP) of n_rows outputs from n0 on. With few tokens memory sets the speed, and it is fetched ahead where a
- * row is read to its end; with many a strip stays in the second-level cache until all of them have met it. */
+/* Sums (T, STRIP) of n_rows outputs from n0 on. With few tokens memory sets the speed, and a row is read to its end; with
+ * many a strip stays in the second-level cache until all of them have met it. */
 static void multiply(const Linear *linear, int n0, int n_rows, const Inputs *inputs, int T, const Own *own) {
     const int K = linear->n_in, at_once = T > TOKENS_AT_ONCE || inputs->side_by_side ? n_rows : 4;
-    Coded tokens[inputs->kind == CODED ? T : 1];
-    for (size_t t = 0; inputs->kind == CODED && t < (size_t)T; t++)
-        tokens[t] = (Coded){inputs->high + t * K, inputs->low + t * K, inputs->sums32 + t * K / 32,
-                            inputs->sums16 + t * K / 16, inputs->totals + t * n_chunks(K) * 2, inputs->steps[t]};
+    if (inputs->kind == CODED) {
+        const Coded coded = {K, inputs->codes, inputs->steps, inputs->totals, inputs->sums32, inputs->sums16};
+        multiply_codes(linear, n0, n_rows, &coded, T, own->sums);
+        return;
+    }
     for (int r = 0; r < n_rows; r += at_once)
         for (int k0 = 0; k0 < K; k0 += CHUNK) {
             const int n = K - k0 < CHUNK ? K - k0 : CHUNK, here = n_rows - r < at_once ? n_rows - r : at_once;
-            if (inputs->kind == CODED)
-                multiply_coded(linear, n0 + r, here, tokens, T, k0, n, own, own->sums + r);
-            else
-                multiply_wide(linear, n0 + r, here, inputs, T, k0, n, own, own->sums + r);
+            multiply_wide(linear, n0 + r, here, inputs, T, k0, n, own, own->sums + r);
         }
 }
 
@@ -296,8 +225,6 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
                     const Inputs *next, Own *own, Worker *worker) {
     const int N = linear->n_out, n_strips = (N + STRIP - 1) / STRIP;
     const int at_once = n_strips / (8 * worker->n) + 1; /* neighbours, as memory is fetched ahead */
-    const size_t n_bytes = at_once * STRIP * row_bytes(linear) / 8; /* little of what another thread multiplies */
-    own->ahead = n_bytes < MOST_AHEAD ? n_bytes : MOST_AHEAD;
     for (int strip = 0, end = 0;; strip++) {
         if (strip == end) strip = take(worker, at_once), end = strip + at_once;
         if (strip >= n_strips) break;
@@ -309,12 +236,9 @@ static void product(const Linear *linear, const Inputs *inputs, Adapted adapted,
                 for (int i = 0; i < n; i++) values[i] += linear->bias[n0 + i];
             if (adapted.n) add_adapted(&adapted, token, N, n0, n, values);
             if (target == TO_GELU) {
-                float *to = next->plain + (size_t)token * N + n0;
                 gelu(values, n);
-                if (next->kind == ROUNDED)
-                    to_dense(values, n, next->dense + (size_t)token * N + n0);
-                else
-                    memcpy(to, values, n * sizeof *to);
+                if (next->kind == AS_THEY_ARE) memcpy(next->plain + (size_t)token * N + n0, values, n * sizeof *values);
+                encode(next, token, n0, n, values);
                 continue;
             }
             float *to = out + (size_t)token * N + n0;
@@ -345,6 +269,7 @@ static int64_t attend_all(const Place *at, const Inputs *next, Worker *worker) {
     const Model *model = at->model;
     const Step *step = at->step;
     const int H = model->n_heads, G = model->n_kv_heads;
+    const int encodes_heads = next->kind != CODED || model->d_head % 32 == 0; /* which are whole groups */
     const int stores_alone = G != H || step->n_tokens > MAX_TOKENS; /* who shares keys waits until all are stored */
     int64_t n_read = 0;
     if (model->clip_qkv > 0 || model->layers[at->layer].q_ln.weight) {
@@ -366,11 +291,16 @@ static int64_t attend_all(const Place *at, const Inputs *next, Worker *worker) {
         const int t0 = (spans - 1 - (turn - before)) * SPAN, left = step->row_tokens[row] - t0;
         const int T = left < SPAN ? left : SPAN;
         n_read += attend_some(at, row, head, t0, T);
-        for (int t = t0; t < t0 + T; t++) encode(next, at->first[row] + t, head * model->d_head, model->d_head);
+        const int D = model->d_head;
+        for (int token = at->first[row] + t0; token < at->first[row] + t0 + T && encodes_heads; token++)
+            encode(next, token, head * D, D, next->plain + (size_t)token * next->K + head * D);
     }
     end_loop(worker);
     wait_for_all(worker);
-    finish(next, step->n_tokens, worker);
+    if (encodes_heads) return n_read;
+    for (int token = worker->thread; token < step->n_tokens; token += worker->n)
+        encode(next, token, 0, next->K, next->plain + (size_t)token * next->K);
+    wait_for_all(worker);
     return n_read;
 }
 
@@ -387,7 +317,7 @@ typedef struct {
 static size_t carve(const Model *model, size_t T, int is_prompt, int n_threads, float *block, Scratch *out, Own *own) {
     const size_t C = model->d_model, F = model->d_ffn;
     const size_t width = C + 2 * (size_t)model->n_kv_heads * model->d_head;
-    const int has_floats = is_float(model->format), may_code = !has_floats && !is_prompt;
+    const int has_floats = is_float(model->format);
     size_t used = 0;
     float *at = block ? (float *)(((uintptr_t)block + 63) & ~(uintptr_t)63) : NULL;
 #define TAKE(name, floats) name = at ? (void *)(at + used) : NULL, used += ((floats) + 15) / 16 * 16
@@ -396,24 +326,20 @@ static size_t carve(const Model *model, size_t T, int is_prompt, int n_threads, 
     for (int i = 0; i < 2; i++) {
         Inputs *inputs = i ? &out->inner : &out->inputs;
         const size_t K = i ? F : C;
-        TAKE(inputs->plain, i && is_prompt && !has_floats ? 0 : T * K);
+        TAKE(inputs->plain, i && !has_floats ? 0 : T * K);
         TAKE(inputs->dense, has_floats ? 0 : T * K * sizeof(Dense) / sizeof(float) + 1);
-        TAKE(inputs->high, may_code ? T * K / 4 + 1 : 0);
-        TAKE(inputs->low, may_code ? T * K / 4 + 1 : 0);
-        TAKE(inputs->steps, may_code ? T : 0);
-        TAKE(inputs->sums32, may_code ? T * K / 32 + 1 : 0);
-        TAKE(inputs->sums16, may_code ? T * K / 16 + 1 : 0);
-        TAKE(inputs->totals, may_code ? T * n_chunks(K) * 2 : 0);
+        TAKE(inputs->codes, has_floats ? 0 : T * K / 4 + 1);
+        TAKE(inputs->steps, has_floats ? 0 : T * K / 32 + 1);
+        TAKE(inputs->sums32, has_floats ? 0 : T * K / 32 + 1);
+        TAKE(inputs->sums16, has_floats ? 0 : T * K / 16 + 1);
+        TAKE(inputs->totals, has_floats ? 0 : T * K / 16 + 1);
     }
     TAKE(out->queues, 16 * ((size_t)model->n_layers * LOOPS_PER_LAYER + 1));
     for (int thread = 0; thread < n_threads; thread++) {
         Own *mine = own ? own + thread : &(Own){0};
         TAKE(mine->sums, T * STRIP);
         TAKE(mine->strip, STRIP * CHUNK);
-        TAKE(mine->codes, CHUNK / 4);
-        TAKE(mine->a, CHUNK / 16);
-        TAKE(mine->b, CHUNK / 16);
-        TAKE(mine->room, is_prompt ? SIDE_ROOM : T * SIXTEEN_ROOM);
+        TAKE(mine->room, is_prompt ? SIDE_ROOM : 0);
     }
 #undef TAKE
     return used + 16;
@@ -451,7 +377,6 @@ static int64_t run_layer(const Model *model, const Step *step, int layer, int is
     multiply_by_a(adapted[UP_PROJ], &inputs, worker);
     start(&inner, &now->down_proj, is_prompt);
     product(&now->up_proj, &inputs, adapted[UP_PROJ], T, TO_GELU, NULL, &inner, own, worker);
-    finish(&inner, T, worker);
     multiply_by_a(adapted[DOWN_PROJ], &inner, worker);
     product(&now->down_proj, &inner, adapted[DOWN_PROJ], T, TO_RESIDUAL, scratch->x, NULL, own, worker);
     return n_read;

@@ -20,17 +20,15 @@ int main(void) {
     Linear linear = {.n_out = N, .n_in = K, .format = asked[0]};
     linear.weight = filled(N * row_bytes(&linear)), linear.scale = filled(N * sizeof(float));
     Inputs inputs = {.plain = filled((size_t)T * K * 4), .dense = empty((size_t)T * K * sizeof(Dense)),
-                     .high = empty((size_t)T * K), .low = empty((size_t)T * K), .steps = empty(T * 4),
-                     .sums32 = empty(T * K / 8), .sums16 = empty(T * K / 4), .totals = empty(T * n_chunks(K) * 8)};
-    Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 4), .codes = empty(CHUNK),
-               .a = empty(CHUNK), .b = empty(CHUNK), .room = empty(((size_t)T * SIXTEEN_ROOM + SIDE_ROOM) * 4)};
+                     .codes = empty((size_t)T * K), .steps = empty(T * K / 8), .totals = empty(T * K / 4),
+                     .sums32 = empty(T * K / 8), .sums16 = empty(T * K / 4)};
+    Own own = {.sums = empty(T * STRIP * 4), .strip = empty(STRIP * CHUNK * 4), .room = empty(SIDE_ROOM * 4)};
     atomic_int *queue = calloc(32, sizeof *queue);
     Team team = {0};
     Worker worker = {&team, queue, 0, 1};
     float *out = empty((size_t)T * N * 4);
     start(&inputs, &linear, is_prompt);
-    for (int token = 0; token < T; token++) encode(&inputs, token, 0, K);
-    finish(&inputs, T, &worker);
+    for (int token = 0; token < T; token++) encode(&inputs, token, 0, K, inputs.plain + (size_t)token * K);
     product(&linear, &inputs, (Adapted){0}, T, TO_ROWS, out, NULL, &own, &worker);
     return fwrite(out, 4, (size_t)T * N, stdout) != (size_t)T * N;
 }

@@ -16,8 +16,9 @@ OPTIONS = {
     "device": "cpu", "dtype": "bfloat16", "quantize": "int8", "kv_cache": "int8", "speculate": False,
     "draft": "mpt-tiny", "tensor_parallel": 2, "kv_gb": 1.0, "max_running": 3, "max_waiting": 5, "prefill_chunk": 64,
     "context_length": 99, "prompt_style": "chatml", "adapters": "folder", "named_adapters": {"a": "folder"},
-    "threads": 1, "chat_template": "file", "profile": "folder",
+    "threads": 1, "chat_template": "file", "profile": "folder", "prefix_cache": "folder", "prefix_cache_gb": 2.0,
 }  # fmt: skip
+NEEDS = {"prefix_cache_gb": {"prefix_cache": "folder"}}  # options that mean nothing without another
 SAMPLING = {
     "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "min_tokens": 2, "n": 2, "presence_penalty": 0.5,
     "frequency_penalty": 0.5, "repetition_penalty": 1.5, "logit_bias": {3: 1.0}, "seed": 0, "stop": ("x",),
@@ -50,11 +51,12 @@ def test_every_field_is_claimed_or_refused_and_not_both(backend: Capabilities):
 @BACKENDS
 @pytest.mark.parametrize("field", OPTIONS)
 def test_an_option_is_honoured_or_refused_by_name(backend: Capabilities, field: str):
-    options = ModelOptions("x", **{field: OPTIONS[field]})
+    options = ModelOptions("x", **{field: OPTIONS[field]}, **NEEDS.get(field, {}))
     if field in backend.options.claimed:
         backend.check_options("base", options)
         return
-    flag = "--adapter" if "adapter" in field else f"--{field.replace('_', '-')}"
+    first = next(iter(NEEDS.get(field, {field: None})))  # which is what the refusal names
+    flag = "--adapter" if "adapter" in field else f"--{first.replace('_', '-')}"
     with pytest.raises(UserError, match=f"`base` is .*cannot take `{flag}.*`: .+"):
         backend.check_options("base", options)
 

@@ -232,7 +232,7 @@ def test_a_server_answers(folder):
         assert choice["finish_reason"] == "length"
         metrics = httpx.get(f"{server.url}/metrics").text
         assert any("int8 KV cache" in line for line in server.lines)
-    assert 'mpt_kv_cache_usage_ratio{model_name="base"}' in metrics
+    assert 'mpt_kv_cache_usage_perc{model_name="base"}' in metrics
 
 
 @pytest.mark.parametrize(

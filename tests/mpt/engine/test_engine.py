@@ -392,7 +392,8 @@ async def test_penalties_and_bias_steer_the_choice(model, tokenizer):
 async def test_only_allowed_tokens_are_drawn_and_named_ones_are_told(model, tokenizer):
     """The allowed token that the model likes best, and every named one's own log-probability."""
     with running(model, tokenizer) as engine:
-        logprobs = model(torch.tensor([[5, 6]])).logits[0, -1].float().log_softmax(-1)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([[5, 6]])).logits[0, -1].float().log_softmax(-1)
         for temperature in (0.0, 1.5):
             asked = replace(greedy(12, allowed_token_ids=(70, 80, 90), seed=3), temperature=temperature)
             assert set(tokens_of(await collect(engine, [5, 6], asked))) <= {70, 80, 90}

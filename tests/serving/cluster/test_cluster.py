@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,9 +163,11 @@ async def cut(request: web.Request) -> web.StreamResponse:
 
 def test_a_replicas_model_is_told_what_it_is_told_elsewhere(tmp_path):
     given = {"root": "x", "max_running": 5, "kv_gb": 1.0, "adapters": str(tmp_path), "named_adapters": {"a": "folder"}}
+    given |= {"prefix_cache": "kept", "prefix_cache_gb": 3}
     options = read_args({"models": {"m": {**given, "max_waiting": 3, "routing": "prefix", "num_cpus": 2}}}).models["m"]
     assert options.max_waiting == 3  # at each router; the engine's own queue is as long as anywhere
     expected = ModelOptions("x", max_running=5, kv_gb=1.0, adapters=tmp_path, named_adapters={"a": Path("folder")})
+    expected = replace(expected, prefix_cache=Path("kept"), prefix_cache_gb=3.0)
     assert options.model == expected and type(options.model) is ModelOptions
 
 

@@ -17,9 +17,9 @@ mpt_engine_up{model_name="m",replica="b"} 1.0
 # TYPE mpt_num_requests_running gauge
 mpt_num_requests_running{model_name="m",replica="a"} 3.0
 mpt_num_requests_running{model_name="m",replica="b"} 4.0
-# TYPE mpt_kv_cache_usage_ratio gauge
-mpt_kv_cache_usage_ratio{model_name="m",replica="a"} 0.25
-mpt_kv_cache_usage_ratio{model_name="m",replica="b"} 0.75
+# TYPE mpt_kv_cache_usage_perc gauge
+mpt_kv_cache_usage_perc{model_name="m",replica="a"} 0.25
+mpt_kv_cache_usage_perc{model_name="m",replica="b"} 0.75
 # TYPE mpt_generation_tokens_total counter
 mpt_generation_tokens_total{model_name="m",replica="a"} 100.0
 mpt_generation_tokens_total{model_name="m",replica="b"} 900.0
