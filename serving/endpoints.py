@@ -47,6 +47,12 @@ class Serving:
         ]
         return owners[0] if len(owners) == 1 else None
 
+    @property
+    def only_model(self) -> str | None:
+        """The name of the model that is served or loads, if there is one alone."""
+        names = [*self.endpoints, *self.loading]
+        return names[0] if len(names) == 1 else None
+
     def endpoint(self, name: str) -> Endpoint:
         """The endpoint of a served name. Raises NotFound, or Unavailable while it loads or the server leaves."""
         if self.draining:
