@@ -34,7 +34,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-tiny: setup  ## train the mpt-tiny family again, from fixed seeds (about an hour on two cores)
+tiny: setup  ## train the mpt-tiny family again, from fixed seeds (an hour to an hour and a half on two cores)
 	$(BIN)/train tiny
 
 bench: setup  ## every number of docs/benchmarks.md
