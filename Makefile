@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup serve cluster test check format tiny bench llama peers triton lowest promtool clean
+.PHONY: setup serve cluster test check format tiny bench llama peers triton clients lowest promtool clean
 
 setup: $(READY)
 
@@ -34,7 +34,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-tiny: setup  ## train the mpt-tiny family again, from fixed seeds (about an hour on two cores)
+tiny: setup  ## train the mpt-tiny family again, from fixed seeds (an hour to an hour and a half on two cores)
 	$(BIN)/train tiny
 
 bench: setup  ## every number of docs/benchmarks.md
@@ -66,6 +66,14 @@ triton:  ## a Triton server for CPU, for tests of model repositories and `mpt se
 	test -x .triton/bin/python || $(PYTHON) -m venv .triton
 	.triton/bin/python -m pip install --quiet --disable-pip-version-check -r conversion/triton_repository/requirements.txt
 
+# A venv of its own: these clients do not install beside each pin of constraints.txt. Where node is, Vercel's AI SDK too.
+clients:  ## the real clients that tests/clients asks a server with
+	test -x .clients/bin/python || $(PYTHON) -m venv .clients
+	echo '*' > .clients/.gitignore
+	.clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	! command -v npm > /dev/null || npm install --prefix .clients --silent --no-fund --no-audit --ignore-scripts \
+		ai@6.0.326 @ai-sdk/openai@3.0.141 @ai-sdk/anthropic@3.0.140
+
 # A venv of its own: every direct dependency at the lower bound of pyproject.toml. Its torch is the CUDA build, of 3 GB.
 lowest: setup  ## whether the lower bounds of pyproject.toml are true
 	test -x .lowest/bin/python || $(PYTHON) -m venv .lowest
@@ -82,4 +90,4 @@ promtool: .promtool/promtool  ## Prometheus' own checker, out of Debian's packag
 	rm -rf .promtool/usr .promtool/etc .promtool/lib .promtool/var .promtool/prometheus_*.deb
 
 clean:
-	rm -rf $(VENV) .llama .peers .triton .lowest .promtool .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .llama .peers .triton .clients .lowest .promtool .mypy_cache .ruff_cache .pytest_cache

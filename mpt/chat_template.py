@@ -112,13 +112,14 @@ class ChatTemplate:
         more = dict(arguments or {})
         if ours := (_OWN_VARIABLES | self._names.keys()) & more.keys():
             raise UserError(f"a chat template's variable `{min(ours)}` cannot be set; leave it out")
-        if tools:
-            more["tools"] = [{"type": "function", "function": tool.as_json()} for tool in tools]
+        more.update(_variable_of(tools))
         if continue_final_message:
             return self._encode(self._continued(messages, more))
         return self._encode(self._marked(messages, add_generation_prompt, more))
 
-    def encode_training(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+    def encode_training(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Tool] = ()
+    ) -> tuple[list[int], list[bool]]:
         """The ids of a finished conversation and, for each, whether it is learned.
 
         A response begins where the template, asked for one, ends the messages before it: there generation begins. It
@@ -126,7 +127,8 @@ class ChatTemplate:
         message. A conversation that does not end with such a token gets end-of-text, since generation ends with it.
         Raises as `encode` does, and UserError where the template renders a response's past in another way than alone.
         """
-        whole = self._marked(messages, add_generation_prompt=False)
+        more = _variable_of(tools)
+        whole = self._marked(messages, False, more)
         ids: list[int] = []
         learned: list[bool] = []
 
@@ -136,7 +138,7 @@ class ChatTemplate:
             learned.extend([is_learned] * len(part))
 
         done = 0
-        for start, end in self._responses(messages, whole):
+        for start, end in self._responses(messages, whole, more):
             add(whole[done:start], False)
             add(whole[start:end], True)
             done = end
@@ -155,20 +157,22 @@ class ChatTemplate:
         with suppress(UserError):  # it wants another conversation than this one, and says so to whoever has one
             self._marked([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
-    def _responses(self, messages: Sequence[Mapping[str, Any]], whole: str) -> Iterator[tuple[int, int]]:
+    def _responses(
+        self, messages: Sequence[Mapping[str, Any]], whole: str, more: Mapping[str, Any]
+    ) -> Iterator[tuple[int, int]]:
         """Where each response begins and ends in the rendered conversation. Raises UserError."""
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if n == 0:
                 raise UserError("`messages[0]` is a response to nothing; begin with the user's or a system message")
-            before = self._marked(messages[:n], add_generation_prompt=True)
+            before = self._marked(messages[:n], True, more)
             if not whole.startswith(before):
                 raise UserError(
                     f"the chat template in {self.where} renders what is before `messages[{n}]` in another way when "
                     f"the response is there, so it does not show what is learned; {_NEXT_STEP}"
                 )
-            up_to = whole if n == len(messages) - 1 else self._marked(messages[: n + 1], add_generation_prompt=False)
+            up_to = whole if n == len(messages) - 1 else self._marked(messages[: n + 1], False, more)
             end = max(len(before), len(commonprefix([whole, up_to])))  # noqa: RUF071  (characters are meant)
             for mark in self._mark.finditer(whole, len(before)):
                 if mark.start() <= end and int(mark[1]) in self._tokenizer.end_ids:
@@ -362,6 +366,11 @@ def _end(child: "subprocess.Popen[bytes]", owner: int) -> None:
         if pipe is not None:
             with suppress(BrokenPipeError):  # what was still to be written has no reader any more
                 pipe.close()
+
+
+def _variable_of(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The template's variable, as transformers gives it, where there are any."""
+    return {"tools": [{"type": "function", "function": tool.as_json()} for tool in tools]} if tools else {}
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

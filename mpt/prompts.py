@@ -92,8 +92,7 @@ def encode_chat(
         raise UserError(f"the last message is to be continued, and its role is `{messages[-1]['role']}`, not assistant")
     if style == "template":
         template = _given(template)
-        native = list(tools) if template.knows_tools else []
-        told = _for_template(messages) if template.knows_tools else _for_template(as_text(messages, tools))
+        told, native = _told(template, messages, tools)
         return template.encode(
             told, add_generation_prompt, continue_final_message, tools=native, arguments=template_arguments or {}
         )
@@ -110,17 +109,24 @@ def encode_chat(
 
 
 def encode_training(
-    tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], template: ChatTemplate | None = None
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    messages: Sequence[Message],
+    template: ChatTemplate | None = None,
+    *,
+    tools: Sequence[Tool] = (),
 ) -> tuple[list[int], list[bool]]:
     """The ids of a finished conversation and, for each, whether it is learned.
 
-    Learned is what the assistant says and the token that ends it. Up to each response the ids equal `encode_chat` of
-    the messages before it. Raises UserError as `encode_chat` does.
+    Learned is what the assistant says, calls included, and the token that ends it. Up to each response the ids equal
+    `encode_chat` of the messages before it, with the same tools. Raises UserError as `encode_chat` does.
     """
     _check(style, messages)
     if style == "template":
-        return _given(template).encode_training(_for_template(messages))
-    return _render(tokenizer, style, as_text(messages), add_generation_prompt=False)
+        template = _given(template)
+        told, native = _told(template, messages, tools)
+        return template.encode_training(told, tools=native)
+    return _render(tokenizer, style, as_text(messages, tools), add_generation_prompt=False)
 
 
 class PromptFormat(NamedTuple):
@@ -149,6 +155,15 @@ def open_format(folder: Path, style: PromptStyle, tokenizer: Tokenizer, file: Pa
 def _given(template: ChatTemplate | None) -> ChatTemplate:
     assert template is not None, "whoever chooses style `template` has the template, from `open_format`"
     return template
+
+
+def _told(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool]
+) -> tuple[list[dict[str, Any]], list[Tool]]:
+    """The conversation as the template takes it, and the tools that are left for the template to tell of."""
+    if template.knows_tools:
+        return _for_template(messages), list(tools)
+    return _for_template(as_text(messages, tools)), []
 
 
 def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:

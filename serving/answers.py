@@ -69,11 +69,7 @@ async def completion(job: Job, events: Events, *, logprobs: int | None) -> dict[
                 entries = [*(scored[prompt] if job.echo else ()), *choice.logprobs]
                 style = CompletionLogprobs(tokenizer, logprobs, job.names_by_id).add(entries)
             shown = _text_choice(len(choices), text, style, choice.finish_reason, choice.stop_reason)
-            if job.shows_token_ids:
-                shown |= {"prompt_token_ids": job.prompts[prompt], "token_ids": choice.token_ids}
-            if job.prompt_logprobs is not None:
-                shown["prompt_logprobs"] = prompt_logprobs(tokenizer, scored[prompt], job.prompt_logprobs)
-            choices.append(shown)
+            choices.append(shown | _token_ids(job, choice) | _of_prompt(job, prompt, scored[prompt]))
     return {**_head(job, "cmpl", "text_completion"), "choices": choices, "usage": job.usage()}
 
 
@@ -92,13 +88,23 @@ async def chat(job: Job, events: Events, *, logprobs: bool) -> dict[str, Any]:
             "finish_reason": _chat_reason(job, choice.finish_reason, n_calls),
             "stop_reason": choice.stop_reason,
         }
-        choices.append(shown | {"token_ids": choice.token_ids} if job.shows_token_ids else shown)
-    answer = {**_head(job, "chatcmpl", "chat.completion"), "choices": choices, "usage": job.usage()}
-    if job.shows_token_ids:
-        answer["prompt_token_ids"] = job.prompts[0]
-    if job.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs(tokenizer, scored, job.prompt_logprobs)
-    return answer
+        choices.append(shown | _token_ids(job, choice))
+    head = _head(job, "chatcmpl", "chat.completion")
+    return {**head, "choices": choices, "usage": job.usage(), **_of_prompt(job, 0, scored)}
+
+
+def _token_ids(job: Job, choice: _Choice) -> dict[str, Any]:
+    """vLLM's field, which it gives as null where it was not asked for."""
+    return {"token_ids": choice.token_ids if job.shows_token_ids else None}
+
+
+def _of_prompt(job: Job, prompt: int, scored: list[TokenLogprob]) -> dict[str, Any]:
+    """vLLM's fields about a prompt, which it gives as null where they were not asked for."""
+    scores = job.prompt_logprobs
+    return {
+        "prompt_token_ids": job.prompts[prompt] if job.shows_token_ids else None,
+        "prompt_logprobs": None if scores is None else prompt_logprobs(job.endpoint.tokenizer, scored, scores),
+    }
 
 
 def _message(job: Job, text: str) -> tuple[dict[str, Any], int]:

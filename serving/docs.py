@@ -118,6 +118,7 @@ def _schemas() -> dict[str, Any]:
     """Every body and every answer, by name."""
     bodies = _defined(BODIES)
     for body in bodies.values():
+        _let_model_be_left_out(body)
         _allow_nulls(body)
     said: set[type[BaseModel]] = {error_of(route.path) for route in ROUTES}
     for answer in ANSWERS.values():
@@ -133,6 +134,13 @@ def _defined(kinds: Iterable[type[BaseModel]]) -> dict[str, Any]:
     _, found = models_json_schema(wanted, ref_template=_REFERENCES)  # type: ignore[arg-type]
     definitions: dict[str, Any] = found["$defs"]
     return definitions
+
+
+def _let_model_be_left_out(body: dict[str, Any]) -> None:
+    """As `parse` does where one model is served."""
+    if "model" in body.get("required", ()):
+        body["required"] = [name for name in body["required"] if name != "model"]
+        body["properties"]["model"]["description"] = "May be left out where one model is served."
 
 
 def _allow_nulls(body: dict[str, Any]) -> None:

@@ -75,6 +75,12 @@ class Serving:
         self.check(name)
         return await self.lifecycle.get(name, hold)
 
+    @property
+    def only_model(self) -> str | None:
+        """The name of the model that is served, if there is one alone."""
+        names = self.names()
+        return names[0] if len(names) == 1 else None
+
     def check(self, name: str) -> None:
         """See that a name is served and may be asked for now. Raises NotFound and Unavailable."""
         if self.draining:

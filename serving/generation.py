@@ -20,18 +20,23 @@ from mpt.lora import Adapter
 from serving import answers, beam
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
-from serving.dialects.ollama import LATEST, EmbedRequest, GenerateRequest, Ollama, OllamaChatRequest, loaded
+from serving.dialects.ollama import EmbedRequest, GenerateRequest, OldEmbedRequest, Ollama, OllamaChatRequest, loaded
 from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import AsItIs, Chunks, Translation
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest
-from serving.intake import chat_tokens, check_room, make_job, prompt_tokens, read_body, truncated
+from serving.intake import chat_tokens, check_room, make_job, may_be_read, prompt_tokens, read_body, truncated
 from serving.jobs import Events, Job, start
 from serving.metrics import Metrics
 from serving.protocol.body import parse, prompts_of
-from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
+from serving.protocol.generation import (
+    ALL_THERE_IS,
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
 from serving.replies import as_json
-from serving.routes import EmbeddingRequest
 from serving.sse import EventStream, unless_disconnected
 
 Whole = Callable[[Events], Coroutine[Any, Any, dict[str, Any]]]
@@ -71,6 +76,7 @@ class Generation:
             "ollama_chat": self.ollama_chat,
             "ollama_generate": self.ollama_generate,
             "ollama_embed": self.ollama_embed,
+            "ollama_embeddings": self.ollama_embeddings,
         }
 
     # -- the routes ----------------------------------------------------------------------------------------------
@@ -83,7 +89,7 @@ class Generation:
 
     async def embeddings(self, request: Request) -> Response:
         asked = await self._body(request, EmbeddingRequest)
-        return as_json(await self._embed(request, asked.model, asked.input, asked.encoding_format))
+        return as_json(await self._embed(request, asked))
 
     async def responses(self, request: Request) -> Response:
         asked = await self._body(request, ResponsesRequest)
@@ -118,31 +124,36 @@ class Generation:
     async def ollama_chat(self, request: Request) -> Response:
         asked = await self._body(request, OllamaChatRequest)
         if not asked.messages:
-            await self._serving.asked_for(asked.model.removesuffix(LATEST), request)
-            return as_json(loaded(asked.model, is_chat=True))
+            await self._serving.asked_for(asked.model_name(), request)
+            return as_json(loaded(asked.model, asked.keep_alive, is_chat=True))
         return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
 
     async def ollama_generate(self, request: Request) -> Response:
         asked = await self._body(request, GenerateRequest)
         translation = Ollama(asked.model, is_chat=False)
-        endpoint, _ = await self._serving.asked_for(asked.shared_fields()["model"], request)
+        endpoint, _ = await self._serving.asked_for(asked.model_name(), request)
         if not asked.prompt:
-            return as_json(loaded(asked.model, is_chat=False))
+            return as_json(loaded(asked.model, asked.keep_alive, is_chat=False))
         if asked.raw or endpoint.prompt_style == "none":
             return await self._complete(request, asked.as_completion(), translation)
         return await self._chat(request, asked.as_chat(), translation)
 
     async def ollama_embed(self, request: Request) -> Response:
         asked = await self._body(request, EmbedRequest)
-        found = await self._embed(request, asked.model_name(), asked.input, "float")
+        found = await self._embed(request, asked.as_embedding())
         vectors = [each["embedding"] for each in found["data"]]
         count = found["usage"]["prompt_tokens"]
         return as_json({"model": asked.model, "embeddings": vectors, "prompt_eval_count": count})
 
+    async def ollama_embeddings(self, request: Request) -> Response:
+        asked = await self._body(request, OldEmbedRequest)
+        found = await self._embed(request, asked.as_embedding())
+        return as_json({"embedding": found["data"][0]["embedding"]})
+
     # -- what they have in common --------------------------------------------------------------------------------
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        return parse(kind, await read_body(request, self._serving.options))
+        return parse(kind, await read_body(request, self._serving.options), self._serving.only_model)
 
     async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
         return await self._answer(request, asked, translation, partial(_completion, request, asked, translation))
@@ -157,17 +168,19 @@ class Generation:
         """keep: called with the response of a translation when it has ended."""
         return await self._answer(request, asked, translation, partial(_chat, request, asked, translation), keep)
 
-    async def _embed(self, request: Request, model: str, asked: Any, encoding: str) -> dict[str, Any]:
-        endpoint, adapter = await self._serving.asked_for(model, request)
+    async def _embed(self, request: Request, asked: EmbeddingRequest) -> dict[str, Any]:
+        endpoint, adapter = await self._serving.asked_for(asked.model, request)
         if not endpoint.engine.capabilities.gives_embeddings:
             message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
             raise InvalidRequest(message, code="unsupported_value", param="model")
-        texts = prompts_of(asked, endpoint.vocab_size, "input")
-        prompts = [await prompt_tokens(endpoint, text, "input") for text in texts]
+        texts = [may_be_read(endpoint, asked, text) for text in prompts_of(asked.input, endpoint.vocab_size, "input")]
+        prompts = [truncated(endpoint, asked, await prompt_tokens(endpoint, text, "input"), 0) for text in texts]
         check_room(endpoint, max(map(len, prompts)), 0, "input")
         sampling = Sampling(max_tokens=0, embed=True)
-        job = Job(request.state.request_id, model, endpoint, adapter, prompts, sampling, n=1)
-        return await self._whole(request, job, lambda events: answers.embeddings(job, events, encoding=encoding))
+        job = Job(request.state.request_id, asked.model, endpoint, adapter, prompts, sampling, n=1)
+        return await self._whole(
+            request, job, lambda events: answers.embeddings(job, events, encoding=asked.encoding_format)
+        )
 
     def _start(self, request: Request, job: Job) -> Events:
         if job.length_penalty is not None:
@@ -231,7 +244,7 @@ class Generation:
 async def _completion(
     request: Request, asked: CompletionRequest, translation: Translation, endpoint: Endpoint, adapter: Adapter | None
 ) -> _Prepared:
-    texts_or_ids = prompts_of(asked.prompt, endpoint.vocab_size)
+    texts_or_ids = [may_be_read(endpoint, asked, each) for each in prompts_of(asked.prompt, endpoint.vocab_size)]
     parsed = [await prompt_tokens(endpoint, each, parse_special=asked.parse_special) for each in texts_or_ids]
     wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
     prompts = [truncated(endpoint, asked, prompt, max(wanted, 0)) for prompt in parsed]

@@ -24,6 +24,7 @@ from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, check_messages
 from serving.protocol.sampling import sampling_of
 from serving.protocol.structure import Structure, structure_of
+from serving.wire import OLLAMA, wire_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,13 @@ async def pieces_of(request: Request, limit: int, timeout_s: float, too_large: T
 
 
 def _check_kind(request: Request) -> None:
-    """Raises UnsupportedMediaType for anything but JSON in UTF-8, the one encoding that JSON has."""
+    """Raises UnsupportedMediaType for anything but JSON in UTF-8, the one encoding that JSON has.
+
+    Clients of Ollama need not say that they send JSON, as with Ollama itself. A web page must: what it can send to
+    another origin without being asked is anything but JSON, and has an `Origin`.
+    """
+    if wire_of(request.url.path) is OLLAMA and "origin" not in request.headers:
+        return
     given = request.headers.get("content-type", "")
     kind, *parameters = (part.strip().lower() for part in given.split(";"))
     charsets = [part.partition("=")[2].strip('"') for part in parameters if part.startswith("charset=")]
@@ -175,6 +182,18 @@ def check_room(endpoint: Endpoint, n_prompt: int, max_tokens: int, param: str) -
         )
 
 
+def may_be_read(endpoint: Endpoint, asked: Any, prompt: str | list[int]) -> str | list[int]:
+    """What of a text can be among the tokens that `truncate_prompt_tokens` leaves of it, however it is tokenized."""
+    if asked.truncate_prompt_tokens is None or not isinstance(prompt, str):
+        return prompt
+    raw = prompt.encode("utf-8", "replace")
+    if len(raw) <= endpoint.max_prompt_bytes:
+        return prompt
+    is_end_lost = asked.truncation_side == "right"
+    kept = raw[: endpoint.max_prompt_bytes] if is_end_lost else raw[-endpoint.max_prompt_bytes :]
+    return kept.decode("utf-8", "ignore")
+
+
 def truncated(endpoint: Endpoint, asked: Any, prompt: list[int], wanted: int) -> list[int]:
     """A prompt cut to `truncate_prompt_tokens`, -1 being what leaves room for the answer."""
     limit: int | None = asked.truncate_prompt_tokens
@@ -241,7 +260,7 @@ async def make_job(
         n=asked.n,
         length_penalty=asked.length_penalty if asked.use_beam_search else None,
         tools=tools,
-        include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
+        include_usage=options is not None and options.include_usage,
         continuous_usage=options is not None and options.continuous_usage_stats,
         shows_token_ids=asked.return_token_ids,
         names_by_id=asked.return_tokens_as_token_ids,

@@ -15,7 +15,7 @@ from serving.errors import InvalidRequest, NotFound
 from serving.intake import chat_tokens, prompt_tokens, read_body
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.messages import tool_use_of
-from serving.replies import as_json
+from serving.replies import as_json, welcome
 from serving.routes import DetokenizeRequest, TokenizeRequest
 
 
@@ -45,7 +45,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(await card_named(model))
 
     async def tokenize(request: Request) -> Response:
-        asked = parse(TokenizeRequest, await read_body(request, serving.options))
+        asked = parse(TokenizeRequest, await read_body(request, serving.options), serving.only_model)
         endpoint, _ = await serving.asked_for(asked.model, request)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
@@ -60,7 +60,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(answer)
 
     async def detokenize(request: Request) -> Response:
-        asked = parse(DetokenizeRequest, await read_body(request, serving.options))
+        asked = parse(DetokenizeRequest, await read_body(request, serving.options), serving.only_model)
         endpoint, _ = await serving.asked_for(asked.model, request)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
@@ -86,17 +86,17 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     return {
         "models": models, "model": model, "tokenize": tokenize, "detokenize": detokenize, "load": load,
         "tokenizer_info": tokenizer_info, "ollama_tags": ollama_tags, "ollama_ps": ollama_ps,
-        "ollama_show": ollama_show,
+        "ollama_show": ollama_show, "root": welcome,
     }  # fmt: skip
 
 
 def _only_model(serving: Serving) -> str:
-    names = serving.names()
-    if len(names) != 1:
-        shown = ", ".join(f"`{name}`" for name in names)
+    name = serving.only_model
+    if name is None:
+        shown = ", ".join(f"`{name}`" for name in serving.names())
         message = f"say which model with `?model=NAME`: {shown}"
         raise InvalidRequest(message, code="missing_required_parameter", param="model")
-    return names[0]
+    return name
 
 
 def _tokenizer_of(endpoint: Endpoint) -> dict[str, Any]:

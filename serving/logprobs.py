@@ -34,25 +34,33 @@ class CompletionLogprobs:
         }
 
     def _top(self, entry: TokenLogprob, logprob: float) -> dict[str, float]:
-        """The best alternatives, best last where two tokens have the same text, and the token itself."""
+        """The token itself and its alternatives: the ones asked for by id, else the best.
+
+        Of two tokens with the same text the better one is told.
+        """
         name = self._name
-        best = {name(token): finite(value) for token, value in reversed(entry.top[: self._n_top])}
-        named = {name(token): finite(value) for token, value in entry.named}
-        own = {name(entry.token_id): finite(logprob)} if self._n_top else {}
-        return {**own, **dict(reversed(best.items())), **named}
+        shown = entry.named or entry.top[: self._n_top]
+        best = {name(token): finite(value) for token, value in reversed(shown)}
+        return {name(entry.token_id): finite(logprob), **dict(reversed(best.items()))}
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob], by_id: bool = False) -> dict[str, Any]:
-    """The chat style: each token with its bytes and alternatives."""
+    """The chat style: each token with its bytes and alternatives, the best or those that were asked for by their ids.
+
+    Sources: OpenAI's API reference; vLLM's `logprob_token_ids`, which tell of the token itself too.
+    """
     name = namer(tokenizer, by_id)
 
     def describe(token: int, logprob: float) -> dict[str, Any]:
         return {"token": name(token), "logprob": finite(logprob), "bytes": list(tokenizer.token_bytes(token))}
 
+    def alternatives(entry: TokenLogprob) -> dict[int, float]:
+        return {entry.token_id: entry.logprob or 0.0, **dict(entry.named)} if entry.named else dict(entry.top)
+
     content = [
         {
             **describe(entry.token_id, entry.logprob or 0.0),
-            "top_logprobs": [describe(token, value) for token, value in dict([*entry.top, *entry.named]).items()],
+            "top_logprobs": [describe(token, value) for token, value in alternatives(entry).items()],
         }
         for entry in entries
     ]

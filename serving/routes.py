@@ -18,19 +18,17 @@ from starlette.routing import Route as Matched
 from starlette.types import Scope
 
 from serving.dialects.anthropic import CountRequest, MessagesRequest
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
+from serving.dialects.ollama import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from serving.dialects.responses import ResponsesRequest
 from serving.protocol.body import Strict, Whole
-from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import ChatMessage, ToolDeclaration
-
-
-class EmbeddingRequest(Strict):
-    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
-
-    model: str
-    input: Any  # as a completion's prompt: see `prompts_of`
-    encoding_format: Literal["float", "base64"] = "float"
 
 
 class TokenizeRequest(Strict):
@@ -127,9 +125,12 @@ ROUTES = (
     Route("ollama_chat", "/api/chat", "Ollama's chat.", OllamaChatRequest, is_relayed=True),
     Route("ollama_generate", "/api/generate", "Ollama's completion.", GenerateRequest, is_relayed=True),
     Route("ollama_embed", "/api/embed", "Ollama's embeddings.", EmbedRequest, is_relayed=True),
+    Route("ollama_embeddings", "/api/embeddings", "Ollama's embedding of one text, as it was before `/api/embed`.",
+          OldEmbedRequest, is_relayed=True),
     Route("ollama_show", "/api/show", "What Ollama tells of a model.", ShowRequest),
     Route("ollama_tags", "/api/tags", "The models served here, as Ollama lists them."),
     Route("ollama_ps", "/api/ps", "The models that are loaded, as Ollama lists them."),
+    Route("root", "/", "200: clients of Ollama ask here whether there is a server."),
     Route("ollama_version", "/api/version", "The version of this server, where Ollama has its own."),
     Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
           TokenizeRequest, is_relayed=True),

@@ -21,7 +21,7 @@ from mpt.chat_template import ChatTemplate
 from mpt.errors import MPTError, UserError
 from mpt.prompts import PROMPT_STYLES, Message, PromptFormat, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
-from training.corpora import chat, mixture, novels, yaml_json
+from training.corpora import chat, mixture, novels, tool_talks, yaml_json
 from training.data import files, hub
 from training.data.rows import STYLES, Sample, sample_of, shape, text_sample
 from training.run import Learn
@@ -32,6 +32,7 @@ _ROWS_BETWEEN_NEWS = 10_000
 _BAD_ROWS_SHOWN = 5
 _ROWS_LOOKED_AT = 100  # to know what a set is made for
 _BAD_ROWS_ALLOWED = 0.01  # of all rows; more look like a mistake about the file
+_WITHOUT_TOOLS = 0.4  # of mpt-tiny-chat's last conversations, so that they stay as good as they were
 
 
 class Dataset(Protocol):
@@ -214,6 +215,17 @@ def _tiny_chat(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, se
     return Generated(make, seed)
 
 
+def _tiny_chat_with_tools(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
+    def make(rng: random.Random) -> Sample:
+        if rng.random() < _WITHOUT_TOOLS:
+            messages = chat.conversation(rng).messages()
+            return Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
+        talk = tool_talks.conversation(rng)
+        return Sample(*encode_training(tokenizer, prompts.style, talk.messages, prompts.template, tools=talk.tools))
+
+    return Generated(make, seed)
+
+
 def _tiny_copying(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
     shelf = mixture.Shelf(tokenizer, novels.training_files())
     return Generated(lambda rng: Sample(*mixture.copying_document(rng, tokenizer, shelf)), seed)
@@ -242,6 +254,7 @@ DATASETS = {
     "yaml_to_json": GeneratedSet(_yaml_to_json, "instruct"),
     "yaml_to_json_long": GeneratedSet(partial(_yaml_to_json, longest_of=2), "instruct"),
     "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
+    "tiny_chat_with_tools": GeneratedSet(_tiny_chat_with_tools, "chatml"),
     "tiny_copying": GeneratedSet(_tiny_copying, "none"),
     "tiny_pretrain": GeneratedSet(_tiny_pretrain, "none"),
     "tiny_stories": GeneratedSet(_tiny_stories, "none"),

@@ -275,11 +275,20 @@ def mpt_tiny_instruct(out: str, base: str) -> Run:
     )  # fmt: skip
 
 
-def mpt_tiny_chat(out: str, base: str) -> Run:
+def mpt_tiny_chat_first(out: str, base: str) -> Run:
     """Short conversations in ChatML."""
     return _tiny(
-        "mpt-tiny-chat", base, "tiny_chat", out, global_batch=48, steps=450, warmup_steps=30, prompt_style="chatml"
-    )
+        "mpt-tiny-chat-first", base, "tiny_chat", out, global_batch=48, steps=450, warmup_steps=30,
+        prompt_style="chatml",
+    )  # fmt: skip
+
+
+def mpt_tiny_chat(out: str, base: str) -> Run:
+    """The last stage: most conversations have functions declared, and call them where they fit."""
+    return _tiny(
+        "mpt-tiny-chat", base, "tiny_chat_with_tools", out, global_batch=32, steps=700, warmup_steps=10, seed=18,
+        prompt_style="chatml",
+    )  # fmt: skip
 
 
 def mpt_tiny_storywriter(out: str, base: str) -> Run:

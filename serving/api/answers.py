@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from serving.api import dialects, shapes
+from serving.replies import WELCOME
 from serving.routes import Route
 from serving.wire import ANTHROPIC, OLLAMA, wire_of
 
@@ -162,6 +163,9 @@ ANSWERS: dict[str, Answer] = {
         asked={"model": _MODEL, "input": "Hi"},
         example={"model": _MODEL, "embeddings": [[0.6, -0.8]], "prompt_eval_count": 1},
     ),
+    "ollama_embeddings": Answer(
+        dialects.OllamaEmbedding, asked={"model": _MODEL, "prompt": "Hi"}, example={"embedding": [0.6, -0.8]}
+    ),
     "ollama_show": Answer(
         dialects.OllamaShown, also=(404, 503), asked={"model": _MODEL},
         example={
@@ -174,6 +178,7 @@ ANSWERS: dict[str, Answer] = {
     "ollama_ps": Answer(
         dialects.OllamaModels, example={"models": [{**_TAG, "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}]}
     ),
+    "root": Answer(shapes.Welcome, example={"message": WELCOME}),
     "ollama_version": Answer(dialects.OllamaVersion, example={"version": "0.1.0"}),
     "tokenize": Answer(
         shapes.Tokens, asked={"model": _MODEL, "prompt": "Hi"},

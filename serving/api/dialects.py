@@ -199,6 +199,10 @@ class OllamaEmbeddings(Shape):
     prompt_eval_count: int
 
 
+class OllamaEmbedding(Shape):
+    embedding: list[float]
+
+
 class OllamaDetails(Shape):
     parent_model: str
     format: str

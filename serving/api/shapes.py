@@ -267,6 +267,10 @@ class TokenizerInfo(Shape):
     chat_template: str | None
 
 
+class Welcome(Shape):
+    message: str
+
+
 class Load(Shape):
     server_load: int
 

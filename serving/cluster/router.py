@@ -29,7 +29,13 @@ from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
 from serving.dialects.anthropic import CountRequest, MessagesRequest
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, OllamaChatRequest, ShowRequest
+from serving.dialects.ollama import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
@@ -37,9 +43,15 @@ from serving.gate import Gate
 from serving.intake import read_body
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
-from serving.protocol.generation import ALL_THERE_IS, DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest
-from serving.replies import as_json
-from serving.routes import ROUTES, EmbeddingRequest, add_routes
+from serving.protocol.generation import (
+    ALL_THERE_IS,
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
+from serving.replies import as_json, welcome
+from serving.routes import ROUTES, add_routes
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -69,7 +81,8 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options)
-        asked = _as_openai(parse(kind, raw))
+        served = [*cards()]
+        asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
         base, adapter = find(asked.model)
         work = Relayed(asked.model, _tokens(asked))
         request.state.admission.reserve(work.estimate)
@@ -182,7 +195,7 @@ def _listing(
         "load_model": model_loading, "unload_model": model_loading,
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
-        "ollama_version": ollama_version,
+        "ollama_version": ollama_version, "root": welcome,
         **{route.name: batches for route in ROUTES if route.path.startswith(("/v1/files", "/v1/batches"))},
     }  # fmt: skip
 
@@ -241,8 +254,8 @@ def _as_openai(asked: Any) -> Any:
     if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
         message = f"`previous_response_id`: {_KEEPS_NONE}"
         raise InvalidRequest(message, code="unsupported_value", param="previous_response_id")
-    if isinstance(asked, EmbedRequest):
-        return EmbeddingRequest(model=asked.model_name(), input=asked.input)
+    if isinstance(asked, EmbedRequest | OldEmbedRequest):
+        return asked.as_embedding()
     if isinstance(asked, CountRequest) and not isinstance(asked, MessagesRequest):
         return asked
     if isinstance(asked, ResponsesRequest | MessagesRequest | OllamaChatRequest | GenerateRequest):

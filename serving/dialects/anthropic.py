@@ -43,6 +43,7 @@ class OutputFormat(Lenient):
 
 class OutputConfig(Strict):
     format: OutputFormat | None = None
+    effort: Literal["high"] | None = None  # as much as it takes, which is Anthropic's default
 
 
 class CountRequest(Strict):

@@ -1,6 +1,7 @@
 """Ollama's chat, generate and embed as chats, completions and embeddings. Source: Ollama's `docs/api.md`.
 
-Streams are lines of JSON. A stream is what a client gets that does not say otherwise.
+Streams are lines of JSON. A stream is what a client gets that does not say otherwise. A request without a prompt or
+messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten; how long a model stays is the server's to say.
 """
 
 import json
@@ -17,7 +18,7 @@ from serving.dialects.translation import Chunks, given, with_usage
 from serving.errors import InvalidRequest
 from serving.jobs import Job
 from serving.protocol.body import NoNulls, Strict, Whole, translated
-from serving.protocol.generation import ChatRequest, CompletionRequest
+from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
 
@@ -54,6 +55,10 @@ class Options(Strict):
     use_mlock: Any = None
     numa: Any = None
     low_vram: Any = None
+    f16_kv: Any = None
+    logits_all: Any = None
+    vocab_only: Literal[False] = False
+    embedding_only: Literal[False] = False
     repeat_last_n: Any = None
     penalize_newline: Any = None
     typical_p: Annotated[float, Field(ge=1, le=1)] | None = None
@@ -117,9 +122,13 @@ class _Asked(Strict):
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: Options | None = None
+    keep_alive: Any = None  # the server's to say (`--idle-unload`); told back where a request asks for nothing else
+
+    def model_name(self) -> str:
+        return self.model.removesuffix(LATEST)
 
     def shared_fields(self) -> dict[str, Any]:
-        fields = {"model": self.model.removesuffix(LATEST), "stream": self.stream}
+        fields = {"model": self.model_name(), "stream": self.stream}
         fields |= {} if self.options is None else self.options.as_fields()
         if self.format == "json":
             fields["response_format"] = {"type": "json_object"}
@@ -135,7 +144,7 @@ class OllamaChatRequest(_Asked):
     tools: list[ToolDeclaration] | None = None
 
     def as_chat(self) -> ChatRequest:
-        messages = [message.as_message() for message in self.messages]
+        messages = [message.as_message() for message in self.messages] or [{"role": "user", "content": ""}]
         fields = {**self.shared_fields(), "messages": messages} | ({"tools": self.tools} if self.tools else {})
         return translated(ChatRequest, with_usage(fields), _NAMES)
 
@@ -171,9 +180,24 @@ class EmbedRequest(Strict):
     model: str
     input: str | list[str]
     truncate: bool = True
+    options: Options | None = None  # of sampling, which vectors are not, and of caches
 
-    def model_name(self) -> str:
-        return self.model.removesuffix(LATEST)
+    def as_embedding(self) -> EmbeddingRequest:
+        """The same as OpenAI's. What is too long loses its end, as with Ollama, unless `truncate` is false."""
+        limit = -1 if self.truncate else None
+        name = self.model.removesuffix(LATEST)
+        return EmbeddingRequest(model=name, input=self.input, truncate_prompt_tokens=limit, truncation_side="right")
+
+
+class OldEmbedRequest(Strict):
+    """`POST /api/embeddings`, which `/api/embed` has replaced: one text, one vector."""
+
+    model: str
+    prompt: str
+    options: Options | None = None
+
+    def as_embedding(self) -> EmbeddingRequest:
+        return EmbedRequest(model=self.model, input=self.prompt).as_embedding()
 
 
 class ShowRequest(NoNulls):
@@ -253,10 +277,14 @@ class Ollama:
         }
 
 
-def loaded(model: str, *, is_chat: bool) -> dict[str, Any]:
-    """The answer to a request without a text: it asks for the model to be loaded, and it is."""
+def loaded(model: str, keep_alive: Any, *, is_chat: bool) -> dict[str, Any]:
+    """The answer to a request without a text: it asks for the model to be loaded, and it is.
+
+    keep_alive: 0 asks for it to be forgotten.
+    """
     line = Ollama(model, is_chat=is_chat).line("", [])
-    return {**line, "done": True, "done_reason": "load"}
+    is_last = str(keep_alive).strip("smh") in ("0", "0.0")
+    return {**line, "done": True, "done_reason": "unload" if is_last else "load"}
 
 
 def _whole_call(call: dict[str, Any]) -> dict[str, Any]:

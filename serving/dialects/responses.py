@@ -18,7 +18,7 @@ from serving.wire import RESPONSES
 _LOGPROBS = "message.output_text.logprobs"
 _NOTHING_TO_INCLUDE = {"reasoning.encrypted_content"}  # these models do not reason
 _THOUGHTS = {"reasoning", "compaction"}  # another model's, which are no part of a prompt here
-_HOSTED = "`{0}`: tools of type `{1}` run on OpenAI's servers; declare functions and run them yourself"
+_HOSTED = "`{0}`: there are no tools of type `{1}` here; declare functions, and run them yourself"
 
 _NAMES = {  # ours, and what they are called here
     "messages": "input",
@@ -67,6 +67,7 @@ class _Given(Strict):
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
     metadata: dict[str, str] | None = None
     stop: str | list[str] | None = None  # ours, with those of `Sampling`
 
@@ -90,6 +91,7 @@ class ResponsesRequest(_Drawn):
             "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._format(),
+            "chat_template_kwargs": self.chat_template_kwargs,
             "logprobs": self._logprobs(),
             "top_logprobs": self.top_logprobs if self._logprobs() else None,
         }

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from serving.errors import InvalidRequest
 from serving.protocol.unused import RENAMED, UNUSED, asks_nothing
@@ -44,9 +45,21 @@ def accept_defaults_of(*kinds: type[BaseModel]) -> None:
                 _DEFAULTS.setdefault(name, []).append(declared.default)
 
 
+_WHOLE_END = 2**63
+
+
 def _whole(value: Any) -> Any:
-    """5.0 as 5; clients whose language has one kind of number send it."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """5.0 as 5; clients whose language has one kind of number send it.
+
+    An integer that 64 bits do not hold is read as a float, which is another number.
+    """
+    if not isinstance(value, float) or not value.is_integer():
+        return value
+    if abs(value) >= _WHOLE_END:
+        raise PydanticCustomError(
+            "range", "input should be from {low} to {high}", {"low": -_WHOLE_END, "high": _WHOLE_END - 1}
+        )
+    return int(value)
 
 
 WHOLE = BeforeValidator(_whole)
@@ -55,8 +68,11 @@ Whole = Annotated[int, WHOLE]
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse(kind: type[Body], raw: bytes) -> Body:
-    """A request body of one kind. Raises InvalidRequest naming the field, its value and what would be right."""
+def parse(kind: type[Body], raw: bytes, model: str | None = None) -> Body:
+    """A request body of one kind. Raises InvalidRequest naming the field, its value and what would be right.
+
+    model: the one that is meant where the body names none, as with vLLM.
+    """
     try:
         fields = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -64,6 +80,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the body is a JSON {_kind(fields)}, not an object", code="invalid_json")
     fields = {name: value for name, value in fields.items() if _is_used(kind, name, value)}
+    if model is not None and "model" in kind.model_fields and fields.get("model") is None:
+        fields["model"] = model
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

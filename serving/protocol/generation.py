@@ -1,4 +1,7 @@
-"""The bodies of completions and chat. Sources: OpenAI's API reference; vLLM's names for the extensions clients send."""
+"""The bodies of completions, chat and embeddings.
+
+Sources: OpenAI's API reference; vLLM's names for the extensions that clients send.
+"""
 
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
@@ -81,6 +84,16 @@ class CompletionRequest(_Generation):
     echo: bool = False
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     parse_special: bool = True  # llama.cpp's: control tokens spelled in the prompt are control tokens
+
+
+class EmbeddingRequest(Strict):
+    """Texts or token ids; each becomes a vector of d_model numbers and length 1."""
+
+    model: str
+    input: Any  # as a completion's prompt: see `prompts_of`
+    encoding_format: Literal["float", "base64"] = "float"
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
 
 
 class ChatRequest(_Generation):

@@ -36,7 +36,7 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     **_lists(
         "functions", "documents", "logits_processors", "bad_words", "plugins", "transforms", "lora", "samplers",
         "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs", "options", "dry_sequence_breakers", "images", "format",
-        "kv_transfer_params", "structural_tag", "context_management", "models", "provider",
+        "kv_transfer_params", "structural_tag", "models", "provider",
     ),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),  # these five where there are no tools and no chat
@@ -51,10 +51,12 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "moderation": ({},),
     "web_search_options": ({},),
     "reasoning_effort": ("none",),
-    "reasoning": ({}, {"effort": "none"}, {"enabled": False}, {"exclude": True}),
-    "thinking": ({"type": "disabled"}, False),
+    "reasoning": ({}, {"effort": "none"}, {"enabled": False}, {"exclude": True}, {"summary": "auto"}),
+    "thinking": ({"type": "disabled"}, {"type": "adaptive"}, False),  # adaptive: the model decides, and does not think
+    "max_tool_calls": (ANYTHING,),  # of tools that run on a server
     "thinking_token_budget": (0,),
     "verbosity": ("medium",),
+    "context_management": ([], {}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "truncation": ("disabled",),
     "spaces_between_special_tokens": (True,),
     "typical_p": (1,),
@@ -109,9 +111,11 @@ RENAMED = {
 
 
 def asks_nothing(name: str, value: Any) -> bool:
-    """Whether a field of this table has a value that asks for nothing. 5.0 is 5, and true is not 1."""
+    """Whether a field of this table has a value that asks for nothing. 5.0 is 5, true is not 1, null is left out."""
     if value is None:
         return True
+    if isinstance(value, dict):
+        value = {key: inner for key, inner in value.items() if inner is not None}
     return any(
         neutral is ANYTHING or (value == neutral and isinstance(value, bool) == isinstance(neutral, bool))
         for neutral in UNUSED.get(name, ())

@@ -17,7 +17,7 @@ from mpt import chat_template
 from mpt.chat_template import ChatTemplate
 from mpt.checkpoint_text import find_template, token_names
 from mpt.errors import DamagedFile, UserError
-from mpt.prompts import Message, encode_chat
+from mpt.prompts import Message, encode_chat, encode_training
 from mpt.tokenizer import Tokenizer
 from mpt.tools import Call, Tool
 
@@ -374,6 +374,32 @@ def test_learned_positions_counted_by_hand(template_of: Callable[[str], ChatTemp
     n_said = len(tokenizer.encode("b<|im_end|>"))
     before = 1 + n_user + 1 + len(tokenizer.encode("\n")) + 1 + n_assistant
     assert learned == [False] * before + [True] * (n_said + 1) + [False] * len(tokenizer.encode("\n"))
+
+
+@pytest.mark.parametrize("knows_tools", [True, False])
+def test_a_template_learns_calls_behind_the_prompt_that_serving_makes(
+    template_of: Callable[[str], ChatTemplate], tokenizer: Tokenizer, knows_tools: bool
+) -> None:
+    own = "{% if tools %}T:{{ tools[0].function.name }}\n{% endif %}"
+    calls = "{% for c in message.tool_calls or [] %}<tool_call>{{ c.function.name }}</tool_call>{% endfor %}"
+    source = own + CHATML.replace("<|im_end|>\\n' }}", "' }}" + calls + "<|im_end|>\n") if knows_tools else CHATML
+    template = template_of(source)
+    assert template.knows_tools == knows_tools
+    messages = [
+        Message(role="user", content="Late?"),
+        Message(role="assistant", content="", calls=(Call("a", "clock", "{}"),)),
+        Message(role="tool", content="noon", call_id="a"),
+        Message(role="assistant", content="Noon."),
+    ]
+    tools = [Tool("clock", "Tells the time.")]
+    ids, learned = encode_training(tokenizer, "template", messages, template, tools=tools)
+    for n in (1, 3):
+        prompt = encode_chat(tokenizer, "template", messages[:n], template=template, tools=tools)
+        assert ids[: len(prompt)] == prompt and learned[len(prompt)] and not learned[len(prompt) - 1]
+    said = tokenizer.decode([token for token, kept in zip(ids, learned, strict=True) if kept])
+    written = "<tool_call>clock</tool_call>" if knows_tools else Call("a", "clock", "{}").as_text()
+    assert said == f"{written}Noon."
+    assert tokenizer.decode(ids).startswith("T:clock\n") == knows_tools
 
 
 def test_a_template_that_rewrites_the_past_is_not_learned_from(template_of: Callable[[str], ChatTemplate]) -> None:

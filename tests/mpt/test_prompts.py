@@ -155,6 +155,35 @@ def test_training_learns_what_serving_will_generate(
     assert learned == expected
 
 
+TOOLS = [Tool("clock", "Tells the time.")]
+CALLED: list[Message] = [
+    turn("system", "Be brief."),
+    turn("user", "How late is it in two places?"),
+    Message(role="assistant", content="I look.", calls=(Call("a", "clock", "{}"), Call("b", "clock", '{"x": 1}'))),
+    Message(role="tool", content="noon", call_id="a"),
+    Message(role="tool", content="one", call_id="b"),
+    turn("assistant", "Noon, and one."),
+    turn("user", "Thanks"),
+    turn("assistant", "You are welcome."),
+]
+
+
+@pytest.mark.parametrize("style", ["instruct", "chatml"])
+def test_calls_are_learned_as_serving_will_generate_them(small_bpe: Tokenizer, style: PromptStyle) -> None:
+    """Written out by hand: what is said and called, and nothing of the tools' description or results."""
+    ids, learned = encode_training(small_bpe, style, CALLED, tools=TOOLS)
+    for n, message in enumerate(CALLED):
+        if message["role"] == "assistant":
+            prompt = encode_chat(small_bpe, style, CALLED[:n], tools=TOOLS)
+            assert ids[: len(prompt)] == prompt and learned[len(prompt)] and not learned[len(prompt) - 1]
+    call = '<tool_call>\n{"name": "clock", "arguments": %s}\n</tool_call>'
+    end = "<|im_end|>" if style == "chatml" else "<|endoftext|>"
+    said = ["I look.\n" + call % "{}" + "\n" + call % '{"x": 1}', "Noon, and one.", "You are welcome."]
+    kept = [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    assert small_bpe.decode(kept, skip_special_tokens=False) == "".join(text + end for text in said)
+    assert "Tells the time." in small_bpe.decode(ids)
+
+
 def test_training_texts_written_out(small_bpe: Tokenizer) -> None:
     ids, _ = encode_training(small_bpe, "chatml", CONVERSATION)
     assert small_bpe.decode(ids, skip_special_tokens=False) == written_out(CONVERSATION)

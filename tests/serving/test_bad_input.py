@@ -107,7 +107,6 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         (f'{{{GOOD},"guided_json":{{}}}}', "unsupported_parameter", "guided_json"),
         (f'{{{GOOD},"priority":101}}', "invalid_value", "priority"),
         (f'{{{GOOD},"priority":"high"}}', "invalid_type", "priority"),
-        ('{"prompt":"a"}', "missing_required_parameter", "model"),
         ('{"model":"base"}', "missing_required_parameter", "prompt"),
         ('{"model":"base","prompt":[]}', "invalid_value", "prompt"),
         ('{"model":"base","prompt":3}', "invalid_type", "prompt"),
@@ -144,6 +143,18 @@ async def test_bad_messages_are_refused_by_name(serving, messages, code, param):
     body = json.dumps({"model": "base", "messages": messages})
     error = (await send(serving, body, "/v1/chat/completions")).json()["error"]
     assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "rest"), [("/v1/completions", '"prompt":"a","max_tokens":1'), ("/tokenize", '"prompt":"a"')]
+)
+async def test_a_model_may_be_left_out_where_there_is_one(serving, path, rest):
+    """As with vLLM, whose clients (lm-evaluation-harness's tokenizer) do."""
+    for body in (f"{{{rest}}}", f'{{{rest},"model":null}}'):
+        assert (await send(serving, body, path)).status_code == 200
+    two = Serving(serving.options, endpoints={**serving.endpoints, "other": serving.endpoints["base"]})
+    error = (await send(two, f"{{{rest}}}", path)).json()["error"]
+    assert (error["code"], error["param"]) == (MISSING, "model")
 
 
 async def test_a_prompt_and_its_answer_may_fill_the_context(serving):

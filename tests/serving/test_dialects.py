@@ -215,6 +215,7 @@ def test_the_least_recently_used_responses_go_first():
         ({"include": ["file_search_call.results"]}, "file_search_call.results"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"background": True}, "background"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "enable_thinking"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"input": []}, "input"),
     ],
@@ -232,10 +233,51 @@ def test_ollama_finds_its_models_and_their_names_with_a_tag(url):
     assert tagged.json()["done"] is True
 
 
-@pytest.mark.parametrize(("path", "empty"), [("/api/chat", {"messages": []}), ("/api/generate", {})])
-def test_ollamas_request_without_a_text_loads_the_model(url, path, empty):
-    assert post(url, path, empty).json()["done_reason"] == "load"
-    assert post(url, path, {**empty, "model": "none"}).status_code == 404
+def test_ollamas_clients_need_not_say_that_they_send_json_and_web_pages_must(url, said):
+    """Ollama's own examples are `curl -d`, which sends a form's type; so can a page of another origin, unasked."""
+    body = json.dumps({"model": "base", "stream": False, **BODIES["/api/chat"]})
+    for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        answer = httpx.post(f"{url}/api/chat", content=body, headers={**HEADERS, **kind})
+        assert text_in("/api/chat", answer.json()) == said
+        page = httpx.post(f"{url}/api/chat", content=body, headers={**HEADERS, **kind, "origin": "http://a.page"})
+        assert page.status_code == 415
+    assert httpx.post(f"{url}/v1/messages", content=body, headers=HEADERS).status_code == 415
+
+
+@pytest.mark.parametrize(("keep_alive", "reason"), [(None, "load"), ("5m", "load"), (0, "unload"), ("0s", "unload")])
+def test_ollamas_request_for_nothing_loads_a_model_and_generates_nothing(url, serving, keep_alive, reason):
+    before = serving.endpoints["base"].engine.stats()
+    for path, empty in (("/api/generate", {}), ("/api/generate", {"prompt": ""}), ("/api/chat", {"messages": []})):
+        answer = post(url, path, {**empty, "keep_alive": keep_alive}).json()
+        assert (answer["done"], answer["done_reason"], text_in(path, answer)) == (True, reason, "")
+        assert post(url, path, {**empty, "model": "none"}).status_code == 404
+    assert serving.endpoints["base"].engine.stats() == before
+
+
+def test_ollamas_old_embedding_is_the_new_one_of_one_text(url):
+    new = post(url, "/api/embed", {"input": ["ab"], "options": {"num_ctx": 64}, "keep_alive": "5m"}).json()
+    assert post(url, "/api/embeddings", {"prompt": "ab"}).json() == {"embedding": new["embeddings"][0]}
+
+
+def test_somebody_is_there(url):
+    """Ollama's command asks this before everything else."""
+    assert httpx.head(f"{url}/", headers=HEADERS).status_code == 200
+
+
+def test_what_claude_code_says_of_thoughts_and_caches_changes_nothing(url, said):
+    cached = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+    more = {
+        "messages": [{"role": "user", "content": [cached]}],
+        "metadata": {"user_id": "u"},
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+    }
+    answer = post(url, "/v1/messages?beta=true", {**BODIES["/v1/messages"], **more})
+    assert text_in("/v1/messages", answer.json()) == said
+    for name, value in (("thinking", {"type": "enabled", "budget_tokens": 9}), ("output_config", {"effort": "low"})):
+        refused = post(url, "/v1/messages", {**BODIES["/v1/messages"], name: value})
+        assert refused.status_code == 400 and name in refused.json()["error"]["message"]
 
 
 def test_a_limit_over_the_room_there_is_means_all_of_it_where_clients_must_send_one(url):

@@ -43,11 +43,15 @@ NEUTRAL = {
     "length_penalty": 1.0, "use_beam_search": False, "mirostat": 0, "typical_p": 1.0, "repeat_penalty": 1,
     "logit_bias": {}, "stop": [], "prediction": None, "service_tier": "auto", "documents": [], "best_of": 1,
     "verbosity": "medium", "web_search_options": None, "truncate_prompt_tokens": None, "seed": 7.0, "suffix": "",
+    "context_management": {"edits": []}, "reasoning": {"effort": None, "summary": "auto"}, "max_tool_calls": 3,
+    "thinking": {"type": "adaptive"},
     "add_generation_prompt": True, "continue_final_message": False, "return_token_ids": False, "think": False,
 }  # fmt: skip
 REFUSED = {
     "suffix": "x", "reasoning_effort": "high", "store": True, "functions": [{"name": "a"}],
     "audio": {"voice": "alloy"}, "documents": [{"text": "a"}], "bad_words": ["a"], "mirostat": 2, "dimensions": 8,
+    "reasoning": {"effort": "low", "summary": None}, "thinking": {"type": "enabled", "budget_tokens": 9},
+    "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
     "modalities": ["text", "audio"], "web_search_options": {"search_context_size": "low"},
 }  # fmt: skip
 
@@ -111,7 +115,7 @@ def test_numbers_stay_numbers(name, value):
         read(CompletionRequest, {**TEXT, name: value})
 
 
-@pytest.mark.parametrize("value", [2**63, 2**64, 1e30])
+@pytest.mark.parametrize("value", [2**63, 2**64, -(2**63) - 1, 1e30])
 def test_a_number_that_is_too_large_is_told_its_range(value):
     with pytest.raises(InvalidRequest, match="9223372036854775808") as refused:
         read(CompletionRequest, {**TEXT, "seed": value})
@@ -167,9 +171,47 @@ async def test_tokens_are_called_by_their_ids_where_that_is_asked(serving):
     assert "token_id:9" in [each["token"] for each in choice["logprobs"]["content"][0]["top_logprobs"]]
 
 
-async def test_no_alternatives_are_empty_maps(serving):
+async def test_without_alternatives_the_token_itself_is_told(serving):
+    """OpenAI's reference: up to `logprobs` + 1 elements, since the sampled token is always among them."""
     answer = (await post(serving, "/v1/completions", {**TEXT, "max_tokens": 2, "logprobs": 0})).json()
-    assert set(map(str, answer["choices"][0]["logprobs"]["top_logprobs"])) == {"{}"}
+    told = answer["choices"][0]["logprobs"]
+    own = [{token: value} for token, value in zip(told["tokens"], told["token_logprobs"], strict=True)]
+    assert told["top_logprobs"] == own
+
+
+async def test_tokens_asked_for_by_id_are_told_in_place_of_the_best(serving):
+    """vLLM's tests: the ids asked for and the sampled one, whatever `logprobs` and `top_logprobs` say."""
+    asked = {"max_tokens": 1, "allowed_token_ids": [9], "logprob_token_ids": [5, 6], "return_tokens_as_token_ids": True}
+    text = (await post(serving, "/v1/completions", {**TEXT, **asked, "logprobs": 3})).json()["choices"][0]
+    chat = {**CHAT, **asked, "logprobs": True, "top_logprobs": 3}
+    said = (await post(serving, "/v1/chat/completions", chat)).json()["choices"][0]
+    expected = {"token_id:5", "token_id:6", "token_id:9"}
+    assert set(text["logprobs"]["top_logprobs"][0]) == expected
+    told = [each["token"] for each in said["logprobs"]["content"][0]["top_logprobs"]]
+    assert len(told) == 3 and set(told) == expected
+
+
+async def test_what_of_vllms_was_not_asked_for_is_null(serving):
+    text = (await post(serving, "/v1/completions", {**TEXT, "max_tokens": 1})).json()
+    chat = (await post(serving, "/v1/chat/completions", {**CHAT, "max_tokens": 1})).json()
+    for found, names in (
+        (text["choices"][0], ("prompt_logprobs", "prompt_token_ids", "token_ids")),
+        (chat, ("prompt_logprobs", "prompt_token_ids")),
+        (chat["choices"][0], ("token_ids",)),
+    ):
+        assert {name: found[name] for name in names} == dict.fromkeys(names)
+
+
+async def test_continuous_usage_needs_usage(serving):
+    asked = {**TEXT, "max_tokens": 3, "ignore_eos": True, "stream": True}
+    for options in ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": True}):
+        text = (await post(serving, "/v1/completions", {**asked, "stream_options": options})).text
+        chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
+        told = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk.get("usage")]
+        if "include_usage" in options:
+            assert len(told) == len(chunks) and told == sorted(told) and told[-1] == 3
+        else:
+            assert told == []
 
 
 @pytest.mark.parametrize(("side", "left"), [("left", [8, 9]), ("right", [5, 6])])
@@ -179,6 +221,27 @@ async def test_a_prompt_is_cut_on_the_side_that_is_asked(serving, side, left):
     assert answer.json()["choices"][0]["prompt_token_ids"] == left
     long = await post(serving, "/v1/completions", {**asked, "prompt": [5] * 2000, "truncate_prompt_tokens": -1})
     assert long.json()["usage"]["prompt_tokens"] == 1023  # of 1,024, one is for the answer
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", slice(-1024, None)), ("right", slice(0, 1024))])
+async def test_a_text_of_any_length_is_embedded_where_it_may_be_cut(serving, side, kept):
+    """Benchmarks send `truncate_prompt_tokens: -1`. A token is a byte here, and the context has 1,024."""
+    text = "".join(chr(97 + n * n % 26) for n in range(50_000))
+    asked = {"model": "base", "input": text, "truncate_prompt_tokens": -1, "truncation_side": side}
+    cut = (await post(serving, "/v1/embeddings", asked)).json()
+    whole = (await post(serving, "/v1/embeddings", {"model": "base", "input": text[kept]})).json()
+    assert cut["usage"]["prompt_tokens"] == 1024
+    assert cut["data"] == whole["data"]
+    refused = (await post(serving, "/v1/embeddings", {"model": "base", "input": text})).json()["error"]
+    assert refused["code"] == "context_length_exceeded"
+
+
+async def test_ollamas_embeddings_lose_their_end_unless_that_is_refused(serving):
+    text = "ab" * 2000
+    whole = (await post(serving, "/api/embed", {"model": "base", "input": text[:1024]})).json()["embeddings"]
+    assert (await post(serving, "/api/embed", {"model": "base", "input": text})).json()["embeddings"] == whole
+    assert (await post(serving, "/api/embeddings", {"model": "base", "prompt": text})).json()["embedding"] == whole[0]
+    assert (await post(serving, "/api/embed", {"model": "base", "input": text, "truncate": False})).status_code == 400
 
 
 async def test_a_final_message_is_continued_and_echoed(serving, tokenizer):

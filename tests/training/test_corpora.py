@@ -4,11 +4,12 @@ import json
 import random
 import re
 
+import jsonschema
 import pytest
 import yaml
 
 from mpt.tokenizer import Tokenizer
-from training.corpora import chat, mixture, words, yaml_json
+from training.corpora import chat, mixture, tool_talks, words, yaml_json
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -27,7 +28,7 @@ def test_the_blog_example_is_what_it_says() -> None:
 def test_the_same_seed_gives_the_same_text() -> None:
     def everything(seed: int) -> tuple[object, ...]:
         rng = random.Random(seed)
-        return yaml_json.exchange(rng), chat.conversation(rng), words.scrambled(rng)
+        return yaml_json.exchange(rng), chat.conversation(rng), tool_talks.conversation(rng), words.scrambled(rng)
 
     assert all(everything(seed) == everything(seed) for seed in range(20))
     assert everything(1) != everything(2)
@@ -65,6 +66,40 @@ def test_chat_answers_follow_from_what_was_said() -> None:
                 assert 0 <= int(total[4]) == (a + b if total[2] == "+" else a - b)
                 n_checked += 1
     assert n_checked > 200
+
+
+def test_calls_are_what_was_asked_for_and_answers_what_the_tool_said() -> None:
+    """Read back from the words alone, by json, jsonschema and Python's arithmetic."""
+    n_calls = n_answers = 0
+    for seed in range(300):
+        talk = tool_talks.conversation(random.Random(seed), held_out=seed % 2 == 0)
+        schemas = {tool.name: tool.parameters for tool in talk.tools}
+        asked, results = "", []
+        for n, message in enumerate(talk.messages):
+            if message["role"] == "user":
+                asked = message["content"]
+            for call in message.get("calls", ()):
+                arguments = json.loads(call.arguments)
+                jsonschema.validate(arguments, schemas[call.name])
+                (argument,) = arguments.values()
+                assert all(part in asked for part in re.findall(r"\d+|[A-Z]\w*", argument)), (asked, argument)
+                n_calls += 1
+            if message["role"] == "tool":
+                assert any(call.id == message["call_id"] for call in talk.messages[n - 1 - len(results)]["calls"])
+                results.append(message["content"])
+            elif message["role"] == "assistant" and results:
+                values = re.findall(r"(?:is|It is) (\S+(?: [APap][mM]\b)?)(?: in|\. |\.$)", message["content"])
+                assert message["content"] == tool_talks.FAILED or len(values) == len(results)
+                assert all(value in result for value, result in zip(values, results, strict=False)), message
+                results, n_answers = [], n_answers + 1
+    assert n_calls > 200 and n_answers > 150
+
+
+def test_published_functions_are_most_of_those_called() -> None:
+    """So that what a demonstration declares is what was learned best; the others teach reading declarations."""
+    kinds = [kind for seed in range(200) for kind in tool_talks.conversation(random.Random(seed)).kinds.values()]
+    assert kinds.count("call") > kinds.count("call of another declaration") > 20
+    assert kinds.count("no call") > 100
 
 
 def test_passkeys_are_asked_for_as_they_were_planted(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,13 +182,13 @@ def conversation(rng: random.Random, held_out: bool = False, n_turns: int | None
     """A conversation of 1 to 9 turns; held_out draws names and invented words never trained on."""
     talk = Conversation(rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.5 else None)
     for _ in range(n_turns or rng.choice((1, 2, 3, 4, 4, 5, 6, 7, 8, 9))):
-        user, answer = _turn(rng, talk, held_out)
+        user, answer = turn(rng, talk, held_out)
         talk.user_turns.append(user)
         talk.answers.append(answer)
     return talk
 
 
-def _turn(rng: random.Random, talk: Conversation, held_out: bool) -> tuple[str, str]:
+def turn(rng: random.Random, talk: Conversation, held_out: bool) -> tuple[str, str]:
     kind = rng.random()
     first = not talk.user_turns
     if kind < (0.25 if first else 0.02):
@@ -203,18 +203,18 @@ def _turn(rng: random.Random, talk: Conversation, held_out: bool) -> tuple[str, 
         return _memory_turn(rng, talk, held_out)
     if kind < 0.68:
         known = f"Your name is {talk.name}." if talk.name else "You have not told me your name yet."
-        return _dress(rng, rng.choice(_ASK_NAME)), known
+        return dressed(rng, rng.choice(_ASK_NAME)), known
     if kind < 0.77:
         return _sum(rng)
     if kind < 0.83:
         country = rng.choice(list(_CAPITALS))
         question = rng.choice(_CAPITAL_QUESTIONS).format(x=country)
-        return _dress(rng, question), f"The capital of {country} is {_CAPITALS[country]}."
+        return dressed(rng, question), f"The capital of {country} is {_CAPITALS[country]}."
     if kind < 0.92:
         questions, answer = rng.choice(_FACTS)
-        return _dress(rng, rng.choice(questions)), answer
+        return dressed(rng, rng.choice(questions)), answer
     if kind < 0.97:
-        return _dress(rng, _unknown(rng, held_out)), UNKNOWN
+        return dressed(rng, _unknown(rng, held_out)), UNKNOWN
     return rng.choice(_GOODBYES), f"Goodbye {talk.name}!" if talk.name else "Goodbye!"
 
 
@@ -224,11 +224,11 @@ def _memory_turn(rng: random.Random, talk: Conversation, held_out: bool) -> tupl
         n = rng.choice(list(talk.told)) if rng.random() < 0.85 else rng.randrange(len(_MEMORIES))
         memory = _MEMORIES[n]
         answer = memory.answer.format(x=talk.told[n]) if n in talk.told else memory.untold
-        return _dress(rng, rng.choice(memory.ask)), answer
+        return dressed(rng, rng.choice(memory.ask)), answer
     n = rng.randrange(len(_MEMORIES))
     memory = _MEMORIES[n]
     if n not in talk.told and rng.random() < 0.2:
-        return _dress(rng, rng.choice(memory.ask)), memory.untold
+        return dressed(rng, rng.choice(memory.ask)), memory.untold
     talk.told[n] = _value(rng, rng.choice(memory.kinds), held_out)
     return rng.choice(memory.tell).format(x=talk.told[n]), memory.noted.format(x=talk.told[n])
 
@@ -271,7 +271,7 @@ def _unknown(rng: random.Random, held_out: bool) -> str:
     )  # fmt: skip
 
 
-def _dress(rng: random.Random, question: str) -> str:
+def dressed(rng: random.Random, question: str) -> str:
     """The question as it is, or with the small words and slips people use."""
     kind = rng.random()
     if kind < 0.7:

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from mpt.model import MPTForCausalLM
 from mpt.packed.layers import as_it_lies
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
 from mpt.tokenizer import Tokenizer
-from training.corpora import chat, novels, yaml_json
+from mpt.tools import as_text
+from training.corpora import chat, novels, tool_talks, yaml_json
 
 Scores = dict[str, Any]
 _SEED = "held out"
@@ -40,7 +42,7 @@ def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
     tokenizer = open_tokenizer(folder)
     entry = describe(folder)
     if not tasks:
-        by_style: dict[PromptStyle, tuple[str, ...]] = {"instruct": ("yaml_to_json",), "chatml": ("chat",)}
+        by_style: dict[PromptStyle, tuple[str, ...]] = {"instruct": ("yaml_to_json",), "chatml": ("chat", "tools")}
         is_long = entry.context_length > 8192
         tasks = by_style.get(entry.prompt_style, ("positions", "passkey") if is_long else ("novel",))
     scores: Scores = {}
@@ -121,6 +123,36 @@ def chat_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, 
     return {"turns": n_turns, "right": n_right / n_turns, "ended": n_ended / n_turns, "failures": failures[:8]}
 
 
+def tool_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 200) -> Scores:
+    """How often an answer is right where functions are declared, by what is asked of it.
+
+    Right is the expected text to the last character, name and arguments of every call included, ended by the model
+    itself. The turns before are the right ones. The wordings of the questions are held out too.
+    """
+    cases: list[tuple[tool_talks.Kind, list[int], str, list[str]]] = []  # and prompt, answer, what was said before
+    for n in range(n_talks):
+        talk = tool_talks.conversation(random.Random(f"{_SEED}/tools/{n}"), held_out=True, n_turns=3)
+        texts = [message["content"] for message in as_text(talk.messages, talk.tools)]
+        for at, kind in talk.kinds.items():
+            messages = talk.messages[:at]
+            ids = encode_chat(tokenizer, style, messages, tools=talk.tools)
+            (expected,) = as_text(talk.messages[at : at + 1])
+            cases.append((kind, ids, expected["content"], texts[: len(as_text(messages, talk.tools))]))
+    answers = greedy(model, [ids for _, ids, _, _ in cases], 160, tokenizer.end_ids)
+    n_cases: Counter[tool_talks.Kind] = Counter()
+    n_right: Counter[tool_talks.Kind] = Counter()
+    failures = []
+    for (kind, _, expected, before), ids in zip(cases, answers, strict=True):
+        answer = tokenizer.decode(ids)
+        n_cases[kind] += 1
+        if bool(ids) and ids[-1] == tokenizer.special_id("<|im_end|>") and answer == expected:
+            n_right[kind] += 1
+        else:
+            failures.append({"turns": before, "expected": expected, "answer": answer})
+    scores: Scores = {kind: {"cases": n, "right": n_right[kind] / n} for kind, n in sorted(n_cases.items())}
+    return {**scores, "failures": failures[:8]}
+
+
 def novel_loss(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
     """Loss on the first 32 windows of 2,048 tokens of The Great Gatsby, per token and in bits per byte."""
     ids = tokenizer.encode(novels.held_out_text())[: 32 * 2048]
@@ -168,6 +200,7 @@ def passkey(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> 
 TASKS: dict[str, Callable[[MPTForCausalLM, Tokenizer, PromptStyle], Scores]] = {
     "yaml_to_json": yaml_to_json,
     "chat": chat_turns,
+    "tools": tool_turns,
     "novel": novel_loss,
     "positions": position_losses,
     "passkey": passkey,

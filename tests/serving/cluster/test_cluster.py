@@ -228,6 +228,7 @@ async def test_an_answer_comes_through_as_it_is():
         assert replica.headers["Authorization"] == "Bearer t" and json.loads(replica.body)["prompt"] == "abc"
         assert replica.headers["x-mpt-salt"] not in ("", "sk-1")
         assert "x-secret" not in answer.headers
+        assert (await ask(fleet, kind, model=None)).status_code == 200  # the one that is served
         if kind:
             assert answer.content == 3 * CHUNK + b"data: [DONE]\n\n"
             assert answer.headers["x-accel-buffering"] == "no"

@@ -1,6 +1,8 @@
 """Scores are computed from what the model really says, whatever the batch."""
 
 import json
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from mpt.manifest import read_manifest
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from training import loop, tiny
-from training.corpora import yaml_json
+from training.corpora import chat, tool_talks, yaml_json
 from training.evaluation import tiny_tasks
 from training.run import Run
 
@@ -73,6 +75,32 @@ def test_a_model_that_copies_the_answers_scores_one_and_a_mute_one_zero(
     monkeypatch.setattr(tiny_tasks, "greedy", lambda model, prompts, *_: [[] for _ in prompts])
     mute = tiny_tasks.yaml_to_json(model, tokenizer, "instruct", n_documents=20)
     assert (mute["every_shape"]["exact"], mute["blog_shape"]["equal_values"], mute["blog_example"]) == (0.0, 0.0, False)
+
+
+def test_tool_scores_are_those_of_what_was_said(
+    model: MPTForCausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parrot that always says the same is right exactly where that is expected; silence never is."""
+    end = tokenizer.special_id("<|im_end|>")
+    said = [*tokenizer.encode(chat.UNKNOWN), end]
+    monkeypatch.setattr(tiny_tasks, "greedy", lambda model, prompts, *_: [said for _ in prompts])
+    scores = tiny_tasks.tool_turns(model, tokenizer, "chatml", n_talks=20)
+    talks = [tool_talks.conversation(random.Random(f"held out/tools/{n}"), held_out=True, n_turns=3) for n in range(20)]
+    expected = [talk.messages[at]["content"] == chat.UNKNOWN for talk in talks for at in talk.kinds]
+    assert sum(score["right"] * score["cases"] for score in scores.values() if "cases" in score) == sum(expected) > 0
+    assert sum(score["cases"] for score in scores.values() if "cases" in score) == len(expected)
+    assert scores["call"]["right"] == 0
+    monkeypatch.setattr(tiny_tasks, "greedy", lambda model, prompts, *_: [[] for _ in prompts])
+    mute = tiny_tasks.tool_turns(model, tokenizer, "chatml", n_talks=5)
+    assert all(score["right"] == 0 for score in mute.values() if "cases" in score)
+
+
+def test_the_page_keeps_what_was_not_made_again(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "tiny.md"
+    copy = tmp_path / "tiny.md"
+    shutil.copy(page, copy)
+    tiny.write_docs(tmp_path / "no runs", copy)
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
 def test_an_unknown_task_is_refused(small_run: Run) -> None:
