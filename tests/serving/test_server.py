@@ -136,13 +136,13 @@ def test_a_lost_device_ends_the_process_with_a_code_of_its_own(folder):
 STUCK = """
 import sys, threading
 from mpt import cli
-from serving import server
+from serving import lifecycle
 
 def open_endpoint(*_):
     print("loading", file=sys.stderr, flush=True)
     threading.Event().wait()
 
-server.open_endpoint = open_endpoint
+lifecycle.open_endpoint = open_endpoint
 sys.argv[0] = "mpt"
 cli.main()
 """
