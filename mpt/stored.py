@@ -4,9 +4,10 @@ Not here: which files a folder has (`checkpoint.py`), tensors that lie packed in
 """
 
 import mmap
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -64,10 +65,19 @@ class StoredTensor:
         return torch.frombuffer(mapped, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
 
-@lru_cache(maxsize=64)  # files of a checkpoint: one mapping each, however many tensors lie in it
+# Mappings by file, size and time of its last change: one each, however many tensors lie in it, as long as one is there.
+_MAPPINGS: WeakValueDictionary[tuple[Path, int, int], mmap.mmap] = WeakValueDictionary()
+_MAPPINGS_LOCK = threading.Lock()
+
+
 def _mapped(file: Path, n_bytes: int, modified_ns: int) -> mmap.mmap:
-    with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), n_bytes, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
-        mapped.madvise(mmap.MADV_WILLNEED)  # the system reads ahead while the model is built
-    return mapped
+    key = (file, n_bytes, modified_ns)
+    with _MAPPINGS_LOCK:
+        mapped = _MAPPINGS.get(key)
+        if mapped is None:
+            with file.open("rb") as opened:
+                mapped = mmap.mmap(opened.fileno(), n_bytes, access=mmap.ACCESS_COPY)
+            if hasattr(mmap, "MADV_WILLNEED"):  # not on Windows
+                mapped.madvise(mmap.MADV_WILLNEED)  # the system reads ahead while the model is built
+            _MAPPINGS[key] = mapped
+        return mapped

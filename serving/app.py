@@ -27,7 +27,7 @@ from serving.batch.api import batch_functions
 from serving.batch.service import BatchDoor, BatchService
 from serving.batch.store import Store
 from serving.docs import add_docs
-from serving.endpoints import Serving
+from serving.endpoints import Holding, Serving
 from serving.errors import (
     ApiError,
     Forbidden,
@@ -36,11 +36,15 @@ from serving.errors import (
     NotFound,
     RateLimited,
     Unavailable,
+    adapter_damaged,
 )
 from serving.gate import Gate
 from serving.generation import Generation
 from serving.intake import read_body
+from serving.lifecycle import Hold
+from serving.lifecycle_metrics import LifecycleCollector
 from serving.listing import listing
+from serving.loading import model_loading
 from serving.metrics import HttpMetrics, Metrics
 from serving.protocol.body import parse
 from serving.replies import as_json
@@ -69,12 +73,14 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
         door = BatchDoor(door)
         service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
     app.state.batches = service
+    metrics.registry.register(LifecycleCollector(serving.lifecycle))
     functions = batch_functions(service, door, options)
     functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
-    add_routes(app, functions | _operations(serving, metrics))
+    add_routes(app, functions | model_loading(serving) | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
         add_docs(app, needs_key=keys_of(options).required)
+    app.add_middleware(Holding, serving=serving)
     app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
@@ -86,11 +92,11 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
 def _adapter_loading(serving: Serving) -> Functions:
     folder = serving.options.adapter_loading
 
-    def named(lora_name: str) -> tuple[Adapters, str, str]:
+    async def named(lora_name: str, hold: Hold) -> tuple[Adapters, str, str]:
         """The adapters of the model that is meant, and the whole and the own name of this one."""
         base, name = split_name(lora_name)
         if name is None:
-            taking = [each.name for each in serving.endpoints.values() if each.adapters is not None]
+            taking = [each for each in serving.names() if serving.lifecycle.adapter_names(each) is not None]
             if len(taking) != 1:
                 shown = ", ".join(f"`{each}:{base[:64]}`" for each in taking)
                 message = f"`lora_name` must say of which model it is: {shown or 'none here takes adapters'}"
@@ -99,7 +105,7 @@ def _adapter_loading(serving: Serving) -> Functions:
         if not MODEL_NAME.fullmatch(name):
             message = f"`{name[:64]}` is no name for an adapter: letters, digits, `.`, `_`, `-`, at most 64"
             raise InvalidRequest(message, param="lora_name")
-        adapters = serving.endpoint(base).adapters
+        adapters = (await serving.endpoint(base, hold)).adapters
         if adapters is None:
             raise InvalidRequest(f"`{base}` takes no adapters: it runs in another engine", param="lora_name")
         return adapters, f"{base}:{name}", name
@@ -112,7 +118,7 @@ def _adapter_loading(serving: Serving) -> Functions:
     async def load_lora_adapter(request: Request) -> Response:
         within = allowed()
         asked = parse(LoadAdapterRequest, await read_body(request, serving.options))
-        adapters, whole, name = named(asked.lora_name)
+        adapters, whole, name = await named(asked.lora_name, request.state.hold)
         path = Path()
         try:
             path = await asyncio.to_thread(find_inside, within, asked.lora_path)
@@ -130,7 +136,7 @@ def _adapter_loading(serving: Serving) -> Functions:
     async def unload_lora_adapter(request: Request) -> Response:
         allowed()
         asked = parse(UnloadAdapterRequest, await read_body(request, serving.options))
-        adapters, whole, name = named(asked.lora_name)
+        adapters, whole, name = await named(asked.lora_name, request.state.hold)
         if not await adapters.remove(name):
             known = name in adapters.names()
             why = "was given when the server started, and stays" if known else "is not loaded here"
@@ -175,9 +181,7 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
 
     @app.exception_handler(MPTError)
     async def user_error(request: Request, error: MPTError) -> Response:
-        log.error("an adapter cannot be used: %s", error)  # with a path, which clients need not know
-        message = "this adapter cannot be read here; ask who runs the server"
-        return respond(Unavailable(message, code="adapter_damaged"), request.scope["path"])
+        return respond(adapter_damaged(error), request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

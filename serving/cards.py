@@ -6,6 +6,7 @@ from typing import Any
 from mpt.catalog import describe, resolve
 from mpt.checkpoint import read_config
 from mpt.engine.endpoint import Endpoint
+from mpt.engine.remote import Address
 from mpt.options import ModelOptions
 
 
@@ -55,11 +56,12 @@ def with_adapters(base: dict[str, Any], adapters: list[str]) -> list[dict[str, A
 
 
 def card_of(name: str, model: ModelOptions) -> dict[str, Any]:
-    """The entry of a model of a cluster, from its files: it may have no replica now. Raises MPTError."""
-    entry, config = describe(model.root), read_config(resolve(model.root))
+    """The entry of a model from its files: it may not be loaded, or have no replica, now. Raises MPTError."""
+    root = Address.parse(model.root).checkpoint if model.is_remote else model.root
+    entry, config = describe(root), read_config(resolve(root))
     return card(
         name,
-        model.root,
+        name if model.is_remote else root,
         context_length=model.context_length or config.max_seq_len,
         prompt_style=model.asked_style or entry.prompt_style,
         licence=entry.licence,

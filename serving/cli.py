@@ -13,8 +13,9 @@ import typer
 
 from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style, ThreadsOption
 from mpt.errors import UserError
-from mpt.options import MODEL_NAME, TINY, TRITON, ModelOptions
-from serving.options import ServeOptions, is_loopback
+from mpt.options import TRITON, ModelOptions
+from serving.options import ServeOptions, is_loopback, seconds
+from serving.sources import adapter_folders, all_sources
 
 P = ParamSpec("P")
 CONFIG = Path(__file__).with_name("config.yaml")
@@ -135,6 +136,48 @@ _BatchDir = Annotated[
         show_default="off",
     ),
 ]
+_ModelsDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Serve every checkpoint inside FOLDER, folders and GGUF files, under its own name, beside those of "
+        "--model.",
+        show_default="none",
+    ),
+]
+_Load = Annotated[
+    Literal["at-start", "on-request"],
+    typer.Option(
+        help="When models are read into memory: all before the server is ready, or each when first asked for."
+    ),
+]
+_IdleUnload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Give back the memory of a model that nobody has asked for in TIME (90s, 15m, 2h); the next request loads "
+        "it again.",
+        show_default="never",
+    ),
+]
+_MaxLoaded = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Models in memory at once; for another, the idle one least recently used goes. Each gets an equal share "
+        "of the KV cache.",
+        show_default="as many as fit",
+    ),
+]
+_AllowModelLoading = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CLIENT",
+        help="Let a client, by the name of its key, load and unload models at /v1/models/load and /unload; `all` is "
+        "everybody; repeatable.",
+        show_default="nobody",
+    ),
+]
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
@@ -151,6 +194,16 @@ _DrainSeconds = Annotated[
 _RequestTimeout = Annotated[
     float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
 ]
+
+# Options that have the same name there.
+_OF_EACH_MODEL = (
+    "device", "dtype", "quantize", "kv_cache", "speculate", "tensor_parallel", "kv_gb", "prefix_cache",
+    "prefix_cache_gb", "max_running", "max_waiting", "prefill_chunk", "threads", "profile",
+)  # fmt: skip
+_OF_THE_SERVER = (
+    "host", "port", "api_key_file", "requests_per_minute", "tokens_per_minute", "batch_dir", "load", "max_loaded",
+    "demo", "log_format",
+)  # fmt: skip
 
 
 def _ends_well(command: Callable[P, None]) -> Callable[P, None]:
@@ -170,6 +223,11 @@ def _ends_well(command: Callable[P, None]) -> Callable[P, None]:
 @_ends_well
 def serve(
     model: _Model = None,
+    models_dir: _ModelsDir = None,
+    load: _Load = "at-start",
+    idle_unload: _IdleUnload = None,
+    max_loaded: _MaxLoaded = None,
+    allow_model_loading: _AllowModelLoading = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     api_key: _ApiKey = None,
@@ -212,48 +270,28 @@ def serve(
       mpt serve
       mpt serve --model chat=/models/mpt-7b-chat --dtype bfloat16
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
+      mpt serve --models-dir /models --load on-request --idle-unload 15m --max-loaded 2
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
     """
-    sources = model_sources(model)
+    given = dict(locals())
+    sources = all_sources(model, models_dir)
     keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
     _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
     if tensor_parallel > 1 and len(sources) > 1:
         raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
     _check_folders(allow_adapter_loading, profile)
-    shared = ModelOptions(
-        root="",  # each model has its own
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        kv_cache=kv_cache,
-        speculate=speculate,
-        tensor_parallel=tensor_parallel,
-        kv_gb=kv_gb,
-        prefix_cache=prefix_cache,
-        prefix_cache_gb=prefix_cache_gb,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        prefill_chunk=prefill_chunk,
-        threads=threads,
-        profile=profile,
-    )
-    models = _models(shared, sources, draft, context_length, prompt_style, chat_template, adapter)
+    shared = ModelOptions(root="", **{name: given[name] for name in _OF_EACH_MODEL})  # root: each has its own
     options = ServeOptions(
-        models=models,
-        host=host,
-        port=port,
+        models=_models(shared, sources, draft, context_length, prompt_style, chat_template, adapter),
         api_keys=keys,
-        api_key_file=api_key_file,
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
         adapter_loading=allow_adapter_loading,
-        batch_dir=batch_dir,
+        model_loading=frozenset(allow_model_loading or ()),
+        idle_unload_s=None if idle_unload is None else seconds("--idle-unload", idle_unload),
         cors_origins=tuple(cors_origin or ()),
         docs=is_loopback(host) if docs is None else docs,
-        demo=demo,
-        log_format=log_format,
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,
+        **{name: given[name] for name in _OF_THE_SERVER},
     )
     from serving import server
 
@@ -340,7 +378,7 @@ def _models(
     drafts = dict(_by_model("--draft", draft, sources))
     if drafts and not shared.speculate:
         raise UserError("--draft and --no-speculate contradict each other; give one of them")
-    adapters, folders = _adapters(adapter, sources)
+    adapters, folders = adapter_folders(adapter, sources)
     from mpt.catalog import resolve
 
     for source in (*sources.values(), *drafts.values()):
@@ -377,27 +415,6 @@ def _make_folder(folder: Path, option: str) -> None:
         raise UserError(f"`{option} {folder}` cannot be written to: {error.strerror}; choose another folder") from error
 
 
-def model_sources(texts: list[str] | None) -> dict[str, str]:
-    """What to load under each name, of all `--model`; the tiny four without any. Raises UserError."""
-    sources = dict(_model_source(text) for text in texts or TINY)
-    if len(sources) < len(texts or TINY):
-        raise UserError("two of the models have the same name; name them apart: --model NAME=PATH")
-    return sources
-
-
-def _model_source(text: str) -> tuple[str, str]:
-    """The name to serve under, and the name or path to load, of one `--model`."""
-    name, equals, source = text.partition("=")
-    if not equals or "/" in name:  # a path may hold "="
-        name, source = text.rstrip("/").rpartition("/")[2], text
-    if not MODEL_NAME.fullmatch(name) or not source:
-        raise UserError(
-            f"`--model {text}` gives no usable name (letters, digits, `.`, `_`, `-`, at most 64); "
-            "write NAME=PATH, for example chat=/models/mpt-7b-chat"
-        )
-    return name, source
-
-
 def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Name and value of each NAME=VALUE, the names checked against the models served."""
     for text in texts or ():
@@ -421,22 +438,3 @@ def _style(name: str, text: str) -> Style:
         if text == style:
             return style
     raise UserError(f"`--prompt-style {name}={text}` is unknown; known: {', '.join(styles)}")
-
-
-def _adapters(texts: list[str] | None, names: Collection[str]) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
-    """The single adapters of each model, and its folder of adapters."""
-    single: dict[str, dict[str, Path]] = {}
-    folders: dict[str, Path] = {}
-    for text in texts or ():
-        asked, equals, folder = text.partition("=")
-        model, colon, name = asked.partition(":")
-        if not equals or not folder or model not in names or (colon and not MODEL_NAME.fullmatch(name)):
-            raise UserError(
-                f"`--adapter {text}` names no model served here; write MODEL:NAME=FOLDER or MODEL=FOLDER, for example "
-                f"{min(names)}:mine=runs/lora/adapter"
-            )
-        if colon:
-            single.setdefault(model, {})[name] = Path(folder)
-        else:
-            folders[model] = Path(folder)
-    return single, folders

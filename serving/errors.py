@@ -3,6 +3,7 @@
 The engine's errors are translated here; nothing else decides a status.
 """
 
+import logging
 from typing import Any
 
 from mpt.engine.request import (
@@ -15,6 +16,8 @@ from mpt.engine.request import (
     Unsupported,
 )
 from mpt.errors import MPTError
+
+log = logging.getLogger(__name__)
 
 
 class ApiError(MPTError):
@@ -66,6 +69,12 @@ class BodyTimeout(ApiError):
     headers = {"Connection": "close"}  # noqa: RUF012  (the rest of it may still come)
 
 
+class Conflict(ApiError):
+    """Not as things are: a model that is in use cannot be unloaded."""
+
+    status, type, code = 409, "invalid_request_error", "model_busy"
+
+
 class TooLarge(ApiError):
     headers = {"Connection": "close"}  # noqa: RUF012
     status, type, code = 413, "invalid_request_error", "request_too_large"
@@ -96,10 +105,16 @@ class InternalError(ApiError):
 
 
 class Unavailable(ApiError):
-    """Not now: overloaded, queue_timeout, model_loading, shutting_down, engine_stopped, replica_lost."""
+    """Not now: overloaded, queue_timeout, shutting_down, model_loading, model_load_failed, engine_stopped ..."""
 
     status, code = 503, "overloaded"
     headers = {"Retry-After": "2"}  # noqa: RUF012
+
+
+def adapter_damaged(error: MPTError) -> Unavailable:
+    """An adapter that cannot be read. The log says why, with a path, which clients need not know."""
+    log.error("an adapter cannot be used: %s", error)
+    return Unavailable("this adapter cannot be read here; ask who runs the server", code="adapter_damaged")
 
 
 def from_engine(error: EngineError, *, started: bool = False) -> ApiError:

@@ -4,18 +4,19 @@ Whatever a request is called, it is one of three: a text that is continued, a co
 are embedded. A dialect's body becomes one of these, and its `Translation` gives the answer back in the dialect.
 """
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from mpt.engine.endpoint import Endpoint
 from mpt.engine.request import Sampling
+from mpt.lora import Adapter
 from serving import answers, beam
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
@@ -23,7 +24,7 @@ from serving.dialects.ollama import EmbedRequest, GenerateRequest, OldEmbedReque
 from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import AsItIs, Chunks, Translation
 from serving.endpoints import Serving
-from serving.errors import ApiError, InvalidRequest
+from serving.errors import InvalidRequest
 from serving.intake import chat_tokens, check_room, make_job, may_be_read, prompt_tokens, read_body, truncated
 from serving.jobs import Events, Job, start
 from serving.metrics import Metrics
@@ -36,11 +37,22 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.replies import as_json
-from serving.sse import EventStream, until_disconnected
+from serving.sse import EventStream, unless_disconnected
 
-Result = TypeVar("Result")
 Whole = Callable[[Events], Coroutine[Any, Any, dict[str, Any]]]
 Body = TypeVar("Body", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A job, and how its events become an answer, streamed or whole."""
+
+    job: Job
+    chunks: Callable[[Events], Chunks]
+    whole: Whole
+
+
+Prepare = Callable[[Endpoint, Adapter | None], Awaitable[_Prepared]]
 
 
 class Generation:
@@ -106,20 +118,20 @@ class Generation:
 
     async def count_tokens(self, request: Request) -> Response:
         asked = (await self._body(request, CountRequest)).as_chat()
-        endpoint, _ = await self._serving.chosen(asked.model)
+        endpoint, _ = await self._serving.asked_for(asked.model, request)
         return as_json({"input_tokens": len(await chat_tokens(endpoint, asked, asked.tool_use()))})
 
     async def ollama_chat(self, request: Request) -> Response:
         asked = await self._body(request, OllamaChatRequest)
         if not asked.messages:
-            await self._serving.chosen(asked.model_name())
+            await self._serving.asked_for(asked.model_name(), request)
             return as_json(loaded(asked.model, asked.keep_alive, is_chat=True))
         return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
 
     async def ollama_generate(self, request: Request) -> Response:
         asked = await self._body(request, GenerateRequest)
         translation = Ollama(asked.model, is_chat=False)
-        endpoint, _ = await self._serving.chosen(asked.model_name())
+        endpoint, _ = await self._serving.asked_for(asked.model_name(), request)
         if not asked.prompt:
             return as_json(loaded(asked.model, asked.keep_alive, is_chat=False))
         if asked.raw or endpoint.prompt_style == "none":
@@ -144,28 +156,7 @@ class Generation:
         return parse(kind, await read_body(request, self._serving.options), self._serving.only_model)
 
     async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
-        endpoint, adapter = await self._serving.chosen(asked.model)
-        texts_or_ids = [may_be_read(endpoint, asked, each) for each in prompts_of(asked.prompt, endpoint.vocab_size)]
-        parsed = [await prompt_tokens(endpoint, each, parse_special=asked.parse_special) for each in texts_or_ids]
-        wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
-        prompts = [truncated(endpoint, asked, prompt, max(wanted, 0)) for prompt in parsed]
-        longest = max(map(len, prompts))
-        room = max(endpoint.context_length - longest, 1)
-        if asked.max_tokens is None or wanted == ALL_THERE_IS or translation.shortens:
-            wanted = room if wanted == ALL_THERE_IS else min(wanted, room)
-        check_room(endpoint, longest, wanted, "prompt")
-        job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
-        if asked.echo:
-            pairs = zip(texts_or_ids, prompts, strict=True)
-            job.echo = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
-        return await self._answer(
-            request,
-            job,
-            asked.stream,
-            translation,
-            lambda events: answers.completion_chunks(job, events, logprobs=asked.logprobs),
-            lambda events: answers.completion(job, events, logprobs=asked.logprobs),
-        )
+        return await self._answer(request, asked, translation, partial(_completion, request, asked, translation))
 
     async def _chat(
         self,
@@ -175,27 +166,10 @@ class Generation:
         keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> Response:
         """keep: called with the response of a translation when it has ended."""
-        endpoint, adapter = await self._serving.chosen(asked.model)
-        tools, wanted = asked.tool_use(), asked.wanted_tokens()
-        prompt = truncated(endpoint, asked, await chat_tokens(endpoint, asked, tools), wanted or 1)
-        room = max(endpoint.context_length - len(prompt), 1)
-        wanted = room if wanted is None else min(wanted, room) if translation.shortens else wanted
-        check_room(endpoint, len(prompt), wanted, "messages")
-        job = await make_job(request, asked, endpoint, adapter, [prompt], wanted, tools)
-        if asked.echo:
-            job.echo = [asked.messages[-1].text()]
-        return await self._answer(
-            request,
-            job,
-            asked.stream,
-            translation,
-            lambda events: answers.chat_chunks(job, events, logprobs=asked.logprobs),
-            lambda events: answers.chat(job, events, logprobs=asked.logprobs),
-            keep,
-        )
+        return await self._answer(request, asked, translation, partial(_chat, request, asked, translation), keep)
 
     async def _embed(self, request: Request, asked: EmbeddingRequest) -> dict[str, Any]:
-        endpoint, adapter = await self._serving.chosen(asked.model)
+        endpoint, adapter = await self._serving.asked_for(asked.model, request)
         if not endpoint.engine.capabilities.gives_embeddings:
             message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
             raise InvalidRequest(message, code="unsupported_value", param="model")
@@ -213,41 +187,99 @@ class Generation:
             beam.check(job)
         request.state.admission.reserve(job.n_tokens_at_most)
         request.state.work = job  # for the access log and the client's account, when the last byte has been sent
-        deadline_s, salt = self._serving.options.request_timeout_s, request.state.salt
+        left_s = max(0.0, self._serving.options.request_timeout_s - request.state.hold.waited_s)
+        salt = request.state.salt
         if job.length_penalty is None:
-            return start(job, self._metrics, deadline_s=deadline_s, salt=salt)
+            return start(job, self._metrics, deadline_s=left_s, salt=salt)
         submit = partial(
-            job.endpoint.engine.submit, request_id=job.id, deadline_s=deadline_s, salt=salt, adapter=job.adapter
+            job.endpoint.engine.submit, request_id=job.id, deadline_s=left_s, salt=salt, adapter=job.adapter
         )
         return beam.search(job, submit, job.length_penalty)
 
     async def _whole(self, request: Request, job: Job, whole: Whole) -> dict[str, Any]:
-        return await _unless_disconnected(request, whole(self._start(request, job)))
+        return await unless_disconnected(request, whole(self._start(request, job)))
 
     async def _answer(
         self,
         request: Request,
-        job: Job,
-        is_streamed: bool,
+        asked: CompletionRequest | ChatRequest,
         translation: Translation,
-        chunks: Callable[[Events], Chunks],
-        whole: Whole,
+        prepare: Prepare,
         keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> Response:
-        """Start a job and answer with a stream or a whole response, whichever was asked for."""
-        translation.begin(job)
-        if not is_streamed:
-            answer = translation.whole(await self._whole(request, job, whole))
-            if keep is not None:
-                keep(answer)
-            return as_json(answer)
-        events = translation.events(chunks(self._start(request, job)))
+        """Prepare a job, start it and answer with a stream or a whole response, whichever was asked for.
+
+        A stream begins before its model is loaded, so that its silence can be filled; where its API fills none, after.
+        """
+        if asked.stream and translation.wire.keep_alive and self._serving.must_wait(asked.model):
+            events = self._once_loaded(request, asked.model, translation, prepare)
+        else:
+            prepared = await prepare(*await self._serving.asked_for(asked.model, request))
+            if not asked.stream:
+                translation.begin(prepared.job)
+                answer = translation.whole(await self._whole(request, prepared.job, prepared.whole))
+                if keep is not None:
+                    keep(answer)
+                return as_json(answer)
+            events = self._events(request, translation, prepared)
         return EventStream(
             events if keep is None else _kept(events, keep),
-            request_id=job.id,
+            request_id=request.state.request_id,
             keep_alive_s=self._serving.options.keep_alive_s,
             wire=translation.wire,
         )
+
+    def _events(self, request: Request, translation: Translation, prepared: _Prepared) -> Chunks:
+        translation.begin(prepared.job)
+        return translation.events(prepared.chunks(self._start(request, prepared.job)))
+
+    async def _once_loaded(self, request: Request, model: str, translation: Translation, prepare: Prepare) -> Chunks:
+        """The events of a stream that begins while its model is not there. Raises ApiError, as its last event."""
+        prepared = await prepare(*await self._serving.chosen(model, request.state.hold))
+        async with contextlib.aclosing(self._events(request, translation, prepared)) as events:
+            async for event in events:
+                yield event
+
+
+async def _completion(
+    request: Request, asked: CompletionRequest, translation: Translation, endpoint: Endpoint, adapter: Adapter | None
+) -> _Prepared:
+    texts_or_ids = [may_be_read(endpoint, asked, each) for each in prompts_of(asked.prompt, endpoint.vocab_size)]
+    parsed = [await prompt_tokens(endpoint, each, parse_special=asked.parse_special) for each in texts_or_ids]
+    wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+    prompts = [truncated(endpoint, asked, prompt, max(wanted, 0)) for prompt in parsed]
+    longest = max(map(len, prompts))
+    room = max(endpoint.context_length - longest, 1)
+    if asked.max_tokens is None or wanted == ALL_THERE_IS or translation.shortens:
+        wanted = room if wanted == ALL_THERE_IS else min(wanted, room)
+    check_room(endpoint, longest, wanted, "prompt")
+    job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
+    if asked.echo:
+        pairs = zip(texts_or_ids, prompts, strict=True)
+        job.echo = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
+    return _Prepared(
+        job,
+        lambda events: answers.completion_chunks(job, events, logprobs=asked.logprobs),
+        lambda events: answers.completion(job, events, logprobs=asked.logprobs),
+    )
+
+
+async def _chat(
+    request: Request, asked: ChatRequest, translation: Translation, endpoint: Endpoint, adapter: Adapter | None
+) -> _Prepared:
+    tools, wanted = asked.tool_use(), asked.wanted_tokens()
+    prompt = truncated(endpoint, asked, await chat_tokens(endpoint, asked, tools), wanted or 1)
+    room = max(endpoint.context_length - len(prompt), 1)
+    wanted = room if wanted is None else min(wanted, room) if translation.shortens else wanted
+    check_room(endpoint, len(prompt), wanted, "messages")
+    job = await make_job(request, asked, endpoint, adapter, [prompt], wanted, tools)
+    if asked.echo:
+        job.echo = [asked.messages[-1].text()]
+    return _Prepared(
+        job,
+        lambda events: answers.chat_chunks(job, events, logprobs=asked.logprobs),
+        lambda events: answers.chat(job, events, logprobs=asked.logprobs),
+    )
 
 
 async def _kept(events: Chunks, keep: Callable[[dict[str, Any]], None]) -> Chunks:
@@ -257,19 +289,3 @@ async def _kept(events: Chunks, keep: Callable[[dict[str, Any]], None]) -> Chunk
             if event["type"] in ("response.completed", "response.incomplete"):
                 keep(event["response"])
             yield event
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of the work, which is cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(until_disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        with contextlib.suppress(asyncio.CancelledError, ApiError):
-            await task

@@ -8,7 +8,6 @@ from starlette.responses import Response
 
 from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
-from serving.cards import cards_of
 from serving.dialects import ollama
 from serving.dialects.ollama import ShowRequest
 from serving.endpoints import Serving
@@ -23,22 +22,31 @@ from serving.routes import DetokenizeRequest, TokenizeRequest
 def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     """What answers each of these routes, by its name in `routes.py`."""
 
-    def cards() -> list[dict[str, Any]]:
-        return [card for endpoint in serving.endpoints.values() for card in cards_of(endpoint)]
+    async def cards() -> list[dict[str, Any]]:
+        found = []
+        for name in serving.names():
+            if name in serving.lifecycle.models or name in serving.endpoints:
+                starting = {"state": "loading"} if name in serving.loading else {}
+                found += [card | starting for card in await serving.lifecycle.cards(name)]
+        return found
+
+    async def card_named(model: str) -> dict[str, Any]:
+        base, _ = split_name(model)
+        serving.check(base)
+        for card in await serving.lifecycle.cards(base):
+            if card["id"] == model:
+                return card
+        raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
 
     async def models() -> Response:
-        return as_json({"object": "list", "data": cards()})
+        return as_json({"object": "list", "data": await cards()})
 
     async def model(model: str) -> Response:
-        base, _ = split_name(model)
-        for card in cards_of(serving.endpoint(base)):
-            if card["id"] == model:
-                return as_json(card)
-        raise NotFound(f"no adapter `{model[:100]}` here", code="model_not_found", param="model")
+        return as_json(await card_named(model))
 
     async def tokenize(request: Request) -> Response:
         asked = parse(TokenizeRequest, await read_body(request, serving.options), serving.only_model)
-        endpoint, _ = await serving.chosen(asked.model)
+        endpoint, _ = await serving.asked_for(asked.model, request)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
         if asked.messages is not None:
@@ -53,25 +61,23 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
 
     async def detokenize(request: Request) -> Response:
         asked = parse(DetokenizeRequest, await read_body(request, serving.options), serving.only_model)
-        endpoint, _ = await serving.chosen(asked.model)
+        endpoint, _ = await serving.asked_for(asked.model, request)
         ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
         return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
 
-    async def tokenizer_info(model: str | None = None) -> Response:
-        return as_json(_tokenizer_of(serving.endpoint(model or _only_model(serving))))
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        return as_json(_tokenizer_of(await serving.endpoint(model or _only_model(serving), request.state.hold)))
 
     async def ollama_tags() -> Response:
-        return as_json(ollama.tags(cards()))
+        return as_json(ollama.tags(await cards()))
 
     async def ollama_ps() -> Response:
-        return as_json(ollama.running(cards()))
+        loaded = [card for card in await cards() if card["state"] == "loaded"]
+        return as_json(ollama.running(loaded, {name: serving.lifecycle.idle_s_left(name) for name in serving.names()}))
 
     async def ollama_show(request: Request) -> Response:
         name = parse(ShowRequest, await read_body(request, serving.options)).model_name()
-        for card in cards_of(serving.endpoint(split_name(name)[0])):
-            if card["id"] == name:
-                return as_json(ollama.shown(card))
-        raise NotFound(f"no adapter `{name[:100]}` here", code="model_not_found", param="model")
+        return as_json(ollama.shown(await card_named(name)))
 
     async def load() -> Response:
         stats = [endpoint.engine.stats() for endpoint in serving.endpoints.values()]
@@ -87,7 +93,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
 def _only_model(serving: Serving) -> str:
     name = serving.only_model
     if name is None:
-        shown = ", ".join(f"`{name}`" for name in [*serving.endpoints, *serving.loading])
+        shown = ", ".join(f"`{name}`" for name in serving.names())
         message = f"say which model with `?model=NAME`: {shown}"
         raise InvalidRequest(message, code="missing_required_parameter", param="model")
     return name

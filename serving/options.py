@@ -3,13 +3,17 @@
 Light enough to make before torch is imported. What each model is told: `mpt/options.py`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
+from mpt.errors import UserError
 from mpt.options import ModelOptions
+
+EVERYBODY = "all"  # in place of a client's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,40 @@ class ServeOptions(HttpOptions):
     batch_dir: Path | None = None  # holds the files and batches of clients
     demo: bool = False  # the Spaces of demos/ under /demo
     drain_s: float = 30.0
+    load: Literal["at-start", "on-request"] = "at-start"
+    idle_unload_s: float | None = None  # models that nobody has asked for in so long are unloaded; None: never
+    max_loaded: int | None = None  # models in memory at once; None: as many as fit
+    model_loading: frozenset[str] = frozenset()  # clients who may load and unload by request, or EVERYBODY
+
+    def __post_init__(self) -> None:
+        """Raises UserError where options of when models are in memory contradict each other, or cannot be kept."""
+        n_models, clients = len(self.models), self.model_loading
+        if self.max_loaded is not None and self.max_loaded < n_models and self.load == "at-start":
+            raise UserError(
+                f"--max-loaded {self.max_loaded} and {n_models} models that are all loaded at start contradict each "
+                "other; add --load on-request, or raise the number"
+            )
+        come_and_go = self.load == "on-request" or self.idle_unload_s is not None or clients
+        if come_and_go and any(model.tensor_parallel > 1 for model in self.models.values()):
+            raise UserError(
+                "--tensor-parallel is for a model that stays loaded; leave out --load on-request, --idle-unload and "
+                "--allow-model-loading, or use `mpt cluster`, whose replicas come and go"
+            )
+        if clients - {EVERYBODY} and not (self.api_keys or self.api_key_file):
+            shown = ", ".join(sorted(clients))
+            raise UserError(
+                f"--allow-model-loading {shown} names clients, and there are no keys to tell them apart; give "
+                f"--api-key-file, or --allow-model-loading {EVERYBODY}"
+            )
+
+
+def seconds(option: str, text: str) -> float:
+    """A duration such as 90s, 15m or 2h. Raises UserError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    value = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if value <= 0:
+        raise UserError(f"`{option} {text}` is no duration; write a number above 0 with s, m or h: 90s, 15m, 2h")
+    return value
 
 
 def is_loopback(host: str) -> bool:

@@ -75,6 +75,12 @@ class BatchRequest(Strict):
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
 
 
+class ModelRequest(Strict):
+    """Which model is to be loaded or unloaded."""
+
+    model: str
+
+
 @dataclass(frozen=True)
 class Route:
     """name: of the function that answers. is_relayed: in a cluster a replica answers it, as the body says which.
@@ -134,6 +140,11 @@ ROUTES = (
     Route("load", "/load", "vLLM's: how many requests are being answered or wait."),
     Route("models", "/v1/models", "The models served here, and what computes each."),
     Route("model", "/v1/models/{model:name}", "One model served here."),
+    Route("load_model", "/v1/models/load",
+          "Load a model now, where the server was started to allow it; it may be loaded already.", ModelRequest),
+    Route("unload_model", "/v1/models/unload",
+          "Give back a model's memory, where the server was started to allow it and no request uses the model.",
+          ModelRequest),
     Route("load_lora_adapter", "/v1/load_lora_adapter",
           "Serve one more LoRA adapter, where the server was started to allow it.", LoadAdapterRequest),
     Route("unload_lora_adapter", "/v1/unload_lora_adapter",

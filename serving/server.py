@@ -1,13 +1,15 @@
 """`mpt serve`: the app on uvicorn with its engines in the same process, from loading to a clean exit.
 
-HTTP answers at once (`/ready` says 503) while the models load in a thread. On SIGTERM or SIGINT new requests get 503,
-running ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0, even
-while a model is loading. A second signal leaves at once. When an engine has stopped for good the process drains in the
-same way, and leaves with the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a
-server that only fails.
+HTTP answers at once (`/ready` says 503) while the models load in a thread; with `--load on-request` the server is ready
+when it has seen that each can be loaded (`lifecycle.py`). On SIGTERM or SIGINT new requests get 503, running ones may
+finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0, even while a model is
+loading. A second signal leaves at once. When an engine has stopped for good the process drains in the same way, and
+leaves with the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a server that only
+fails.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -18,8 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from mpt.engine.endpoint import open_endpoint
-from mpt.errors import DeviceLost, MachineRefused, UserError
+from mpt.errors import UserError
 from serving.app import make_app
 from serving.batch.service import BatchService
 from serving.connections import timed_protocol
@@ -35,6 +36,7 @@ _LOOK_S = 0.2  # between two looks at whether the engines still run
 def serve(options: ServeOptions) -> None:
     """Serve until told to stop. Raises MPTError if a model cannot be loaded or the port is taken."""
     set_up_logging()
+    gc.freeze()  # what has been imported stays: with it a collection, after an unload, stops everybody for 0.5 s
     serving = Serving(options, loading=set(options.models))
     listener = _listen(options.host, options.port)
     app = make_app(serving)
@@ -77,16 +79,14 @@ class _Server(uvicorn.Server):
     async def _load(self, url: str) -> None:
         serving = self._serving
         try:
-            for name, options in serving.options.models.items():
-                endpoint = await asyncio.to_thread(open_endpoint, name, options, len(serving.loading))
-                while not endpoint.engine.ready and endpoint.engine.failed is None:
-                    await asyncio.sleep(0.005)
-                if (why := endpoint.engine.failed) is not None:
-                    kind = DeviceLost if isinstance(why, DeviceLost) else MachineRefused
-                    raise kind(f"`{name}` cannot answer: {why}")
-                serving.endpoints[name] = endpoint
+            if serving.options.load == "on-request":
+                await serving.lifecycle.check_all()
+                log.info("%d models, each loaded when it is first asked for", len(serving.options.models))
+                serving.loading.clear()
+            for name in [each for each in serving.options.models if each in serving.loading]:
+                await serving.lifecycle.load_at_start(name)
                 serving.loading.discard(name)
-                self._tasks.append(asyncio.create_task(endpoint.grammars.prepare()))
+                self._tasks.append(asyncio.create_task(serving.endpoints[name].grammars.prepare()))
         except BaseException as error:
             self.failure = error
             self.should_exit = True
@@ -95,14 +95,23 @@ class _Server(uvicorn.Server):
         if (batches := self._batches) is not None:
             batches.resume()
         log.info("ready after %.1f s on %s, %s", process_age_s(), url, auth)
+        self._tasks.append(asyncio.create_task(self._unload_idle()))
         await self._leave_when_one_stops()
+
+    async def _unload_idle(self) -> None:
+        while not self._serving.draining:
+            await self._serving.lifecycle.unload_idle()
+            await asyncio.sleep(_LOOK_S)
 
     async def _leave_when_one_stops(self) -> None:
         while not self._serving.draining:
+            if (lost := self._serving.lifecycle.lost) is not None:
+                self.failure = lost
+                await self._drain()
+                return
             for name, endpoint in self._serving.endpoints.items():
                 if (why := endpoint.engine.failed) is not None:
                     self.failure = type(why)(f"`{name}` has stopped: {why}; start the server again")
-                    self._serving.draining = True
                     await self._drain()
                     return
             await asyncio.sleep(_LOOK_S)
@@ -118,13 +127,14 @@ class _Server(uvicorn.Server):
         self._tasks.append(asyncio.create_task(self._drain()))
 
     async def _drain(self) -> None:
+        self._serving.leave()
         engines = [endpoint.engine for endpoint in self._serving.endpoints.values()]
         if self._batches is not None:
             await self._batches.stop()
         log.info("shutting down; running requests may take %.0f s more", self._serving.options.drain_s)
         await asyncio.gather(*(engine.drain(self._serving.options.drain_s) for engine in engines))
         await asyncio.sleep(0.05)  # the last events are on their way to the sockets
-        if self._serving.loading and self.failure is None:
+        if (self._serving.loading or self._serving.lifecycle.n_opening) and self.failure is None:
             _leave_at_once()
         self.should_exit = True
 

@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine
+from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -17,6 +18,8 @@ from serving.errors import ApiError, InternalError
 from serving.wire import OPENAI, Wire
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not hold events back
 
@@ -84,6 +87,25 @@ async def finish(task: asyncio.Task[None], beside: Collection[asyncio.Task[None]
         for each in (task, *beside):
             each.cancel()
         await asyncio.gather(task, *beside, return_exceptions=True)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of the work, which is cancelled when the client goes away; then raises ClientDisconnect.
+
+    The body must have been read before.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(until_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await task
 
 
 async def until_disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -3,8 +3,6 @@
 Not here: who runs when (`mpt/engine/`), which code is taken (`choose.py`), pages on CUDA (`paged_backend.py`).
 """
 
-import contextlib
-import ctypes
 import functools
 import itertools
 import logging
@@ -26,6 +24,7 @@ from mpt.backends.native.step import NativeStep, RowMemory
 from mpt.backends.native.structures import PANEL
 from mpt.backends.packed import PackedModel
 from mpt.errors import MachineRefused
+from mpt.memory import give_back_freed
 from mpt.model import MPTForCausalLM
 
 log = logging.getLogger(__name__)
@@ -143,7 +142,7 @@ class TorchBackend:
     def forward(self, work: Sequence[Work]) -> Tensor:
         self._n_steps += 1
         if self._n_steps % _STEPS_BETWEEN_TRIMS == 0 and self._weight.device.type == "cpu":
-            _give_back_memory()
+            give_back_freed()
         parts = self._parts(work)
         if len(parts) == 1:
             return parts[0][1](work)
@@ -271,8 +270,3 @@ def _at_most(work: Sequence[Work], n_tokens: int) -> list[Work]:
     """The first items that have no more than n_tokens together; one at least."""
     totals = itertools.accumulate(len(item.tokens) for item in work)
     return [item for item, total in zip(work, totals, strict=True) if total <= n_tokens]
-
-
-def _give_back_memory() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -49,6 +49,10 @@ class Adapters:
         """Every adapter there is, loaded or not."""
         return list(available(self._given, self._folder))
 
+    def added(self) -> dict[str, Path]:
+        """Those that `add` has brought, and where they lie."""
+        return {name: self._given[name] for name in self._added}
+
     async def add(self, name: str, path: Path) -> bool:
         """Read an adapter and serve it from now on; False if the same one is served already.
 

@@ -25,19 +25,16 @@ from mpt.engine.grammar import Grammars
 from mpt.engine.prefix_files import PrefixFiles
 from mpt.engine.profile import StepProfile
 from mpt.engine.remote import Address, TritonEngine
+from mpt.engine.room import kv_budget
 from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
-from mpt.errors import MachineRefused, UserError
+from mpt.errors import UserError
 from mpt.fingerprint import fingerprint
-from mpt.memory import available_bytes
 from mpt.options import ModelOptions
-from mpt.packed.layers import packed_bytes
 from mpt.processors import choose_threads
 from mpt.prompts import PromptStyle, open_format
 from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-_KV_SHARE = 0.6  # of the memory that is free once the weights are in, shared by the models
 
 
 @dataclass(frozen=True)
@@ -63,27 +60,38 @@ class Endpoint:
         """No prompt of more bytes can fit the context, however it is tokenized."""
         return self.context_length * self.tokenizer.longest_token_bytes
 
+    @property
+    def kv_growth_bytes(self) -> int:
+        """What its KV cache may still take of the memory that is free: none on a GPU, where it has all of it."""
+        if self.choice is None or self.choice.device == "cuda":
+            return 0
+        stats = self.engine.stats()
+        return max(0, stats.kv_total_bytes - stats.kv_used_bytes - stats.kv_kept_bytes)
+
     @cached_property
     def grammars(self) -> Grammars:
         """What compiles the structure that answers are asked for."""
         return Grammars(self.tokenizer)
 
 
-def open_endpoint(name: str, options: ModelOptions, n_sharing: int = 1) -> Endpoint:
-    """Load one model and start its engine; n_sharing models share the memory that is free. Raises MPTError.
+def open_endpoint(name: str, options: ModelOptions, n_sharing: int = 1, promised_bytes: int = 0) -> Endpoint:
+    """Load one model and start its engine. Raises MPTError.
+
+    n_sharing, promised_bytes: who else will want of the memory that is free, and what others may still take of it
+    (`kv_budget`).
 
     In a thread that ends: each thread that has used torch leaves threads of OpenMP behind, and once a process has more
     of them than cores, libgomp puts all of them to sleep at every barrier (prompts of 128 tokens took 50 % longer).
     """
     with ThreadPoolExecutor(1, "load") as loader:
         try:
-            return loader.submit(_open, name, options, n_sharing).result()
+            return loader.submit(_open, name, options, n_sharing, promised_bytes).result()
         except Exception as error:
             raise_if_lost(error)
             raise
 
 
-def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
+def _open(name: str, options: ModelOptions, n_sharing: int, promised_bytes: int) -> Endpoint:
     address = Address.parse(options.root) if options.is_remote else None
     root = options.root if address is None else address.checkpoint
     folder, entry = resolve(root), describe(root)
@@ -112,12 +120,14 @@ def _open(name: str, options: ModelOptions, n_sharing: int) -> Endpoint:
         memory = f"`{address.model}` of Triton at {address.server}"
     else:
         backend = open_backend(choice, folder, options)
-        kv_bytes = options.kv_bytes or _default_kv_bytes(backend, context, options.max_running, choice, n_sharing)
+        kv_bytes, why = options.kv_bytes or 0, "as told"
+        if not kv_bytes:
+            kv_bytes, why = kv_budget(backend, context, options.max_running, choice, n_sharing, promised_bytes)
         prefixes = None if options.prefix_cache is None else _prefix_files(name, folder, options, choice, backend)
         engine = _engine(name, backend, tokenizer, options, context, kv_bytes, prefixes)
         if backend.model is not None and choice.capabilities.takes_adapters:
             adapters = Adapters(options.named_adapters, options.adapters, backend.model, engine.stop_if_lost)
-        memory = f"KV cache {engine.stats().kv_total_bytes / 1e9:.2f} GB"
+        memory = f"KV cache {engine.stats().kv_total_bytes / 1e9:.2f} GB ({why})"
     engine.start()
     endpoint = Endpoint(
         name=name,
@@ -218,15 +228,3 @@ def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: Mod
         raise UserError(f"`{options.draft}` has another tokenizer than `{name}`; a draft must read the same tokens")
     model = load(folder, dtype=torch.bfloat16, device="cpu")
     return Speculation(DraftModel(TorchBackend(model), min(backend.vocab_size, model.config.vocab_size)))
-
-
-def _default_kv_bytes(backend: Backend, context: int, max_running: int, choice: Choice, n_sharing: int) -> int:
-    """Room for every row at full context, or this model's share of the free memory if that is less."""
-    free = torch.cuda.mem_get_info()[0] if choice.device == "cuda" else available_bytes()
-    if choice.stay_packed and backend.model is not None:
-        free -= packed_bytes(backend.model)  # mapped: they count as free until they are read
-    share = int(free * _KV_SHARE / n_sharing)
-    wanted = backend.bytes_per_token * backend.capacity_for(context) * max_running
-    if share < backend.bytes_per_token * backend.capacity_for(1):
-        raise MachineRefused(f"{free / 1e9:.1f} GB of memory are free: too little for a KV cache; serve fewer models")
-    return min(share, wanted)

@@ -20,6 +20,7 @@ REASONS = {
     403: "This server does not allow it.",
     404: "There is no such model, adapter, response, file or batch.",
     408: "The body did not come in time.",
+    409: "The model is in use.",
     413: "The body is over the limit, as it came or unpacked.",
     415: "The body is not JSON in UTF-8, or is packed in a way that is not taken.",
     429: "Over the requests or tokens per minute of this key.",
@@ -57,6 +58,7 @@ _CARD = {
     "id": _MODEL, "object": "model", "created": 1795221991, "owned_by": "mpt", "root": _MODEL, "parent": None,
     "max_model_len": 2048, "context_length": 2048, "prompt_style": "chatml", "licence": "Apache-2.0",
     "runs": {"backend": "torch", "device": "cpu", "precision": "bfloat16", "steps": {"steps of one token": _RUNS}},
+    "state": "loaded",
 }  # fmt: skip
 _DETAILS = {
     "parent_model": "", "format": "safetensors", "family": "mpt", "families": ["mpt"], "parameter_size": "",
@@ -190,6 +192,14 @@ ANSWERS: dict[str, Answer] = {
     "load": Answer(shapes.Load, example={"server_load": 0}),
     "models": Answer(shapes.Models, example={"object": "list", "data": [_CARD]}),
     "model": Answer(shapes.Model, also=(404, 503), example=_CARD),
+    "load_model": Answer(
+        shapes.ModelState, also=(403, 404, 503), asked={"model": _MODEL},
+        example={"id": _MODEL, "object": "model", "state": "loaded"},
+    ),
+    "unload_model": Answer(
+        shapes.ModelState, also=(403, 404, 409, 503), asked={"model": _MODEL},
+        example={"id": _MODEL, "object": "model", "state": "unloaded"},
+    ),
     "load_lora_adapter": Answer(
         shapes.Loaded, also=(403, 404, 503), asked={"lora_name": f"{_MODEL}:mine", "lora_path": "mine"},
         example={"id": f"{_MODEL}:mine", "object": "model", "loaded": True},

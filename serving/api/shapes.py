@@ -192,6 +192,9 @@ class Embeddings(Shape):
     usage: PromptUsage
 
 
+State = Literal["loaded", "loading", "unloaded", "failed"]
+
+
 class Step(Shape):
     runs: str
     why_not_faster: str | None
@@ -220,6 +223,14 @@ class Model(Shape):
     prompt_style: Literal["none", "instruct", "chatml", "template"]
     licence: str
     runs: Runs | None
+    state: State | None = None  # in one process; a cluster's replicas come and go by themselves
+    reason: str | None = None  # why it is `failed`
+
+
+class ModelState(Shape):
+    id: str
+    object: Literal["model"]
+    state: State
 
 
 class Models(Shape):

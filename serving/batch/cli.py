@@ -8,7 +8,7 @@ import typer
 from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, ThreadsOption
 from mpt.errors import UserError
 from mpt.options import TRITON, ModelOptions
-from serving.cli import model_sources
+from serving.sources import model_sources
 
 
 def run_batch(

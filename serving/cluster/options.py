@@ -19,6 +19,15 @@ NO_KEYS = (
     "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, or "
     "`no_auth: true` to serve everybody who reaches it"
 )
+# Options of `mpt serve` about which models are in its one process, and what does the same here.
+SCALES = "its replicas follow the requests: give the model `min_replicas: 0`, and `downscale_delay_s` before it goes"
+_OF_ONE_PROCESS = {
+    "load": SCALES,
+    "idle_unload": SCALES,
+    "max_loaded": "the cluster runs what has room: give each model `num_cpus`, `num_gpus` and `max_replicas`",
+    "models_dir": "write each model under `models`, with its `root`",
+    "allow_model_loading": SCALES,
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,8 @@ def _read(kind: Any, given: Mapping[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in given.items():
+        if (instead := _OF_ONE_PROCESS.get(str(key).replace("-", "_"))) is not None:
+            raise UserError(f"`{where}{key}` is an option of `mpt serve`, not of a cluster; {instead}")
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, 1)
             raise UserError(

@@ -25,7 +25,7 @@ import mpt
 from mpt.engine.adapters import split_name
 from serving.app import add_errors, versions
 from serving.auth import Door, Keys
-from serving.cluster.options import ClusterOptions
+from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
 from serving.dialects.anthropic import CountRequest, MessagesRequest
@@ -133,6 +133,9 @@ def _listing(
             "`mpt run-batch requests.jsonl results.jsonl --url` and this cluster's URL"
         )
 
+    async def model_loading(_: Request) -> Response:
+        raise NotFound(f"a cluster loads no models by request; {SCALES}")
+
     async def models() -> Response:
         return as_json({"object": "list", "data": await all_cards()})
 
@@ -189,6 +192,7 @@ def _listing(
     return {
         "models": models, "model": model, "health": health, "ready": ready, "version": version, "metrics": scrape,
         "load_lora_adapter": adapter_loading, "unload_lora_adapter": adapter_loading, "load": load,
+        "load_model": model_loading, "unload_model": model_loading,
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
         "ollama_version": ollama_version, "root": welcome,

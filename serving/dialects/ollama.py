@@ -1,12 +1,14 @@
 """Ollama's chat, generate and embed as chats, completions and embeddings. Source: Ollama's `docs/api.md`.
 
 Streams are lines of JSON. A stream is what a client gets that does not say otherwise. A request without a prompt or
-messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten; here every model stays loaded.
+messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten; how long a model stays is the server's to say.
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import aclosing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -21,6 +23,7 @@ from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
 
 LATEST = ":latest"
+_NEVER = "9999-12-31T23:59:59Z"
 
 _NAMES = {  # ours, and what they are called here
     "max_tokens": "options.num_predict",
@@ -119,7 +122,7 @@ class _Asked(Strict):
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: Options | None = None
-    keep_alive: Any = None  # every model stays loaded; it is told back where a request asks for nothing else
+    keep_alive: Any = None  # the server's to say (`--idle-unload`); told back where a request asks for nothing else
 
     def model_name(self) -> str:
         return self.model.removesuffix(LATEST)
@@ -297,16 +300,26 @@ def tags(cards: list[dict[str, Any]]) -> dict[str, Any]:
     return {"models": [_tag(card) for card in cards]}
 
 
-def running(cards: list[dict[str, Any]]) -> dict[str, Any]:
-    """`GET /api/ps`: every model that is served is loaded."""
-    return {"models": [{**_tag(card), "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0} for card in cards]}
+def running(
+    cards: list[dict[str, Any]], idle_s_left: Mapping[str, float | None] = MappingProxyType({})
+) -> dict[str, Any]:
+    """`GET /api/ps`, of the entries of the models that are loaded.
+
+    idle_s_left: how soon each of them, by its name, is unloaded if nobody asks for it; None, or absent, for never.
+    """
+    found = []
+    for card in cards:
+        left_s = idle_s_left.get(card["parent"] or card["id"])
+        expires = _NEVER if left_s is None else _written(datetime.now(UTC) + timedelta(seconds=left_s))
+        found.append({**_tag(card), "expires_at": expires, "size_vram": 0})
+    return {"models": found}
 
 
 def _tag(card: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": card["id"],
         "model": card["id"],
-        "modified_at": datetime.fromtimestamp(card["created"], UTC).isoformat().replace("+00:00", "Z"),
+        "modified_at": _written(datetime.fromtimestamp(card["created"], UTC)),
         "size": 0,
         "digest": "",
         "details": _details(card),
@@ -342,4 +355,8 @@ def shown(card: dict[str, Any]) -> dict[str, Any]:
 
 def now() -> str:
     """As Ollama writes times."""
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return _written(datetime.now(UTC))
+
+
+def _written(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")

@@ -182,3 +182,17 @@ def test_a_model_keeps_its_packed_matrices_and_cannot_be_saved(tmp_path: Path) -
     with pytest.raises(UserError, match="packed, so it cannot be saved"):
         mpt.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_mapped_once_and_as_long_as_one_of_its_tensors_is_there(tmp_path: Path) -> None:
+    """/proc tells; an unloaded model must let go of its files."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(64)))
+    halves = [StoredTensor(path, offset, torch.uint8, (32,)).map() for offset in (0, 32)]
+    maps = Path("/proc/self/maps")
+    assert maps.read_text().count(str(path)) == 1
+    last = halves.pop()
+    halves.clear()
+    assert last is not None and last.tolist() == list(range(32, 64)) and str(path) in maps.read_text()
+    del last
+    assert str(path) not in maps.read_text()
