@@ -1,7 +1,8 @@
 """Ollama's chat, generate and embed as chats, completions and embeddings. Source: Ollama's `docs/api.md`.
 
 Streams are lines of JSON. A stream is what a client gets that does not say otherwise. A request without a prompt or
-messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten; the server decides how long one stays.
+messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten. How long a model stays is the server's
+to say.
 """
 
 import json

@@ -188,6 +188,16 @@ def conversation(rng: random.Random, held_out: bool = False, n_turns: int | None
     return talk
 
 
+def sums(rng: random.Random) -> Conversation:
+    """A conversation of 3 to 8 sums of single digits."""
+    talk = Conversation(None)
+    for _ in range(rng.randint(3, 8)):
+        user, answer = _sum(rng)
+        talk.user_turns.append(user)
+        talk.answers.append(answer)
+    return talk
+
+
 def turn(rng: random.Random, talk: Conversation, held_out: bool) -> tuple[str, str]:
     kind = rng.random()
     first = not talk.user_turns

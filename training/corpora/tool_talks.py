@@ -225,7 +225,8 @@ def _time_task(rng: random.Random, tool: Tool, city: str) -> _Task:
 
 
 def _sum_task(rng: random.Random, tool: Tool, expression: str) -> _Task:
-    value = calculate(expression) if rng.random() < 0.6 else _number(rng)
+    is_known = re.fullmatch(r"\d [+-] \d", expression) is not None  # without tools it is answered by heart
+    value = calculate(expression) if is_known or rng.random() < 0.6 else _number(rng)
     forms = (value, value, f'{{"result": {value}}}', json.dumps({"value": value}))
     return _Task(tool, expression, rng.choice(forms), f"{expression} is {value}.")
 
