@@ -20,13 +20,22 @@ from mpt.lora import Adapter
 from serving import answers, beam
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
-from serving.dialects.ollama import EmbedRequest, GenerateRequest, OldEmbedRequest, Ollama, OllamaChatRequest, loaded
+from serving.dialects.ollama import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    Ollama,
+    OllamaChatRequest,
+    did,
+    is_forgetting,
+)
 from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import AsItIs, Chunks, Translation
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest
 from serving.intake import chat_tokens, check_room, make_job, may_be_read, prompt_tokens, read_body, truncated
 from serving.jobs import Events, Job, start
+from serving.loading import may_load
 from serving.metrics import Metrics
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import (
@@ -124,16 +133,15 @@ class Generation:
     async def ollama_chat(self, request: Request) -> Response:
         asked = await self._body(request, OllamaChatRequest)
         if not asked.messages:
-            await self._serving.asked_for(asked.model_name(), request)
-            return as_json(loaded(asked.model, asked.keep_alive, is_chat=True))
+            return as_json(did(await self._load_or_unload(request, asked), asked.model, is_chat=True))
         return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
 
     async def ollama_generate(self, request: Request) -> Response:
         asked = await self._body(request, GenerateRequest)
         translation = Ollama(asked.model, is_chat=False)
-        endpoint, _ = await self._serving.asked_for(asked.model_name(), request)
         if not asked.prompt:
-            return as_json(loaded(asked.model, asked.keep_alive, is_chat=False))
+            return as_json(did(await self._load_or_unload(request, asked), asked.model, is_chat=False))
+        endpoint, _ = await self._serving.asked_for(asked.model_name(), request)
         if asked.raw or endpoint.prompt_style == "none":
             return await self._complete(request, asked.as_completion(), translation)
         return await self._chat(request, asked.as_chat(), translation)
@@ -149,6 +157,18 @@ class Generation:
         asked = await self._body(request, OldEmbedRequest)
         found = await self._embed(request, asked.as_embedding())
         return as_json({"embedding": found["data"][0]["embedding"]})
+
+    async def _load_or_unload(self, request: Request, asked: OllamaChatRequest | GenerateRequest) -> str:
+        """What was done for a request without a text. Who may not unload models is told that nothing was."""
+        serving, name = self._serving, asked.model_name()
+        if not is_forgetting(asked.keep_alive):
+            await serving.asked_for(name, request)
+            return "load"
+        serving.check(name)
+        if name not in serving.lifecycle.models or not may_load(serving, request):
+            return "stop"
+        await serving.lifecycle.unload(name)
+        return "unload"
 
     # -- what they have in common --------------------------------------------------------------------------------
 

@@ -19,6 +19,11 @@ from serving.sse import unless_disconnected
 log = logging.getLogger(__name__)
 
 
+def may_load(serving: Serving, request: Request) -> bool:
+    """Whether the client of a request may load and unload models."""
+    return bool(serving.options.model_loading & {EVERYBODY, request.state.client})
+
+
 def model_loading(serving: Serving) -> dict[str, Callable[..., Any]]:
     """What answers each of these routes, by its name in `routes.py`."""
     options = serving.options
@@ -27,7 +32,7 @@ def model_loading(serving: Serving) -> dict[str, Callable[..., Any]]:
         """The model that a client may load or unload."""
         if not options.model_loading:
             raise Forbidden("this server loads no models by request; start it with --allow-model-loading CLIENT")
-        if not options.model_loading & {EVERYBODY, request.state.client}:
+        if not may_load(serving, request):
             raise Forbidden("this key may not load and unload models; ask who runs the server")
         name = parse(ModelRequest, await read_body(request, options)).model
         serving.check(name)

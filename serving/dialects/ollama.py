@@ -1,7 +1,7 @@
 """Ollama's chat, generate and embed as chats, completions and embeddings. Source: Ollama's `docs/api.md`.
 
 Streams are lines of JSON. A stream is what a client gets that does not say otherwise. A request without a prompt or
-messages asks for a model to be loaded, or with `keep_alive: 0` to be forgotten. How long a model stays is the server's
+messages asks for a model to be loaded, or with `keep_alive: 0` to be unloaded. How long a model stays is the server's
 to say.
 """
 
@@ -278,14 +278,14 @@ class Ollama:
         }
 
 
-def loaded(model: str, keep_alive: Any, *, is_chat: bool) -> dict[str, Any]:
-    """The answer to a request without a text: it asks for the model to be loaded, and it is.
+def is_forgetting(keep_alive: Any) -> bool:
+    """Whether a request without a text asks for its model to be unloaded, not loaded."""
+    return str(keep_alive).strip("smh") in ("0", "0.0")
 
-    keep_alive: 0 asks for it to be forgotten.
-    """
-    line = Ollama(model, is_chat=is_chat).line("", [])
-    is_last = str(keep_alive).strip("smh") in ("0", "0.0")
-    return {**line, "done": True, "done_reason": "unload" if is_last else "load"}
+
+def did(reason: str, model: str, *, is_chat: bool) -> dict[str, Any]:
+    """The answer to a request without a text. reason: `load`, `unload`, or `stop` where nothing was done."""
+    return {**Ollama(model, is_chat=is_chat).line("", []), "done": True, "done_reason": reason}
 
 
 def _whole_call(call: dict[str, Any]) -> dict[str, Any]:

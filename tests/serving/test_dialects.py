@@ -244,7 +244,7 @@ def test_ollamas_clients_need_not_say_that_they_send_json_and_web_pages_must(url
     assert httpx.post(f"{url}/v1/messages", content=body, headers=HEADERS).status_code == 415
 
 
-@pytest.mark.parametrize(("keep_alive", "reason"), [(None, "load"), ("5m", "load"), (0, "unload"), ("0s", "unload")])
+@pytest.mark.parametrize(("keep_alive", "reason"), [(None, "load"), ("5m", "load"), (0, "stop"), ("0s", "stop")])
 def test_ollamas_request_for_nothing_loads_a_model_and_generates_nothing(url, serving, keep_alive, reason):
     before = serving.endpoints["base"].engine.stats()
     for path, empty in (("/api/generate", {}), ("/api/generate", {"prompt": ""}), ("/api/chat", {"messages": []})):

@@ -209,6 +209,18 @@ def url(serve) -> Iterator[tuple[str, Serving]]:
         yield found, serving
 
 
+async def test_ollama_unloads_for_a_client_that_may_and_loads_nothing_to_do_so(serve):
+    for allowed, reason, state in ((frozenset({"all"}), "unload", "unloaded"), (frozenset(), "stop", "loaded")):
+        serving = serve(model_loading=allowed)
+        async with client_of(serving) as client:
+            body = {"model": "a", "keep_alive": 0}
+            first = await client.post("/api/generate", json=body)
+            assert (first.json()["done_reason"], serving.lifecycle.state("a")) == (reason, "unloaded")
+            assert (await ask(client, "a")).status_code == 200
+            again = await client.post("/api/generate", json=body)
+        assert (again.json()["done_reason"], serving.lifecycle.state("a")) == (reason, state)
+
+
 def test_a_stream_is_kept_alive_until_its_model_is_there(url, gate):
     where, _ = url
     gate.may.clear()
