@@ -234,8 +234,8 @@ def malformed(rng: random.Random, model: Model) -> Malformed:
     """One of the requests nobody should send."""
     good: Json = {"model": model.name, "prompt": "a", "max_tokens": 1}
     raw = orjson.dumps(good)
-    bad_type = rng.choice(({"n": "2"}, {"max_tokens": 1.5}, {"stream": 1}, {"prompt": 7}, {"model": None}))
-    bad_value = rng.choice(({"n": 99}, {"temperature": -1}, {"top_p": 2}, {"max_tokens": -1}, {"seed": 2**63}))
+    bad_type = rng.choice(({"n": "2"}, {"max_tokens": 1.5}, {"stream": 1}, {"prompt": 7}, {"model": 7}))
+    bad_value = rng.choice(({"n": 999}, {"temperature": -1}, {"top_p": 2}, {"max_tokens": -2}, {"seed": 2**63}))
     nested = b"[" * 5000 + b"]" * 5000
     pick = rng.choices(range(14), weights=[8] * 12 + [1, 1])[0]
     return (

@@ -155,7 +155,8 @@ def test_c_computes_with_blocks_as_they_lie(kind: str, n_tokens: int, tmp_path: 
         row.length += len(tokens)
     expected = float64.logits(values_of(path), ids, 4)
     error = (torch.cat(found) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error < 0.03, error  # inputs and keys are rounded to bfloat16
+    # Keys are rounded to bfloat16, and the inputs of blocks to 8 bits for each 32, which random offsets amplify.
+    assert error < 0.08, error
 
 
 def gptq_in_order(bits: int) -> Any:
@@ -194,7 +195,7 @@ def test_c_computes_with_four_bits_of_awq_and_gptq(bits: Any, tmp_path: Path) ->
             found.append(backend.forward([Work(row, ids[start : start + at_once], at_once)]).double())
             row.length += at_once
         error = (torch.cat(found) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-        assert error < 0.02, error
+        assert error < 0.05, error
     assert backend.model is not None
     matrix = backend.model.transformer.blocks[0].ffn.up_proj.matrix
     assert matrix.kind == "Q4_1"

@@ -274,6 +274,8 @@ async def test_a_replica_that_ray_gives_up_ends_its_streams_though_its_socket_is
     replica = Replica(silent)
     fleet = FakeFleet([await replica.start()])
     asked = asyncio.create_task(ask(fleet, True))
+    while fleet.lost is None or not replica.n_asked:
+        await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)
     fleet.lost.set_exception(ReplicaLost("ActorDiedError"))
     answer = await asyncio.wait_for(asked, 5)
