@@ -43,7 +43,10 @@ def check(job: Job) -> None:
 async def search(
     job: Job, submit: Callable[[list[int], Sampling], Answer], length_penalty: float
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """The best beams of each prompt, best first, as the events of so many samples. Raises ApiError."""
+    """The best beams of each prompt, best first, as the events of so many samples. Raises ApiError.
+
+    submit: queues one step of one beam; whatever time is left is its deadline.
+    """
     for at, prompt in enumerate(job.prompts):
         try:
             beams = await _best(job, prompt, submit, length_penalty)
@@ -69,7 +72,7 @@ async def _best(
         return beam.score(len(prompt), length_penalty)
 
     for _ in range(job.sampling.max_tokens):
-        told = await asyncio.gather(*(_next(submit([*prompt, *beam.tokens], step)) for beam in beams))
+        told = await asyncio.gather(*(_next(submit, [*prompt, *beam.tokens], step) for beam in beams))
         grown = [
             Beam((*beam.tokens, token), beam.total + logprob, token in ends)
             for beam, following in zip(beams, told, strict=True)
@@ -80,8 +83,9 @@ async def _best(
     return sorted([*ended, *beams], key=score, reverse=True)[:width]
 
 
-async def _next(answer: Answer) -> TokenLogprob:
-    """What may follow, with its log-probabilities."""
+async def _next(submit: Callable[[list[int], Sampling], Answer], tokens: list[int], step: Sampling) -> TokenLogprob:
+    """What may follow these tokens, with its log-probabilities."""
+    answer = submit(tokens, step)
     try:
         async for event in answer:
             if isinstance(event, Delta) and event.logprobs:

@@ -5,6 +5,7 @@ are embedded. A dialect's body becomes one of these, and its `Translation` gives
 """
 
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from starlette.responses import Response
 
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.request import Sampling
+from mpt.engine.sequence import Answer
 from mpt.lora import Adapter
 from serving import answers, beam
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
@@ -30,7 +32,7 @@ from serving.dialects.ollama import (
     is_forgetting,
 )
 from serving.dialects.responses import Responses, ResponsesRequest
-from serving.dialects.translation import AsItIs, Chunks, Translation
+from serving.dialects.translation import Chunks, Translation
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest
 from serving.intake import chat_tokens, check_room, make_job, may_be_read, prompt_tokens, read_body, truncated
@@ -91,10 +93,10 @@ class Generation:
     # -- the routes ----------------------------------------------------------------------------------------------
 
     async def completions(self, request: Request) -> Response:
-        return await self._complete(request, await self._body(request, CompletionRequest), AsItIs())
+        return await self._complete(request, await self._body(request, CompletionRequest), Translation())
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._chat(request, await self._body(request, ChatRequest), AsItIs())
+        return await self._chat(request, await self._body(request, ChatRequest), Translation())
 
     async def embeddings(self, request: Request) -> Response:
         asked = await self._body(request, EmbeddingRequest)
@@ -211,9 +213,14 @@ class Generation:
         salt = request.state.salt
         if job.length_penalty is None:
             return start(job, self._metrics, deadline_s=left_s, salt=salt)
-        submit = partial(
-            job.endpoint.engine.submit, request_id=job.id, deadline_s=left_s, salt=salt, adapter=job.adapter
-        )
+        until = time.monotonic() + left_s
+
+        def submit(tokens: list[int], sampling: Sampling) -> Answer:
+            left_s = max(0.0, until - time.monotonic())
+            return job.endpoint.engine.submit(
+                tokens, sampling, request_id=job.id, deadline_s=left_s, salt=salt, adapter=job.adapter
+            )
+
         return beam.search(job, submit, job.length_penalty)
 
     async def _whole(self, request: Request, job: Job, whole: Whole) -> dict[str, Any]:
@@ -234,7 +241,8 @@ class Generation:
         if asked.stream and translation.wire.keep_alive and self._serving.must_wait(asked.model):
             events = self._once_loaded(request, asked.model, translation, prepare)
         else:
-            prepared = await prepare(*await self._serving.asked_for(asked.model, request))
+            found = await self._serving.asked_for(asked.model, request)
+            prepared = await _in_the_names_of(translation, prepare(*found))
             if not asked.stream:
                 translation.begin(prepared.job)
                 answer = translation.whole(await self._whole(request, prepared.job, prepared.whole))
@@ -255,10 +263,19 @@ class Generation:
 
     async def _once_loaded(self, request: Request, model: str, translation: Translation, prepare: Prepare) -> Chunks:
         """The events of a stream that begins while its model is not there. Raises ApiError, as its last event."""
-        prepared = await prepare(*await self._serving.chosen(model, request.state.hold))
+        found = await self._serving.chosen(model, request.state.hold)
+        prepared = await _in_the_names_of(translation, prepare(*found))
         async with contextlib.aclosing(self._events(request, translation, prepared)) as events:
             async for event in events:
                 yield event
+
+
+async def _in_the_names_of(translation: Translation, preparing: Awaitable[_Prepared]) -> _Prepared:
+    """What is prepared. Raises InvalidRequest about fields as the client called them."""
+    try:
+        return await preparing
+    except InvalidRequest as error:
+        raise translation.in_its_names(error) from None
 
 
 async def _completion(
@@ -275,8 +292,9 @@ async def _completion(
     check_room(endpoint, longest, wanted, "prompt")
     job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
     if asked.echo:
+        whole = asked.truncate_prompt_tokens is None
         pairs = zip(texts_or_ids, prompts, strict=True)
-        job.echo = [p if isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
+        job.echo = [p if whole and isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
     return _Prepared(
         job,
         lambda events: answers.completion_chunks(job, events, logprobs=asked.logprobs),

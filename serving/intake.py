@@ -15,7 +15,7 @@ from mpt.engine.request import Sampling
 from mpt.errors import DamagedFile, UserError
 from mpt.lora import Adapter
 from mpt.prompts import encode_chat
-from mpt.tools import ToolUse
+from mpt.tools import ToolUse, describe
 from serving.encodings import TAKEN, unpacked
 from serving.errors import BodyTimeout, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.jobs import Job
@@ -124,6 +124,9 @@ async def chat_tokens(endpoint: Endpoint, asked: Any, tools: ToolUse | None = No
     check_messages(messages)
     turns = [message.as_message() for message in messages]
     check_size(endpoint, [turn["content"] for turn in turns], "messages")
+    check_size(endpoint, [call.arguments for turn in turns for call in turn.get("calls", ())], "messages")
+    if tools is not None:
+        check_size(endpoint, [describe(tools.tools)], "tools")
     if asked.continue_final_message and asked.add_generation_prompt:
         message = "`continue_final_message` contradicts `add_generation_prompt: true`; send one of them"
         raise InvalidRequest(message, param="continue_final_message")

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from serving.dialects.translation import Chunks, given, with_usage
+from serving.dialects.translation import Chunks, Translation, given, with_usage
 from serving.errors import InvalidRequest
-from serving.jobs import Job
 from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import ChatRequest
 from serving.protocol.messages import TOOL_NAME, Lenient
@@ -159,13 +158,10 @@ def _choice(choice: AnthropicChoice) -> Any:
     return "required" if choice.type == "any" else choice.type
 
 
-class Messages:
+class Messages(Translation):
     """The answer of a chat as Anthropic's."""
 
     wire, shortens = ANTHROPIC, True
-
-    def begin(self, job: Job) -> None:
-        pass
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Anthropic's message."""

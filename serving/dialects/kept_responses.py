@@ -34,6 +34,10 @@ class KeptResponses:
     def add(self, salt: str, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
         """Keep a response of the client that salt stands for."""
         kept = Kept(response, messages, len(orjson.dumps([response, messages])))
+        if (
+            before := self._kept.pop((salt, response["id"]), None)
+        ) is not None:  # a client chose its request's id twice
+            self._n_bytes -= before.n_bytes
         self._kept[salt, response["id"]] = kept
         self._n_bytes += kept.n_bytes
         while len(self._kept) > self._max_kept or self._n_bytes > self._max_bytes:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from serving.dialects.translation import Chunks, given, with_usage
+from serving.dialects.translation import Chunks, Translation, given, with_usage
 from serving.errors import InvalidRequest
 from serving.jobs import Job
 from serving.protocol.body import NoNulls, Strict, Whole, translated
@@ -216,10 +216,10 @@ class ShowRequest(NoNulls):
         return name.removesuffix(LATEST)
 
 
-class Ollama:
+class Ollama(Translation):
     """The answer of a chat or of a completion as Ollama's."""
 
-    wire, shortens = OLLAMA, True
+    wire, shortens, names = OLLAMA, True, _NAMES
 
     def __init__(self, model: str, *, is_chat: bool) -> None:
         self._model, self._is_chat = model, is_chat

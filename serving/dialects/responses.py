@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from serving.dialects.translation import Chunks, given, with_usage
+from serving.dialects.translation import Chunks, Translation, given, with_usage
 from serving.errors import ApiError, InternalError, InvalidRequest
-from serving.jobs import Job
 from serving.protocol.body import Strict, Whole, translated
 from serving.protocol.generation import MAX_TOP_LOGPROBS, ChatRequest, drawn_fields
 from serving.protocol.messages import TOOL_NAME, Lenient
@@ -168,7 +167,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str) 
 
 
 @dataclass
-class Responses:
+class Responses(Translation):
     """The answer of a chat as a response, whole or in events."""
 
     asked: ResponsesRequest
@@ -176,11 +175,7 @@ class Responses:
     is_stored: bool
     created: int = field(default_factory=lambda: int(time.time()))
     output: list[dict[str, Any]] = field(default_factory=list)  # the items of the answer, as they come
-    wire = RESPONSES
-    shortens = False
-
-    def begin(self, job: Job) -> None:
-        pass
+    wire, names = RESPONSES, _NAMES
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The response of a whole answer."""

@@ -1,44 +1,41 @@
 """What a dialect gives for one request: the answer of a chat or completion in its own shape, whole or streamed."""
 
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+import re
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 
+from serving.errors import InvalidRequest
 from serving.jobs import Job
 from serving.wire import OPENAI, Wire
 
 Chunks = AsyncGenerator[dict[str, Any], None]
 
 
-class Translation(Protocol):
-    wire: Wire
-    shortens: bool  # a limit of the answer over the room there is means all the room: clients must send one
+class Translation:
+    """OpenAI's own; a dialect overrides what it has otherwise."""
+
+    wire: Wire = OPENAI
+    shortens = False  # a limit of the answer over the room there is means all the room: clients must send one
+    names: Mapping[str, str] = {}
 
     def begin(self, job: Job) -> None:
         """Called with the request at work, before its answer is asked for."""
-        ...
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         """The whole answer."""
-        ...
-
-    def events(self, chunks: Chunks) -> Chunks:
-        """The events of a stream."""
-        ...
-
-
-class AsItIs:
-    """OpenAI's own."""
-
-    wire, shortens = OPENAI, False
-
-    def begin(self, job: Job) -> None:
-        pass
-
-    def whole(self, answer: dict[str, Any]) -> dict[str, Any]:
         return answer
 
     def events(self, chunks: Chunks) -> Chunks:
+        """The events of a stream."""
         return chunks
+
+    def in_its_names(self, error: InvalidRequest) -> InvalidRequest:
+        """An error about a field as the client called it."""
+        field = (error.param or "").partition("[")[0].partition(".")[0]
+        if field not in self.names:
+            return error
+        said = re.sub(rf"`{field}[^`]*`", f"`{self.names[field]}`", str(error))
+        return InvalidRequest(said, code=error.code, param=self.names[field], **error.numbers)
 
 
 def with_usage(asked: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,9 @@ async def test_a_real_server_streams_counts_and_reports_progress(real_server: An
     cards = await server.models()
     assert cards[0]["id"] == "mpt-tiny"
     assert server.find(cards, "chatml")["id"] == "mpt-tiny-chat"
-    pieces = await collected(server.complete("mpt-tiny", "Once upon a time", max_tokens=8, logprobs=5, progress=True))
+    pieces = await collected(
+        server.complete("mpt-tiny", "Once upon a time", max_tokens=8, logprobs=5, progress=True, temperature=0)
+    )
     usage = next(piece.usage for piece in pieces if piece.usage)
     assert usage["completion_tokens"] == 8
     assert sum(len(piece.logprobs or ()) for piece in pieces) == 8

@@ -127,6 +127,25 @@ def test_errors_have_the_shape_of_their_api(url, path):
         assert word in ERRORS[path](answer.json())
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "field"),
+    [
+        ("/v1/responses", {"input": "a" * 600}, "input"),
+        ("/v1/responses", {"input": [{"role": "user", "content": None}]}, "input"),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": {"type": "odd"}}}}, "text.format"),
+        ("/api/chat", {"format": {"type": "odd"}}, "format"),
+    ],
+)
+def test_errors_call_fields_as_the_client_did(url, path, more, field):
+    answer = post(url, path, {**BODIES[path], **more})
+    said = ERRORS[path](answer.json())
+    assert answer.status_code == 400 and "messages" not in said and "response_format" not in said
+    if path == "/v1/responses":
+        assert answer.json()["error"]["param"] == field
+    else:
+        assert f"`{field}`" in said
+
+
 def test_anthropics_own_header_is_a_key(url):
     answer = post(url, "/v1/messages", BODIES["/v1/messages"], {"x-api-key": KEY})
     assert answer.status_code == 200
@@ -198,6 +217,10 @@ def test_the_least_recently_used_responses_go_first():
     assert kept.get("me", "a") and kept.get("me", "c")
     with pytest.raises(NotFound):
         kept.get("me", "b")
+    twice = KeptResponses(max_bytes=150)  # a client chose the id of its request, and chose it again
+    for _ in range(5):
+        twice.add("me", {"id": "a"}, [{"role": "user", "content": "x" * 60}])
+    assert twice.get("me", "a")
     small = KeptResponses(max_bytes=150)
     small.add("me", {"id": "a"}, [{"role": "user", "content": "x" * 60}])
     small.add("me", {"id": "b"}, [{"role": "user", "content": "x" * 60}])

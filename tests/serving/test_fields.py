@@ -244,6 +244,11 @@ async def test_ollamas_embeddings_lose_their_end_unless_that_is_refused(serving)
     assert (await post(serving, "/api/embed", {"model": "base", "input": text, "truncate": False})).status_code == 400
 
 
+async def test_an_echo_is_of_the_prompt_that_was_read(serving):
+    asked = {**TEXT, "prompt": "abcdef", "max_tokens": 0, "echo": True, "truncate_prompt_tokens": 2}
+    assert (await post(serving, "/v1/completions", asked)).json()["choices"][0]["text"] == "ef"
+
+
 async def test_a_final_message_is_continued_and_echoed(serving, tokenizer):
     messages = [*CHAT["messages"], {"role": "assistant", "content": "Good "}]
     asked = {"model": "base", "messages": messages, "max_tokens": 3, "echo": True, "return_token_ids": True}

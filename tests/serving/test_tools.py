@@ -190,6 +190,22 @@ async def test_bad_declarations_are_refused_by_name(serving, more, param):
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
+@pytest.mark.parametrize("where", ["description", "arguments"])
+async def test_tools_that_cannot_fit_are_refused_before_they_are_read(serving, monkeypatch, where):
+    """A description of 20 MB took half a minute to tokenize."""
+    monkeypatch.setattr("serving.intake.encode_chat", None)  # not to be reached
+    long = "word " * 10_000
+    call = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": long}}
+    body = {"model": "base", "messages": ASKED, "tools": [CLOCK]}
+    if where == "arguments":
+        body["messages"] = [*ASKED, {"role": "assistant", "tool_calls": [call]}]
+    else:
+        body["tools"] = [{"type": "function", "function": {"name": "clock", "description": long}}]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(serving)), base_url="http://test") as client:
+        response = await client.post("/v1/chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 async def test_an_image_is_refused_in_words(serving):
     part = {"type": "image_url", "image_url": {"url": "data:"}}
     body = {"model": "base", "messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}]}
