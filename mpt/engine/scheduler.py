@@ -90,7 +90,8 @@ class Scheduler:
         for sequence in sequences:
             if self._disk is not None and sequence.index == 0 and not scoring.reads_all(sequence):
                 request = sequence.request
-                sequence.lookup = self._disk.look_up(request.prompt, request.client, request.adapter)
+                salt = f"{request.client}\0{request.sampling.cache_salt}"  # an adapter's number is this process's
+                sequence.lookup = self._disk.look_up(request.prompt, salt, request.adapter)
             self.waiting.append(sequence)
 
     def take_loaded(self) -> None:

@@ -81,8 +81,10 @@ class Asker:
 
     engine: Engine
 
-    async def ask(self, tokens: list[int], n: int = 8, adapter: Adapter | None = None, salt: str = "") -> "Answered":
-        sampling = Sampling(max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=5)
+    async def ask(
+        self, tokens: list[int], n: int = 8, adapter: Adapter | None = None, salt: str = "", cache_salt: str = ""
+    ) -> "Answered":
+        sampling = Sampling(max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=5, cache_salt=cache_salt)
         answer = self.engine.submit(tokens, sampling, request_id="test", salt=salt, adapter=adapter)
         found = Answered(-1, [], [])
         try:
@@ -197,7 +199,7 @@ async def test_short_prompts_leave_nothing(model, tokenizer, tmp_path):
 # -- nothing that is another's -----------------------------------------------------------------------------------------
 
 
-async def test_clients_adapters_and_models_have_their_own(model, tokenizer, tmp_path):
+async def test_clients_salts_adapters_and_models_have_their_own(model, tokenizer, tmp_path):
     def adapter(seed: int) -> Adapter:
         rng = torch.Generator().manual_seed(seed)
         pairs = {
@@ -206,12 +208,13 @@ async def test_clients_adapters_and_models_have_their_own(model, tokenizer, tmp_
         }
         return Adapter("any name", pairs)
 
-    asked = [("alice", None), ("bob", None), ("alice", 1), ("alice", 2)]
+    asked = [("alice", "", None), ("bob", "", None), ("alice", "x", None), ("alice", "", 1), ("alice", "", 2)]
     for n_cached in (0, N_BLOCKS * BLOCK):  # before, and after a restart
         with running(TorchBackend(model), tokenizer, tmp_path) as asker:
-            for salt, seed in asked:
-                found = await asker.ask(prompt(), adapter=None if seed is None else adapter(seed), salt=salt)
-                assert found.n_cached == n_cached, (salt, seed)
+            for salt, cache_salt, seed in asked:
+                own = None if seed is None else adapter(seed)
+                found = await asker.ask(prompt(), adapter=own, salt=salt, cache_salt=cache_salt)
+                assert found.n_cached == n_cached, (salt, cache_salt, seed)
             if not n_cached:
                 await asker.until_written(len(asked) * N_BLOCKS * BLOCK)
     with running(TorchBackend(model), tokenizer, tmp_path, identity="another model") as asker:
