@@ -9,7 +9,6 @@ an int8 KV cache. A question starts when its text does: becoming tokens is in it
 
 import argparse
 import asyncio
-import itertools
 import os
 import statistics
 import time
@@ -21,16 +20,15 @@ import torch
 
 import mpt
 from benchmarks.ceilings import read_gb_s
+from benchmarks.one_stream import N_WRITTEN, stream
 from mpt.backends.native.step import NativeStep
 from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
 from mpt.engine.engine import Engine
-from mpt.engine.request import Delta, Sampling, Started
 from mpt.tokenizer import Tokenizer
 
 DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 THREADS = 2
-N_WRITTEN = 64
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,10 @@ class Answer:
 async def ask(engine: Engine, tokenizer: Tokenizer, text: str) -> Answer:
     asked = time.perf_counter()
     prompt = tokenizer.encode(text)
-    times, n_cached = [], 0
-    sampling = Sampling(max_tokens=N_WRITTEN, temperature=0.0, ignore_eos=True)
-    async for event in engine.generate(prompt, sampling, request_id="book"):
-        if isinstance(event, Started):
-            n_cached = event.cached_tokens
-        elif isinstance(event, Delta):
-            times.append(time.perf_counter())
-    n_keys = sum(position + 1 for position in range(n_cached, len(prompt) + N_WRITTEN - 1))
-    return Answer(times[0] - asked, statistics.median(b - a for a, b in itertools.pairwise(times)), n_keys)
+    tokenized = time.perf_counter()
+    found = await stream(engine, prompt)
+    n_keys = sum(position + 1 for position in range(found.n_cached, len(prompt) + N_WRITTEN - 1))
+    return Answer(tokenized - asked + found.first, found.between, n_keys)
 
 
 def all_keys(model: mpt.MPTForCausalLM) -> TorchBackend:

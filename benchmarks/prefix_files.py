@@ -11,7 +11,6 @@ system's page cache, "from disk" not: they are written back and dropped from it 
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -27,23 +26,19 @@ import torch
 
 import mpt
 from benchmarks import machine
+from benchmarks.one_stream import N_WRITTEN, Stream, stream
 from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
 from mpt.engine.engine import Engine
 from mpt.engine.prefix_files import BLOCK, PrefixFiles
-from mpt.engine.request import Delta, Sampling, Started
 from mpt.tokenizer import Tokenizer
 
 THREADS = 2
-N_WRITTEN = 64
 SHAPES = {"tiny": "mpt-tiny-storywriter", "125m": "random weights, 12 layers of 768, 12 heads"}
 
 
 @dataclass(frozen=True)
-class Start:
-    seconds: float  # from the prompt to the first token
-    n_cached: int
-    between: float  # seconds between the tokens behind it, the median
+class Start(Stream):
     n_bytes: int  # of the files then
 
 
@@ -54,18 +49,6 @@ def storywriter(shape: str) -> mpt.MPTForCausalLM:
     attention = {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}
     sizes = {"d_model": 768, "n_heads": 12, "n_layers": 12, "vocab_size": 50432, "max_seq_len": 65536}
     return mpt.MPTForCausalLM(mpt.MPTConfig(**sizes, attn_config=attention)).bfloat16().eval()
-
-
-async def ask(engine: Engine, prompt: list[int]) -> tuple[float, int, float]:
-    asked = time.perf_counter()
-    times, n_cached = [], 0
-    sampling = Sampling(max_tokens=N_WRITTEN, temperature=0.0, ignore_eos=True)
-    async for event in engine.generate(prompt, sampling, request_id="book"):
-        if isinstance(event, Started):
-            n_cached = event.cached_tokens
-        elif isinstance(event, Delta):
-            times.append(time.perf_counter())
-    return times[0] - asked, n_cached, statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def child(shape: str, n_tokens: int, folder: Path | None) -> Start:
@@ -82,12 +65,11 @@ def child(shape: str, n_tokens: int, folder: Path | None) -> Start:
     try:
         while not engine.ready:
             time.sleep(0.01)
-        found = asyncio.run(ask(engine, prompt))
-        while (
-            files is not None and not found[1] and engine.stats().prefix_disk_written_tokens < n_tokens // BLOCK * BLOCK
-        ):
+        found = asyncio.run(stream(engine, prompt))
+        n_written = 0 if files is None or found.n_cached else n_tokens // BLOCK * BLOCK
+        while engine.stats().prefix_disk_written_tokens < n_written:
             time.sleep(0.01)
-        return Start(*found, engine.stats().prefix_disk_bytes)
+        return Start(**asdict(found), n_bytes=engine.stats().prefix_disk_bytes)
     finally:
         engine.close()
 
@@ -132,9 +114,9 @@ def main() -> None:
     rounds = [measure(asked.shape, asked.tokens) for _ in range(asked.rounds)]
     print(f"{machine.sentence(machine.describe())}\n\n{SHAPES[asked.shape]}, {asked.tokens:,} tokens\n")
     print("| | first token, s | sooner | a token after it, ms | files, MB |\n|---|---|---|---|---|")
-    read = statistics.median(found["read, no folder"].seconds for found in rounds)
+    read = statistics.median(found["read, no folder"].first for found in rounds)
     for what in rounds[0]:
-        seconds = statistics.median(found[what].seconds for found in rounds)
+        seconds = statistics.median(found[what].first for found in rounds)
         between = statistics.median(found[what].between for found in rounds)
         sooner = f"{read / seconds:.0f} times" if what.startswith("from") else ""
         print(f"| {what} | {seconds:.2f} | {sooner} | {1000 * between:.1f} | {rounds[0][what].n_bytes / 1e6:,.0f} |")
