@@ -319,13 +319,13 @@ def widened(model: mpt.MPTForCausalLM) -> mpt.MPTForCausalLM:
     return exact
 
 
-def with_outlier() -> mpt.MPTForCausalLM:
-    """One input of the MLP is 30 times the others, its weights so much smaller."""
+def with_outlier(times: float = 30.0) -> mpt.MPTForCausalLM:
+    """One input of the MLP is so many times the others, its weights so much smaller."""
     model = make("mpt")
     with torch.no_grad():
         for block in model.transformer.blocks:
-            block.norm_2.weight[3] = 30.0
-            block.ffn.up_proj.weight[:, 3] *= 1e-2
+            block.norm_2.weight[3] = times
+            block.ffn.up_proj.weight[:, 3] *= 0.3 / times
     return model
 
 
@@ -341,6 +341,18 @@ def test_int8_is_the_int8_weights_own_function(build, variant, at_once):
     assert (found - expected).abs().mean() < (0.05 if build is with_outlier else 0.03) * expected.abs().mean()
     torchs = model(torch.tensor([text])).logits[0].float()
     assert (torchs - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("at_once", [5, 70], ids=["few", "many"])
+@pytest.mark.skipif("amx" not in TESTED, reason="needs AMX, or AVX-512 BF16 and a C compiler")
+@torch.inference_mode()
+def test_amx_keeps_the_inputs_beside_an_outlier(at_once):
+    """300 times the others: with eight bits of a token's largest, they would be zero."""
+    model, text = with_outlier(300.0), ids(150)
+    quantize_model(model)
+    expected = widened(model)(torch.tensor([text])).logits[0]
+    found = Runner(model, variant="amx").read(text, at_once)
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @pytest.mark.parametrize("int8_cache", [False, True], ids=["", "int8_cache"])
