@@ -2,7 +2,7 @@
 
 weight = int8 * scale, scale = max|row| / 127. Half the memory and, while decoding, half the bytes read per token.
 Activations stay bfloat16 here: those of large models have outliers that int8 activations with one step for a token lose
-(Dettmers et al. 2022). The C code rounds them to int8 with a step for each 32.
+(Dettmers et al. 2022). The C code rounds them to int8 with a step for each 32, but in AMX's tiles (docs/kernels.md).
 """
 
 import threading
