@@ -70,9 +70,9 @@ class BatchService:
         self.stopped = False
 
     def resume(self) -> None:
-        """Go on with what is not over, from a running event loop."""
+        """Go on with what is not over, from a running event loop. Batches may have been made before: HTTP is up."""
         for batch in reversed(self.store.batches()):
-            if not batch.is_over:
+            if not batch.is_over and batch.id not in self._tasks:
                 self.begin(batch)
 
     def begin(self, batch: StoredBatch) -> None:

@@ -338,6 +338,25 @@ async def test_a_stopped_server_goes_on_with_its_batches(endpoint, tmp_path) -> 
     assert len(text.splitlines()) == 40 and results(text).items() >= before.items()
 
 
+async def test_a_batch_made_before_the_server_is_ready_is_worked_on_once(endpoint, tmp_path) -> None:
+    """HTTP answers while models load; when they are there, `resume` meets the batches made meanwhile."""
+    many = [row(f"a{n}", model="base", prompt="a", max_tokens=20, ignore_eos=True) for n in range(40)]
+    store, batch = stored(tmp_path, *many)
+    store.close()
+    app = app_over(endpoint, tmp_path)
+    service = app.state.batches
+    [running] = service.store.batches()
+    service.begin(running)
+    async with asyncio.timeout(60):
+        while not running.shown["request_counts"]["completed"]:
+            await asyncio.sleep(0.005)
+    service.resume()
+    ended = await until_over(app, batch.id)
+    await service.stop()
+    assert (ended.shown["status"], ended.shown["errors"]) == ("completed", None)
+    assert len((tmp_path / "files" / f"{ended.shown['output_file_id']}.jsonl").read_text().splitlines()) == 40
+
+
 async def test_a_killed_server_goes_on_behind_a_half_written_line(endpoint, tmp_path) -> None:
     store, batch = stored(tmp_path, row("a"), row("b"), status="in_progress")
     whole = json.dumps({"custom_id": "a", "response": {"status_code": 200, "body": "kept"}, "error": None})
