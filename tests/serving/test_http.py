@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions
 from serving.cluster.router import make_router
 from serving.connections import timed_protocol
+from serving.encodings import unpacked
 from serving.endpoints import Serving
+from serving.errors import TooLarge
 from serving.options import ServeOptions
 from tests.in_process import listening, running_endpoint
 from tests.serving.cluster.test_cluster import FakeFleet
@@ -108,6 +111,20 @@ async def test_the_limit_is_of_what_a_body_unpacks_to(app, coding):
     fits = PACKED[coding](GOOD + b" " * (LIMIT - len(GOOD)))
     taken = await ask(app, "POST", "/v1/completions", fits, content_type=JSON, content_encoding=coding)
     assert taken.status_code == 200
+
+
+@pytest.mark.parametrize("coding", [name for name in PACKED if name not in ("x-gzip", "identity")])
+def test_a_body_is_not_unpacked_far_beyond_its_limit(coding):
+    """Of 32 MiB no more than a few of the steps, of 1 MiB, are ever in memory, as Python counts it."""
+    bomb = PACKED[coding](bytes(32 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            unpacked(bomb, coding.strip(), LIMIT)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "zstd"])
