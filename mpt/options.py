@@ -60,7 +60,8 @@ class ModelOptions:
         at_least(self, 1e-3, "kv_gb", "prefix_cache_gb")
         if self.prefix_cache_gb is not None and self.prefix_cache is None:
             raise UserError(
-                f"prefix_cache_gb is {self.prefix_cache_gb:g} and there is no prefix_cache; give its folder too"
+                f"prefix_cache_gb is {self.prefix_cache_gb:g} and there is no prefix_cache; give its folder too: "
+                "`--prefix-cache FOLDER`, or `prefix_cache: FOLDER` in a cluster's config"
             )
         if self.draft is not None and not self.speculate:
             raise UserError("`draft` is given and `speculate` is off; leave one of them out")

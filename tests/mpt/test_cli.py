@@ -299,7 +299,10 @@ def test_serve_on_loopback_needs_none(served: Callable[..., ServeOptions], host:
         (["--model", "base", "--context-length", "base=many"], "whole number"),
         (["--model", "base", "--context-length", "base=0"], "whole number"),
         (["--model", "base", "--api-key", "k", "--no-auth"], "contradict"),
-        (["--model", "base", "--prefix-cache-gb", "3"], "prefix_cache_gb is 3 and there is no prefix_cache"),
+        (
+            ["--model", "base", "--prefix-cache-gb", "3"],
+            "prefix_cache_gb is 3 and there is no prefix_cache; give its folder too: `--prefix-cache FOLDER`",
+        ),
     ],
 )
 def test_serve_mistakes_name_themselves(

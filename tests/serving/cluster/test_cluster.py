@@ -47,6 +47,7 @@ def test_without_models_it_is_the_tiny_family():
         ({"models": {"a": "mpt-7b"}}, "root: mpt-7b"),
         ({"models": {"a": {}}}, "models.a.root"),
         ({"models": {"a": {"root": "x", "min_replica": 1}}}, "did you mean `min_replicas`"),
+        ({"models": {"a": {"root": "x", "prefix_cache_gb": 3}}}, "or `prefix_cache: FOLDER` in a cluster's config"),
         ({"models": {"a": {"root": "x", "max_running": "8"}}}, "models.a.max_running"),
         ({"models": {"a": {"root": "x", "max_running": True}}}, "a whole number"),
         ({"models": {"a": {"root": "x", "max_running": 0}}}, "max_running is 0"),
