@@ -13,7 +13,16 @@ import typer
 
 from conversion.cli import convert, inspect, verify
 from demos.cli import demo
-from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, Style, ThreadsOption, new_app, run_app
+from mpt.command_line import (
+    DeviceOption,
+    DtypeOption,
+    KeyOption,
+    QuantizeOption,
+    Style,
+    ThreadsOption,
+    new_app,
+    run_app,
+)
 from mpt.errors import UserError
 from mpt.options import ModelOptions
 from serving.batch.cli import run_batch
@@ -129,9 +138,7 @@ def chat(
             show_default="the server's first chat model",
         ),
     ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    api_key: KeyOption = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message to begin with.", show_default="the model's own")
     ] = None,

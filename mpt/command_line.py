@@ -1,4 +1,4 @@
-"""What the command lines share: their make, how they end, and the choices of device, precision and prompt style.
+"""What the command lines share: their make, how they end, and the options of several of them.
 
 Light to import, so that `--help` answers at once.
 
@@ -43,6 +43,7 @@ KVCacheOption = Annotated[
         help="Precision of the KV cache; `auto` is the weights', `int8` holds nearly twice the tokens, on CPU."
     ),
 ]
+KeyOption = Annotated[str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)]
 
 
 def new_app(help: str) -> typer.Typer:

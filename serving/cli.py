@@ -11,7 +11,7 @@ from typing import Annotated, Literal, ParamSpec, get_args
 
 import typer
 
-from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption, Style, ThreadsOption
+from mpt.command_line import DeviceOption, DtypeOption, KeyOption, KVCacheOption, QuantizeOption, Style, ThreadsOption
 from mpt.errors import UserError
 from mpt.options import TRITON, ModelOptions
 from serving.options import ServeOptions, is_loopback, seconds
@@ -331,9 +331,7 @@ def cluster(
 
 def top(
     url: Annotated[str, typer.Option(help="A server of ours, embedded or a cluster.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    api_key: KeyOption = None,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one table, of one interval, and leave.")] = False,
 ) -> None:

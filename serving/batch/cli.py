@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpt.command_line import DeviceOption, DtypeOption, QuantizeOption, ThreadsOption
+from mpt.command_line import DeviceOption, DtypeOption, KeyOption, QuantizeOption, ThreadsOption
 from mpt.errors import UserError
 from mpt.options import TRITON, ModelOptions
 from serving.sources import model_sources
@@ -30,9 +30,7 @@ def run_batch(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
     timeout: Annotated[float, typer.Option(min=0.1, help="The longest a request may take, in seconds.")] = 600.0,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    api_key: KeyOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,

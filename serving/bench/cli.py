@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mpt.command_line import KeyOption
+
 
 def bench(
     url: Annotated[str, typer.Argument(help="An OpenAI-style server: ours, or any other.")] = "http://127.0.0.1:8000",
@@ -40,9 +42,7 @@ def bench(
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token always.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random words and of the times of sending.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer counts as failed.")] = 600.0,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)
-    ] = None,
+    api_key: KeyOption = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write settings, figures and every request there.")
     ] = None,
