@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mpt.command_line import KeyOption
+from mpt.errors import UserError
 
 
 def bench(
@@ -27,7 +28,9 @@ def bench(
         float | None,
         typer.Option(help="How long to send; answers on their way are waited for.", show_default="no limit"),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, of random words, about.")] = 128,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each prompt, of random words, about.", show_default="128")
+    ] = None,
     output_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 64,
     dataset: Annotated[
         Path | None,
@@ -58,6 +61,8 @@ def bench(
       mpt bench http://gpu-box:8000 --chat --rate 4 --seconds 60 --json run.json --plot run.png
       mpt bench https://api.example.com/v1 --model theirs --dataset prompts.jsonl --requests 500 --concurrency 16
     """
+    if dataset is not None and prompt_tokens is not None:
+        raise UserError("`--prompt-tokens` is of random words, and --dataset has its own prompts; give one of them")
     from serving.bench import run
     from serving.bench.load import Load
 
@@ -69,7 +74,7 @@ def bench(
         api_key=api_key,
         load=Load(n_requests, seconds, rate, at_once, seed),
         chat=chat,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=prompt_tokens or 128,
         output_tokens=output_tokens,
         dataset=dataset,
         ignore_eos=ignore_eos,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -18,10 +19,13 @@ from mpt.engine.local import LocalModel
 from mpt.options import ModelOptions
 from mpt.prompts import PROMPT_STYLES
 from mpt.tokenizer import Tokenizer
+from serving.batch.run import BatchRun
+from serving.bench.load import Load
+from serving.bench.run import Bench
 from serving.options import ServeOptions
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["serve", "cluster", "top", "generate", "chat", "train"]
+COMMANDS = ["serve", "cluster", "top", "bench", "run-batch", "generate", "chat", "train"]
 
 
 def mpt_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -319,6 +323,57 @@ def test_serve_finds_every_checkpoint_before_it_starts(
     monkeypatch.setattr(catalog, "_TINY", Path("/nowhere"))
     code, _, err = run("serve", "--model", "base", "--model", "mpt-tiny")
     assert code == 2 and "make tiny" in err
+
+
+def test_options_of_a_bench_reach_the_load(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Bench] = []
+    monkeypatch.delenv("MPT_API_KEY", raising=False)
+    monkeypatch.setattr("serving.bench.run.run", lambda each: told.append(each) or 0)
+    given = (
+        *("http://h/v1", "--model", "m", "--chat", "--rate", "2.5", "--concurrency", "3", "--requests", "4"),
+        *("--seconds", "5", "--prompt-tokens", "6", "--output-tokens", "7", "--ignore-eos", "--temperature", "0.5"),
+        *("--seed", "8", "--timeout", "9", "--api-key", "k", "--json", "a.json", "--plot", "b.png"),
+    )
+    assert run("bench", *given)[0] == run("bench")[0] == run("bench", "--dataset", "p.jsonl")[0] == 0
+    load = Load(n_requests=4, seconds=5.0, rate=2.5, concurrency=3, seed=8)
+    whole = Bench("http://h/v1", "m", "k", load, True, 6, 7, None, True, 0.5, 9.0, Path("a.json"), Path("b.png"))
+    load = Load(n_requests=100, seconds=None, rate=None, concurrency=8, seed=0)
+    plain = Bench("http://127.0.0.1:8000", None, None, load, False, 128, 64, None, False, 0.0, 600.0, None, None)
+    assert told == [whole, plain, replace(plain, dataset=Path("p.jsonl"))]
+
+
+def test_options_of_a_batch_reach_its_run(
+    run: Callable[..., tuple[int, str, str]], served: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[BatchRun] = []
+    monkeypatch.delenv("MPT_API_KEY", raising=False)
+    monkeypatch.setattr("serving.batch.run.run", lambda each: told.append(each) or 0)
+    there = ("--url", "http://h", "--api-key", "k", "--concurrency", "3", "--timeout", "9")
+    here = ("--model", "a=base", "--device", "cpu", "--dtype", "bfloat16", "--quantize", "int8", "--threads", "2")
+    assert run("run-batch", "in", "out", *there)[0] == run("run-batch", "in", "out", *here)[0] == 0
+    model = ModelOptions("base", device="cpu", dtype="bfloat16", quantize="int8", threads=2)
+    assert told == [
+        BatchRun(Path("in"), Path("out"), "http://h", {}, "k", 3, 9.0),
+        BatchRun(Path("in"), Path("out"), None, {"a": model}, None, 16, 600.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--dataset", "p.jsonl", "--prompt-tokens", "9"], "`--prompt-tokens` is of random words"),
+        (["run-batch", "a", "b", "--url", "http://h", "--model", "m"], "`--model` is for models opened here"),
+        (["run-batch", "a", "b", "--url", "http://h", "--device", "cpu"], "`--device` is for models opened here"),
+        (["run-batch", "a", "b", "--url", "http://h", "--dtype", "float16"], "`--dtype` is for models opened here"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    run: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_a_served_model_chats_as_the_same_model_loaded_here(tiny_folders: Path) -> None:
