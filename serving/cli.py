@@ -194,6 +194,14 @@ _DrainSeconds = Annotated[
 _RequestTimeout = Annotated[
     float, typer.Option(min=0.1, help="The longest a request may take, queue included, in seconds.")
 ]
+_ReadTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="How long the head of a request may be on its way, in seconds, and again its body, with a second more for "
+        "every 64 KiB.",
+    ),
+]
 
 # Options that have the same name there.
 _OF_EACH_MODEL = (
@@ -262,6 +270,7 @@ def serve(
     log_format: _LogFormat = "text",
     drain_seconds: _DrainSeconds = 30.0,
     request_timeout: _RequestTimeout = 600.0,
+    read_timeout: _ReadTimeout = 60.0,
 ) -> None:
     """Serve checkpoints behind an OpenAI-style API.
 
@@ -291,6 +300,7 @@ def serve(
         docs=is_loopback(host) if docs is None else docs,
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,
+        read_timeout_s=read_timeout,
         **{name: given[name] for name in _OF_THE_SERVER},
     )
     from serving import server
@@ -401,16 +411,11 @@ def _check_folders(adapters: Path | None, profile: Path | None) -> None:
     """Raises UserError where adapters are to be loaded from what is no folder, or a profile cannot be written."""
     if adapters is not None and not adapters.is_dir():
         raise UserError(f"`--allow-adapter-loading {adapters}` is no folder")
-    if profile is not None:
-        _make_folder(profile, "--profile")
-
-
-def _make_folder(folder: Path, option: str) -> None:
-    """Make a folder that something will be written to. Raises UserError if that cannot be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if profile is not None:
+            profile.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"`{option} {folder}` cannot be written to: {error.strerror}; choose another folder") from error
+        raise UserError(f"`--profile {profile}` cannot be written to: {error.strerror}; choose another folder") from error
 
 
 def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -262,7 +262,7 @@ def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp
         *("--prefill-chunk", "64", "--context-length", "base=84000", "--prompt-style", "base=instruct"),
         *("--cors-origin", "https://a", "--cors-origin", "https://b", "--log-format", "json"),
         *("--prefix-cache", "kept", "--prefix-cache-gb", "2.5"),
-        *("--drain-seconds", "5", "--request-timeout", "7.5"),
+        *("--drain-seconds", "5", "--request-timeout", "7.5", "--read-timeout", "2.5"),
     )
     assert (options.host, options.port, options.docs) == ("0.0.0.0", 0, False)
     assert (options.api_keys, options.api_key_file) == ((), keys)
@@ -273,7 +273,7 @@ def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp
     assert options.models["base"].kv_bytes == 1_500_000_000
     assert options.models["base"].prefix_cache_bytes == 2_500_000_000
     assert (options.cors_origins, options.log_format) == (("https://a", "https://b"), "json")
-    assert (options.drain_s, options.request_timeout_s) == (5, 7.5)
+    assert (options.drain_s, options.request_timeout_s, options.read_timeout_s) == (5, 7.5, 2.5)
     assert served("--model", "base", "--host", "0.0.0.0", "--no-auth", "--docs").docs
     assert served("--model", "base", "--api-key", "k", "--host", "10.1.2.3", "--no-docs").api_keys == ("k",)
 
