@@ -415,7 +415,9 @@ def _check_folders(adapters: Path | None, profile: Path | None) -> None:
         if profile is not None:
             profile.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"`--profile {profile}` cannot be written to: {error.strerror}; choose another folder") from error
+        raise UserError(
+            f"`--profile {profile}` cannot be written to: {error.strerror}; choose another folder"
+        ) from error
 
 
 def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:
