@@ -77,7 +77,7 @@ def _shared(query: Query) -> int:
     return next((n for n in range(shortest) if len({ids[n] for ids in inputs}) > 1), shortest)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a model in training keeps tables that its backward passes need
 def _score(model: MPTForCausalLM, queries: Sequence[Query]) -> list[list[Score]]:
     device = model.device
     ids: list[int] = []
