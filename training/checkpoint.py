@@ -115,7 +115,10 @@ class Saver:
 
 
 def _cannot_write(path: Path, error: BaseException) -> MachineRefused:
-    reason = str(error.__cause__ or error).splitlines()[0]
+    cause: BaseException = error.__cause__ or error
+    if isinstance(error, dcp.CheckpointException) and error.failures:  # its own text names the ranks alone
+        cause = next(iter(error.failures.values()))[0]
+    reason = (str(cause) or type(cause).__name__).splitlines()[0]
     return MachineRefused(f"cannot write `{path}` ({reason}); free some space, then run the same command")
 
 

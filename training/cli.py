@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mpt.command_line import new_app, run_app
+from mpt.command_line import Dtype, new_app, run_app
 from mpt.errors import UserError
 from training import flags, recipes
 from training import plan as planning
@@ -287,22 +287,32 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder, or a finished LoRA's `model`.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the checkpoint goes; must not exist.")],
     merge: Annotated[bool, typer.Option(help="Add a LoRA's adapters to its base's weights.")] = False,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Precision of what is written; `auto` is what the run would write, and of a merge the more precise of "
+            "adapter and base."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a run's newest checkpoint, or a LoRA merged into its base, as a folder that serves and converts.
 
     Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
     """
+    import torch
+
     from training import adapters
     from training import export as writer
 
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out")
     is_run = (source / "run.json").is_file()
+    wanted: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
     if merge:
         folder = source / "model" if is_run else source
-        print(adapters.merge(folder, out))
+        print(adapters.merge(folder, out, wanted))
     elif is_run:
-        print(writer.latest(source, out))
+        print(writer.latest(source, out, wanted))
     else:
         raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
 

@@ -311,7 +311,7 @@ def test_tiny_without_novels_says_what_to_do(
         (["evaluate", "mpt-tiny", "--tasks", "piqa", "--task", "passkey"], "`--task` names one of the tiny"),
         (["evaluate", "mpt-tiny", "--model", "mpt-7b"], "both name a checkpoint"),
         (["plan", "--recipe", "mpt_7b", "--base", "mpt-7b"], "leave --base out"),
-        (["finetune", "--base", "mpt-tiny", "--data", "d", "--gpus", "0"], "0 is not in the range x>=1"),
+        (["finetune", "--base", "mpt-tiny", "--data", "d", "--gpus", "0"], "greater than or equal to 1"),
         (["finetune", "--base", "mpt-tiny", "--data", "d", "--warmup", "2.5"], "a share of the run below 1"),
         (["finetune", "--base", "mpt-7b", "--data", "yaml_to_json", "--json"], "`--json` goes with --dry-run"),
         (["finetune", "--from", "runs/none", "--recipe", "chat"], "`--recipe` does not go with --from"),

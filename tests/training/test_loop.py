@@ -359,6 +359,7 @@ def test_a_spike_is_rolled_back_and_passed_over(small_run: Run, monkeypatch: pyt
     lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["step"] for line in lines if "loss" not in line] == [8]
+    assert [line["step"] for line in lines if "tokens_per_s" not in line] == [8]  # passing over data has no speed
     events = [(e["event"], e.get("step")) for e in Logbook(Path(run.out)).entries()]
     assert events == [("start", 0), ("spike", 8), ("resume", 5), ("finished", 12)]
 
