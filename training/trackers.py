@@ -52,12 +52,19 @@ class Trackers:
 
 def _kept_id(run: Run, name: str, new: Callable[[], str]) -> str:
     """The id of the run at a tracker: what an earlier start kept, else a new one, kept from now on."""
-    path = Path(run.out) / "trackers.json"
-    ids = read_optional_json(path)
+    ids = _ids(run)
     if name not in ids:
         ids[name] = new()
-        write_whole(path, json.dumps(ids, indent=2) + "\n")
-    return str(ids[name])
+        write_whole(_path(run), json.dumps(ids, indent=2) + "\n")
+    return ids[name]
+
+
+def _ids(run: Run) -> dict[str, str]:
+    return read_optional_json(_path(run))
+
+
+def _path(run: Run) -> Path:
+    return Path(run.out) / "trackers.json"
 
 
 class _TensorBoard:
@@ -92,9 +99,10 @@ class _WandB:
             name=run.name,
             dir=run.out,
             config=dataclasses.asdict(run),
-            id=_kept_id(run, "wandb", wandb.util.generate_id),
+            id=_ids(run).get("wandb"),
             resume="allow",
         )
+        _kept_id(run, "wandb", lambda: self._run.id)
 
     def track(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)
