@@ -16,7 +16,7 @@ import typer
 
 from mpt.command_line import Dtype, new_app, run_app
 from mpt.errors import UserError
-from training import flags, recipes
+from training import flags, recipes, run_cli
 from training import plan as planning
 from training.data.cli import app as data_app
 from training.run import Run
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 app = new_app("Make MPT checkpoints: pretrain, finetune, evaluate.")
 
 app.add_typer(data_app, name="data")
+run_cli.add_to(app)
 
 Gpus = Annotated[
     int | None, typer.Option(min=1, help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")

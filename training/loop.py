@@ -41,10 +41,13 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, float]
 
 
-def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume: bool = True) -> Path:
+def fit(
+    run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume: bool = True, share: float = 1.0
+) -> Path:
     """Train to the end, from wherever an earlier start got to, and return the finished checkpoint's folder.
 
-    report: called on the first rank after every step with its numbers. Raises UserError when `out` holds another run
+    report: called on the first rank after every step with its numbers. share: of the steps, after which it is
+    Interrupted; the schedule is the whole run's. Raises UserError when `out` holds another run
     or is in use, TrainingDiverged, MachineRefused, and Interrupted when a signal stopped it after saving.
     """
     out = Path(run.out)
@@ -55,7 +58,7 @@ def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume:
             _mirror_finished(run, world)
             return finished
         with _told(out, world), disk_refusals(out):
-            _Training(run, world, changed).go(report)
+            _Training(run, world, changed, share).go(report)
     return finished
 
 
@@ -97,13 +100,14 @@ def _told(out: Path, world: World) -> Iterator[None]:
 class _Training:
     """One start of a run: what is loaded, and how far it has got."""
 
-    def __init__(self, run: Run, world: World, changed: Changed) -> None:
+    def __init__(self, run: Run, world: World, changed: Changed, share: float = 1.0) -> None:
         self.run, self.world, self.out, self.changed = run, world, Path(run.out), changed
         self.logbook = Logbook(self.out, world.is_first)
         self.tokenizer = batches.load_tokenizer(run)
         data = batches.load_data(run, self.tokenizer, run.data)
         self.batches = Batches(run, data)
         self.n_steps = self.batches.n_steps
+        self.last_step = max(1, round(share * self.n_steps))
         self.warmup = _warmup(run, self.n_steps)
         self.trackers = Trackers(run, is_open=world.is_first)
         self.during = During(run, world, self.tokenizer, data, self.logbook, self.trackers)
@@ -208,6 +212,8 @@ class _Training:
 
     def take_steps(self, file: Any, report: Callable[[Metrics], None], stopped: list[int]) -> None:
         run, world = self.run, self.world
+        if self.position.step >= self.last_step < self.n_steps:
+            raise Interrupted(f"`{self.out}` has taken {self.position.step} steps already", is_planned=True)
         while self.position.step < self.n_steps:
             step, began = self.position.step, time.monotonic()
             batch = self.batches.get(step)
@@ -244,11 +250,13 @@ class _Training:
                 file.flush()
                 for tell in (report, self.trackers.track):
                     tell(line)
-            if world.sum(len(stopped))[0] and not is_last:
+            is_signalled = bool(world.sum(len(stopped))[0])
+            if (is_signalled or step + 1 == self.last_step) and not is_last:
                 self.saver.save(self.model, self.optimizer, self.position)
                 self.saver.wait()
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {self.n_steps} and saved; the same command goes on"
+                    f"stopped after step {step + 1} of {self.n_steps} and saved; the same command goes on",
+                    is_planned=not is_signalled,
                 )
             if (step + 1) % run.checkpoint_every == 0 or is_last:
                 self.saver.save(self.model, self.optimizer, self.position)
