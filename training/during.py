@@ -79,7 +79,9 @@ class During:
         for task in self._tasks:
             self._beat(f"task {task.name}")
             asked = models.Local(model, self._tokenizer)
-            result = suite.run(asked, task, self._folder, alone, limit=self._run.eval_rows)
+            result = suite.run(
+                asked, task, self._folder, alone, limit=self._run.eval_rows, report=lambda *_: self._beat("task")
+            )
             found[f"task_{task.name}"] = result.headline
             self._logbook.write(
                 "task", step=step, task=task.name, accuracy=round(result.headline, 4), rows=result.n_rows
@@ -87,8 +89,9 @@ class During:
         return found
 
     def _sample(self, step: int, model: MPTForCausalLM) -> None:
-        self._beat("samples")
-        found = continue_greedily(model, self._prompts, _SAMPLE_TOKENS, self._tokenizer.end_ids)
+        found = continue_greedily(
+            model, self._prompts, _SAMPLE_TOKENS, self._tokenizer.end_ids, lambda: self._beat("samples")
+        )
         rows = [
             (self._tokenizer.decode(prompt), self._tokenizer.decode(ids))
             for prompt, ids in zip(self._prompts, found, strict=True)
@@ -146,7 +149,11 @@ def _beginning(ids: Sequence[int], learned: Sequence[Any]) -> list[int]:
 
 @torch.no_grad()
 def continue_greedily(
-    model: MPTForCausalLM, prompts: Sequence[list[int]], n_tokens: int, end_ids: Sequence[int]
+    model: MPTForCausalLM,
+    prompts: Sequence[list[int]],
+    n_tokens: int,
+    end_ids: Sequence[int],
+    beat: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, up to and without its end token.
 
@@ -162,6 +169,7 @@ def continue_greedily(
     rows = torch.arange(len(prompts), device=device)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
     for _ in range(n_tokens):
+        beat()
         hidden = model.hidden_states(ids, whole)[rows, ends - 1]  # (B, C)
         ids[rows, ends] = model.unembed(hidden).float().argmax(-1)
         ends += 1

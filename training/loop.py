@@ -23,12 +23,27 @@ import torch
 import mpt.manifest
 from mpt.errors import Interrupted, MPTError, TrainingDiverged, UserError
 from mpt.files import disk_refusals
-from training import batches, build, checkpoint, curves, distributed, export, folder, memory, optimizer, packing, plan
+from training import (
+    batches,
+    build,
+    checkpoint,
+    curves,
+    distributed,
+    export,
+    folder,
+    machine,
+    memory,
+    optimizer,
+    packing,
+    plan,
+)
+from training import heartbeat as heartbeats
 from training.batches import Batches
 from training.checkpoint import Position
 from training.distributed import World
 from training.during import During
 from training.folder import Changed, Skipped
+from training.heartbeat import Heartbeat
 from training.logbook import Logbook, where
 from training.mirror import Mirror
 from training.run import Run
@@ -39,6 +54,7 @@ from training.trackers import Trackers
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+_PROBED_EVERY = 20  # steps: 5 ms of a GPU
 
 
 def fit(
@@ -57,8 +73,9 @@ def fit(
             log.info("`%s` is finished", finished)
             _mirror_finished(run, world)
             return finished
-        with _told(out, world), disk_refusals(out):
-            _Training(run, world, changed, share).go(report)
+        _say_lost(out, world)
+        with _told(out, world), disk_refusals(out), Heartbeat(out, world, run.hang_timeout) as heartbeat:
+            _Training(run, world, changed, heartbeat, share).go(report)
     return finished
 
 
@@ -68,6 +85,16 @@ def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
     with disk_refusals(Path(run.out)), folder.claimed(run, resume):
         plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
         batches.count_steps(run, batches.load_data(run, batches.load_tokenizer(run), run.data))
+
+
+def _say_lost(out: Path, world: World) -> None:
+    """Have the logbook name the ranks of the start before this one that ended without a word."""
+    if world.is_first:
+        for sign in heartbeats.ended_without_a_word(heartbeats.signs(out)):
+            seen = f"{sign.doing} of step {sign.step + 1}"
+            Logbook(out).write("lost", rank=sign.rank, last_sign=seen, on=f"{sign.host}:{sign.pid}")
+        shutil.rmtree(out / "ranks", ignore_errors=True)
+    world.barrier()
 
 
 def _mirror_finished(run: Run, world: World) -> None:
@@ -100,9 +127,9 @@ def _told(out: Path, world: World) -> Iterator[None]:
 class _Training:
     """One start of a run: what is loaded, and how far it has got."""
 
-    def __init__(self, run: Run, world: World, changed: Changed, share: float = 1.0) -> None:
+    def __init__(self, run: Run, world: World, changed: Changed, heartbeat: Heartbeat, share: float) -> None:
         self.run, self.world, self.out, self.changed = run, world, Path(run.out), changed
-        self.logbook = Logbook(self.out, world.is_first)
+        self.logbook, self.heartbeat = Logbook(self.out, world.is_first), heartbeat
         self.tokenizer = batches.load_tokenizer(run)
         data = batches.load_data(run, self.tokenizer, run.data)
         self.batches = Batches(run, data)
@@ -110,7 +137,7 @@ class _Training:
         self.last_step = max(1, round(share * self.n_steps))
         self.warmup = _warmup(run, self.n_steps)
         self.trackers = Trackers(run, is_open=world.is_first)
-        self.during = During(run, world, self.tokenizer, data, self.logbook, self.trackers)
+        self.during = During(run, world, self.tokenizer, data, self.logbook, self.trackers, heartbeat.beat)
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
         self.model = build.model(run, world)
@@ -126,6 +153,8 @@ class _Training:
         self.rule = SpikeRule(self.n_steps)  # the first rank's counts
 
     def go(self, report: Callable[[Metrics], None]) -> None:
+        if self.run.preflight or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            machine.preflight(self.world, self.out, self.logbook.write)
         self.adopt()
         self.restore()
         if self.run.on_spike == "skip" and checkpoint.latest(self.out) is None:
@@ -154,6 +183,7 @@ class _Training:
         Raises TrainingDiverged when the run is to go back to last_step and has no checkpoint of before.
         """
         world = self.world
+        self.heartbeat.beat("restoring")
         path = checkpoint.latest(self.out, last_step) if world.is_first else None
         step = world.from_first(-1 if path is None else checkpoint.step_of(path))
         if last_step is None:
@@ -222,6 +252,8 @@ class _Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             line: dict[str, Any] = {"step": step + 1, "steps": self.n_steps}
+            self.heartbeat.beat("step", step)
+            self.heartbeat.own_share()
             torch.manual_seed(
                 (run.seed * self.n_steps + step) * world.size + world.rank
             )  # dropout, also after a resume
@@ -237,12 +269,13 @@ class _Training:
                     continue
                 line |= {"loss": loss, "lr": lr, "gradient_norm": norm}
             now = time.monotonic()
+            self.heartbeat.beat("between steps")
             seconds = self.position.seconds + now - self.started
             self.started = now
             self.position = Position(step + 1, self.position.tokens + used, seconds)
             line |= {"tokens": self.position.tokens, "seconds": seconds}
             if is_taken:  # passing over data has no speed
-                line |= self.speed(batch, used, now - began)
+                line |= self.speed(batch, used, now - began) | self.straggler(step, now - began)
             is_last = step + 1 == self.n_steps
             line |= self.during.after(step + 1, is_last, self.model, self.microbatch.positions)
             if world.is_first:
@@ -250,6 +283,7 @@ class _Training:
                 file.flush()
                 for tell in (report, self.trackers.track):
                     tell(line)
+            self.heartbeat.beat("saving")
             is_signalled = bool(world.sum(len(stopped))[0])
             if (is_signalled or step + 1 == self.last_step) and not is_last:
                 self.saver.save(self.model, self.optimizer, self.position)
@@ -273,6 +307,21 @@ class _Training:
         if self.peak_tflops is not None:  # of useful tokens: padding is not work
             line["mfu"] = tflops / (self.peak_tflops * self.world.size)
         return line
+
+    def straggler(self, step: int, seconds: float) -> Metrics:
+        """How much longer the slowest rank's own work took than the median's: without waiting for other ranks.
+
+        On a GPU, where a rank waits inside its own kernels, of a fixed piece of work every 20 steps.
+        """
+        world = self.world
+        is_gpu = world.device.type == "cuda"
+        if world.size == 1 or (is_gpu and step % _PROBED_EVERY):
+            return {}
+        own = machine.probe(world.device) if is_gpu else self.heartbeat.own_share() * seconds
+        ratio, rank = heartbeats.slowest_over_median(
+            world.sum(*(own if rank == world.rank else 0.0 for rank in range(world.size)))
+        )
+        return {"slowest_over_median": ratio, "slowest_rank": rank}
 
     def is_off_course(self, step: int, loss: float, norm: float) -> bool:
         """Whether this step is undone: then the run stands at an earlier one and will pass over the bad ones."""
@@ -298,6 +347,7 @@ class _Training:
 
     def finish(self) -> None:
         """Write the finished checkpoint, keep the last state alone of those it was made from, and draw the curves."""
+        self.heartbeat.beat("finishing")
         self.model.eval()
         values = export.values(self.run, self.model, self.world)
         if self.world.is_first:

@@ -3,13 +3,13 @@
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpt.errors import UserError
+from mpt.errors import MachineRefused, UserError
 from training.run import Run
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The run's folder.")]
@@ -19,6 +19,7 @@ def add_to(app: typer.Typer) -> None:
     """Register the commands of this module."""
     app.command()(watch)
     app.command()(sweep)
+    app.command()(check)
 
 
 def watch(
@@ -77,3 +78,38 @@ def sweep(
     with show.steps() as report:
         outcomes = sweeping.sweep(run, settings, out, stops_early=not all_to_the_end, report=report)
     print(json.dumps(json.loads((out / "table.json").read_text()), indent=2) if as_json else sweeping.render(outcomes))
+
+
+def check(
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine; without it this process, or torchrun's ranks.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="On the disk that checkpoints will go to.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Measure every rank before a long run: matrix products and whether they are right, memory, disk, exchanges.
+
+    A rank below 0.7 of the median is slow. It ends with code 5 where a rank is slow or wrong. `--preflight` does the
+    same in front of a run.
+
+    Example: train check --gpus 8 --folder runs
+    """
+    if not folder.is_dir():
+        raise UserError(f"`--folder {folder}` is no folder; give one on the disk that checkpoints will go to")
+    from training import distributed, launch, machine
+
+    if gpus is not None and gpus > 1:
+        found = [machine.Measured(**{**one, "wrong": tuple(one["wrong"])}) for one in launch.measure(gpus, folder)]
+        is_first = True
+    else:
+        with distributed.join() as world:
+            found, is_first = machine.measure(world, folder), world.is_first
+    said = machine.verdicts(found)
+    if is_first and as_json:
+        verdicts = [{"rank": rank, "what": what} for rank, what in said]
+        print(json.dumps({"ranks": [asdict(one) for one in found], "verdicts": verdicts}, indent=2))
+    elif is_first:
+        print(machine.render(found))
+    if said:
+        rank, what = said[0]
+        raise MachineRefused(f"rank {rank} on {found[rank].on}: {what}; look at that machine, or leave it out")
