@@ -36,17 +36,17 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
 
 @contextmanager
 def disk_refusals(place: Path) -> Iterator[None]:
-    """Raises MachineRefused where what is done cannot write. place: named where the error names no file."""
+    """Raises MachineRefused where the disk refuses what is done. place: named where the error names no file."""
     try:
         yield
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        raise MachineRefused(f"cannot write `{error.filename or place}` ({error.strerror}); {_CURE}") from error
+        raise MachineRefused(f"cannot use `{error.filename or place}` ({error.strerror}); {_CURE}") from error
     except Exception as error:
         if not _is_of_disk(error):
             raise
-        raise MachineRefused(f"cannot write `{place}` ({error}); {_CURE}") from error
+        raise MachineRefused(f"cannot use `{place}` ({error}); {_CURE}") from error
 
 
 def _is_of_disk(error: BaseException) -> bool:
@@ -54,7 +54,7 @@ def _is_of_disk(error: BaseException) -> bool:
     return type(error).__name__ == "SafetensorError" and "os error" in str(error)
 
 
-_CURE = "free some space or give the right to write there, then run the same command"
+_CURE = "free some space, or give this user the right to it, then run the same command"
 
 
 def write_whole(path: Path, text: str) -> None:

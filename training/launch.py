@@ -47,8 +47,8 @@ def start(run: Run, n_processes: int) -> Path:
         for number, handler in before.items():
             signal.signal(number, handler)
         description.unlink(missing_ok=True)
-    ended = [entry for entry in logbook.entries()[n_before:] if "exit_code" in entry]
-    if ended:
+    ended = [e for e in logbook.entries()[n_before:] if "exit_code" in e or e["event"] == "finished"]
+    if ended and "exit_code" in ended[-1]:  # not what a restart has cured
         kinds: list[type[MPTError]] = [*_FINAL, MachineRefused]
         kind = next(kind for kind in kinds if kind.exit_code == ended[-1]["exit_code"])
         raise kind(ended[-1]["error"])

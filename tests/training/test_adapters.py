@@ -13,7 +13,7 @@ import mpt.checkpoint
 from mpt.errors import UserError
 from mpt.prompts import INSTRUCT_TEMPLATE
 from tests.training.killing import Killed, kill_at_eight
-from training import adapters, build, checkpoint, loop
+from training import adapters, build, checkpoint, export, loop
 from training.distributed import World
 from training.run import Lora, Run
 
@@ -77,6 +77,15 @@ def test_what_a_run_makes_tells_others_its_chat_template(small_run: Run, tmp_pat
         [{"role": "user", "content": "Say yes."}], tokenize=False, add_generation_prompt=True
     )
     assert text == INSTRUCT_TEMPLATE.format(instruction="Say yes.")
+
+
+def test_a_finished_run_is_exported_as_precisely_as_it_was_trained(small_run: Run, tmp_path: Path) -> None:
+    run = dataclasses.replace(small_run, precision="bf16", steps=3)
+    rounded = mpt.checkpoint.load(loop.fit(run)).state_dict()
+    whole = mpt.checkpoint.load(export.latest(Path(run.out), tmp_path / "whole", torch.float32)).state_dict()
+    assert {value.dtype for value in whole.values()} == {torch.float32}
+    assert all(torch.equal(value.bfloat16(), rounded[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in whole.values())
 
 
 def test_a_resumed_lora_run_ends_bitwise_equal_dropout_included(lora_run: Run) -> None:

@@ -75,6 +75,23 @@ for name, patch in cases.items():
     found[name] = {"said": said, "code": code, "left": left, "again": again}
 print(json.dumps(found))
 """
+
+
+def test_any_command_says_a_full_disk_in_one_line(tmp_path: Path) -> None:
+    """`train plot` of a run, whose picture is larger than a file may be."""
+    run = tmp_path / "run"
+    run.mkdir()
+    line = {"step": 1, "steps": 1, "loss": 1.0, "tokens": 1, "lr": 1.0, "gradient_norm": 1.0, "tokens_per_s": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    program = (
+        "import resource, sys; from training import cli, curves; import matplotlib.figure\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        f"sys.argv = ['train', 'plot', {str(run)!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+
+
 CASES = ("run.json", "logbook at the start", "metrics", "checkpoint", "model", "plot", "logbook at the end")
 
 

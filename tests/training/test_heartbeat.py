@@ -13,7 +13,7 @@ from training.logbook import Logbook
 from training.run import Run
 
 _STOPS = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from training import checkpoint, loop, step
 from training.run import Run
@@ -22,6 +22,8 @@ run = Run.read(Path(sys.argv[1]))
 real, calls = step.backward, []
 def backward(*args):
     calls.append(1)
+    if os.environ["RANK"] == "1":
+        time.sleep(0.1)
     saved = (Path(run.out) / "step-000005" / "manifest.json").is_file()
     if os.environ["RANK"] == "1" and len(calls) > 12 and saved and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -29,21 +31,6 @@ def backward(*args):
 
 step.backward = backward
 loop.fit(run)
-"""
-_SLOW = """
-import os, sys, time
-from pathlib import Path
-from training import loop, step
-from training.run import Run
-
-real = step.backward
-def backward(*args):
-    if os.environ["RANK"] == "1":
-        time.sleep(0.3)
-    return real(*args)
-
-step.backward = backward
-loop.fit(Run.read(Path(sys.argv[1])))
 """
 
 
@@ -64,7 +51,7 @@ def test_the_slowest_is_held_against_the_median() -> None:
     assert slowest_over_median([1.0, 1.0, 3.0, 1.5]) == (3.0 / 1.25, 2)
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on(small_run: Run) -> None:
+def test_a_slow_rank_shows_and_a_stopped_one_is_named_and_the_run_goes_on(small_run: Run) -> None:
     run = dataclasses.replace(small_run, global_batch=6, microbatch_tokens=512, hang_timeout=3)
     whole = dataclasses.replace(run, out=run.out + "-whole")
     loop.fit(whole)
@@ -79,11 +66,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(small_run: Run) -> None:
     lost = [entry["rank"] for entry in entries if entry["event"] == "lost"]
     assert lost == [1]  # killed where it stood
 
-
-def test_a_slow_rank_shows_in_the_metrics(small_run: Run) -> None:
-    run = dataclasses.replace(small_run, steps=4, global_batch=6, microbatch_tokens=2048)
-    torchrun(run, _SLOW)
-    lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
     # Of two ranks the median is their mean: one that works while the other waits comes to nearly twice of it.
-    for line in lines[1:]:
-        assert line["slowest_rank"] == 1 and 1.2 < line["slowest_over_median"] <= 2
+    lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
+    slow = [line["slowest_over_median"] for line in lines[1:] if line["slowest_rank"] == 1]
+    assert len(slow) > len(lines) / 2 and 1.1 < sorted(slow)[len(slow) // 2] <= 2

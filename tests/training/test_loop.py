@@ -335,6 +335,30 @@ def test_recomputing_activations_changes_nothing(small_run: Run, how: Any, monke
     assert len(calls) >= 2 * 2 * small_run.steps  # two blocks, forward and again for backward
 
 
+def test_the_end_of_another_rank_reaches_the_logbook(tmp_path: Path) -> None:
+    other = World(1, 2, torch.device("cpu"))
+    with pytest.raises(MachineRefused), loop._told(tmp_path, other):
+        raise MachineRefused("out of memory (CUDA)\nmore of it")
+    with pytest.raises(ZeroDivisionError), loop._told(tmp_path, other):
+        raise ZeroDivisionError("by zero")
+    with pytest.raises(Interrupted), loop._told(tmp_path, other):  # which the first rank says for all
+        raise Interrupted("stopped")
+    first, second = Logbook(tmp_path).entries()
+    assert (first["event"], first["rank"], first["error"], first["exit_code"]) == (
+        "failed", 1, "out of memory (CUDA)", 5,
+    )  # fmt: skip
+    assert second["error"] == "ZeroDivisionError: by zero" and "exit_code" not in second
+
+
+def test_a_line_that_a_full_disk_cut_short_hides_no_other(tmp_path: Path) -> None:
+    book = Logbook(tmp_path)
+    book.write("start")
+    with (tmp_path / "logbook.jsonl").open("a") as file:
+        file.write('{"time": "2026')
+    book.write("resume", step=5)
+    assert [entry["event"] for entry in book.entries()] == ["start", "resume"]
+
+
 def test_two_processes_cannot_share_a_folder(small_run: Run) -> None:
     def start_another(metrics: loop.Metrics) -> None:
         with pytest.raises(UserError, match="another process"):
