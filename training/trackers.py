@@ -163,10 +163,8 @@ class _Trackio:
         self._run.log(numbers, step=step)
 
     def samples(self, step: int, samples: Samples) -> None:
-        import pandas
-
-        table = pandas.DataFrame([[step, *sample] for sample in samples], columns=["step", "prompt", "text"])
-        self._run.log({"samples": self._trackio.Table(dataframe=table)}, step=step)
+        rows = [[step, *sample] for sample in samples]
+        self._run.log({"samples": self._trackio.Table(columns=["step", "prompt", "text"], data=rows)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
