@@ -54,6 +54,7 @@ from training.trackers import Trackers
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+_LONG = 1000  # steps: so many on several ranks are worth the seconds of a check
 _PROBED_EVERY = 20  # steps: 5 ms of a GPU
 
 
@@ -154,7 +155,9 @@ class _Training:
         self.rule = SpikeRule(self.n_steps)  # the first rank's counts
 
     def go(self, report: Callable[[Metrics], None]) -> None:
-        if self.run.preflight or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        is_long = self.world.size > 1 and self.n_steps >= _LONG
+        if self.run.preflight or is_restart or is_long:
             machine.preflight(self.world, self.out, self.logbook.write)
         self.adopt()
         self.restore()
@@ -162,7 +165,7 @@ class _Training:
             self.saver.save(self.model, self.optimizer, self.position)  # something to roll back to
         with _signals() as stopped, (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             try:
-                with contextlib.closing(self.batches), contextlib.closing(self.trackers):
+                with contextlib.closing(self.batches), self.trackers:
                     self.take_steps(file, report, stopped)
                 self.saver.wait()
             finally:
