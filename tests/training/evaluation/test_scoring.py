@@ -9,9 +9,10 @@ import torch
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from training.evaluation import scoring
+from training.evaluation.catalog import TASKS
 from training.evaluation.scoring import Score
 from training.evaluation.suite import is_answer, judge, normalized
-from training.evaluation.tasks import TASKS, Example, Query
+from training.evaluation.tasks import Example, Query
 
 V = 300
 
