@@ -142,12 +142,20 @@ SAME = {
 }
 
 
+def n_read(answer: dict[str, Any]) -> int:
+    """Tokens of the prompt."""
+    if "usage" in answer:
+        return int(answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"])
+    return int(answer["prompt_eval_count"])
+
+
 @pytest.mark.parametrize("what", SAME)
 def test_a_field_of_another_api_does_what_it_does_in_a_chat(url, said, what):
     path, asked, chat = SAME[what]
     answer, whole = post(url, path, asked), post(url, "/v1/chat/completions", {**chat, "max_tokens": 8, **DRAW})
     expected = whole.json()["choices"][0]["message"]["content"]
     assert text_in(path, answer.json()) == expected != said
+    assert n_read(answer.json()) == whole.json()["usage"]["prompt_tokens"]
 
 
 def test_anthropics_stop_sequences_end_an_answer_and_are_named(url, said):
