@@ -46,7 +46,7 @@ def ours(model: str, names: list[str], folder: Path, limit: int, dtype: str) -> 
     from training.evaluation.catalog import TASKS as KNOWN
 
     torch.set_num_threads(THREADS)
-    local = models.Local(model, torch.device("cpu"), getattr(torch, dtype))
+    local = models.Local.load(model, torch.device("cpu"), getattr(torch, dtype))
     world = World(0, 1, torch.device("cpu"))
     started = time.perf_counter()
     accuracy = {name: suite.run(local, KNOWN[name], folder, world, limit=limit).accuracy["sum"] for name in names}

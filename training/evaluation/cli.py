@@ -153,7 +153,7 @@ def _model(name: str, model: str, tokenizer: str, device: Any) -> Any:
     if not name.startswith(("http://", "https://")):
         if tokenizer:
             raise UserError("`--tokenizer` is for a URL; a checkpoint has its own")
-        return models.Local(name or model, device)
+        return models.Local.load(name or model, device)
     if not (model and tokenizer):
         raise UserError("a URL needs `--model`, the model's name there, and `--tokenizer`, whose tokenizer it has")
     return models.Served(name, model, tokenizer, os.environ.get("MPT_API_KEY"))

@@ -18,8 +18,10 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
 from mpt.engine.room import free_bytes
 from mpt.errors import MachineRefused, UserError
+from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions, chunk_alone
 from mpt.packed.layers import as_it_lies
+from mpt.tokenizer import Tokenizer
 from training.evaluation import scoring
 from training.evaluation.scoring import Score
 from training.evaluation.tasks import Query
@@ -32,14 +34,18 @@ _ATTEMPTS, _FIRST_WAIT_S = 6, 1.0  # of a request to a server that has no room; 
 
 
 class Local:
-    """A checkpoint loaded here."""
+    """A model at hand."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """dtype: None keeps the file's. Quantised weights stay as they lie."""
+    def __init__(self, model: MPTForCausalLM, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_seq_len: int = model.config.max_seq_len
+
+    @classmethod
+    def load(cls, name: str, device: torch.device, dtype: torch.dtype | None = None) -> "Local":
+        """A checkpoint's. dtype: None keeps the file's. Quantised weights stay as they lie."""
         folder = resolve(name)
-        self.tokenizer = open_tokenizer(folder)
-        self.model = mpt.checkpoint.load(folder, device=device, dtype=dtype, pack=as_it_lies)
-        self.max_seq_len: int = self.model.config.max_seq_len
+        model = mpt.checkpoint.load(folder, device=device, dtype=dtype, pack=as_it_lies)
+        return cls(model, open_tokenizer(folder))
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:
         return scoring.score(self.model, queries, done)

@@ -115,7 +115,7 @@ def _shared(query: Query) -> int:
     return next((n for n in range(shortest) if len({ids[n] for ids in inputs}) > 1), shortest)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a model in training keeps tables that its backward passes need
 def _score(model: MPTForCausalLM, groups: Sequence[tuple[int, Sequence[Query]]]) -> list[list[Score]]:
     """The scores of the queries of some groups, each with the length of its header."""
     device = model.device

@@ -43,7 +43,7 @@ metric_list: [{{metric: exact_match}}]
 
 @pytest.fixture(scope="module")
 def local() -> models.Local:
-    return models.Local("mpt-tiny", torch.device("cpu"), torch.float32)
+    return models.Local.load("mpt-tiny", torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture

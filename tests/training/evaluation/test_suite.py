@@ -113,7 +113,7 @@ def test_a_continuation_has_the_one_space_it_is_given(folder: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def local() -> models.Local:
-    return models.Local("mpt-tiny", torch.device("cpu"))
+    return models.Local.load("mpt-tiny", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["piqa", "winograd", "jeopardy", "triviaqa"])
