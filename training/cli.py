@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,8 @@ from mpt.errors import UserError
 from training import flags, recipes, run_cli
 from training import plan as planning
 from training.data.cli import app as data_app
+from training.evaluation.cli import evaluate
 from training.run import Run
-
-FormatChoice = Literal["text", "markdown", "json"]
 
 log = logging.getLogger(__name__)
 
@@ -137,57 +136,7 @@ def pretrain(
     _train(run, resume, dry_run, as_json, gpus)
 
 
-@app.command("evaluate")
-def evaluate_command(
-    name: Annotated[
-        str, typer.Argument(metavar="[NAME|FOLDER|URL]", help="A checkpoint, or http://host:port/v1.")
-    ] = "",
-    model: Annotated[str, typer.Option(metavar="NAME", help="The checkpoint, or the model's name at a URL.")] = "",
-    tasks: Annotated[
-        str,
-        typer.Option(metavar="NAMES", help="table1, or from it: piqa,copa ...; default: what the model is made for."),
-    ] = "",
-    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
-    strict: Annotated[bool, typer.Option(help="Generated answers must equal an alias.")] = False,
-    tokenizer: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="For a URL: whose tokenizer it has.")] = "",
-    data_folder: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where the tasks' .jsonl files are.", show_default="$MPT_HOME/datasets/icl"
-        ),
-    ] = None,
-    form: Annotated[FormatChoice, typer.Option("--format", help="How the table is printed.")] = "text",
-    task: Annotated[list[str] | None, typer.Option(help="Of the tiny family's own tasks; once per task.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, examples of failures included.")] = False,
-) -> None:
-    """Score a checkpoint: the twelve tasks of the launch blog's Table 1, or the tiny family's own.
-
-    Examples: train evaluate mpt-7b --tasks table1; train evaluate mpt-tiny-instruct;
-    train evaluate http://127.0.0.1:8000/v1 --model mpt-tiny --tokenizer mpt-tiny --tasks piqa
-    """
-    if tasks:
-        _refuse({"--task": task}, "names one of the tiny family's own tasks; leave it out, or leave --tasks out")
-    else:
-        given = {"--shots": shots, "--limit": limit, "--strict": strict, "--tokenizer": tokenizer,
-                 "--data-folder": data_folder, "--format": form != "text"}  # fmt: skip
-        _refuse(given, "goes with --tasks, for example `--tasks table1`")
-    if name and model and not name.startswith(("http://", "https://")):
-        raise UserError(f"`{name}` and `--model {model}` both name a checkpoint; give one")
-    if tasks:
-        _evaluate_suite(name, model, tasks, shots, limit, strict, tokenizer, data_folder, "json" if as_json else form)
-        return
-    from training.evaluation import tiny_tasks
-
-    if not name and not model:
-        raise UserError("name a checkpoint, for example `train evaluate mpt-tiny`")
-    scores = tiny_tasks.evaluate(name or model, task or ())
-    if as_json:
-        print(json.dumps(scores, indent=2, ensure_ascii=False))
-        return
-    for key, values in scores.items():
-        for what, value in tiny_tasks.compact(values).items():
-            print(f"{key} {what} {value}")
+app.command()(evaluate)
 
 
 def _whole_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tuple[Run, Path] | None:
@@ -199,7 +148,7 @@ def _whole_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tup
     if config is None and given is None:
         return None
     option = "--config" if config is not None else "--from"
-    _refuse({"--recipe": recipe}, f"does not go with {option}, which holds a whole run")
+    flags.refuse({"--recipe": recipe}, f"does not go with {option}, which holds a whole run")
     if given is not None:
         from training import folder
 
@@ -208,51 +157,6 @@ def _whole_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tup
         config = config or (begun if begun.is_file() else Path(changes["start_from"]).parent / "run.json")
     assert config is not None
     return recipes.change(Run.read(config), **changes), config
-
-
-def _refuse(given: dict[str, Any], why: str) -> None:
-    for option, value in given.items():
-        if value:
-            raise UserError(f"`{option}` {why}")
-
-
-def _evaluate_suite(
-    name: str,
-    model: str,
-    tasks: str,
-    shots: int,
-    limit: int | None,
-    strict: bool,
-    tokenizer: str,
-    data_folder: Path | None,
-    form: FormatChoice,
-) -> None:
-    from training import distributed, show
-    from training.data import hub
-    from training.evaluation import models, report, suite
-    from training.evaluation.tasks import select
-
-    folder = data_folder or hub.home() / "icl"
-    chosen = select(tasks, folder)
-    is_url = name.startswith(("http://", "https://"))
-    if is_url and not (model and tokenizer):
-        raise UserError("a URL needs `--model`, the model's name there, and `--tokenizer`, whose tokenizer it has")
-    with distributed.join() as world:
-        asked: suite.Model
-        if is_url:
-            asked = models.Served(name, model, tokenizer, os.environ.get("MPT_API_KEY"))
-        else:
-            asked = models.Local.load(name or model, world.device)
-        results = []
-        for chosen_task in chosen:
-            with show.progress(chosen_task.name, world.is_first) as progress:
-                results.append(
-                    suite.run(
-                        asked, chosen_task, folder, world, n_shots=shots, limit=limit, strict=strict, report=progress
-                    )
-                )
-        if world.is_first:
-            print(report.render(results, form))
 
 
 @app.command()

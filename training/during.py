@@ -19,8 +19,7 @@ from mpt.tokenizer import Tokenizer
 from training import batches, datasets
 from training.data import hub
 from training.distributed import World
-from training.evaluation import models, suite
-from training.evaluation.tasks import select
+from training.evaluation import catalog, models, suite
 from training.logbook import Logbook
 from training.run import Run
 from training.step import autocast, mean_loss
@@ -48,8 +47,7 @@ class During:
         self._run, self._world, self._tokenizer = run, world, tokenizer
         self._logbook, self._trackers, self._beat = logbook, trackers, beat
         self._held_out = batches.held_out(run, tokenizer)
-        self._folder = hub.home() / "icl"
-        self._tasks = [] if run.eval_tasks is None else select(run.eval_tasks, self._folder)
+        self._tasks = [] if run.eval_tasks is None else _tasks(run.eval_tasks)
         self._prompts = [] if run.sample_every is None else _prompts(run, tokenizer, data)
 
     def after(self, step: int, is_last: bool, model: MPTForCausalLM, positions: int) -> dict[str, float]:
@@ -76,16 +74,20 @@ class During:
     def _accuracies(self, step: int, model: MPTForCausalLM) -> dict[str, float]:
         found = {}
         alone = World(0, 1, self._world.device)
-        for task in self._tasks:
-            self._beat(f"task {task.name}")
-            asked = models.Local(model, self._tokenizer)
+        for chosen in self._tasks:
+            name = chosen.task.name
+            self._beat(f"task {name}")
             result = suite.run(
-                asked, task, self._folder, alone, limit=self._run.eval_rows, report=lambda *_: self._beat("task")
+                _InTraining(model, self._tokenizer),
+                chosen.task,
+                chosen.folder,
+                alone,
+                n_shots=chosen.n_shots,
+                limit=self._run.eval_rows,
+                report=lambda *_: self._beat("task"),
             )
-            found[f"task_{task.name}"] = result.headline
-            self._logbook.write(
-                "task", step=step, task=task.name, accuracy=round(result.headline, 4), rows=result.n_rows
-            )
+            found[f"task_{name}"] = result.headline
+            self._logbook.write("task", step=step, task=name, accuracy=round(result.headline, 4), rows=result.n_rows)
         return found
 
     def _sample(self, step: int, model: MPTForCausalLM) -> None:
@@ -100,6 +102,31 @@ class During:
             self._logbook.write("sample", step=step, prompt=prompt, text=text)
         if self._world.is_first:
             self._trackers.samples(step, rows)
+
+
+def _tasks(names: str) -> list[catalog.Chosen]:
+    """Tasks whose rows are there. Raises UserError, also for those that run programs."""
+    chosen = catalog.select(names, hub.home() / "icl")
+    for one in chosen:
+        if one.task.kind == "programs":
+            raise UserError(f"`--eval-tasks {one.task.name}` would run what the model writes; use `train evaluate`")
+    return chosen
+
+
+class _InTraining(models.Local):
+    """A model between two steps: compiled or sharded perhaps, so that it takes whole rows only."""
+
+    def continue_greedily(
+        self, prompts: Sequence[list[int]], n_tokens: Sequence[int], stops: Sequence[str], done: Callable[[int], None]
+    ) -> list[str]:
+        """Up to each prompt's own number of tokens; text behind a stop is the caller's to leave out."""
+        texts = []
+        for start in range(0, len(prompts), _MOST_SAMPLES):
+            part, limits = prompts[start : start + _MOST_SAMPLES], n_tokens[start : start + _MOST_SAMPLES]
+            made = continue_greedily(self.model, part, max(limits), self.tokenizer.end_ids)
+            texts += [self.tokenizer.decode(ids[:most]) for ids, most in zip(made, limits, strict=True)]
+            done(len(part))
+        return texts
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ A field with a help text has a flag in `train finetune` and in `train pretrain`;
 import dataclasses
 import inspect
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 import typer
@@ -114,3 +114,10 @@ def _parameter(declared: Declaration) -> inspect.Parameter:
 def _shown(default: Any) -> str | bool:
     """A field's default for the help; False shows none, for a field without one or with one that says nothing."""
     return False if default in (dataclasses.MISSING, None, False, ()) else str(default)
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises UserError for the first option that has a value."""
+    for option, value in given.items():
+        if value:
+            raise UserError(f"`{option}` {why}")

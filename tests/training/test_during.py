@@ -16,7 +16,7 @@ from tests.training.test_distributed import torchrun
 from training import batches, loop
 from training.distributed import World
 from training.evaluation import models, suite
-from training.evaluation.tasks import TASKS
+from training.evaluation.catalog import TASKS
 from training.logbook import Logbook
 from training.run import Run
 
