@@ -48,7 +48,7 @@ from training.logbook import Logbook, where
 from training.mirror import Mirror
 from training.run import Run
 from training.spikes import SpikeRule
-from training.step import train_step
+from training.step import mean_loss, train_step
 from training.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -133,13 +133,13 @@ class _Training:
         self.run, self.world, self.out, self.changed = run, world, Path(run.out), changed
         self.logbook, self.heartbeat = Logbook(self.out, world.is_first), heartbeat
         self.tokenizer = batches.load_tokenizer(run)
-        data = batches.load_data(run, self.tokenizer, run.data)
-        self.batches = Batches(run, data)
+        self.batches = Batches(run, batches.load_data(run, self.tokenizer, run.data))
+        self.held_out = batches.held_out(run, self.tokenizer)
         self.n_steps = self.batches.n_steps
         self.last_step = max(1, round(share * self.n_steps))
         self.warmup = _warmup(run, self.n_steps)
         self.trackers = Trackers(run, is_open=world.is_first)
-        self.during = During(run, world, self.tokenizer, data, self.logbook, self.trackers, heartbeat.beat)
+        self.during = During(run, world, self.tokenizer, self.batches.data, self.logbook, self.trackers, heartbeat.beat)
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
         self.model = build.model(run, world)
@@ -281,7 +281,9 @@ class _Training:
             if is_taken:  # passing over data has no speed
                 line |= self.speed(batch, used, now - began) | self.straggler(step, now - began)
             is_last = step + 1 == self.n_steps
-            line |= self.during.after(step + 1, is_last, self.model, self.microbatch.positions)
+            if self.held_out is not None and ((step + 1) % run.eval_every == 0 or is_last):
+                line["held_out_loss"] = self.held_out_loss()
+            line |= self.during.after(step + 1, is_last, self.model)
             if world.is_first:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -348,6 +350,14 @@ class _Training:
             f"step {step + 1}: {what}; the last whole checkpoint stays in `{self.out}`; lower --lr, look at the data "
             "of this step, or take --on-spike skip"
         )
+
+    def held_out_loss(self) -> float:
+        """The mean loss over the held-out set."""
+        assert self.held_out is not None
+        self.model.eval()
+        loss = mean_loss(self.model, self.held_out, self.run, self.world, self.microbatch.positions)
+        self.model.train()
+        return loss
 
     def finish(self) -> None:
         """Write the finished checkpoint, keep the last state alone of those it was made from, and draw the curves."""
