@@ -63,7 +63,7 @@ class Batches:
     """
 
     def __init__(self, run: Run, data: datasets.Dataset) -> None:
-        self._run, self._data, self.n_steps = run, data, count_steps(run, data)
+        self._run, self.data, self.n_steps = run, data, count_steps(run, data)
         self._n_samples = self.n_steps * run.global_batch
         if run.epochs is not None and data.n_samples is not None:  # the last step of the last epoch may be short
             self._n_samples = max(1, round(run.epochs * data.n_samples))
@@ -81,10 +81,10 @@ class Batches:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        if isinstance(self._data, Stream):
-            self._data.close()
+        if isinstance(self.data, Stream):
+            self.data.close()
 
     def _pack(self, step: int) -> Batch:
         first = step * self._run.global_batch
         last = min(first + self._run.global_batch, self._n_samples)
-        return packing.pack([self._data.sample(number) for number in range(first, last)], self._run.max_seq_len)
+        return packing.pack([self.data.sample(number) for number in range(first, last)], self._run.max_seq_len)

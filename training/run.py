@@ -212,7 +212,12 @@ class Run:
     )
     checkpoints_kept: Annotated[int, Setting(above=0, changes="nothing")] = 2
     preflight: Annotated[
-        bool, Setting("Measure every rank first, as `train check` does; always after a failure.", changes="nothing")
+        bool,
+        Setting(
+            "Measure every rank first, as `train check` does; several ranks do it anyway before 1,000 steps and after "
+            "a failure.",
+            changes="nothing",
+        ),
     ] = False
     # Of several ranks; never less than ten times the slowest step so far.
     hang_timeout: Annotated[
