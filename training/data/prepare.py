@@ -1,16 +1,16 @@
-"""Documents to shards: read, filter, tokenize in parallel, join with end-of-text, cut to one length, write.
+"""Documents to shards: read, filter and tokenize in parallel, join with end-of-text, cut to one length, write.
 
 The result does not depend on the number of processes. Documents run on from one sample into the next, as llm-foundry's
 `concat_tokens` does; what is left at the end, less than a sample, is dropped.
 """
 
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.tokenizer import Tokenizer
-from training.data import mds
+from training.data import mds, workers
 from training.data.files import documents
-from training.data.filters import RULES, Duplicates, Quality
+from training.data.filters import RULES, Duplicates, Fingerprint, Quality, Rule, fingerprint
 
 _DOCUMENTS_AT_ONCE = 64  # a worker's share
 REPORT = "prepared.json"
@@ -60,25 +60,32 @@ def prepare(
         raise UserError(f"`max_seq_len` is {max_seq_len}; a sample needs at least 2 tokens")
     found = Prepared()
     dropped: Counter[str] = Counter()
-    rule, known = RULES[quality], None if duplicates is None else Duplicates(duplicates)
+    known = None if duplicates is None else Duplicates(duplicates)
+    start = _start, (tokenizer_folder, quality, text_key, None if known is None else known.n_permutations)
 
-    def kept() -> Iterator[str]:
-        for row in documents(sources, text_key):
-            found.n_documents += 1
-            text = row[text_key]
-            reason = "empty" if not text.strip() else None
-            reason = reason or (rule(text, row) if rule else None) or (known.seen(text) if known else None)
-            if reason is None:
-                found.n_kept += 1
-                yield text
-            else:
-                dropped[reason] += 1
+    def kept() -> Iterator[list[mds.Tokens]]:
+        """The tokens of several documents at a time; those that another process makes are judged here, in order."""
+        rows = documents(sources, text_key)
+        shares = iter(lambda: list(islice(rows, _DOCUMENTS_AT_ONCE)), [])
+        for share in workers.mapped(_examine, shares, n_processes, *start):
+            found.n_documents += len(share)
+            tokens = []
+            for one in share:
+                reason = one.reason
+                if reason is None and known is not None and one.fingerprint is not None:
+                    reason = known.judge(one.fingerprint)
+                if reason is None:
+                    tokens.append(one.tokens)
+                else:
+                    dropped[reason] += 1
+            found.n_kept += len(tokens)
+            yield tokens
 
     def samples() -> Iterator[mds.Tokens]:
         rest = np.empty(0, np.int32)
-        for tokens in _tokenized(kept(), tokenizer_folder, n_processes):
-            found.n_tokens += len(tokens)
-            rest = np.concatenate([rest, tokens])
+        for tokens in kept():
+            found.n_tokens += sum(map(len, tokens))
+            rest = np.concatenate([rest, *tokens])
             n_whole = len(rest) // max_seq_len
             yield from rest[: n_whole * max_seq_len].reshape(n_whole, max_seq_len)
             found.n_samples += n_whole
@@ -98,30 +105,43 @@ def prepare(
     return found
 
 
-def _tokenized(texts: Iterator[str], folder: Path, n_processes: int) -> Iterator[mds.Tokens]:
-    """The tokens of several documents at a time, each ended by end-of-text, in order."""
-    batches = iter(lambda: list(islice(texts, _DOCUMENTS_AT_ONCE)), [])
-    if n_processes == 1:
-        _start(folder)
-        yield from map(_tokenize, batches)
-        return
-    # Not fork: the parent's threads (tokenizers, torch) may hold locks.
-    with multiprocessing.get_context("spawn").Pool(n_processes, _start, (folder,)) as pool:
-        yield from pool.imap(_tokenize, batches)
+class _Examined(NamedTuple):
+    """What a worker makes of a document: the rule that drops it, or its tokens with end-of-text and its fingerprint."""
+
+    reason: str | None
+    tokens: mds.Tokens
+    fingerprint: Fingerprint | None
 
 
-_tokenizer: Tokenizer | None = None  # a worker's own
+class _Worker(NamedTuple):
+    tokenizer: Tokenizer
+    rule: Rule | None
+    text_key: str
+    n_permutations: int | None  # of a fingerprint; None makes none
 
 
-def _start(folder: Path) -> None:
-    global _tokenizer
-    _tokenizer = open_tokenizer(folder)
+_worker: _Worker | None = None  # a process's own
+_NO_TOKENS = np.empty(0, np.int32)
 
 
-def _tokenize(texts: list[str]) -> mds.Tokens:
-    assert _tokenizer is not None
-    ids: list[int] = []
-    for text in texts:
-        ids += _tokenizer.encode(text)
-        ids.append(_tokenizer.eos_id)
-    return np.array(ids, dtype=np.int32)
+def _start(folder: Path, quality: Quality, text_key: str, n_permutations: int | None) -> None:
+    global _worker
+    _worker = _Worker(open_tokenizer(folder), RULES[quality], text_key, n_permutations)
+
+
+def _examine(rows: list[dict[str, Any]]) -> list[_Examined]:
+    """A duplicate is tokenized too: only the process that has seen all documents knows it for one."""
+    assert _worker is not None
+    tokenizer, rule, text_key, n_permutations = _worker
+    examined = []
+    for row in rows:
+        text = row[text_key]
+        reason = "empty" if not text.strip() else None
+        reason = reason or (rule(text, row) if rule else None)
+        if reason is not None:
+            examined.append(_Examined(reason, _NO_TOKENS, None))
+            continue
+        tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
+        made = None if n_permutations is None else fingerprint(text, n_permutations)
+        examined.append(_Examined(None, tokens, made))
+    return examined
