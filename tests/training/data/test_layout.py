@@ -114,6 +114,8 @@ def test_of_two_kinds_the_more_common_one_is_taken_and_the_other_is_said() -> No
     assert taken.names == ["a.parquet", "b.parquet"]
     assert taken.left_out == {"a.jsonl": ".jsonl beside more .parquet"}
     assert layout.choose(["a.parquet", "a.jsonl"], "", "it").names == ["a.parquet"]
+    beside = ["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json", "state.json"]
+    assert layout.choose(["a.json", *beside], "", "it").names == ["a.json"]
 
 
 def test_a_folder_here_gives_its_training_rows_and_says_what_it_leaves_out(
