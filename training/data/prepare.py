@@ -5,12 +5,12 @@ The result does not depend on the number of processes. Documents run on from one
 """
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from training.data import mds, workers
 from training.data.files import documents
 from training.data.filters import RULES, Duplicates, Fingerprint, Quality, Rule, fingerprint
 
+Item = TypeVar("Item")
 _DOCUMENTS_AT_ONCE = 64  # a worker's share
 REPORT = "prepared.json"
 
@@ -61,36 +62,34 @@ def prepare(
     found = Prepared()
     dropped: Counter[str] = Counter()
     known = None if duplicates is None else Duplicates(duplicates)
-    start = _start, (tokenizer_folder, quality, text_key, None if known is None else known.n_permutations)
+    start_with = tokenizer_folder, quality, text_key, None if known is None else known.n_permutations
 
-    def kept() -> Iterator[list[mds.Tokens]]:
-        """The tokens of several documents at a time; those that another process makes are judged here, in order."""
+    def kept(run: workers.Mapped) -> Iterator[str]:
+        """The texts that stay. Duplicates are judged here, in order, by fingerprints that other processes made."""
         rows = documents(sources, text_key)
-        shares = iter(lambda: list(islice(rows, _DOCUMENTS_AT_ONCE)), [])
-        for share in workers.mapped(_examine, shares, n_processes, *start):
-            found.n_documents += len(share)
-            tokens = []
-            for one in share:
-                reason = one.reason
-                if reason is None and known is not None and one.fingerprint is not None:
-                    reason = known.judge(one.fingerprint)
+        sent: deque[list[dict[str, Any]]] = deque()
+        for judged in run(_judge, _noted(_shares(rows), sent)):
+            for row, (reason, print_) in zip(sent.popleft(), judged, strict=True):
+                found.n_documents += 1
+                if print_ is not None and known is not None:
+                    reason = known.judge(print_)
                 if reason is None:
-                    tokens.append(one.tokens)
+                    found.n_kept += 1
+                    yield row[text_key]
                 else:
                     dropped[reason] += 1
-            found.n_kept += len(tokens)
-            yield tokens
 
     def samples() -> Iterator[mds.Tokens]:
         rest = np.empty(0, np.int32)
-        for tokens in kept():
-            found.n_tokens += sum(map(len, tokens))
-            rest = np.concatenate([rest, *tokens])
-            n_whole = len(rest) // max_seq_len
-            yield from rest[: n_whole * max_seq_len].reshape(n_whole, max_seq_len)
-            found.n_samples += n_whole
-            rest = rest[n_whole * max_seq_len :]
-            report(found)
+        with workers.opened(n_processes, _start, start_with) as run:
+            for tokens in run(_tokenize, _shares(kept(run))):
+                found.n_tokens += len(tokens)
+                rest = np.concatenate([rest, tokens])
+                n_whole = len(rest) // max_seq_len
+                yield from rest[: n_whole * max_seq_len].reshape(n_whole, max_seq_len)
+                found.n_samples += n_whole
+                rest = rest[n_whole * max_seq_len :]
+                report(found)
 
     with whole_folder(out) as partial:
         mds.write(partial, samples())
@@ -105,12 +104,14 @@ def prepare(
     return found
 
 
-class _Examined(NamedTuple):
-    """What a worker makes of a document: the rule that drops it, or its tokens with end-of-text and its fingerprint."""
+def _shares(items: Iterator[Item]) -> Iterator[list[Item]]:
+    return iter(lambda: list(islice(items, _DOCUMENTS_AT_ONCE)), [])
 
-    reason: str | None
-    tokens: mds.Tokens
-    fingerprint: Fingerprint | None
+
+def _noted(items: Iterator[Item], sent: deque[Item]) -> Iterator[Item]:
+    for item in items:
+        sent.append(item)
+        yield item
 
 
 class _Worker(NamedTuple):
@@ -121,7 +122,6 @@ class _Worker(NamedTuple):
 
 
 _worker: _Worker | None = None  # a process's own
-_NO_TOKENS = np.empty(0, np.int32)
 
 
 def _start(folder: Path, quality: Quality, text_key: str, n_permutations: int | None) -> None:
@@ -129,19 +129,24 @@ def _start(folder: Path, quality: Quality, text_key: str, n_permutations: int | 
     _worker = _Worker(open_tokenizer(folder), RULES[quality], text_key, n_permutations)
 
 
-def _examine(rows: list[dict[str, Any]]) -> list[_Examined]:
-    """A duplicate is tokenized too: only the process that has seen all documents knows it for one."""
+def _judge(rows: list[dict[str, Any]]) -> list[tuple[str | None, Fingerprint | None]]:
+    """Of each document the reason to drop it by itself, or else what tells it from others."""
     assert _worker is not None
-    tokenizer, rule, text_key, n_permutations = _worker
-    examined = []
+    _, rule, text_key, n_permutations = _worker
+    judged: list[tuple[str | None, Fingerprint | None]] = []
     for row in rows:
         text = row[text_key]
-        reason = "empty" if not text.strip() else None
-        reason = reason or (rule(text, row) if rule else None)
-        if reason is not None:
-            examined.append(_Examined(reason, _NO_TOKENS, None))
-            continue
-        tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
-        made = None if n_permutations is None else fingerprint(text, n_permutations)
-        examined.append(_Examined(None, tokens, made))
-    return examined
+        reason = "empty" if not text.strip() else rule(text, row) if rule else None
+        is_compared = reason is None and n_permutations is not None
+        judged.append((reason, fingerprint(text, n_permutations or 0) if is_compared else None))
+    return judged
+
+
+def _tokenize(texts: list[str]) -> mds.Tokens:
+    assert _worker is not None
+    tokenizer = _worker.tokenizer
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer.encode(text)
+        ids.append(tokenizer.eos_id)
+    return np.array(ids, dtype=np.int32)
