@@ -5,10 +5,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mpt.catalog import resolve
+from mpt.checkpoint import read_config
 from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.prompts import PromptFormat, open_format
-from mpt.tokenizer import Tokenizer
+from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
 from training import datasets, packing
 from training.data.streams import Stream
 from training.packing import Batch
@@ -16,8 +17,22 @@ from training.run import Run
 
 
 def load_tokenizer(run: Run) -> Tokenizer:
-    """The tokenizer the run names, or its base's."""
-    return open_tokenizer(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
+    """The tokenizer the run names, or its base's; of a run in ChatML with ChatML's tokens, which the result keeps.
+
+    A base like MPT-7B has more rows in its embedding than its tokenizer has ids, and MPT-7B-Chat's tokens are the first
+    two of these. Raises UserError where none are spare.
+    """
+    tokenizer = open_tokenizer(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
+    if run.prompt_style != "chatml":
+        return tokenizer
+    made = tokenizer.with_chatml()
+    n_rows = run.model.get("vocab_size") or read_config(resolve(str(run.base))).vocab_size
+    if made is not tokenizer and made.vocab_size > n_rows:
+        raise UserError(
+            f"the tokenizer has no `{CHATML_START}` and `{CHATML_END}`, and cannot get them: with them it has "
+            f"{made.vocab_size} ids, and the embedding {n_rows} rows; give --prompt-style instruct"
+        )
+    return made
 
 
 def load_format(run: Run, tokenizer: Tokenizer) -> PromptFormat:
