@@ -1,8 +1,11 @@
 """What a run's steps are made of: its tokenizer, its data, how many steps they come to, each step's packed batch."""
 
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from mpt.catalog import resolve
 from mpt.checkpoint import read_config
@@ -12,8 +15,16 @@ from mpt.prompts import PromptFormat, open_format
 from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
 from training import datasets, packing
 from training.data.streams import Stream
-from training.packing import Batch
 from training.run import Run
+
+
+class Numbered(Protocol):
+    """A set of whatever an objective packs; n_samples is None for one that never ends."""
+
+    @property
+    def n_samples(self) -> int | None: ...
+
+    def sample(self, number: int) -> Any: ...
 
 
 def load_tokenizer(run: Run) -> Tokenizer:
@@ -52,7 +63,7 @@ def load_data(run: Run, tokenizer: Tokenizer, name: str) -> datasets.Dataset:
     )
 
 
-def count_steps(run: Run, data: datasets.Dataset) -> int:
+def count_steps(run: Run, data: Numbered) -> int:
     """How many optimizer steps the run takes. Raises UserError for epochs of a set that never ends."""
     if run.steps is not None:
         return run.steps
@@ -62,30 +73,29 @@ def count_steps(run: Run, data: datasets.Dataset) -> int:
     return max(1, math.ceil(run.epochs * data.n_samples / run.global_batch))
 
 
-def held_out(run: Run, tokenizer: Tokenizer) -> Batch | None:
-    """The first `eval_samples` of the run's held-out set, packed; None for a run without one."""
-    if run.eval_data is None:
-        return None
-    data = load_data(run, tokenizer, run.eval_data)
+def held_out(run: Run, data: Numbered) -> list[Any]:
+    """The first `eval_samples` samples of a run's held-out set."""
     n = run.eval_samples if data.n_samples is None else min(run.eval_samples, data.n_samples)
-    return packing.pack([data.sample(number) for number in range(n)], run.max_seq_len)
+    return [data.sample(number) for number in range(n)]
 
 
 class Batches:
     """Each step's samples, packed; the next step's while this one is computed.
 
-    Every rank packs all of them and takes its share of the rows.
+    Every rank packs all of them and takes its share of the rows. pack: makes a batch of samples; by default
+    `packing.pack` to the run's length.
     """
 
-    def __init__(self, run: Run, data: datasets.Dataset) -> None:
+    def __init__(self, run: Run, data: Numbered, pack: Callable[[list[Any]], Any] | None = None) -> None:
         self._run, self._data, self.n_steps = run, data, count_steps(run, data)
+        self._pack_samples = pack or partial(packing.pack, max_seq_len=run.max_seq_len)
         self._n_samples = self.n_steps * run.global_batch
         if run.epochs is not None and data.n_samples is not None:  # the last step of the last epoch may be short
             self._n_samples = max(1, round(run.epochs * data.n_samples))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[Batch]] | None = None
+        self._next: tuple[int, Future[Any]] | None = None
 
-    def get(self, step: int) -> Batch:
+    def get(self, step: int) -> Any:
         """The batch of a step, counted from 0."""
         if self._next is not None and self._next[0] == step:
             batch = self._next[1].result()
@@ -99,7 +109,11 @@ class Batches:
         if isinstance(self._data, Stream):
             self._data.close()
 
-    def _pack(self, step: int) -> Batch:
+    def samples(self, step: int) -> list[Any]:
+        """What the batch of a step is packed from."""
         first = step * self._run.global_batch
         last = min(first + self._run.global_batch, self._n_samples)
-        return packing.pack([self._data.sample(number) for number in range(first, last)], self._run.max_seq_len)
+        return [self._data.sample(number) for number in range(first, last)]
+
+    def _pack(self, step: int) -> Any:
+        return self._pack_samples(self.samples(step))

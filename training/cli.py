@@ -19,6 +19,7 @@ from mpt.errors import UserError
 from training import flags, recipes
 from training import plan as planning
 from training.data.cli import app as data_app
+from training.preferences import cli as preferences_cli
 from training.run import Run
 
 FormatChoice = Literal["text", "markdown", "json"]
@@ -308,6 +309,8 @@ def plan(
         run = recipes.make_pretraining(recipe, "data", "out", "tokenizer", 50_432)
     elif recipe in recipes.FINETUNES:
         run = recipes.make_finetune(recipe, base or "mpt-7b", "data", "out")
+    elif recipe in recipes.PREFERENCES:
+        run = recipes.PREFERENCES[recipe](base or "mpt-7b-instruct", "data", "out")
     else:
         raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.names())}")
     run = recipes.change(run, **flags.changes(given))
@@ -349,12 +352,12 @@ def _train(run: Run, resume: bool, dry_run: bool, gpus: int | None, decided: str
 
 def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
     """The run as JSON, then what was chosen for the user and what it comes to."""
-    from training import batches, packing
+    from training import batches, objective
 
-    tokenizer = batches.load_tokenizer(run)
-    data = batches.load_data(run, tokenizer, run.data)
+    how = objective.of_run(run, batches.load_tokenizer(run))
+    data = how.load(run.data)
     n_steps = batches.count_steps(run, data)
-    batch = packing.pack([data.sample(number) for number in range(run.global_batch)], run.max_seq_len)
+    batch = how.pack([data.sample(number) for number in range(run.global_batch)])
     used = int((batch.sequence_id >= 0).sum())
     shape = planning.shape_of_run(run)
     needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))
@@ -365,13 +368,16 @@ def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
     print(f"samples {data.n_samples if data.n_samples is not None else 'generated'}")
     print(f"steps {n_steps}")
     print(f"tokens_per_step {used}")
-    print(f"learned_tokens_per_step {batch.n_learned}")
+    print(f"learned_tokens_per_step {how.n_learned(batch)}")
     print(f"useful_positions {used / batch.ids.numel():.3f}")
     print(f"tokens {n_steps * used}")
     print(f"flops {n_steps * used * shape.flops_per_token(run.max_seq_len, is_causal=True):.3g}")
     for what, n_bytes in vars(needed).items():
         print(f"memory_{what}_gb {n_bytes / 1e9:.2f}")
     print(f"memory_gb {needed.total / 1e9:.2f} on each of {n_gpus}")
+
+
+preferences_cli.add_to(app, _train)
 
 
 if __name__ == "__main__":

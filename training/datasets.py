@@ -110,7 +110,7 @@ def load(
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
         pieces = (ids[i : i + max_seq_len] for i in range(0, len(ids), max_seq_len))
         return Rows([text_sample(piece) for piece in pieces if len(piece) > 1], seed)
-    return Rows(_samples(name, _rows(name), tokenizer, PromptFormat(style, template), max_seq_len, learn), seed)
+    return Rows(_samples(name, rows_of(name), tokenizer, PromptFormat(style, template), max_seq_len, learn), seed)
 
 
 def style_of(name: str) -> tuple[PromptStyle, str]:
@@ -129,7 +129,7 @@ def style_of(name: str) -> tuple[PromptStyle, str]:
         return "none", f"`{name}` is plain text"
     found: dict[PromptStyle, str] = {}
     keys = ""
-    for where, row in itertools.islice(_rows(name), _ROWS_LOOKED_AT):
+    for where, row in itertools.islice(rows_of(name), _ROWS_LOOKED_AT):
         kind = shape(row) if isinstance(row, dict) else None
         if kind is not None:
             shown = {"text": "plain text", "tree": "a tree of messages", "transcript": "a transcript"}
@@ -144,7 +144,7 @@ def style_of(name: str) -> tuple[PromptStyle, str]:
     )
 
 
-def _rows(name: str) -> Iterator[tuple[str, Any]]:
+def rows_of(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, a folder or a set of the hub, each with where it stands. Raises UserError for other names."""
     path = Path(name).expanduser()
     if path.exists():

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,14 +31,13 @@ from training.distributed import World
 from training.folder import Skipped
 from training.logbook import Logbook, where
 from training.mirror import Mirror
+from training.objective import of_run
 from training.run import Run
 from training.spikes import SpikeRule
-from training.step import mean_loss, train_step
+from training.step import Metrics, train_step
 from training.trackers import open_all
 
 log = logging.getLogger(__name__)
-
-Metrics = dict[str, float]
 
 
 def fit(run: Run, report: Callable[[Metrics], None] = lambda _: None, *, resume: bool = True) -> Path:
@@ -65,7 +65,7 @@ def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with folder.claimed(run, resume):
         plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
-        batches.count_steps(run, batches.load_data(run, batches.load_tokenizer(run), run.data))
+        batches.count_steps(run, of_run(run, batches.load_tokenizer(run)).load(run.data))
 
 
 class _Training:
@@ -75,8 +75,10 @@ class _Training:
         self.run, self.world, self.out = run, world, Path(run.out)
         self.logbook = Logbook(self.out, world.is_first)
         self.tokenizer = batches.load_tokenizer(run)
-        self.batches = Batches(run, batches.load_data(run, self.tokenizer, run.data))
-        self.held_out = batches.held_out(run, self.tokenizer)
+        self.objective = of_run(run, self.tokenizer)
+        self.batches = Batches(run, self.objective.load(run.data), self.objective.pack)
+        self.held_out = None if run.eval_data is None else batches.held_out(run, self.objective.load(run.eval_data))
+        self.held_out_batch: Any = None  # packed when the objective knows what it needs of the base
         self.n_steps = self.batches.n_steps
         if run.warmup_steps >= self.n_steps:
             log.warning(
@@ -97,6 +99,7 @@ class _Training:
         self.rule = SpikeRule(self.n_steps)  # the first rank's counts
 
     def go(self, report: Callable[[Metrics], None]) -> None:
+        self.prepare()
         self.restore()
         if self.run.on_spike == "skip" and checkpoint.latest(self.out) is None:
             self.saver.save(self.model, self.optimizer, self.position)  # something to roll back to
@@ -108,6 +111,20 @@ class _Training:
             finally:
                 self.saver.join()
         self.finish()
+
+    def prepare(self) -> None:
+        """Ask of the base what the objective needs, while the model still is the base."""
+
+        def upcoming() -> Iterator[list[Any]]:
+            yield from map(self.batches.samples, range(self.n_steps))
+            if self.held_out is not None:
+                yield self.held_out
+
+        self.microbatch.shrink_to_fit(
+            lambda positions: self.objective.prepare(self.model, upcoming(), self.world, positions), self.logbook
+        )
+        if self.held_out is not None:
+            self.held_out_batch = self.objective.pack(self.held_out)
 
     def restore(self, last_step: int | None = None) -> None:
         """Go on from the newest whole checkpoint, of last_step or before, and note what stopping has cost.
@@ -160,15 +177,10 @@ class _Training:
                 (run.seed * self.n_steps + step) * world.size + world.rank
             )  # dropout, also after a resume
             if step not in self.skipped:
-                loss, norm = self.microbatch.shrink_to_fit(
-                    lambda positions, batch=batch: train_step(  # type: ignore[misc]
-                        self.model, self.optimizer, batch, run, world, positions
-                    ),
-                    self.logbook,
-                )
-                if self.is_off_course(step, loss, norm):
+                found, norm = self.microbatch.shrink_to_fit(partial(self.take_step, batch), self.logbook)
+                if self.is_off_course(step, found["loss"], norm):
                     continue
-                line |= {"loss": loss, "lr": lr, "gradient_norm": norm}
+                line |= {**found, "lr": lr, "gradient_norm": norm}
             now = time.monotonic()
             seconds = self.position.seconds + now - self.started
             self.started = now
@@ -185,7 +197,7 @@ class _Training:
                 line["mfu"] = line["tflops"] / (self.peak_tflops * world.size)
             is_last = step + 1 == self.n_steps
             if self.held_out is not None and ((step + 1) % run.eval_every == 0 or is_last):
-                line["held_out_loss"] = self.held_out_loss()
+                line |= self.scores_held_out()
             if world.is_first:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -199,6 +211,11 @@ class _Training:
                 )
             if (step + 1) % run.checkpoint_every == 0 and not is_last:
                 self.saver.save(self.model, self.optimizer, self.position)
+
+    def take_step(self, batch: Any, positions: int) -> tuple[Metrics, float]:
+        """A step's numbers and its gradient's norm, with so many positions at a time."""
+        accumulate = partial(self.objective.accumulate, self.model, batch, self.world, positions)
+        return train_step(self.model, self.optimizer, self.run, accumulate)
 
     def is_off_course(self, step: int, loss: float, norm: float) -> bool:
         """Whether this step is undone: then the run stands at an earlier one and will pass over the bad ones."""
@@ -222,13 +239,12 @@ class _Training:
             "of this step, or take --on-spike skip"
         )
 
-    def held_out_loss(self) -> float:
-        """The mean loss over the held-out set."""
-        assert self.held_out is not None
+    def scores_held_out(self) -> Metrics:
+        """The objective's numbers over the held-out set, each under its name behind `held_out_`."""
         self.model.eval()
-        loss = mean_loss(self.model, self.held_out, self.run, self.world, self.microbatch.positions)
+        found = self.objective.evaluate(self.model, self.held_out_batch, self.world, self.microbatch.positions)
         self.model.train()
-        return loss
+        return {f"held_out_{name}": value for name, value in found.items()}
 
     def finish(self) -> None:
         """Write the finished checkpoint, drop the ones it was made from, and draw the curves."""

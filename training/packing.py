@@ -5,7 +5,7 @@ of the positions that padding each row would take. That packing changes nothing 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ class Batch(NamedTuple):
     @property
     def n_learned(self) -> int:
         return int((self.labels != IGNORED).sum())
+
+
+class Positions(Protocol):
+    """Which positions of a step's rows hold samples, as `Batch` has it."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def sequence_id(self) -> Tensor: ...
 
 
 def pack(samples: Sequence[Sample], max_seq_len: int) -> Batch:
@@ -82,7 +92,7 @@ def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
     return [Batch(*(x[i : i + rows] for x in batch)) for i in range(0, len(batch.ids), rows)]
 
 
-def squared_lengths(batch: Batch) -> int:
+def squared_lengths(batch: Positions) -> int:
     """The sum of each sample's length squared: what attention's work goes by."""
     rows = torch.arange(len(batch.ids))[:, None].expand_as(batch.sequence_id)
     pairs = torch.stack([rows, batch.sequence_id])[:, batch.sequence_id >= 0]
