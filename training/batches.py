@@ -14,6 +14,7 @@ from mpt.errors import UserError
 from mpt.prompts import PromptFormat, open_format
 from mpt.tokenizer import CHATML_END, CHATML_START, Tokenizer
 from training import datasets, packing
+from training.data import rendered
 from training.data.streams import Stream
 from training.run import Run
 
@@ -58,9 +59,12 @@ def load_format(run: Run, tokenizer: Tokenizer) -> PromptFormat:
 def load_data(run: Run, tokenizer: Tokenizer, name: str) -> datasets.Dataset:
     """A set as the run reads it."""
     prompts = load_format(run, tokenizer)
-    return datasets.load(
+    data = datasets.load(
         name, tokenizer, prompts.style, run.max_seq_len, run.seed, run.learn, template=prompts.template
     )
+    if run.base is not None and datasets.has_rows(name):
+        rendered.tell(name, datasets.rows_of(name), prompts.style)
+    return data
 
 
 def count_steps(run: Run, data: Numbered) -> int:

@@ -144,6 +144,15 @@ def style_of(name: str) -> tuple[PromptStyle, str]:
     )
 
 
+def has_rows(name: str) -> bool:
+    """Whether a set is rows of conversations or short texts: neither generated, nor shards, nor one long text."""
+    from training.data import streams
+
+    path = Path(name).expanduser()
+    is_text = path.is_file() and files.kind(path) == ".txt"
+    return name not in DATASETS and not streams.is_stream(name) and not is_text
+
+
 def rows_of(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, a folder or a set of the hub, each with where it stands. Raises UserError for other names."""
     path = Path(name).expanduser()

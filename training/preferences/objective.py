@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from training import adapters, batches, distributed, packing, step
+from training import adapters, batches, datasets, distributed, packing, step
+from training.data import rendered
 from training.data.rows import Sample
 from training.distributed import World
 from training.packing import Batch
@@ -87,7 +88,9 @@ class PreferenceObjective:
     def load(self, name: str) -> pairs.Pairs | pairs.Judgements:
         prompts = batches.load_format(self._run, self._tokenizer)
         run = self._run
-        return pairs.load(name, self._tokenizer, prompts, run.max_seq_len, run.seed, self._how.loss)
+        data = pairs.load(name, self._tokenizer, prompts, run.max_seq_len, run.seed, self._how.loss)
+        rendered.tell(name, datasets.rows_of(name), prompts.style)
+        return data
 
     def pack(self, samples: Sequence[Example]) -> PreferenceBatch:
         groups, mismatched = _groups(samples), _mismatched(samples, self._run.max_seq_len)
