@@ -1,6 +1,8 @@
 """Preference sets as pairs or judged answers, visited in a new order each epoch as every set is."""
 
 import logging
+import random
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,30 +24,66 @@ _ALLOWED = 0.01  # of all rows; more look like a mistake about the file
 _LOOKED_AT = 100  # rows, to know what a set is made for
 
 
+class _Flat:
+    """Samples end to end in memory: a list of lists takes ten times as much."""
+
+    def __init__(self) -> None:
+        self._ends, self._ids, self._learned = array("q", [0]), array("i"), bytearray()
+
+    def add(self, sample: Sample) -> None:
+        self._ids.extend(sample.ids)
+        self._learned.extend(sample.learned)
+        self._ends.append(len(self._ids))
+
+    def __getitem__(self, number: int) -> Sample:
+        part = slice(self._ends[number], self._ends[number + 1])
+        return Sample(self._ids[part].tolist(), [bool(is_learned) for is_learned in self._learned[part]])
+
+
 class Pairs:
-    """Pairs in memory, as two sets of samples that are shuffled alike."""
+    """Pairs in memory, in a new order each epoch."""
 
     def __init__(self, pairs: Iterable[Pair], seed: int) -> None:
-        found = list(pairs)
-        self._chosen = datasets.Rows((pair.chosen for pair in found), seed)
-        self._rejected = datasets.Rows((pair.rejected for pair in found), seed)
-        self.n_samples = self._chosen.n_samples
+        self._chosen, self._rejected, n = _Flat(), _Flat(), 0
+        for pair in pairs:
+            self._chosen.add(pair.chosen)
+            self._rejected.add(pair.rejected)
+            n += 1
+        self.n_samples, self._order = n, _Order(n, seed)
 
     def sample(self, number: int) -> Pair:
-        return Pair(self._chosen.sample(number), self._rejected.sample(number))
+        row = self._order.row(number)
+        return Pair(self._chosen[row], self._rejected[row])
 
 
 class Judgements:
-    """Judged answers in memory; each label is a sample of one token, shuffled as its answer is."""
+    """Judged answers in memory, in a new order each epoch."""
 
     def __init__(self, judged: Iterable[Judged], seed: int) -> None:
-        found = list(judged)
-        self._answers = datasets.Rows((each.answer for each in found), seed)
-        self._labels = datasets.Rows((Sample([int(each.is_desirable)], [True]) for each in found), seed)
-        self.n_samples = self._answers.n_samples
+        self._answers, self._labels = _Flat(), bytearray()
+        for each in judged:
+            self._answers.add(each.answer)
+            self._labels.append(each.is_desirable)
+        self.n_samples, self._order = len(self._labels), _Order(len(self._labels), seed)
 
     def sample(self, number: int) -> Judged:
-        return Judged(self._answers.sample(number), bool(self._labels.sample(number).ids[0]))
+        row = self._order.row(number)
+        return Judged(self._answers[row], bool(self._labels[row]))
+
+
+class _Order:
+    """Which of n rows stands at a place of an endless walk over them, each epoch in an order of its own."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self._n, self._seed = n, seed
+        self._epoch, self._rows = -1, list(range(n))
+
+    def row(self, number: int) -> int:
+        epoch, place = divmod(number, self._n)
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, list(range(self._n))
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._rows)
+        return self._rows[place]
 
 
 def load(
