@@ -42,8 +42,8 @@ def tell(name: str, rows: Iterable[tuple[str, Any]], style: PromptStyle) -> None
     mark, where = next(iter(found.items()))
     what = "the text they are" if style == "none" else f"text inside the prompt style `{style}`"
     log.warning(
-        "`%s`: %d of the first %d rows are rendered already, `%s` of %s first in %s; they are trained as %s, and no mark "
-        "becomes a control token: give the rows as messages, and --prompt-style for the format",
+        "`%s`: %d of the first %d rows are rendered already, `%s` of %s first in %s; they are trained as %s, and no "
+        "mark becomes a control token: give the rows as messages, and --prompt-style for the format",
         *(Path(name).name, n_rendered, n_rows, mark, _MARKS[mark], where, what),
     )
 
