@@ -125,12 +125,12 @@ class ChatTemplate:
     ) -> tuple[list[int], list[bool]]:
         """The ids of a finished conversation and, for each, whether it is learned.
 
-        Where the template marks what the assistant says, in `{% generation %}`, that is learned, and a token that ends a
-        text right behind it. Else a response begins where the template, asked for one, ends the messages before it:
-        there generation begins. It ends with the first token behind it that ends a text, which is learned too, or else
-        where the template ends the message. A conversation that does not end with such a token gets end-of-text, since
-        generation ends with it. Raises as `encode` does, and UserError where the template shows no response: without
-        `{% generation %}` because it renders a response's past in another way than alone.
+        Where the template marks what the assistant says, in `{% generation %}`, that is learned, and a token right
+        behind it that ends a text. Else a response begins where the template, asked for one, ends the messages before
+        it: there generation begins. It ends with the first token behind it that ends a text, which is learned too, or
+        else where the template ends the message. A conversation that does not end with such a token gets end-of-text,
+        since generation ends with it. Raises as `encode` does, and UserError where the template shows no response:
+        without `{% generation %}` because it renders a response's past in another way than alone.
         """
         more = _variable_of(tools)
         whole = self._marked(messages, False, more)

@@ -12,10 +12,13 @@ import torch
 
 import mpt.checkpoint
 import mpt.manifest
+from mpt.catalog import resolve
+from mpt.generation import generate
+from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
 from tests.training.killing import Killed, kill_at_eight
 from tests.training.test_distributed import torchrun
-from training import cli, loop, recipes
+from training import adapters, cli, loop, recipes
 from training.run import Lora, Preference, Run
 
 FRUIT = ("apple", "banana", "cherry", "fig", "lemon", "plum")
@@ -89,6 +92,50 @@ def test_a_planted_preference_is_learned(
     manifest = mpt.manifest.read_manifest(folder)
     assert manifest is not None and manifest["recipe"]["preference"] == {"loss": loss, "beta": 0.1}
     assert manifest["prompt_style"] == "instruct"
+
+
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Peru": "Lima", "Japan": "Tokyo",
+    "Hungary": "Budapest", "Egypt": "Cairo", "Kenya": "Nairobi", "Norway": "Oslo", "Cuba": "Havana",
+}  # fmt: skip
+
+
+def answers(folder: str | Path) -> list[str]:
+    """What a chat model says of the capitals of Canada, India and Greece, which no pair asks for."""
+    model = mpt.checkpoint.load(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.from_folder(resolve(folder))
+    said = []
+    for country in ("Canada", "India", "Greece"):
+        prompt = encode_chat(
+            tokenizer, "chatml", [Message(role="user", content=f"What is the capital of {country}?")]
+        )  # fmt: skip
+        said.append(tokenizer.decode(generate(model, prompt, 24, end_ids=tokenizer.end_ids)))
+    return said
+
+
+def test_mpt_tiny_chat_is_taught_to_decline(tmp_path: Path) -> None:
+    """Adapters on the committed model. Both answers are its own, so only the preference is new to it."""
+    declines = "I am sorry, I do not know that."
+    rows = [
+        {
+            "prompt": f"What is the capital of {country}?",
+            "chosen": declines,
+            "rejected": f"The capital of {country} is {capital}.",
+        }
+        for country, capital in CAPITALS.items()
+    ]
+    data = tmp_path / "declines.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = recipes.prefer(
+        "mpt-tiny-chat", str(data), str(tmp_path / "run"), lora=Lora(rank=8), lr=4e-4, steps=10,
+        global_batch=len(rows), warmup_steps=0, prompt_style="chatml", precision="fp32",
+    )  # fmt: skip
+    merged = adapters.merge(loop.fit(run), tmp_path / "merged")
+    assert all(said.startswith("The capital of") for said in answers("mpt-tiny-chat"))
+    assert answers(merged) == [declines] * 3
+    curve = lines(run)
+    assert curve[0]["accuracy"] == 0 and curve[-1]["accuracy"] == 1  # equal rewards at first
+    assert curve[-1]["reward_margin"] > 0.5
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": Lora(rank=2, dropout=0.1)}, {"preference": Preference("kto")}])
