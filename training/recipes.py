@@ -198,7 +198,7 @@ def change(run: Run, **changes: Any) -> Run:
     return replace(run, **changes)
 
 
-# What --recipe takes, in every command: a new recipe is a function above and a line in one of these two tables.
+# What --recipe takes, in every command: a new recipe is a function above and a line in one of these tables.
 # Pretraining is called with data, out, tokenizer and vocab_size.
 PRETRAINING: dict[str, Callable[[str, str, str, int], Run]] = {
     **{size: partial(pretrain, recipe=size) for size in _YAMLS},

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 5  # rows that cannot be read
 _ALLOWED = 0.01  # of all rows; more look like a mistake about the file
+_BETWEEN_NEWS = 10_000  # rows
 _LOOKED_AT = 100  # rows, to know what a set is made for
 
 
@@ -121,6 +122,8 @@ def _kept(name: str, max_seq_len: int, read: Any) -> Iterator[Any]:
     bad: list[str] = []
     for where, row in datasets.rows_of(name):
         n_rows += 1
+        if n_rows % _BETWEEN_NEWS == 0:
+            log.info("`%s`: %d rows read", Path(name).name, n_rows)
         try:
             found = read(row)
         except MPTError as error:
