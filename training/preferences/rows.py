@@ -38,7 +38,7 @@ class Judged(NamedTuple):
 
 def pair_of(row: Any, tokenizer: Tokenizer, prompts: PromptFormat) -> Pair | None:
     """A row as a pair; None where both answers are the same. Raises UserError for a row of no known shape."""
-    row = _object(row)
+    row = _object(row, tokenizer)
     if not {"chosen", "rejected"} <= row.keys():
         raise UserError(f"a row has the keys {', '.join(map(str, row))}; needed: prompt, chosen and rejected")
     rows = _common_text(row) or tuple(_side(row, row[side]) for side in ("chosen", "rejected"))
@@ -51,7 +51,7 @@ def pair_of(row: Any, tokenizer: Tokenizer, prompts: PromptFormat) -> Pair | Non
 
 def judged_of(row: Any, tokenizer: Tokenizer, prompts: PromptFormat) -> list[Judged]:
     """A row as an answer with its label; a pair as two. Raises UserError as `pair_of` does."""
-    row = _object(row)
+    row = _object(row, tokenizer)
     if "label" not in row:
         pair = pair_of(row, tokenizer, prompts)
         return [] if pair is None else [Judged(pair.chosen, True), Judged(pair.rejected, False)]
@@ -73,11 +73,10 @@ def style_of(row: Any) -> PromptStyle | None:
     return "chatml" if is_chat or not texts else "instruct"
 
 
-def _object(row: Any) -> dict[str, Any]:
-    if isinstance(row, str):
-        raise UserError("it is not JSON")
+def _object(row: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"a row is a {type(row).__name__}; an object is needed")
+        sample_of(row, tokenizer, "none")  # which says what a row is that cannot be read
+        raise UserError("it is plain text; needed: prompt, chosen and rejected")
     return row
 
 

@@ -91,6 +91,18 @@ def test_loss_gradient_and_metrics_are_trls(
     assert objective.evaluate(model, batch, ALONE, microbatch) == pytest.approx(found)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_a_gpu_they_are_too(small_run: Run, base: Path, tokenizer: Tokenizer, loss: PreferenceLoss) -> None:
+    run, gpu = make_run(small_run, base, loss), World(0, 1, torch.device("cuda"))
+    objective, model = PreferenceObjective(run, tokenizer), build.model(run, gpu)
+    objective.prepare(model, [examples(loss)], gpu, 4096)
+    policy_of(model)
+    found = objective.accumulate(model, objective.pack(examples(loss)), gpu, 4096)
+    for ours, theirs in NAMES.items():
+        assert found[ours] == pytest.approx(TRL[loss][theirs], rel=1e-3, abs=1e-4), ours
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
 def test_adapters_off_are_the_reference_that_was_kept(
     small_run: Run, base: Path, tokenizer: Tokenizer, loss: PreferenceLoss
