@@ -5,13 +5,14 @@ Text never becomes a control token, so a `<|im_start|>` in a row is not the toke
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mpt.errors import UserError
 from mpt.prompts import PromptStyle
-from training.data.rows import conversation
+from training.data.rows import conversation, shape
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ def tell(name: str, rows: Iterable[tuple[str, Any]], style: PromptStyle) -> None
 
 def mark_in(row: Any) -> str | None:
     """The mark of a chat format in what a row says, None where there is none."""
-    try:
-        said: Any = [message["content"] for message in conversation(row)]
-    except (UserError, AttributeError):  # plain text, or a row of another kind
-        said = row
+    said = row
+    if isinstance(row, dict) and shape(row) not in (None, "text", "turns"):
+        with suppress(UserError):  # a row that is told of where it is read
+            said = [message["content"] for message in conversation(row)]
     texts = list(_texts(said))
     return next((mark for mark in _MARKS for text in texts if mark in text), None)
 

@@ -144,7 +144,7 @@ class PreferenceObjective:
         sums = _Sums()
         for micro in packing.deal(batch.answers.rows, world.rank, world.size, microbatch):
             reference = self._reference_of(model, batch, micro)
-            selected, targets = step.select(model, micro, self._run)
+            selected, targets = self._select(model, micro)
             told = _told(self._log_probs(model, selected, targets), batch, micro, reference)
             sums.add(self._measured(told, batch, kl))
         distributed.free(model)
@@ -156,7 +156,7 @@ class PreferenceObjective:
     def _backward(self, model: MPTForCausalLM, batch: PreferenceBatch, micro: Batch, kl: float) -> _Sums:
         """Add the gradient of a microbatch's share of the step's loss to the parameters'."""
         reference = self._reference_of(model, batch, micro)
-        selected, targets = step.select(model, micro, self._run)
+        selected, targets = self._select(model, micro)
         with torch.no_grad():
             told = _told(self._log_probs(model, selected, targets), batch, micro, reference)
         told.policy.requires_grad_()
@@ -171,6 +171,10 @@ class PreferenceObjective:
         # Also where nothing is learned: every rank must take part in gathering and reducing.
         selected.backward(torch.zeros_like(selected) if leaf.grad is None else leaf.grad)
         return self._measured(told, batch, kl)
+
+    def _select(self, model: MPTForCausalLM, micro: Batch) -> tuple[Tensor, Tensor]:
+        """The hidden states (P, C) of the positions with a label, and the tokens they should predict, (P,)."""
+        return step.select(model, micro, self._run)
 
     def _log_probs(self, model: MPTForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of each target (N,), without a gradient."""
@@ -195,7 +199,7 @@ class PreferenceObjective:
     def _sums_of(self, model: MPTForCausalLM, answers: Answers, micro: Batch) -> Tensor:
         """The log-probability of each answer in a microbatch, (N,) float64; 0 for the others."""
         number, is_answer = which_answers(answers, micro)
-        selected, targets = step.select(model, micro, self._run)
+        selected, targets = self._select(model, micro)
         return _summed(self._log_probs(model, selected, targets).cpu(), number, is_answer, len(answers.starts))
 
     @torch.no_grad()

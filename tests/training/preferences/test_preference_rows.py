@@ -102,7 +102,7 @@ def test_a_pair_is_two_judged_answers(tokenizer: Tokenizer) -> None:
         ({"prompt": "Hi", "chosen": "", "rejected": "No"}, "empty"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "No"}, "must be a text, a message, or a list of messages"),
         ({"chosen": [USER, YES], "rejected": [USER, YES, USER, NO, USER]}, "must be the assistant's"),
-        ("no JSON", "not JSON"),
+        ("no JSON", "not JSON|an object is needed"),
         ([1], "a row is a list; an object is needed"),
         ({"prompt": "Hi", "completion": "Yes", "label": "good"}, "`label` is 'good'; it must be true or false"),
     ],
