@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.training.preferences.trl_numbers import BETA, JUDGED, NUMBERS, PAIRS,
 from training import build
 from training.data.rows import Sample
 from training.distributed import World
+from training.preferences import reference
 from training.preferences.objective import PreferenceObjective
 from training.preferences.rows import Judged, Pair
 from training.run import Lora, Preference, PreferenceLoss, Run
@@ -151,3 +153,26 @@ def test_what_the_base_thought_is_read_from_disk_by_content(
     with pytest.raises(TypeError):  # nothing is known in another precision: it asks
         other.prepare(model, [examples("dpo")], ALONE, 4096)
     assert calls
+
+
+def test_what_was_computed_before_a_kill_is_not_computed_again(
+    small_run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_AT_ONCE", 2)
+    run = make_run(small_run, base, "dpo")
+    samples = [sample([1], [n]) for n in range(5)]
+    asked: list[int] = []
+
+    def compute(some: Sequence[Sample]) -> list[float]:
+        asked.extend(each.ids[1] for each in some)
+        if asked == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return [-float(each.ids[1]) for each in some]
+
+    with pytest.raises(KeyboardInterrupt):
+        reference.Reference(run).learn(samples, compute, ALONE)
+    asked.clear()
+    known = reference.Reference(run)
+    known.learn([*samples, *samples], compute, ALONE)
+    assert asked == [2, 3, 4]
+    assert [known.of(each) for each in samples] == [0.0, -1.0, -2.0, -3.0, -4.0]
