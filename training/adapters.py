@@ -4,9 +4,11 @@ The frozen matrices are what they are multiplied as: bfloat16 in a bf16 run, or 
 Dettmers et al. 2023: blocks of 64, their scales quantised again).
 """
 
+import contextlib
 import json
 import logging
 import math
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,24 @@ def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
 def is_adapter(name: str) -> bool:
     """Whether a module is an adapter's, by its name in the model."""
     return ".lora_" in name
+
+
+@contextlib.contextmanager
+def off(model: "MPTForCausalLM") -> Iterator[None]:
+    """The base alone, without dropout, as long as the context lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    was_training = model.training
+    model.eval()
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # its `enable_adapters` would freeze the adapters too, and thaw all of them
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(was_training)
 
 
 def name_in_base(name: str) -> str:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,14 @@ class World:
     def from_first(self, value: int) -> int:
         """The first rank's value."""
         return int(self.sum(value if self.is_first else 0)[0])
+
+    def object_from_first(self, value: Any) -> Any:
+        """The first rank's value, of any kind that is pickled."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
     def barrier(self) -> None:
         self.sum(0)
@@ -102,6 +111,13 @@ def shard_root(model: MPTForCausalLM, run: Run, world: World) -> None:
     shard(model, run, world)
     if world.mesh is not None:
         register_fsdp_forward_method(model, "hidden_states")
+
+
+def free(model: MPTForCausalLM) -> None:
+    """Let go of what was gathered for a forward pass that no backward pass follows, so that parameters are shares."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(model: MPTForCausalLM, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ class Microbatch:
     """
 
     def __init__(self, run: Run, world: World) -> None:
-        self._path, self._world, self._least = Path(run.out) / "microbatch.json", world, run.max_seq_len
+        self._path, self._world, self._least = Path(run.out) / "microbatch.json", world, run.row_tokens
         self.positions = run.microbatch_tokens
         if self._path.is_file():
             self.positions = min(self.positions, int(json.loads(self._path.read_text())["positions"]))

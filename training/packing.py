@@ -7,7 +7,7 @@ as it may be would else give every sequence of a small step its length. That pac
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ class Batch(NamedTuple):
     @property
     def n_learned(self) -> int:
         return int((self.labels != IGNORED).sum())
+
+
+class Positions(Protocol):
+    """Which positions of a step's rows hold samples, as `Batch` has it."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def sequence_id(self) -> Tensor: ...
 
 
 def pack(samples: Sequence[Sample], max_seq_len: int, widest: int = 0) -> Batch:
@@ -112,7 +122,7 @@ def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
     return [Batch(*(x[i : i + rows] for x in batch)) for i in range(0, len(batch.ids), rows)]
 
 
-def squared_lengths(batch: Batch) -> int:
+def squared_lengths(batch: Positions) -> int:
     """The sum of each sample's length squared: what attention's work goes by."""
     rows = torch.arange(len(batch.ids))[:, None].expand_as(batch.sequence_id)
     pairs = torch.stack([rows, batch.sequence_id])[:, batch.sequence_id >= 0]

@@ -196,7 +196,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         parameters = (4 * (n - in_blocks + trained) + per_weight * in_blocks) / n_gpus
         if run.lora.bits != 4 and shape.packed_bytes:
             parameters = 4 * (n - shape.packed_values + trained) / n_gpus + shape.packed_bytes
-    tokens = sequences * run.max_seq_len
+    tokens = sequences * run.row_tokens
     width = 2.0 if run.precision == "bf16" else 4.0  # of products
     residual = 4.0 if n_gpus == 1 else width  # embeddings are float32, or communicated as products are
     qkv, ffn = d + 2 * shape.kv_width, shape.expansion_ratio * d
@@ -215,7 +215,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         weights_at_work=n_at_work * width * shape.n_block_parameters,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
         logits=3 * 4.0 * _LOSS_CHUNK * shape.vocab_size,
-        mask=16.0 * sequences * math.ceil(run.max_seq_len / _TILE) ** 2,
+        mask=16.0 * sequences * math.ceil(run.row_tokens / _TILE) ** 2,
     )
 
 
@@ -253,6 +253,8 @@ def job(
     if tokens <= 0:
         raise UserError(f"`--tokens` is {tokens:g}; it must be above 0")
     flops = tokens * shape.flops_per_token(run.max_seq_len)
+    if run.preference is not None and run.preference.has_reference:
+        flops *= 4 / 3  # the base's forward pass, beside forward and backward
     hours = flops / (n_gpus * gpu.peak_tflops * 1e12 * mfu) / 3600
     sequences = fitting(shape, run, gpu, n_gpus)
     dollars = hours * n_gpus * (gpu.price if price is None else price)

@@ -29,6 +29,7 @@ OnSpike = Literal["log", "skip", "stop"]
 # What another value of a field changes. `state`: the tensors of a checkpoint, so that no run can go on from it with it.
 # `results`: what the steps compute, so it needs a new folder (`--from`). `nothing` of that: a resume takes it.
 Changes = Literal["state", "results", "nothing"]
+PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,28 @@ class Lora:
         unknown = sorted(set(self.targets) - {"Wqkv", "out_proj", "up_proj", "down_proj"})
         if unknown or not self.targets:
             raise UserError(f"`lora.targets` {unknown}: known are Wqkv, out_proj, up_proj and down_proj")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What is learned from answers that were preferred to others; the losses are in `training/preferences/losses.py`.
+
+    beta: how dear it is to leave the reference (IPO calls it tau); of ORPO the weight of its second term.
+    """
+
+    loss: PreferenceLoss = "dpo"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(PreferenceLoss):
+            raise UserError(f"`preference.loss` is `{self.loss}`; known: {', '.join(get_args(PreferenceLoss))}")
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not self.beta > 0:
+            raise UserError(f"`preference.beta` is {self.beta!r}; it must be a number above 0")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are held against what the base thought of them."""
+        return self.loss != "orpo"
 
 
 @dataclass(frozen=True)
@@ -179,6 +202,7 @@ class Run:
     lora: Annotated[
         Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK", changes="state")
     ] = None
+    preference: Preference | None = None  # None: the next token is learned
     # Named as `data` is.
     eval_data: Annotated[
         str | None, Setting("A held-out set, scored every --eval-every steps.", metavar="NAME|FILE", changes="nothing")
@@ -250,6 +274,8 @@ class Run:
     def __post_init__(self) -> None:
         if isinstance(self.lora, dict):  # from JSON
             object.__setattr__(self, "lora", Lora(**self.lora))
+        if isinstance(self.preference, dict):
+            object.__setattr__(self, "preference", Preference(**self.preference))
         for key in ("betas", "trackers"):  # JSON gives lists
             object.__setattr__(self, key, tuple(getattr(self, key)))
         for declared in declarations():
@@ -267,6 +293,7 @@ class Run:
             columns_of.parse(self.columns)
         if self.lora is not None and self.base is None:
             raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
+        self._check_preference()
         if self.lora is not None and self.model:
             raise UserError("`lora` keeps the base's config; leave `model` out")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -275,6 +302,20 @@ class Run:
             raise UserError("`base` is None and `model` is empty: name a checkpoint to start from or a shape to draw")
         if self.base is None and self.tokenizer is None:
             raise UserError("`tokenizer` is None: new weights need a tokenizer's folder")
+
+    def _check_preference(self) -> None:
+        if self.preference is None:
+            return
+        if self.base is None:
+            raise UserError("`preference` needs a `base`: a checkpoint that answers already")
+        if self.preference.loss == "kto" and self.global_batch < 2:
+            raise UserError(f"`global_batch` is {self.global_batch}; kto compares a step's answers, so give 2 or more")
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that cannot be computed apart: of a sequence, or of the two of a pair, which lie side by side."""
+        is_paired = self.preference is not None and self.preference.loss != "kto"
+        return 2 * self.max_seq_len if is_paired else self.max_seq_len
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
