@@ -18,6 +18,7 @@ import mpt.checkpoint
 import mpt.manifest
 from mpt.catalog import resolve
 from mpt.chat_template import ChatTemplate
+from mpt.dropout import Dropout
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.model import Linear

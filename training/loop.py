@@ -68,7 +68,7 @@ def fit(
     """
     out = Path(run.out)
     finished = out / "model"
-    with distributed.join() as world, disk_refusals(out), folder.own(run, world, resume) as changed:
+    with distributed.join(run) as world, disk_refusals(out), folder.own(run, world, resume) as changed:
         if (finished / mpt.manifest.MANIFEST).is_file() and not world.from_first(folder.changes_length(changed)):
             log.info("`%s` is finished", finished)
             _mirror_finished(run, world)
@@ -82,6 +82,7 @@ def fit(
 def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
     """Find a user's mistakes before ranks are started: folder, memory, tokenizer and data. Raises UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.check_ranks(n_ranks)
     with disk_refusals(Path(run.out)), folder.claimed(run, resume):
         plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
         batches.count_steps(run, batches.load_data(run, batches.load_tokenizer(run), run.data))
@@ -254,9 +255,7 @@ class _Training:
             line: dict[str, Any] = {"step": step + 1, "steps": self.n_steps}
             self.heartbeat.beat("step", step)
             self.heartbeat.own_share()
-            torch.manual_seed(
-                (run.seed * self.n_steps + step) * world.size + world.rank
-            )  # dropout, also after a resume
+            torch.manual_seed((run.seed << 32) + step & (1 << 63) - 1)  # for dropout: the same on all ranks
             is_taken = step not in self.skipped
             if is_taken:
                 loss, norm = self.microbatch.shrink_to_fit(

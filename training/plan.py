@@ -134,6 +134,7 @@ def shape_of_run(run: Run) -> Shape:
 
 def check_memory(run: Run, n_devices: int, available_gb: float) -> None:
     """Raises UserError when not even one sequence at a time can fit, with the estimate."""
+    run.check_ranks(n_devices)
     needed = memory(shape_of_run(run), run, n_devices, 1).total / 1e9
     if needed > available_gb:
         raise UserError(
@@ -163,7 +164,8 @@ class Memory:
     parameters: float
     gradients: float
     optimizer: float
-    weights_at_work: float  # as they are multiplied: the block at work and the next one, or autocast's copies of all
+    # As they are multiplied: autocast's copies of all, or what is gathered: two blocks, the embedding, its gradient.
+    weights_at_work: float
     activations: float
     logits: float
     mask: float  # which documents see which, once for all blocks: 16 bytes a tile of 128 x 128 pairs
@@ -174,7 +176,7 @@ class Memory:
 
 
 def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
-    """What a run needs on each of n_gpus, computing `sequences` of its length at a time.
+    """What a run needs on each of n_gpus, computing `sequences` of its length at a time, its share of them each.
 
     Parameters, gradients and states are float32 and sharded; beside adapters the blocks' matrices are bfloat16, or 4
     bits with 0.127 of scales (QLoRA, section 3) and then whole on each GPU, or as a packed base has them, whole on each
@@ -182,6 +184,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     bytes a token in bfloat16 on one GPU; Korthikanti et al. 2022 have 34 d.
     """
     n, d = shape.n_parameters, shape.d_model
+    n_gpus //= run.replicas  # each is split over its own
     trained = float(n)
     if run.lora is not None:
         widths = {
@@ -212,7 +215,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         parameters=parameters,
         gradients=4 * trained / n_gpus,
         optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
-        weights_at_work=n_at_work * width * shape.n_block_parameters,
+        weights_at_work=n_at_work * width * shape.n_block_parameters + outside,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
         logits=3 * 4.0 * _LOSS_CHUNK * shape.vocab_size,
         mask=16.0 * sequences * math.ceil(run.max_seq_len / _TILE) ** 2,
@@ -248,6 +251,7 @@ def job(
         raise UserError(f"no GPU `{gpu_name}`; known: {', '.join(GPUS)}")
     if n_gpus < 1:
         raise UserError(f"`--gpus` is {n_gpus}; at least 1 is needed")
+    run.check_ranks(n_gpus)
     if not 0 < mfu <= 1:
         raise UserError(f"`--mfu` is {mfu}; it is a share, above 0 and at most 1")
     if tokens <= 0:

@@ -192,6 +192,21 @@ class Run:
     activation_checkpointing: Annotated[
         ActivationCheckpointing, Setting("Recompute activations: less memory.", changes="nothing")
     ] = "none"
+    context_parallel: Annotated[
+        int,
+        Setting(
+            "Ranks that compute each sequence together, for long ones; a divisor of the heads.",
+            above=0,
+            changes="nothing",
+        ),
+    ] = 1
+    # HSDP. What is gathered stays within a replica; gradients are added up over all of them.
+    replicas: Annotated[
+        int,
+        Setting(
+            "Whole copies of the model, each split over its share of the ranks: one a node.", above=0, changes="nothing"
+        ),
+    ] = 1
     # `skip`: back to the last checkpoint, and past the data of the spike.
     on_spike: Annotated[
         OnSpike, Setting("When the loss jumps: log it, stop, or go back and skip its data.", changes="nothing")
@@ -247,6 +262,12 @@ class Run:
             raise UserError("`base` is None and `model` is empty: name a checkpoint to start from or a shape to draw")
         if self.base is None and self.tokenizer is None:
             raise UserError("`tokenizer` is None: new weights need a tokenizer's folder")
+
+    def check_ranks(self, n_ranks: int) -> None:
+        """Raises UserError where so many ranks cannot be divided as the run says."""
+        for flag, n in (("--replicas", self.replicas), ("--context-parallel", self.context_parallel)):
+            if n_ranks % n:
+                raise UserError(f"`{flag} {n}` does not divide {n_ranks} ranks; give --gpus a multiple of {n}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

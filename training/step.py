@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpt import dropout
 from mpt.model import MPTForCausalLM
-from training import packing
+from training import context, distributed, packing
 from training.distributed import World
 from training.packing import IGNORED, Batch
 from training.run import Run
@@ -42,17 +43,27 @@ def train_step(
 def accumulate(model: MPTForCausalLM, batch: Batch, run: Run, world: World, microbatch: int) -> float:
     """Add a step's gradients up over microbatches and ranks; the mean loss over its learned tokens."""
     total = batch.n_learned
-    mine = packing.deal(batch, world.rank, world.size, microbatch)
-    return world.sum(sum(backward(model, micro, total, run) for micro in mine))[0]
+    loss = 0.0
+    part = (0, 1) if world.context is None else (world.context.rank, world.context.n)
+    for micro in _dealt(batch, world, microbatch):
+        with dropout.drawn_for(micro.row.tolist(), part):
+            loss += backward(model, micro, total, run, world)
+    return world.sum(loss)[0]
 
 
-def backward(model: MPTForCausalLM, batch: Batch, total: int, run: Run) -> float:
+def _dealt(batch: Batch, world: World, microbatch: int) -> list[Batch]:
+    """This rank's microbatches, whole rows, of which it computes `microbatch` positions at a time."""
+    n = world.sharing
+    return packing.deal(context.padded(batch, n), world.rank // n, world.size // n, microbatch * n)
+
+
+def backward(model: MPTForCausalLM, batch: Batch, total: int, run: Run, world: World) -> float:
     """Add the gradient of (sum of losses / total) to the parameters' and return that quotient.
 
     Only learned positions are unembedded, a chunk at a time: each chunk goes backward to the hidden states before the
     next one's logits exist, and then the hidden states go backward once.
     """
-    selected, targets = _selected(model, batch, run)
+    selected, targets = _selected(model, batch, run, world)
     leaf = selected.detach().requires_grad_()
     loss = 0.0
     for start in range(0, len(targets), _LOSS_CHUNK):
@@ -69,20 +80,28 @@ def backward(model: MPTForCausalLM, batch: Batch, total: int, run: Run) -> float
 def mean_loss(model: MPTForCausalLM, batch: Batch, run: Run, world: World, microbatch: int) -> float:
     """The mean loss over a batch's learned tokens, on all ranks, of a model in evaluation mode."""
     loss = 0.0
-    for micro in packing.deal(batch, world.rank, world.size, microbatch):
-        selected, targets = _selected(model, micro, run)
+    for micro in _dealt(batch, world, microbatch):
+        selected, targets = _selected(model, micro, run, world)
         for start in range(0, len(targets), _LOSS_CHUNK):
             part = slice(start, start + _LOSS_CHUNK)
             loss += float(_loss(model, selected[part], targets[part], run))
+    distributed.free(model)
     return world.sum(loss)[0] / batch.n_learned
 
 
-def _selected(model: MPTForCausalLM, batch: Batch, run: Run) -> tuple[Tensor, Tensor]:
-    """The hidden states of the positions that are learned, (N, C), and the tokens they should predict, (N,)."""
+def _selected(model: MPTForCausalLM, batch: Batch, run: Run, world: World) -> tuple[Tensor, Tensor]:
+    """The hidden states of the positions that are learned, (N, C), and the tokens they should predict, (N,).
+
+    Of this rank's positions, where several share the rows.
+    """
     device = next(model.parameters()).device
-    ids, labels, sequence_id = (x.to(device) for x in batch)
+    ids, labels, sequence_id = batch.ids.to(device), batch.labels.to(device), batch.sequence_id.to(device)
     with autocast(device, run):
-        hidden = model.hidden_states(ids, sequence_id)
+        if world.context is None:
+            hidden = model.hidden_states(ids, sequence_id)
+        else:
+            hidden = context.hidden_states(model, ids, sequence_id, world.context)
+            labels = context.own(labels, world.context)
     learned = labels != IGNORED
     return hidden[learned], labels[learned]
 

@@ -10,6 +10,7 @@ from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from training import packing, step
 from training.datasets import Sample
+from training.distributed import World
 from training.packing import IGNORED
 from training.run import Run
 
@@ -55,8 +56,9 @@ def test_packed_loss_and_gradient_equal_those_of_each_row_alone(
     model.zero_grad()
 
     batch = packing.pack(rows, 64)
+    alone = World(0, 1, torch.device("cpu"))
     loss = sum(
-        step.backward(model, part, batch.n_learned, small_run)
+        step.backward(model, part, batch.n_learned, small_run, alone)
         for part in packing.microbatches(batch, microbatch_tokens)
     )
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
