@@ -36,7 +36,8 @@ def model(run: Run, world: World) -> MPTForCausalLM:
         place = resolve(run.base)
         mpt.manifest.verify_manifest(place)
         stored = mpt.checkpoint.weights_of(built, place)
-        if run.lora is not None and run.lora.bits != 4:  # frozen, so they may lie as they are; QLoRA packs them anew
+        # Frozen, so they may lie as they are; QLoRA packs them anew, and DoRA reads more of them than their products.
+        if run.lora is not None and run.lora.bits != 4 and not run.lora.dora:
             packed_layers.put_into(built, stored, world.device, torch.float32)
         else:
             mpt.checkpoint.say_unpacked(place, stored)

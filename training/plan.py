@@ -192,16 +192,18 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
             "up_proj": (d, shape.expansion_ratio * d), "down_proj": (shape.expansion_ratio * d, d),
         }  # fmt: skip
         trained = float(shape.n_layers * run.lora.rank * sum(sum(widths[target]) for target in run.lora.targets))
+        if run.lora.dora:
+            trained += float(shape.n_layers * sum(widths[target][1] for target in run.lora.targets))
     parameters = 4 * n / n_gpus
     if run.lora is not None:
         in_blocks = float(shape.n_layers * shape.n_block_parameters)
         per_weight = {4: 4.127 / 8 * n_gpus, 16: 2.0 if run.precision == "bf16" else 4.0}[run.lora.bits]
         parameters = (4 * (n - in_blocks + trained) + per_weight * in_blocks) / n_gpus
-        if run.lora.bits != 4 and shape.packed_bytes:
+        if run.lora.bits != 4 and shape.packed_bytes and not run.lora.dora:
             parameters = 4 * (n - shape.packed_values + trained) / n_gpus + shape.packed_bytes
-    tokens = sequences * run.max_seq_len
+    tokens = sequences * math.ceil(run.max_seq_len / run.context_parallel)
     width = 2.0 if run.precision == "bf16" else 4.0  # of products
-    residual = 4.0 if n_gpus == 1 else width  # embeddings are float32, or communicated as products are
+    residual = 4.0  # embeddings are float32, and so is what they are added to
     qkv, ffn = d + 2 * shape.kv_width, shape.expansion_ratio * d
     # What enters both norms, Wqkv and up_proj, attention, out_proj, GELU and down_proj.
     block = tokens * (2 * residual * d + width * (3 * d + qkv + 2 * ffn))
@@ -211,6 +213,11 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     kept = {"none": block, "selective": products, "full": tokens * residual * d}[run.activation_checkpointing]
     is_cast = run.precision == "bf16" and run.lora is None  # what adapters lie beside is bfloat16 as it is
     n_at_work = 2 if n_gpus > 1 else shape.n_layers if is_cast else 0
+    if run.lora is not None and run.lora.dora and run.lora.dropout:
+        # peft multiplies what dropout left by a copy of the base's matrix, and keeps the copy for the backward pass.
+        n_at_work += shape.n_layers if run.activation_checkpointing == "none" else 1
+    # The embedding is gathered in float32, and so is its gradient before it is split.
+    outside = 0.0 if n_gpus == 1 else 4.0 * (n - shape.n_layers * shape.n_block_parameters) * (1 if run.lora else 2)
     return Memory(
         parameters=parameters,
         gradients=4 * trained / n_gpus,

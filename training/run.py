@@ -37,12 +37,17 @@ class Lora:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("Wqkv", "out_proj", "up_proj", "down_proj")
     bits: Literal[4, 16] = 16  # of the frozen matrices: 4 is QLoRA's NF4; 16 are 32 in an fp32 run
+    dora: bool = False  # also trains the length of each matrix's rows (Liu et al. 2024)
+    rslora: bool = False  # the product is scaled by alpha / sqrt(rank) (Kalajdzievski 2023), not by alpha / rank
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise UserError(f"`lora.rank` is {self.rank!r}; it must be a whole number above 0")
         if self.bits not in (4, 16):
             raise UserError(f"`lora.bits` is {self.bits!r}; it must be 4 or 16")
+        for key in ("dora", "rslora"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"`lora.{key}` is {getattr(self, key)!r}; it must be true or false")
         if not 0 <= self.dropout < 1:
             raise UserError(f"`lora.dropout` is {self.dropout}; it must be at least 0 and below 1")
         object.__setattr__(self, "targets", tuple(self.targets))

@@ -131,6 +131,8 @@ def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
     outside = 4 * (shape7.n_parameters - blocks + trained)
     assert plan.memory(shape7, lora, 8).parameters == (outside + 2 * blocks) / 8
     assert lora.lora is not None
+    dora = recipes.change(lora, lora=dataclasses.replace(lora.lora, dora=True))
+    assert plan.memory(shape7, dora, 1).gradients == 4 * (trained + 32 * 3 * 4096)  # a length for each row of Wqkv
     qlora = recipes.change(lora, lora=dataclasses.replace(lora.lora, bits=4))
     assert plan.memory(shape7, qlora, 8).parameters == pytest.approx(outside / 8 + 4.127 / 8 * blocks)
 
