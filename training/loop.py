@@ -141,6 +141,8 @@ class _Training:
         self.during = During(run, world, self.tokenizer, data, self.logbook, self.trackers, heartbeat.beat)
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
+        if world.device.type == "cpu":
+            memory.keep_freed_memory()
         self.model = build.model(run, world)
         self.shape = plan.Shape.of(self.model.config)
         is_gpu = world.device.type == "cuda"

@@ -1,5 +1,7 @@
 """Fitting a step into memory: smaller microbatches when it runs out, and recomputed activations."""
 
+import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -19,6 +21,8 @@ from training.logbook import Logbook
 from training.run import ActivationCheckpointing, Run
 
 Result = TypeVar("Result")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 # What selective checkpointing keeps, since it is dear to compute again: matrix products and attention.
 _KEPT = {
@@ -68,6 +72,18 @@ class Microbatch:
                 raise MachineRefused(f"out of memory ({reason}); the next start tries {self.positions} tokens at once")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what is asked for next, in this process, from now on.
+
+    It would give blocks above 32 MB back and take them anew, page by page: 1.5 million page faults a step of MPT-125M,
+    a quarter of its time on two cores. Elsewhere, with another C library, this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def is_out_of_memory(error: BaseException) -> bool:

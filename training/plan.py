@@ -12,7 +12,8 @@ from typing import Any
 from mpt.errors import UserError
 from training.run import Run
 
-_LOSS_CHUNK = 2048  # training/step.py
+_LOSS_CHUNK = 4096  # training/step.py
+_LOSS_VALUES = 1 << 25  # training/losses.py
 _TILE = 128  # mpt/attention.py
 
 
@@ -224,7 +225,8 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
         weights_at_work=n_at_work * width * shape.n_block_parameters + outside,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
-        logits=3 * 4.0 * _LOSS_CHUNK * shape.vocab_size,
+        # As the matrix product gives them, which their gradient overwrites; a piece is in float32.
+        logits=width * _LOSS_CHUNK * shape.vocab_size + 4.0 * _LOSS_VALUES,
         mask=16.0 * sequences * math.ceil(run.max_seq_len / _TILE) ** 2,
     )
 
