@@ -1,5 +1,7 @@
-"""What is kept for the backward pass and what is computed again, with the attention of CUDA, on CPU."""
+"""What is kept for the backward pass and what is computed again, with the attention of CUDA, on CPU; and what is freed."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
