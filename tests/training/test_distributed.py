@@ -153,10 +153,12 @@ def test_in_bf16_two_ranks_with_adapters_compute_what_one_does(three_rows: Run, 
     two_ranks_are_one(run)
 
 
-@pytest.mark.parametrize("alibi", [True, False])
-def test_ranks_that_share_each_row_compute_what_one_does(three_rows: Run, alibi: bool) -> None:
+@pytest.mark.parametrize(("alibi", "checkpointing"), [(True, "full"), (False, "none")])
+def test_ranks_that_share_each_row_compute_what_one_does(
+    three_rows: Run, alibi: bool, checkpointing: ActivationCheckpointing
+) -> None:
     model = {**three_rows.model, **_DROPOUT, "max_seq_len": 512, "attn_config": {"alibi": alibi}}
-    run = dataclasses.replace(three_rows, model=model, max_seq_len=511)  # the last position is nobody's
+    run = dataclasses.replace(three_rows, model=model, max_seq_len=511, activation_checkpointing=checkpointing)
     two_ranks_are_one(run, context_parallel=2)
 
 
