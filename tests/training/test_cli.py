@@ -140,8 +140,8 @@ def test_help_has_the_flags_in_order_with_ranges_and_choices() -> None:
     ]  # fmt: skip
     ends = [
         "--eval-data", "--eval-every", "--eval-tasks", "--eval-rows", "--sample-every", "--sample-prompts",
-        "--activation-checkpointing", "--context-parallel", "--replicas", "--on-spike", "--compile", "--mirror", "--track", "--checkpoint-every",
-        "--preflight", "--hang-timeout", "--gpus", "--resume", "--dry-run", "--json",
+        "--activation-checkpointing", "--context-parallel", "--replicas", "--on-spike", "--compile", "--mirror",
+        "--track", "--checkpoint-every", "--preflight", "--hang-timeout", "--gpus", "--resume", "--dry-run", "--json",
     ]  # fmt: skip
     expected = {
         "finetune": [
