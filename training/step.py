@@ -5,6 +5,7 @@ and dealt to ranks: sums are divided by the whole step's tokens, and gradients a
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def backward(model: MPTForCausalLM, batch: Batch, total: int, run: Run, world: W
     selected, targets = _selected(model, batch, run, world)
     leaf = selected.detach().requires_grad_()
     loss = 0.0
-    for part, its in zip(leaf.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True):
+    for part, its in _chunks(leaf, targets):
         logits = _logits(model, part, run)
         gradient = logits.detach()  # of the same memory
         loss += losses.loss_and_gradient(gradient, its, total)
@@ -81,7 +82,7 @@ def mean_loss(model: MPTForCausalLM, batch: Batch, run: Run, world: World, micro
     loss = 0.0
     for micro in _dealt(batch, world, microbatch):
         selected, targets = _selected(model, micro, run, world)
-        for part, its in zip(selected.split(_LOSS_CHUNK), targets.split(_LOSS_CHUNK), strict=True):
+        for part, its in _chunks(selected, targets):
             loss += losses.loss(_logits(model, part, run), its)
     distributed.free(model)
     return world.sum(loss)[0] / batch.n_learned
@@ -102,6 +103,13 @@ def _selected(model: MPTForCausalLM, batch: Batch, run: Run, world: World) -> tu
             labels = context.own(labels, world.context)
     learned = labels != IGNORED
     return hidden[learned], labels[learned]
+
+
+def _chunks(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions whose logits may exist together, and their targets; none where nothing is learned."""
+    for start in range(0, len(targets), _LOSS_CHUNK):
+        part = slice(start, start + _LOSS_CHUNK)
+        yield hidden[part], targets[part]
 
 
 def _logits(model: MPTForCausalLM, hidden: Tensor, run: Run) -> Tensor:

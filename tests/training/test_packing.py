@@ -101,3 +101,11 @@ def test_rows_are_filled_up_to_what_several_ranks_share_evenly() -> None:
         assert torch.equal(after[:, :T], before) and bool((after[:, T:] == filler).all())
     parts = [context.own(found.ids, distributed.Context(rank, 7, None)) for rank in range(7)]  # type: ignore[arg-type]
     assert torch.equal(torch.cat(parts, dim=1), found.ids)
+
+
+def test_a_step_that_learns_nothing_has_no_loss_and_no_gradient(model: MPTForCausalLM, small_run: Run) -> None:
+    batch = packing.pack(samples(3), 64)
+    batch = batch._replace(labels=torch.full_like(batch.labels, packing.IGNORED))
+    alone = distributed.World(0, 1, torch.device("cpu"))
+    assert step.accumulate(model, batch, small_run, alone, 64) == 0.0
+    assert all(p.grad is None or not bool(p.grad.any()) for p in model.parameters())
