@@ -219,6 +219,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         n_at_work += shape.n_layers if run.activation_checkpointing == "none" else 1
     # The embedding is gathered in float32, and so is its gradient before it is split.
     outside = 0.0 if n_gpus == 1 else 4.0 * (n - shape.n_layers * shape.n_block_parameters) * (1 if run.lora else 2)
+    n_logits = _LOSS_CHUNK * shape.vocab_size
     return Memory(
         parameters=parameters,
         gradients=4 * trained / n_gpus,
@@ -226,7 +227,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
         weights_at_work=n_at_work * width * shape.n_block_parameters + outside,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
         # As the matrix product gives them, which their gradient overwrites; a piece is in float32.
-        logits=width * _LOSS_CHUNK * shape.vocab_size + 4.0 * _LOSS_VALUES,
+        logits=width * n_logits + 4.0 * min(_LOSS_VALUES, n_logits),
         mask=16.0 * sequences * math.ceil(run.max_seq_len / _TILE) ** 2,
     )
 
