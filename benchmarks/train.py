@@ -80,12 +80,13 @@ def bare(shape: str, folder: Path) -> list[float]:
     """Our model and step in the plainest loop there can be."""
     import torch
 
-    from training import build, optimizer, packing
+    from training import build, memory, optimizer, packing
     from training.distributed import World
     from training.step import accumulate, train_step
 
     run = run_of(shape, folder)
     world = World(0, 1, torch.device("cpu"))
+    memory.keep_freed_memory()  # as the loop does
     model = build.model(run, world)
     opt = optimizer.build(run, model.parameters())
     rows = samples(run)

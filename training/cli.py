@@ -207,7 +207,7 @@ def export(
 
 
 @app.command()
-@flags.of_run(only=("max_seq_len", "optimizer", "activation_checkpointing", "lora"))
+@flags.of_run(only=("max_seq_len", "optimizer", "activation_checkpointing", "context_parallel", "replicas", "lora"))
 def plan(
     recipe: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.names())}.")],
     base: Annotated[
@@ -284,13 +284,15 @@ def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
     """The run as JSON, then what was chosen for the user and what it comes to."""
     from training import batches, objective
 
+    run.check_ranks(n_gpus)
     how = objective.of_run(run, batches.load_tokenizer(run))
     data = how.load(run.data)
     n_steps = batches.count_steps(run, data)
     batch = how.pack([data.sample(number) for number in range(run.global_batch)])
     used = int((batch.sequence_id >= 0).sum())
     shape = planning.shape_of_run(run)
-    needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))
+    sequences = max(1, run.microbatch_tokens * run.context_parallel // run.max_seq_len)
+    needed = planning.memory(shape, run, n_gpus, sequences)
     print(run.to_json(), end="")
     if decided:
         print(decided)

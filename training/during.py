@@ -16,7 +16,7 @@ from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
-from training import batches
+from training import batches, distributed
 from training.batches import Numbered
 from training.data import hub
 from training.distributed import World
@@ -139,7 +139,7 @@ def _whole(model: MPTForCausalLM) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        distributed.free(model)
 
 
 def _prompts(run: Run, tokenizer: Tokenizer, objective: Objective, data: Numbered) -> list[list[int]]:

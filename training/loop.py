@@ -70,7 +70,7 @@ def fit(
     """
     out = Path(run.out)
     finished = out / "model"
-    with distributed.join() as world, disk_refusals(out), folder.own(run, world, resume) as changed:
+    with distributed.join(run) as world, disk_refusals(out), folder.own(run, world, resume) as changed:
         if (finished / mpt.manifest.MANIFEST).is_file() and not world.from_first(folder.changes_length(changed)):
             log.info("`%s` is finished", finished)
             _mirror_finished(run, world)
@@ -84,6 +84,7 @@ def fit(
 def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
     """Find a user's mistakes before ranks are started: folder, memory, tokenizer and data. Raises UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.check_ranks(n_ranks)
     with disk_refusals(Path(run.out)), folder.claimed(run, resume):
         plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
         batches.count_steps(run, of_run(run, batches.load_tokenizer(run)).load(run.data))
@@ -147,6 +148,8 @@ class _Training:
         )
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
+        if world.device.type == "cpu":
+            memory.keep_freed_memory()
         self.model = build.model(run, world)
         self.shape = plan.Shape.of(self.model.config)
         is_gpu = world.device.type == "cuda"
@@ -280,9 +283,7 @@ class _Training:
             line: dict[str, Any] = {"step": step + 1, "steps": self.n_steps}
             self.heartbeat.beat("step", step)
             self.heartbeat.own_share()
-            torch.manual_seed(
-                (run.seed * self.n_steps + step) * world.size + world.rank
-            )  # dropout, also after a resume
+            torch.manual_seed((run.seed << 32) + step & (1 << 63) - 1)  # for dropout: the same on all ranks
             is_taken = step not in self.skipped
             if is_taken:
                 found, norm = self.microbatch.shrink_to_fit(partial(self.take_step, batch), self.logbook)

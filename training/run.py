@@ -41,12 +41,17 @@ class Lora:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("Wqkv", "out_proj", "up_proj", "down_proj")
     bits: Literal[4, 16] = 16  # of the frozen matrices: 4 is QLoRA's NF4; 16 are 32 in an fp32 run
+    dora: bool = False  # also trains the length of each matrix's rows (Liu et al. 2024)
+    rslora: bool = False  # the product is scaled by alpha / sqrt(rank) (Kalajdzievski 2023), not by alpha / rank
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise UserError(f"`lora.rank` is {self.rank!r}; it must be a whole number above 0")
         if self.bits not in (4, 16):
             raise UserError(f"`lora.bits` is {self.bits!r}; it must be 4 or 16")
+        for key in ("dora", "rslora"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"`lora.{key}` is {getattr(self, key)!r}; it must be true or false")
         if not 0 <= self.dropout < 1:
             raise UserError(f"`lora.dropout` is {self.dropout}; it must be at least 0 and below 1")
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -234,6 +239,21 @@ class Run:
     activation_checkpointing: Annotated[
         ActivationCheckpointing, Setting("Recompute activations: less memory.", changes="nothing")
     ] = "none"
+    context_parallel: Annotated[
+        int,
+        Setting(
+            "Ranks that compute each sequence together, for long ones; a divisor of the heads.",
+            above=0,
+            changes="nothing",
+        ),
+    ] = 1
+    # HSDP. What is gathered stays within a replica; gradients are added up over all of them.
+    replicas: Annotated[
+        int,
+        Setting(
+            "Whole copies of the model, each split over its share of the ranks: one a node.", above=0, changes="nothing"
+        ),
+    ] = 1
     # `skip`: back to the last checkpoint, and past the data of the spike.
     on_spike: Annotated[
         OnSpike, Setting("When the loss jumps: log it, stop, or go back and skip its data.", changes="nothing")
@@ -308,6 +328,10 @@ class Run:
             return
         if self.base is None:
             raise UserError("`preference` needs a `base`: a checkpoint that answers already")
+        if self.context_parallel > 1:
+            raise UserError(
+                "`--context-parallel` cuts answers apart, and `train prefer` needs them whole; leave it out"
+            )
         if self.preference.loss == "kto" and self.global_batch < 2:
             raise UserError(f"`global_batch` is {self.global_batch}; kto compares a step's answers, so give 2 or more")
 
@@ -316,6 +340,12 @@ class Run:
         """Tokens that cannot be computed apart: of a sequence, or of the two of a pair, which lie side by side."""
         is_paired = self.preference is not None and self.preference.loss != "kto"
         return 2 * self.max_seq_len if is_paired else self.max_seq_len
+
+    def check_ranks(self, n_ranks: int) -> None:
+        """Raises UserError where so many ranks cannot be divided as the run says."""
+        for flag, n in (("--replicas", self.replicas), ("--context-parallel", self.context_parallel)):
+            if n_ranks % n:
+                raise UserError(f"`{flag} {n}` does not divide {n_ranks} ranks; give --gpus a multiple of {n}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

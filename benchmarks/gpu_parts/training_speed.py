@@ -94,4 +94,4 @@ def random_batch(rows: int, n_tokens: int, n_vocab: int) -> Batch:
     ids = torch.randint(4, min(n_vocab, 50_000), (rows, n_tokens), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, packing.IGNORED)
     labels[:, :-1] = ids[:, 1:]
-    return Batch(ids, labels, torch.zeros_like(ids))
+    return Batch(ids, labels, torch.zeros_like(ids), torch.arange(rows))

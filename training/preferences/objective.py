@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpt import dropout
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from training import adapters, batches, datasets, distributed, packing, step
@@ -26,6 +27,7 @@ from training.run import Preference, Run
 from training.step import Metrics
 
 Example = Pair | Judged
+_CHUNK = 2048  # positions whose logits exist at a time: 400 MB in float32 at MPT-7B's vocabulary
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class PreferenceObjective:
         kl = self._kl(model, batch, world, microbatch)
         sums = _Sums()
         for micro in packing.deal(batch.answers.rows, world.rank, world.size, microbatch):
-            sums.add(self._backward(model, batch, micro, kl))
+            with dropout.drawn_for(micro.row.tolist()):
+                sums.add(self._backward(model, batch, micro, kl))
         return self._means(sums.over(world), batch, kl)
 
     @torch.no_grad()
@@ -168,9 +171,9 @@ class PreferenceObjective:
         if self._how.loss == "orpo":
             weight = weight - batch.is_desirable.to(weight)[told.number] / batch.n_text
         leaf, weight = selected.detach().requires_grad_(), weight.float()
-        for start in range(0, len(targets), step.LOSS_CHUNK):
-            part = slice(start, start + step.LOSS_CHUNK)
-            (-step.losses(model, leaf[part], targets[part], self._run) * weight[part]).sum().backward()
+        for start in range(0, len(targets), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            (-step.token_losses(model, leaf[part], targets[part], self._run) * weight[part]).sum().backward()
         # Also where nothing is learned: every rank must take part in gathering and reducing.
         selected.backward(torch.zeros_like(selected) if leaf.grad is None else leaf.grad)
         return self._measured(told, batch, kl)
@@ -181,11 +184,8 @@ class PreferenceObjective:
 
     def _log_probs(self, model: MPTForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
         """Of each target (N,), without a gradient."""
-        parts = range(0, len(targets), step.LOSS_CHUNK)
-        found = [
-            -step.losses(model, hidden[n : n + step.LOSS_CHUNK], targets[n : n + step.LOSS_CHUNK], self._run)
-            for n in parts
-        ]
+        parts = range(0, len(targets), _CHUNK)
+        found = [-step.token_losses(model, hidden[n : n + _CHUNK], targets[n : n + _CHUNK], self._run) for n in parts]
         return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
     def _reference_of(self, model: MPTForCausalLM, batch: PreferenceBatch, micro: Batch) -> Tensor:
