@@ -33,43 +33,54 @@ def drawn_for(rows: Sequence[int], part: tuple[int, int] = (0, 1)) -> Iterator[N
         _rows, _part = before
 
 
-def dropout(x: Tensor, p: float, training: bool, place: str) -> Tensor:
+def place(name: str) -> Tensor:
+    """A place in the model, () int64 on the CPU; no two may share a name.
+
+    A tensor, for `torch.compile`: each text would be a constant of its own, and every layer be compiled anew.
+    """
+    return torch.tensor(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()), device="cpu")
+
+
+def dropout(x: Tensor, p: float, training: bool, where: Tensor) -> Tensor:
     """x with a share p of its elements zero and the others divided by 1 - p; x itself where it is not training.
 
-    x: (B, T, ...), a row of the batch each. place: where in the model this is; no two places may share a name.
+    x: (B, T, ...), a row of the batch each. where: a `place`.
     """
     if not training or p == 0.0:
         return x
     if _rows is None or p == 1.0:
         return F.dropout(x, p)
-    return x * _kept(x, p, place) * (1 / (1 - p))
+    return x * _kept(x, p, where) * (1 / (1 - p))
 
 
 class Dropout(nn.Module):
     """`dropout` as a module."""
 
-    def __init__(self, p: float, place: str) -> None:
+    def __init__(self, p: float, name: str) -> None:
+        """name: of its place."""
         super().__init__()
-        self.p, self.place = p, place
+        self.p, self.where = p, place(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training, self.place)
+        return dropout(x, self.p, self.training, self.where)
 
 
 # An operator, for `torch.compile`: traced, the rows would be constants and every step would be compiled anew.
 @torch.library.custom_op("mpt::kept", mutates_args=())
-def _kept(x: Tensor, p: float, place: str) -> Tensor:
+def _kept(x: Tensor, p: float, where: Tensor) -> Tensor:
     """Which elements of x stay, bool."""
     assert _rows is not None and len(_rows) == len(x), (_rows, x.shape)
     k, n = _part
     kept = torch.empty(len(x), n * x.shape[1], *x.shape[2:], dtype=torch.bool, device=x.device)
     generator = torch.Generator(x.device)
     for row, drawn in zip(_rows, kept, strict=True):
-        key = hashlib.blake2b(f"{torch.initial_seed()} {row} {place}".encode(), digest_size=4)  # all that CPUs take
+        key = hashlib.blake2b(
+            f"{torch.initial_seed()} {row} {int(where)}".encode(), digest_size=4
+        )  # all that CPUs take
         drawn.bernoulli_(1 - p, generator=generator.manual_seed(int.from_bytes(key.digest())))
     return kept.chunk(n, dim=1)[k].contiguous()
 
 
 @_kept.register_fake
-def _(x: Tensor, p: float, place: str) -> Tensor:
+def _(x: Tensor, p: float, where: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)

@@ -20,9 +20,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from mpt import attention
+from mpt import attention, dropout
 from mpt.config import MPTConfig
-from mpt.dropout import dropout
 from mpt.errors import UnsupportedConfig
 
 # How one layer's queries, keys and values (B, H, T, D) become its output (B, H, T, D): called with the layer's number.
@@ -111,13 +110,12 @@ class MPTBlock(GradientCheckpointingLayer):
         self.ffn = MPTMLP(config)
         self.attn.out_proj.feeds_residual = self.ffn.down_proj.feeds_residual = True  # type: ignore[assignment]
         self.resid_pdrop = config.resid_pdrop
+        self._places = dropout.place(f"blocks.{layer}.attn"), dropout.place(f"blocks.{layer}.ffn")
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self._drop(self.attn(self.norm_1(x), attend), "attn")
-        return x + self._drop(self.ffn(self.norm_2(x)), "ffn")
-
-    def _drop(self, x: Tensor, part: str) -> Tensor:
-        return dropout(x, self.resid_pdrop, self.training, f"blocks.{self.attn.layer}.{part}")
+        after_attn, after_ffn = self._places
+        x = x + dropout.dropout(self.attn(self.norm_1(x), attend), self.resid_pdrop, self.training, after_attn)
+        return x + dropout.dropout(self.ffn(self.norm_2(x)), self.resid_pdrop, self.training, after_ffn)
 
 
 class MPTPreTrainedModel(PreTrainedModel):
@@ -155,6 +153,7 @@ class MPTModel(MPTPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.has_wpe else None
+        self._embedded = dropout.place("embeddings")
         self.blocks = nn.ModuleList(MPTBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
         self.gradient_checkpointing = False
@@ -195,7 +194,7 @@ class MPTModel(MPTPreTrainedModel):
         fraction = self.config.embedding_fraction
         if fraction < 1 and self.training:  # the value stays, the gradient shrinks (GLM-130B's trick)
             x = x * fraction + x.detach() * (1 - fraction)
-        x = dropout(x, self.config.emb_pdrop, self.training, "embeddings")
+        x = dropout.dropout(x, self.config.emb_pdrop, self.training, self._embedded)
         for block in self.blocks:
             x = block(x, attend)
         return self.norm_f(x)
@@ -260,7 +259,9 @@ class MPTModel(MPTPreTrainedModel):
                 k, v = cache.update(k, v, layer)
                 k, v = k[:, :, :S], v[:, :, :S]  # a static cache hands out its whole length
             if p:
-                drop = functools.partial(dropout, p=p, training=True, place=f"blocks.{layer}.probabilities")
+                drop = functools.partial(
+                    dropout.dropout, p=p, training=True, where=dropout.place(f"blocks.{layer}.probabilities")
+                )
                 return self._attend_with_dropout(q, k, v, bias, key_mask, sequence_id, drop)
             return attention.attend(q, k, v, scale=scale, bias=bias, key_mask=key_mask, sight=sight)
 

@@ -10,7 +10,7 @@ from mpt.dropout import Dropout, drawn_for
 def drop(rows: list[int], place: str = "here", p: float = 0.25, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
     with drawn_for(rows):
-        return dropout.dropout(torch.ones(len(rows), 50, 64), p, True, place)
+        return dropout.dropout(torch.ones(len(rows), 50, 64), p, True, dropout.place(place))
 
 
 def test_a_row_loses_the_same_elements_in_every_batch() -> None:
@@ -35,16 +35,16 @@ def test_the_share_is_dropped_and_the_rest_makes_up_for_it() -> None:
 def test_the_gradient_goes_where_the_value_went() -> None:
     x = torch.ones(1, 8, 8, requires_grad=True)
     with drawn_for([0]):
-        kept = dropout.dropout(x, 0.5, True, "here")
+        kept = dropout.dropout(x, 0.5, True, dropout.place("here"))
         kept.sum().backward()
     assert x.grad is not None and torch.equal(x.grad, kept.detach())
 
 
 def test_outside_training_and_outside_rows_it_is_torchs() -> None:
     x = torch.ones(2, 8, 8)
-    assert dropout.dropout(x, 0.5, False, "here") is x
+    assert dropout.dropout(x, 0.5, False, dropout.place("here")) is x
     torch.manual_seed(5)
-    found = dropout.dropout(x, 0.5, True, "here")
+    found = dropout.dropout(x, 0.5, True, dropout.place("here"))
     torch.manual_seed(5)
     assert torch.equal(found, torch.nn.functional.dropout(x, 0.5))
 
@@ -55,4 +55,17 @@ def test_a_compiled_module_drops_other_elements_for_other_rows() -> None:
     for row in (0, 1):
         torch.manual_seed(0)
         with drawn_for([row]):
-            assert torch.equal(module(x), dropout.dropout(x, 0.5, True, "here"))
+            assert torch.equal(module(x), dropout.dropout(x, 0.5, True, dropout.place("here")))
+
+
+def test_layers_share_one_compiled_graph() -> None:
+    """Each with another place, which is no constant of the graph."""
+    torch._dynamo.reset()
+    layers = [Dropout(0.5, f"layer {n}") for n in range(12)]  # more than torch compiles of one function
+    compiled = torch.compile(lambda module, x: module(x), backend="aot_eager", fullgraph=True)
+    x = torch.ones(1, 8, 8)
+    torch.manual_seed(0)
+    with drawn_for([0]):
+        masks = [compiled(layer, x) for layer in layers]
+        assert all(torch.equal(mask, layer(x)) for mask, layer in zip(masks, layers, strict=True))
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 12

@@ -99,7 +99,10 @@ def test_one_long_sample_does_not_give_every_sequence_its_length(model: MPTForCa
     batch = packing.pack(rows, 64, widest=96)
     assert batch.ids.shape == (2, 84)
     assert int((batch.sequence_id >= 0).sum()) == 156
-    loss = sum(step.backward(model, part, batch.n_learned, small_run) for part in packing.microbatches(batch, 84))
+    alone = distributed.World(0, 1, torch.device("cpu"))
+    loss = sum(
+        step.backward(model, part, batch.n_learned, small_run, alone) for part in packing.microbatches(batch, 84)
+    )
     assert loss == pytest.approx(float(loss_of_each_alone(model, rows).detach()), rel=1e-5)
 
 
