@@ -117,6 +117,8 @@ class MPTBlock(GradientCheckpointingLayer):
         return x + self._drop(self.ffn(self.norm_2(x)), "ffn")
 
     def _drop(self, x: Tensor, part: str) -> Tensor:
+        if not self.resid_pdrop:  # a compiled block must not depend on its number: it would be compiled for each
+            return x
         return dropout(x, self.resid_pdrop, self.training, f"blocks.{self.attn.layer}.{part}")
 
 
