@@ -49,7 +49,9 @@ def work(run: Run, tokens: float | None, rows: int | None = None, is_padded: boo
             raise UserError(f"`{name}` is {value:g}; it must be above 0")
     full = run.global_batch * run.max_seq_len
     steps = float(run.steps) if run.steps is not None else None
-    if rows is not None and run.epochs is not None:
+    if rows is not None:
+        if run.epochs is None:
+            raise UserError("`--rows` is of an epoch, and the recipe counts steps; give --tokens, or leave both out")
         steps = math.ceil(rows / run.global_batch) * run.epochs
     if is_padded:
         if steps is None:

@@ -7,6 +7,7 @@ import typer
 
 from mpt.errors import UserError
 from training import flags, forecast, nodes, recipes
+from training.data import mixtures
 from training.plan import GPUS, shape_of_run
 from training.run import Run
 
@@ -44,6 +45,9 @@ def plan(
     eval_every: Annotated[
         int | None, typer.Option(min=1, help="Score 256 held-out rows every so many steps.", show_default="never")
     ] = None,
+    mix: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Also what each source is read of: {', '.join(mixtures.MIXTURES)}.")
+    ] = "",
     pairs: Annotated[int, typer.Option(min=0, help="Prompts with responses that people write, $30 each.")] = 0,
     comparisons: Annotated[int, typer.Option(min=0, help="Answers that people compare, $8 each.")] = 0,
     conversations: Annotated[int, typer.Option(min=0, help="Conversations that people hold, $130 each.")] = 0,
@@ -57,6 +61,8 @@ def plan(
     """
     run = recipes.change(_run(recipe, base), **flags.changes(given), checkpoint_every=checkpoint_every)
     if eval_every is not None:
+        if mfu is not None:
+            raise UserError("`--eval-every` does not go with --mfu, which is of the whole run; leave one out")
         run = recipes.change(run, eval_data="held out", eval_every=eval_every)
     shape = shape_of_run(run)
     if tokens_per_parameter is not None:
@@ -72,6 +78,8 @@ def plan(
         print(json.dumps(forecast.as_dict(found) | {"data_dollars": people}, indent=2))
         return
     print(forecast.render(found))
+    if mix:
+        print(mixtures.render(mixtures.read(mixtures.find(mix), done.tokens or done.positions)))
     if people:
         print(f"data ${people:,.0f}, with the run ${people + found.dollars:,.0f}")
 

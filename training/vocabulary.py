@@ -1,4 +1,4 @@
-"""Trains the byte-level BPE of the mpt-tiny family.
+"""Trains the byte-level BPE of the mpt-tiny family, and finds other tokenizers by name.
 
 It splits so that a word is the same tokens wherever it is copied to: a digit is a token, a space belongs to the next
 word only between two lower-case words of prose, and `": "`, `, ` and their like are pieces of their own. Then a value
@@ -6,11 +6,13 @@ after `key: ` and the same value after a quote in JSON are the same tokens, and 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from mpt.tokenizer import CHATML_END, CHATML_START, END_OF_TEXT, Tokenizer
+from mpt.catalog import resolve
+from mpt.tokenizer import CHATML_END, CHATML_START, END_OF_TEXT, FILES, Tokenizer
 
 SPECIAL = (END_OF_TEXT, "<|padding|>", CHATML_START, CHATML_END)
 _PIECES = "|".join(
@@ -28,6 +30,15 @@ _PIECES = "|".join(
         r"\s",
     )
 )
+
+
+def find(name: str) -> Path:
+    """Where a tokenizer lies: a folder that holds one, with a checkpoint or without, or a name of the catalog.
+
+    Raises CheckpointNotFound.
+    """
+    folder = Path(name).expanduser()
+    return folder if any((folder / file).is_file() for file in FILES) else resolve(name)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

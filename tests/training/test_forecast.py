@@ -208,6 +208,8 @@ def test_rows_are_packed_or_padded() -> None:
     assert packed.positions == pytest.approx(19.2e6 / 0.994)
     with pytest.raises(UserError, match="--rows"):
         forecast.work(run, None, is_padded=True)
+    with pytest.raises(UserError, match="counts steps"):
+        forecast.work(made("mpt_7b"), 1e9, rows=100)
     with pytest.raises(UserError, match="do not fit"):
         forecast.work(run, 1e9, rows=100, is_padded=True)
     with pytest.raises(UserError, match="--tokens"):
@@ -250,6 +252,8 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert 14 < found["speedup"] < 15
     cli.app(["plan", "--recipe", "instruct", "--rows", "59310", "--padded"], standalone_mode=False)
     assert "cost $38" in capsys.readouterr().out
+    with pytest.raises(UserError, match="leave one out"):
+        cli.app(["plan", "--recipe", "mpt_1b", "--mfu", "0.4", "--eval-every", "100"], standalone_mode=False)
     with pytest.raises(UserError, match="one of the two"):
         cli.app(
             ["plan", "--recipe", "mpt_1b", "--tokens-per-parameter", "20", "--tokens", "1e9"], standalone_mode=False

@@ -18,9 +18,9 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.tokenizer import Tokenizer
-from training.data import mds
+from training.data import languages, mds
 from training.data.files import documents
-from training.data.filters import RULES, Duplicates, Quality
+from training.data.filters import RULES, Duplicates, Quality, Rule
 
 _DOCUMENTS_AT_ONCE = 64  # a worker's share
 REPORT = "prepared.json"
@@ -44,6 +44,8 @@ def prepare(
     max_seq_len: int,
     *,
     quality: Quality = "none",
+    language: str | None = None,
+    code: str | None = None,
     duplicates: float | None = None,
     n_processes: int = 1,
     text_key: str = "text",
@@ -51,8 +53,10 @@ def prepare(
 ) -> Prepared:
     """Write `out`, a folder of MDS shards whose samples are max_seq_len tokens each, and say what went into it.
 
-    sources: files, folders of files, or hub sets as `hub:owner/name`. duplicates: None keeps them, 1 drops equal texts,
-    less also near ones. Raises UserError for what cannot be read, and when no whole sample comes of it.
+    sources: files, folders of files, or hub sets as `hub:owner/name`. language: ISO 639-1 of what stays, `any`, or None
+    for what the quality rules are about, English. code: programming languages that stay, or `mpt`. duplicates: None
+    keeps them, 1 drops equal texts, less also near ones. Raises UserError for what cannot be read, and when no whole
+    sample comes of it.
     """
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out or remove it")
@@ -60,14 +64,16 @@ def prepare(
         raise UserError(f"`max_seq_len` is {max_seq_len}; a sample needs at least 2 tokens")
     found = Prepared()
     dropped: Counter[str] = Counter()
-    rule, known = RULES[quality], None if duplicates is None else Duplicates(duplicates)
+    known = None if duplicates is None else Duplicates(duplicates)
+    rules = _rules(quality, language, code)
 
     def kept() -> Iterator[str]:
         for row in documents(sources, text_key):
             found.n_documents += 1
             text = row[text_key]
             reason = "empty" if not text.strip() else None
-            reason = reason or (rule(text, row) if rule else None) or (known.seen(text) if known else None)
+            reason = reason or next((why for rule in rules if (why := rule(text, row))), None)
+            reason = reason or (known.seen(text) if known else None)
             if reason is None:
                 found.n_kept += 1
                 yield text
@@ -93,9 +99,25 @@ def prepare(
                 f"{found.n_documents} documents ({found.n_kept} kept) make {found.n_tokens} tokens, not one sample of "
                 f"{max_seq_len}; give more text or a lower --max-seq-len"
             )
-        story = {"sources": list(sources), "quality": quality, "max_seq_len": max_seq_len, **asdict(found)}
+        story = {"sources": list(sources), "quality": quality, "language": language, "code": code,
+                 "max_seq_len": max_seq_len, **asdict(found)}  # fmt: skip
         (partial / REPORT).write_text(json.dumps(story, indent=2))
     return found
+
+
+def _rules(quality: Quality, language: str | None, code: str | None) -> list[Rule]:
+    """In the order of what they cost: identifying a language takes longest."""
+    rules: list[Rule] = []
+    if code is not None:
+        wanted = languages.code_languages(code)
+        rules.append(lambda _, row: None if languages.code_language(row) in wanted else "in another code language")
+    if (rule := RULES[quality]) is not None:
+        rules.append(rule)
+        language = "en" if language is None else language
+    if language is not None and language != languages.ANY:
+        languages.check(language)
+        rules.append(lambda text, _: None if languages.identify(text) == language else "in another language")
+    return rules
 
 
 def _tokenized(texts: Iterator[str], folder: Path, n_processes: int) -> Iterator[mds.Tokens]:
