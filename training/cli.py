@@ -20,6 +20,8 @@ from training import plan as planning
 from training.data.cli import app as data_app
 from training.plan_cli import plan
 from training.run import Run
+from training.scale_cli import Command as ScaleCommand
+from training.scale_cli import scale
 
 FormatChoice = Literal["text", "markdown", "json"]
 
@@ -29,6 +31,7 @@ app = new_app("Make MPT checkpoints: pretrain, finetune, evaluate.")
 
 app.add_typer(data_app, name="data")
 app.command()(plan)
+app.command(cls=ScaleCommand)(scale)
 
 Gpus = Annotated[int | None, typer.Option(help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in --out; --no-resume refuses a folder in use.")]
