@@ -43,10 +43,10 @@ def ours(model: str, names: list[str], folder: Path, limit: int, dtype: str) -> 
 
     from training.distributed import World
     from training.evaluation import models, suite
-    from training.evaluation.tasks import TASKS as KNOWN
+    from training.evaluation.catalog import TASKS as KNOWN
 
     torch.set_num_threads(THREADS)
-    local = models.Local(model, torch.device("cpu"), getattr(torch, dtype))
+    local = models.Local.load(model, torch.device("cpu"), getattr(torch, dtype))
     world = World(0, 1, torch.device("cpu"))
     started = time.perf_counter()
     accuracy = {name: suite.run(local, KNOWN[name], folder, world, limit=limit).accuracy["sum"] for name in names}
@@ -56,7 +56,7 @@ def ours(model: str, names: list[str], folder: Path, limit: int, dtype: str) -> 
 def harness(python: str, model: str, names: list[str], folder: Path, limit: int, dtype: str) -> dict[str, object]:
     """Our rows as tasks of the harness: contexts and choices are the strings we score."""
     from mpt.catalog import resolve
-    from training.evaluation.tasks import TASKS as KNOWN
+    from training.evaluation.catalog import TASKS as KNOWN
     from training.evaluation.tasks import rows
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +64,7 @@ def harness(python: str, model: str, names: list[str], folder: Path, limit: int,
             lines = [
                 json.dumps(
                     {
-                        "context": (row["query"].rstrip() + KNOWN[name].delimiter).rstrip(),
+                        "context": (row["query"].rstrip() + KNOWN[name].continuation_delimiter).rstrip(),
                         "choices": [choice.lstrip() for choice in row["choices"]],
                         "gold": row["gold"],
                     }

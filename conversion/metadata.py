@@ -1,7 +1,7 @@
 """What a checkpoint's file, its folder or the catalog says of it beside its config: licence, prompt style, template."""
 
-from conversion import templates
 from conversion.source import Source
+from mpt import style_template
 from mpt.catalog import UNKNOWN_LICENCE, Entry, descendant, describe
 from mpt.errors import MPTError
 from mpt.files import read_optional_json
@@ -49,7 +49,7 @@ def chat_template(source: Source) -> str | None:
     entry = _entry(source)
     if source.chat_template is not None or entry is None:
         return source.chat_template
-    return templates.jinja(entry.prompt_style, entry.system_prompt)
+    return style_template.jinja(entry.prompt_style, entry.system_prompt)
 
 
 def _entry(source: Source) -> Entry | None:

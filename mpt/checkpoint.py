@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mpt.chat_template import ChatTemplate
     from mpt.packed.layers import Pack
     from mpt.sharding import Shard
+    from mpt.style_template import StyleTemplate
     from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def save(
     folder: str | Path,
     *,
     tokenizer: "Tokenizer | None" = None,
-    chat_template: "ChatTemplate | None" = None,
+    chat_template: "ChatTemplate | StyleTemplate | None" = None,
     manifest: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:

@@ -9,11 +9,13 @@ import gc
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from mpt.errors import DeviceLost, MPTError
+from mpt.files import disk_refusals
 
 BEGAN = time.monotonic()  # of a command: this is among the first modules that one imports
 
@@ -59,7 +61,8 @@ def new_app(help: str) -> typer.Typer:
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command line; a user's mistake is one line on stderr and an exit code."""
     try:
-        app(prog_name=name)
+        with disk_refusals(Path.cwd()):
+            app(prog_name=name)
     except MPTError as error:
         print(f"{name}: {error}", file=sys.stderr)
         if isinstance(error, DeviceLost):  # what a dead CUDA context holds, let go of, may abort with another code

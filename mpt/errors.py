@@ -59,3 +59,8 @@ class Interrupted(MPTError):
     """Stopped early after saving; the same command goes on from there."""
 
     exit_code = 75
+
+    def __init__(self, message: str, is_planned: bool = False) -> None:
+        """is_planned: whoever started it asked for a part of it."""
+        super().__init__(message)
+        self.is_planned = is_planned

@@ -1,8 +1,9 @@
-"""Reads JSON files that must hold an object, and writes folders that have their name only once they are whole.
+"""Reads JSON files that must hold an object; writes files and folders that have their name only once they are whole.
 
 Not here: what a checkpoint's files say (`mpt/checkpoint.py`).
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,44 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+# The machine says no: no space, over the quota or the largest file, read-only, no permission, a broken disk.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@contextmanager
+def disk_refusals(place: Path) -> Iterator[None]:
+    """Raises MachineRefused where the disk refuses what is done. place: named where the error names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise MachineRefused(f"cannot use `{error.filename or place}` ({error.strerror}); {_CURE}") from error
+    except Exception as error:
+        if not _is_of_disk(error):
+            raise
+        raise MachineRefused(f"cannot use `{place}` ({error}); {_CURE}") from error
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    """Whether it is an error of the disk that safetensors tells, which has a class of its own for all errors."""
+    return type(error).__name__ == "SafetensorError" and "os error" in str(error)
+
+
+_CURE = "free some space, or give this user the right to it, then run the same command"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which gets its name at the end; after an error nothing is left.
@@ -49,6 +88,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise MachineRefused(f"cannot write `{folder}` ({error}); free some space") from error
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if _is_of_disk(error):
+            raise MachineRefused(f"cannot write `{folder}` ({error}); free some space") from error
         raise

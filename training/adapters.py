@@ -7,6 +7,7 @@ Dettmers et al. 2023: blocks of 64, their scales quantised again).
 import json
 import logging
 import math
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,22 @@ from torch import Tensor, nn
 
 import mpt.checkpoint
 import mpt.manifest
+from mpt.catalog import resolve
 from mpt.chat_template import ChatTemplate
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.model import Linear
-from mpt.prompts import open_format
+from mpt.prompts import PromptFormat, open_format
+from mpt.style_template import StyleTemplate, jinja
 from mpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mpt.model import MPTForCausalLM
     from training.run import Lora, Precision
+
+log = logging.getLogger(__name__)
+
+_PROBE = 64  # tokens, the vocabulary's first: what a merged model's logits are compared on
 
 
 def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
@@ -117,13 +124,13 @@ def save(
     values: dict[str, Tensor],
     base: str,
     tokenizer: Tokenizer,
-    chat_template: ChatTemplate | None,
+    chat_template: ChatTemplate | StyleTemplate | None,
     folder: Path,
     manifest: dict[str, Any],
 ) -> Path:
     """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a manifest; the folder appears whole.
 
-    chat_template: of a run with prompt style `template`, written beside the tokenizer.
+    chat_template: written beside the tokenizer.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -144,10 +151,19 @@ def save(
     return folder
 
 
-def merge(folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def chat_template(prompts: PromptFormat) -> ChatTemplate | StyleTemplate | None:
+    """What other programs render a checkpoint's messages with; None for a style without messages."""
+    if prompts.template is not None:
+        return prompts.template
+    source = jinja(prompts.style)
+    return None if source is None else StyleTemplate(source)
+
+
+def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     """The base with a LoRA run's adapter added to its weights, as a Hugging Face folder.
 
-    Raises UserError when folder holds no adapter.
+    The sum is made in float32 and rounded once; the log says what that changed. dtype: None keeps the adapter's or the
+    base's, whichever is more precise. Raises UserError when folder holds no adapter.
     """
     from peft import PeftModel
 
@@ -157,8 +173,42 @@ def merge(folder: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     mpt.manifest.verify_manifest(folder)
     base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     model = mpt.checkpoint.load(base, dtype=torch.float32)
+    dtype = dtype or torch.promote_types(_adapter_dtype(folder), _base_dtype(base))
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     entries = {k: v for k, v in (mpt.manifest.read_manifest(folder) or {}).items() if k != "files"}
     tokenizer = Tokenizer.from_folder(folder)
-    template = open_format(folder, entries.get("prompt_style", "none"), tokenizer).template
-    return mpt.checkpoint.save(merged.to(dtype), out, tokenizer=tokenizer, chat_template=template, manifest=entries)
+    template = chat_template(open_format(folder, entries.get("prompt_style", "none"), tokenizer))
+    _round(merged, dtype)
+    return mpt.checkpoint.save(merged, out, tokenizer=tokenizer, chat_template=template, manifest=entries)
+
+
+def _base_dtype(base: str) -> torch.dtype:
+    place = resolve(base)
+    return mpt.checkpoint.stored_dtype(place, mpt.checkpoint.read_config(place))
+
+
+def _adapter_dtype(folder: Path) -> torch.dtype:
+    """The most precise dtype of an adapter's tensors."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        dtypes = [file.get_tensor(name).dtype for name in file.keys()]  # noqa: SIM118  # no mapping
+    return reduce(torch.promote_types, dtypes)
+
+
+@torch.no_grad()
+def _round(model: "MPTForCausalLM", dtype: torch.dtype) -> None:
+    """Round a float32 model's weights, and say the largest change of a weight, and of a logit of the probe."""
+    if dtype == torch.float32:
+        return
+    ids = torch.arange(_PROBE).remainder(model.config.vocab_size)[None]
+    before = model(ids).logits
+    largest = 0.0
+    for parameter in model.parameters():
+        rounded = parameter.to(dtype).float()
+        largest = max(largest, float((rounded - parameter).abs().max()))
+        parameter.copy_(rounded)
+    change = float((model(ids).logits - before).abs().max())  # of the weights alone: computed in float32 again
+    name = str(dtype).removeprefix("torch.")
+    log.info("merged in float32; %s changes a weight by at most %.2g, a logit by at most %.2g", name, largest, change)
+    model.to(dtype)

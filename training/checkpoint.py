@@ -7,6 +7,7 @@ checkpoint that others load (`mpt/checkpoint.py`).
 """
 
 import logging
+import os
 import shutil
 import threading
 import warnings
@@ -20,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from mpt.errors import DamagedFile, MachineRefused
+from mpt.errors import DamagedFile, MachineRefused, UserError
 from mpt.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
 from training.distributed import World
 from training.mirror import Mirror
@@ -114,13 +115,44 @@ class Saver:
 
 
 def _cannot_write(path: Path, error: BaseException) -> MachineRefused:
-    reason = str(error.__cause__ or error).splitlines()[0]
+    cause: BaseException = error.__cause__ or error
+    if isinstance(error, dcp.CheckpointException) and error.failures:  # its own text names the ranks alone
+        cause = next(iter(error.failures.values()))[0]
+    reason = (str(cause) or type(cause).__name__).splitlines()[0]
     return MachineRefused(f"cannot write `{path}` ({reason}); free some space, then run the same command")
 
 
 def steps(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).is_file())
+    return sorted(path for path in folder.glob("step-*") if is_step(path))
+
+
+def is_step(path: Path) -> bool:
+    """Whether a folder is a complete checkpoint."""
+    return path.name.startswith("step-") and path.suffix != ".partial" and (path / MANIFEST).is_file()
+
+
+def adopt(state: Path, out: Path) -> Path:
+    """Another run's checkpoint as this one's first; on one file system it takes no space.
+
+    Raises UserError when it is gone, DamagedFile.
+    """
+    if not is_step(state):
+        raise UserError(f"`{state}`, from which the run goes on, is gone; give --from another state, and another --out")
+    verify_manifest(state)
+    final = out / state.name
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(state, partial, copy_function=_link)
+    partial.rename(final)
+    return final
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # nobody writes into a complete checkpoint
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def latest(folder: Path, last_step: int | None = None) -> Path | None:
@@ -154,6 +186,11 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
     wanted: Mapping[str, Tensor] = {name: tensor.detach() for name, tensor in tensors(model, optimizer).items()}
     if missing := wanted.keys() ^ stored.keys():
         raise DamagedFile(f"`{path}` and the run differ in `{min(missing)}`; it belongs to another run")
+    for name, tensor in wanted.items():
+        if (found := tuple(stored[name].size)) != tuple(tensor.shape):  # type: ignore[union-attr]
+            raise DamagedFile(
+                f"`{path}` has {name} of {found}, the run {tuple(tensor.shape)}; it belongs to another run"
+            )
     dcp.load(dict(wanted), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     manifest = read_manifest(path) or {}
     return Position(manifest["step"], manifest["tokens"], manifest["seconds"])

@@ -9,21 +9,20 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from mpt.command_line import new_app, run_app
+from mpt.command_line import Dtype, new_app, run_app
 from mpt.errors import UserError
-from training import flags, recipes
+from training import flags, recipes, run_cli
 from training import plan as planning
 from training.data.cli import app as data_app
+from training.evaluation.cli import evaluate
 from training.plan_cli import plan
 from training.run import Run
 from training.scale_cli import Command as ScaleCommand
 from training.scale_cli import scale
-
-FormatChoice = Literal["text", "markdown", "json"]
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +31,14 @@ app = new_app("Make MPT checkpoints: pretrain, finetune, evaluate.")
 app.add_typer(data_app, name="data")
 app.command()(plan)
 app.command(cls=ScaleCommand)(scale)
+run_cli.add_to(app)
 
-Gpus = Annotated[int | None, typer.Option(help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")]
+Gpus = Annotated[
+    int | None, typer.Option(min=1, help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")
+]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in --out; --no-resume refuses a folder in use.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its size, and touch nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: the run alone, as --config takes it.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="RUN.JSON", help="Repeat a run as it was.")]
 FinetuneRecipe = Annotated[
     str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.FINETUNES)}.", show_default=recipes.DEFAULT_FINETUNE)
@@ -64,13 +67,18 @@ def finetune(
     gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
     **given: Any,
 ) -> None:
     """Finetune a checkpoint, by default with MPT-7B-Instruct's recipe.
 
     A setting that is not given comes from the recipe or --config; a default holds where the recipe says nothing else.
 
+    The same command again goes on with its run. --from goes on from the state of another one.
+
     Example: train finetune --base mpt-7b --data dolly_hhrlhf
+
+    From an old state: train finetune --from runs/a --lr 2e-6 --out runs/b
     """
     from mpt.catalog import describe
     from training import prompt_style
@@ -78,10 +86,9 @@ def finetune(
 
     changes = flags.changes(given)
     prompt_style.settle(changes)
-    if config is not None:
-        _refuse({"--recipe": recipe}, "does not go with --config, which holds a whole run")
-        run = recipes.change(Run.read(config), **changes)
-        decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{config}` has it"
+    if (whole := _whole_run(recipe, config, changes)) is not None:
+        run, origin = whole
+        decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{origin}` has it"
     else:
         recipe = recipe or recipes.DEFAULT_FINETUNE
         for name in ("base", "data"):
@@ -94,11 +101,11 @@ def finetune(
         run = recipes.make_finetune(recipe, base, data, out, **changes)
         style, decided_by = prompt_style.choose(run, recipe, changes.get("prompt_style"))
         run = recipes.change(run, prompt_style=style)
-    _train(run, resume, dry_run, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
+    _train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
 
 
 @app.command()
-@flags.of_run(without=("base", "prompt_style", "chat_template", "lora"))
+@flags.of_run(without=("base", "prompt_style", "chat_template", "learn", "lora"))
 def pretrain(
     recipe: PretrainingRecipe = "",
     config: ConfigFile = None,
@@ -106,6 +113,7 @@ def pretrain(
     gpus: Gpus = None,
     resume: Resume = True,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
     **given: Any,
 ) -> None:
     """Train new weights, by default with MPT-125M's recipe; --config gives another shape.
@@ -115,9 +123,8 @@ def pretrain(
     Example: train pretrain --data novel.txt --tokenizer my/tokenizer --steps 100
     """
     changes = flags.changes(given)
-    if config is not None:
-        _refuse({"--recipe": recipe}, "does not go with --config, which holds a whole run")
-        run = recipes.change(Run.read(config), **changes)
+    if (whole := _whole_run(recipe, config, changes)) is not None:
+        run, _ = whole
     else:
         from mpt.checkpoint_text import open_tokenizer
         from training.data import files
@@ -130,105 +137,30 @@ def pretrain(
         out = changes.pop("out", None) or f"runs/{recipe}-{files.stem(data)}"
         vocab_size = open_tokenizer(tokenizer).vocab_size
         run = recipes.make_pretraining(recipe, data, out, tokenizer, vocab_size, **changes)
-    _train(run, resume, dry_run, gpus)
+    _train(run, resume, dry_run, as_json, gpus)
 
 
-@app.command("evaluate")
-def evaluate_command(
-    name: Annotated[
-        str, typer.Argument(metavar="[NAME|FOLDER|URL]", help="A checkpoint, or http://host:port/v1.")
-    ] = "",
-    model: Annotated[str, typer.Option(metavar="NAME", help="The checkpoint, or the model's name at a URL.")] = "",
-    tasks: Annotated[
-        str,
-        typer.Option(metavar="NAMES", help="table1, or from it: piqa,copa ...; default: what the model is made for."),
-    ] = "",
-    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task.")] = None,
-    strict: Annotated[bool, typer.Option(help="Generated answers must equal an alias.")] = False,
-    tokenizer: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="For a URL: whose tokenizer it has.")] = "",
-    data_folder: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where the tasks' .jsonl files are.", show_default="$MPT_HOME/datasets/icl"
-        ),
-    ] = None,
-    form: Annotated[FormatChoice, typer.Option("--format", help="How the table is printed.")] = "text",
-    task: Annotated[list[str] | None, typer.Option(help="Of the tiny family's own tasks; once per task.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, examples of failures included.")] = False,
-) -> None:
-    """Score a checkpoint: the twelve tasks of the launch blog's Table 1, or the tiny family's own.
+app.command()(evaluate)
 
-    Examples: train evaluate mpt-7b --tasks table1; train evaluate mpt-tiny-instruct;
-    train evaluate http://127.0.0.1:8000/v1 --model mpt-tiny --tokenizer mpt-tiny --tasks piqa
+
+def _whole_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tuple[Run, Path] | None:
+    """The run that --config or --from holds, changed, and the file it is in; None where a recipe makes the run.
+
+    Sets `start_from` of the changes to the checkpoint that it means. Raises UserError.
     """
-    if tasks:
-        _refuse({"--task": task}, "names one of the tiny family's own tasks; leave it out, or leave --tasks out")
-    else:
-        given = {"--shots": shots, "--limit": limit, "--strict": strict, "--tokenizer": tokenizer,
-                 "--data-folder": data_folder, "--format": form != "text"}  # fmt: skip
-        _refuse(given, "goes with --tasks, for example `--tasks table1`")
-    if name and model and not name.startswith(("http://", "https://")):
-        raise UserError(f"`{name}` and `--model {model}` both name a checkpoint; give one")
-    if tasks:
-        _evaluate_suite(name, model, tasks, shots, limit, strict, tokenizer, data_folder, "json" if as_json else form)
-        return
-    from training.evaluation import tiny_tasks
+    given = changes.get("start_from")
+    if config is None and given is None:
+        return None
+    option = "--config" if config is not None else "--from"
+    flags.refuse({"--recipe": recipe}, f"does not go with {option}, which holds a whole run")
+    if given is not None:
+        from training import folder
 
-    if not name and not model:
-        raise UserError("name a checkpoint, for example `train evaluate mpt-tiny`")
-    scores = tiny_tasks.evaluate(name or model, task or ())
-    if as_json:
-        print(json.dumps(scores, indent=2, ensure_ascii=False))
-        return
-    for key, values in scores.items():
-        for what, value in tiny_tasks.compact(values).items():
-            print(f"{key} {what} {value}")
-
-
-def _refuse(given: dict[str, Any], why: str) -> None:
-    for option, value in given.items():
-        if value:
-            raise UserError(f"`{option}` {why}")
-
-
-def _evaluate_suite(
-    name: str,
-    model: str,
-    tasks: str,
-    shots: int,
-    limit: int | None,
-    strict: bool,
-    tokenizer: str,
-    data_folder: Path | None,
-    form: FormatChoice,
-) -> None:
-    from training import distributed, show
-    from training.data import hub
-    from training.evaluation import models, report, suite
-    from training.evaluation.tasks import select
-
-    folder = data_folder or hub.home() / "icl"
-    chosen = select(tasks, folder)
-    is_url = name.startswith(("http://", "https://"))
-    if is_url and not (model and tokenizer):
-        raise UserError("a URL needs `--model`, the model's name there, and `--tokenizer`, whose tokenizer it has")
-    with distributed.join() as world:
-        asked: suite.Model
-        if is_url:
-            asked = models.Served(name, model, tokenizer, os.environ.get("MPT_API_KEY"))
-        else:
-            asked = models.Local(name or model, world.device)
-        results = []
-        for chosen_task in chosen:
-            with show.progress(chosen_task.name, world.is_first) as progress:
-                results.append(
-                    suite.run(
-                        asked, chosen_task, folder, world, n_shots=shots, limit=limit, strict=strict, report=progress
-                    )
-                )
-        if world.is_first:
-            print(report.render(results, form))
+        changes["start_from"] = folder.start_state(given, changes.get("out"))
+        begun = Path(changes["out"]) / "run.json"
+        config = config or (begun if begun.is_file() else Path(changes["start_from"]).parent / "run.json")
+    assert config is not None
+    return recipes.change(Run.read(config), **changes), config
 
 
 @app.command()
@@ -264,22 +196,32 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run's folder, or a finished LoRA's `model`.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the checkpoint goes; must not exist.")],
     merge: Annotated[bool, typer.Option(help="Add a LoRA's adapters to its base's weights.")] = False,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Precision of what is written; `auto` is what the run would write, and of a merge the more precise of "
+            "adapter and base."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a run's newest checkpoint, or a LoRA merged into its base, as a folder that serves and converts.
 
     Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
     """
+    import torch
+
     from training import adapters
     from training import export as writer
 
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out")
     is_run = (source / "run.json").is_file()
+    wanted: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
     if merge:
         folder = source / "model" if is_run else source
-        print(adapters.merge(folder, out))
+        print(adapters.merge(folder, out, wanted))
     elif is_run:
-        print(writer.latest(source, out))
+        print(writer.latest(source, out, wanted))
     else:
         raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
 
@@ -295,8 +237,13 @@ def plot(
     print(curves.plot(*runs, to=out))
 
 
-def _train(run: Run, resume: bool, dry_run: bool, gpus: int | None, decided: str = "") -> None:
+def _train(run: Run, resume: bool, dry_run: bool, as_json: bool, gpus: int | None, decided: str = "") -> None:
     """Train, or say what it would come to. decided: what was chosen for the user, in a line."""
+    if as_json:
+        if not dry_run:
+            raise UserError("`--json` goes with --dry-run, whose run it prints")
+        print(run.to_json(), end="")
+        return
     if dry_run:
         _print_plan(run, gpus or 1, decided)
         return

@@ -1,5 +1,6 @@
 """A run's curves as a picture: loss, held-out loss, learning rate, gradient norm and speed over the tokens seen."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,12 @@ def plot(*folders: Path, to: Path | None = None) -> Path:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl. Raises UserError where there are none."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if not lines:
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # the last line of a run that was cut short
+            steps.append(json.loads(line))
+    if not steps:
         raise UserError(f"`{folder}` has no steps in metrics.jsonl; give the folder of a run that has begun")
-    return [json.loads(line) for line in lines]
+    return steps

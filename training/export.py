@@ -19,10 +19,10 @@ from training.run import Run
 _SAVED_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def latest(folder: Path, out: Path) -> Path:
-    """An unfinished run's newest checkpoint as a Hugging Face folder, or peft's for LoRA.
+def latest(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
+    """A run's newest checkpoint as a Hugging Face folder, or peft's for LoRA.
 
-    Raises UserError when there is none.
+    dtype: None writes as the run does when it ends; float32 is what it trains. Raises UserError when there is none.
     """
     run = Run.read(folder / "run.json")
     path = checkpoint.latest(folder)
@@ -32,12 +32,14 @@ def latest(folder: Path, out: Path) -> Path:
     model = build.model(run, world)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     position = checkpoint.restore(path, model, optimizer.build(run, trained))
-    return write(run, model, values(run, model, world), load_tokenizer(run), out, step=position.step)
+    found = values(run, model, world, dtype)
+    return write(run, model, found, load_tokenizer(run), out, step=position.step)
 
 
-def values(run: Run, model: MPTForCausalLM, world: World) -> dict[str, torch.Tensor]:
+def values(run: Run, model: MPTForCausalLM, world: World, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """What was trained, whole and in the dtype it is written in, on the first rank; empty on the others."""
-    return distributed.gather(model, world, torch.float32 if run.lora is not None else _SAVED_DTYPE[run.precision])
+    own = torch.float32 if run.lora is not None else _SAVED_DTYPE[run.precision]
+    return distributed.gather(model, world, dtype or own)
 
 
 def write(
@@ -55,7 +57,7 @@ def write(
         "licence": run.licence if run.base is None else _licence(run),
         **entries,
     }
-    template = load_format(run, tokenizer).template
+    template = adapters.chat_template(load_format(run, tokenizer))
     if run.lora is not None:
         return adapters.save(model, values, str(run.base), tokenizer, template, folder, manifest)
     with torch.device("meta"):

@@ -5,7 +5,8 @@ A field with a help text has a flag in `train finetune` and in `train pretrain`;
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 import typer
@@ -43,8 +44,10 @@ def of_run(only: Sequence[str] = (), without: Sequence[str] = ()) -> Callable[[C
 
 
 def changes(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields that flags were given for, with their values. Raises UserError for --lora beside --qlora."""
+    """The fields that flags were given for, with their values. Raises UserError for flags that contradict."""
     values = dict(given)
+    if (warmup := values.pop("warmup_steps", None)) is not None:
+        values |= _warmup(warmup)
     rank, qlora_rank = values.pop("lora", None), values.pop("qlora", None)
     if rank is not None and qlora_rank is not None:
         raise UserError("give --lora or --qlora, one of the two")
@@ -53,6 +56,29 @@ def changes(given: dict[str, Any]) -> dict[str, Any]:
     if qlora_rank is not None:
         values["lora"] = Lora(rank=qlora_rank, bits=4)
     return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
+
+
+def text(name: str, value: Any) -> str | None:
+    """How a field is set to a value on the command line; None where no flag can."""
+    setting = next(declared.setting for declared in declarations() if declared.name == name)
+    if not setting.help or value is None or isinstance(value, bool):
+        return None
+    return f"{flag_of(name)} {shlex.quote(str(value))}"
+
+
+def flag_of(name: str) -> str:
+    """The name of a field's flag."""
+    setting = next(declared.setting for declared in declarations() if declared.name == name)
+    return setting.flag or f"--{name.replace('_', '-')}"
+
+
+def _warmup(given: float) -> dict[str, Any]:
+    """What `--warmup` sets: below 1 it is a share of the run, else a number of steps. Raises UserError."""
+    if 0 < given < 1:
+        return {"warmup_steps": 0, "warmup_share": given}
+    if given != int(given):
+        raise UserError(f"`--warmup` is {given}; give a whole number of steps, or a share of the run below 1")
+    return {"warmup_steps": int(given), "warmup_share": 1.0 if given else 0.0}
 
 
 def _parameters(declared: Declaration) -> list[inspect.Parameter]:
@@ -66,6 +92,8 @@ def _parameters(declared: Declaration) -> list[inspect.Parameter]:
 
 def _parameter(declared: Declaration) -> inspect.Parameter:
     setting, kind, metavar = declared.setting, declared.kind, declared.setting.metavar
+    if declared.name == "warmup_steps":
+        kind, metavar = float, "STEPS|SHARE"
     annotation, default = kind | None, None
     if kind is bool:
         annotation, default = bool, False
@@ -75,7 +103,7 @@ def _parameter(declared: Declaration) -> inspect.Parameter:
     limits = f" ({setting.limits})." if setting.limits else "."
     option = typer.Option(
         default,
-        setting.flag or f"--{declared.name.replace('_', '-')}",
+        setting.flag or f"--{declared.name.replace('_', '-')}",  # not flag_of: --qlora is no field
         metavar=metavar,
         help=setting.help.removesuffix(".") + limits,
         show_default=setting.default or _shown(declared.default),
@@ -86,3 +114,10 @@ def _parameter(declared: Declaration) -> inspect.Parameter:
 def _shown(default: Any) -> str | bool:
     """A field's default for the help; False shows none, for a field without one or with one that says nothing."""
     return False if default in (dataclasses.MISSING, None, False, ()) else str(default)
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Raises UserError for the first option that has a value."""
+    for option, value in given.items():
+        if value:
+            raise UserError(f"`{option}` {why}")

@@ -3,6 +3,7 @@
 `logbook.jsonl` is for programs, `logbook.txt` says the same for people, as the timeline of the MPT-7B launch blog did.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -28,8 +29,9 @@ class Logbook:
             ("logbook.jsonl", json.dumps(line, ensure_ascii=False)),
             ("logbook.txt", f"{now:%Y-%m-%d %H:%M:%S} UTC  {event:<10}  {story}"),
         ):
-            with (self._folder / name).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            path = self._folder / name
+            with path.open("ab") as file:
+                file.write(_ending(path) + text.encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -37,7 +39,20 @@ class Logbook:
         """What has been written so far; a line that a kill cut short is left out."""
         path = self._folder / "logbook.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+
+def _ending(path: Path) -> bytes:
+    """What ends the last line of a file whose writer was cut short; nothing where it is whole."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return b""
+        file.seek(-1, os.SEEK_END)
+        return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def where() -> str:

@@ -25,6 +25,10 @@ class Mirror:
         for old in self._steps()[: -keep if keep else 0]:
             self._remote.remove(old)
 
+    def has(self, name: str) -> bool:
+        """Whether a folder is complete there."""
+        return bool(self._remote.find(f"{name}/{MANIFEST}"))
+
     def fetch_latest(self, out: Path) -> Path | None:
         """Bring the newest checkpoint here; None where there is none.
 

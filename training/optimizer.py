@@ -16,15 +16,24 @@ from training.run import Run
 
 def multiplier(run: Run, step: int, n_steps: int, tokens: int = 0) -> float:
     """What lr is multiplied by at `step`, counted from 0, after `tokens`; warm-up is linear, never from zero."""
-    if step < run.warmup_steps:
-        return (step + 1) / run.warmup_steps
+    rises = warmup(run, n_steps)
+    if step < rises:
+        return (step + 1) / rises
     if run.warmup_tokens is not None and tokens < run.warmup_tokens:
         return max(tokens, 1) / run.warmup_tokens
     if run.schedule == "constant":
         return 1.0
-    done = (step - run.warmup_steps) / max(1, n_steps - run.warmup_steps)
+    done = (step - rises) / max(1, n_steps - rises)
     left = 1 - done if run.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return run.lr_floor + (1 - run.lr_floor) * left
+
+
+def warmup(run: Run, n_steps: int) -> int:
+    """The steps in which the learning rate rises: the run's number, within its share of the run where it has one."""
+    if run.warmup_share is None:
+        return run.warmup_steps
+    most = math.ceil(run.warmup_share * n_steps)
+    return min(run.warmup_steps, most) if run.warmup_steps else most
 
 
 def build(run: Run, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

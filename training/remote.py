@@ -1,5 +1,6 @@
 """Files at any URL fsspec opens (s3://, gs://, abfs://, file://, memory://), tried again when the store fails."""
 
+import errno
 import logging
 import os
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from mpt.errors import MachineRefused, UserError
 
@@ -17,6 +19,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _ATTEMPTS = 4
 _FIRST_WAIT_S = 1.0  # doubled each time
+_LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
 
 
 def partial_name(path: Path) -> Path:
@@ -31,6 +34,8 @@ class Remote:
         """Raises UserError when the URL's scheme is unknown or its package is not installed."""
         try:
             self.files, root = fsspec.core.url_to_fs(url)
+            if isinstance(self.files, LocalFileSystem):  # elsewhere a folder is no more than the names in it
+                self.files = LocalFileSystem(auto_mkdir=True)
         except (ImportError, ValueError) as error:
             raise UserError(f"`{url}` cannot be opened: {error}") from error
         self.url, self.root = url, PurePosixPath(root)
@@ -51,7 +56,11 @@ class Remote:
             partial.unlink(missing_ok=True)
 
     def put(self, path: Path, name: str) -> None:
-        self.retry(lambda: self.files.put_file(str(path), str(self.root / name)))
+        """Copy a file there. Raises MachineRefused, naming where it should have gone."""
+        try:
+            self.retry(lambda: self.files.put_file(str(path), str(self.root / name)), f"write `{name}` to")
+        except FileNotFoundError as error:
+            raise MachineRefused(f"cannot write `{name}` to `{self.url}`: {error.strerror or error}") from error
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder."""
@@ -63,16 +72,21 @@ class Remote:
         found = self.retry(lambda: self.files.glob(str(self.root / pattern)))
         return sorted(PurePosixPath(path).relative_to(self.root) for path in found)
 
-    def retry(self, action: Callable[[], Result]) -> Result:
-        """The result of an action, tried several times. Raises MachineRefused, FileNotFoundError at once."""
+    def retry(self, action: Callable[[], Result], what: str = "reach") -> Result:
+        """The result of an action, tried several times; one that trying cannot mend is told at once.
+
+        what: the action in words, before the address. Raises MachineRefused, FileNotFoundError.
+        """
         for attempt in range(_ATTEMPTS):
             try:
                 return action()
             except FileNotFoundError:
                 raise
             except OSError as error:
-                if attempt == _ATTEMPTS - 1:
-                    raise MachineRefused(f"`{self.url}` cannot be reached: {error}") from error
+                if attempt == _ATTEMPTS - 1 or error.errno in _LASTING:
+                    said = str(error.strerror or error)
+                    place = f" at `{error.filename}`" if error.filename else ""
+                    raise MachineRefused(f"cannot {what} `{self.url}`{place}: {said}") from error
                 log.warning("`%s`: %s; trying again", self.url, error)
                 time.sleep(_FIRST_WAIT_S * 2**attempt)
         raise AssertionError

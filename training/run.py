@@ -1,7 +1,8 @@
 """A training run's whole configuration: one frozen dataclass, checked when it is made, equal after a trip through JSON.
 
-A field's `Setting` says which values it takes and what its flag is called; `training/flags.py` makes the command line
-from it. What the numbers should be is in `training/recipes.py`; what happens with them in `training/loop.py`.
+A field's `Setting` says which values it takes, what its flag is called, and what another value changes. From it
+`training/flags.py` makes the command line, and `training/folder.py` decides what a resume may change. What the numbers
+should be is in `training/recipes.py`; what happens with them in `training/loop.py`.
 """
 
 import dataclasses
@@ -20,8 +21,11 @@ ScheduleName = Literal["constant", "cosine", "linear"]
 Precision = Literal["bf16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Learn = Literal["responses", "all"]
-TrackerName = Literal["tensorboard", "wandb"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 OnSpike = Literal["log", "skip", "stop"]
+# What another value of a field changes. `state`: the tensors of a checkpoint, so that no run can go on from it with it.
+# `results`: what the steps compute, so it needs a new folder (`--from`). `nothing` of that: a resume takes it.
+Changes = Literal["state", "results", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Setting:
     above: float | None = None
     at_least: float | None = None
     at_most: float | None = None
+    changes: Changes = "results"
 
     @property
     def limits(self) -> str:
@@ -70,7 +75,7 @@ class Setting:
 class Run:
     """Everything that decides a run's result, and where it goes. The command line has the flags in this order."""
 
-    name: str  # of the checkpoint it makes
+    name: Annotated[str, Setting(changes="nothing")]  # of the checkpoint it makes
     # A name of training/datasets.py, or what its `load` takes beside names.
     data: Annotated[
         str,
@@ -80,33 +85,69 @@ class Run:
         ),
     ]
     # None draws new weights.
-    base: Annotated[str | None, Setting("A name of the catalog or a checkpoint's folder.", metavar="NAME|FOLDER")]
+    base: Annotated[
+        str | None,
+        Setting("A name of the catalog or a checkpoint's folder.", metavar="NAME|FOLDER", changes="state"),
+    ]
     tokenizer: Annotated[
         str | None, Setting("The tokenizer's folder; a finetune has its base's.", metavar="FOLDER")
     ] = None
-    out: Annotated[str, Setting("The run's folder.", metavar="FOLDER", default="runs/<base or recipe>-<data>")]
+    out: Annotated[
+        str,
+        Setting("The run's folder.", metavar="FOLDER", default="runs/<base or recipe>-<data>", changes="nothing"),
+    ]
+    # A checkpoint of another run, `runs/a/step-000100`: its weights, its optimizer's state and its place in the data.
+    start_from: Annotated[
+        str | None,
+        Setting(
+            "Go on from the state of this run, or of one of its step-* folders, in a new --out, with its settings but "
+            "for those given.",
+            flag="--from",
+            metavar="RUN",
+        ),
+    ] = None
     lr: Annotated[float, Setting("Peak learning rate, for example 5e-6.", above=0)]
     # One of epochs and steps.
-    epochs: Annotated[float | None, Setting("Passes over the data.", above=0)]
-    steps: Annotated[int | None, Setting("Optimizer steps, instead of epochs.", above=0)]
+    # Another number at a resume makes the run longer or shorter; the schedule from there on is that of the new length.
+    epochs: Annotated[float | None, Setting("Passes over the data.", above=0, changes="nothing")]
+    steps: Annotated[int | None, Setting("Optimizer steps, instead of epochs.", above=0, changes="nothing")]
     # Samples are documents or conversations.
     global_batch: Annotated[int, Setting("Samples of one optimizer step.", above=0)]
     # Longer samples are cut, shorter ones packed together.
     max_seq_len: Annotated[int, Setting("Tokens of a training sequence.", above=0)]
-    optimizer: Annotated[OptimizerName, Setting("Lion keeps half of AdamW's state.")] = "adamw"
+    optimizer: Annotated[OptimizerName, Setting("Lion keeps half of AdamW's state.", changes="state")] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Annotated[float, Setting(at_least=0)] = 1e-8
     # Decoupled: multiplied by lr / peak lr, as llm-foundry's optimizers do.
-    weight_decay: Annotated[float, Setting(at_least=0)] = 0.0
-    schedule: ScheduleName = "cosine"
-    warmup_steps: Annotated[int, Setting(at_least=0)] = 0
+    weight_decay: Annotated[
+        float,
+        Setting(
+            "Share of the weights that a step at the peak --lr takes away, for example 1e-6; what other trainers call "
+            "weight decay, times lr.",
+            at_least=0,
+        ),
+    ] = 0.0
+    schedule: Annotated[
+        ScheduleName, Setting("How the learning rate falls after the warm-up.", default="the recipe's")
+    ] = "cosine"
+    warmup_steps: Annotated[
+        int,
+        Setting(
+            "Steps in which the learning rate rises, or their share of the run, for example 0.05.",
+            flag="--warmup",
+            default="the recipe's steps, at most a tenth of the run",
+            at_least=0,
+        ),
+    ] = 0
+    # Most of the run that the warm-up takes; without warmup_steps it is the warm-up.
+    warmup_share: Annotated[float | None, Setting(at_least=0, at_most=1)] = None
     warmup_tokens: Annotated[int | None, Setting(above=0)] = None  # instead of warmup_steps
     lr_floor: Annotated[float, Setting(at_least=0, at_most=1)] = 0.0  # fraction of lr where the schedule ends
     clip: Annotated[float | None, Setting(above=0)] = 1.0  # global norm of the gradient
     # Master weights and optimizer state are float32.
     precision: Annotated[Precision, Setting("Of matrix products; weights are updated in float32.")] = "bf16"
     # Most tokens of one forward and backward; halved where they do not fit.
-    microbatch_tokens: Annotated[int, Setting(above=0)] = 8192
+    microbatch_tokens: Annotated[int, Setting(above=0, changes="nothing")] = 8192
     seed: Annotated[int, Setting("Decides the order of the data, and new weights.")] = 17
     prompt_style: Annotated[
         PromptStyle, Setting("The template of messages.", default="the recipe's, the base's or the rows'")
@@ -116,28 +157,72 @@ class Run:
         str | None,
         Setting("A Jinja template for messages, or a prompt style.", metavar="FILE|STYLE", default="the base's"),
     ] = None
-    learn: Learn = "responses"  # of finetuning rows: what the assistant says, or everything
-    lora: Annotated[Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK")] = None
+    learn: Annotated[Learn, Setting("Of conversations: the assistant's tokens, or all.")] = "responses"
+    lora: Annotated[
+        Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK", changes="state")
+    ] = None
     # Named as `data` is.
-    eval_data: Annotated[str | None, Setting("A held-out set, scored every 100 steps.", metavar="NAME|FILE")] = None
-    eval_every: Annotated[int, Setting(above=0)] = 100  # steps
-    eval_samples: Annotated[int, Setting(above=0)] = 256
-    activation_checkpointing: Annotated[ActivationCheckpointing, Setting("Recompute activations: less memory.")] = (
-        "none"
-    )
+    eval_data: Annotated[
+        str | None, Setting("A held-out set, scored every --eval-every steps.", metavar="NAME|FILE", changes="nothing")
+    ] = None
+    eval_every: Annotated[int, Setting("Steps from one evaluation to the next.", above=0, changes="nothing")] = 100
+    eval_samples: Annotated[int, Setting(above=0, changes="nothing")] = 256
+    # Names of training/evaluation/tasks.py.
+    eval_tasks: Annotated[
+        str | None,
+        Setting(
+            "Tasks of `train evaluate`, scored every --eval-every steps, for example piqa,copa.",
+            metavar="NAMES",
+            changes="nothing",
+        ),
+    ] = None
+    eval_rows: Annotated[int, Setting("The first rows of each task.", above=0, changes="nothing")] = 100
+    sample_every: Annotated[
+        int | None, Setting("Continue some prompts every so many steps.", above=0, changes="nothing")
+    ] = None
+    sample_prompts: Annotated[
+        str | None,
+        Setting(
+            "What is continued: a line each, or .jsonl as --data.",
+            metavar="FILE",
+            default="the first rows of --eval-data, or of --data",
+            changes="nothing",
+        ),
+    ] = None
+    activation_checkpointing: Annotated[
+        ActivationCheckpointing, Setting("Recompute activations: less memory.", changes="nothing")
+    ] = "none"
     # `skip`: back to the last checkpoint, and past the data of the spike.
-    on_spike: Annotated[OnSpike, Setting("When the loss jumps: log it, stop, or go back and skip its data.")] = "log"
-    compile: Annotated[bool, Setting("Compile each block with torch.compile; it starts slower.")] = False
-    mirror: Annotated[str | None, Setting("Copy checkpoints to s3://, gs:// and the like.", metavar="URL")] = None
+    on_spike: Annotated[
+        OnSpike, Setting("When the loss jumps: log it, stop, or go back and skip its data.", changes="nothing")
+    ] = "log"
+    compile: Annotated[bool, Setting("Compile each block with torch.compile; it starts slower.", changes="nothing")] = (
+        False
+    )
+    mirror: Annotated[
+        str | None,
+        Setting("Copy checkpoints to s3://, gs://, file:// and the like.", metavar="URL", changes="nothing"),
+    ] = None
     trackers: Annotated[
-        tuple[TrackerName, ...], Setting("Also send the metrics there; once per tracker.", flag="--track")
+        tuple[TrackerName, ...],
+        Setting("Also send the metrics there; once per tracker.", flag="--track", changes="nothing"),
     ] = ()
+    checkpoint_every: Annotated[int, Setting("Steps from one checkpoint to the next.", above=0, changes="nothing")] = (
+        100
+    )
+    checkpoints_kept: Annotated[int, Setting(above=0, changes="nothing")] = 2
+    preflight: Annotated[
+        bool, Setting("Measure every rank first, as `train check` does; always after a failure.", changes="nothing")
+    ] = False
+    # Of several ranks; never less than ten times the slowest step so far.
+    hang_timeout: Annotated[
+        int, Setting("Seconds without progress after which the ranks are restarted.", above=0, changes="nothing")
+    ] = 300
     # New weights: the MPTConfig to draw. With a base: the entries of its config to change.
-    model: dict[str, Any] = field(default_factory=dict)
-    context_length: int | None = None  # what the manifest promises; None means the model's max_seq_len
-    licence: str = "unknown"
-    checkpoint_every: Annotated[int, Setting(above=0)] = 100
-    checkpoints_kept: Annotated[int, Setting(above=0)] = 2
+    model: Annotated[dict[str, Any], Setting(changes="state")] = field(default_factory=dict)
+    # What the manifest promises; None means the model's max_seq_len.
+    context_length: Annotated[int | None, Setting(changes="nothing")] = None
+    licence: Annotated[str, Setting(changes="nothing")] = "unknown"
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, dict):  # from JSON
@@ -148,8 +233,10 @@ class Run:
             declared.check(getattr(self, declared.name))
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"give `steps` or `epochs`, one of the two; got {self.steps} and {self.epochs}")
-        if self.warmup_tokens is not None and self.warmup_steps:
-            raise UserError("give `warmup_steps` or `warmup_tokens`, one of the two")
+        if self.warmup_tokens is not None and (self.warmup_steps or self.warmup_share):
+            raise UserError("give `warmup_tokens`, or `warmup_steps` with `warmup_share`, one of the two")
+        if self.sample_prompts is not None and self.sample_every is None:
+            raise UserError("`sample_prompts` needs `sample_every`: give --sample-every, for example 100")
         if self.lora is not None and self.base is None:
             raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
         if self.lora is not None and self.model:

@@ -32,7 +32,7 @@ def steps() -> Iterator[Report]:
                 completed=metrics["step"],
                 total=metrics["steps"],
                 loss=metrics.get("loss", float("nan")),
-                speed=metrics["tokens_per_s"],
+                speed=metrics.get("tokens_per_s", 0.0),
             )
 
         yield show

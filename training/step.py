@@ -81,17 +81,18 @@ def _selected(model: MPTForCausalLM, batch: Batch, run: Run) -> tuple[Tensor, Te
     """The hidden states of the positions that are learned, (N, C), and the tokens they should predict, (N,)."""
     device = next(model.parameters()).device
     ids, labels, sequence_id = (x.to(device) for x in batch)
-    with _autocast(device, run):
+    with autocast(device, run):
         hidden = model.hidden_states(ids, sequence_id)
     learned = labels != IGNORED
     return hidden[learned], labels[learned]
 
 
 def _loss(model: MPTForCausalLM, hidden: Tensor, targets: Tensor, run: Run) -> Tensor:
-    with _autocast(hidden.device, run):
+    with autocast(hidden.device, run):
         logits = model.unembed(hidden)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _autocast(device: torch.device, run: Run) -> torch.autocast:
+def autocast(device: torch.device, run: Run) -> torch.autocast:
+    """In which a run's passes are computed: matrix products in bfloat16, or everything as it is."""
     return torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16")

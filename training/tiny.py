@@ -159,7 +159,8 @@ def write_docs(work: Path, docs: Path) -> None:
         steps = [json.loads(line) for line in lines]
         last = steps[-1]
         tokens, minutes = last["tokens"] / 1e6, last["seconds"] / 60
-        fast = sorted(step["tokens_per_s"] for step in steps)[len(steps) * 9 // 10]
+        speeds = sorted(step["tokens_per_s"] for step in steps if "tokens_per_s" in step)
+        fast = speeds[len(speeds) * 9 // 10]
         rows.append(f"| `{name}` | {task} | {last['step']} | {tokens:.1f} M | {minutes:.1f} | {fast:,.0f} |\n")
         scores = work / name / "scores.json"
         sections.append(_section(name, run, last, json.loads(scores.read_text("utf-8")) if scores.is_file() else {}))

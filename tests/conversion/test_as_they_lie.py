@@ -420,7 +420,7 @@ def test_a_file_is_finetuned_and_the_result_merged(
 
 def test_a_file_is_evaluated(chat_file: Path) -> None:
     ids = random_ids(1, 24)[0].tolist()
-    (scores,) = Local(str(chat_file), torch.device("cpu")).score(
+    (scores,) = Local.load(str(chat_file), torch.device("cpu")).score(
         [Query(sequences=(ids,), starts=(20,))], lambda _: None
     )
     likely = float64.logits(values_of(chat_file), ids, 4).log_softmax(-1)

@@ -308,8 +308,8 @@ def test_the_chat_template_renders_what_the_server_reads(name: str, tmp_path: Pa
 def test_the_published_chat_models_default_system_is_in_their_template() -> None:
     from jinja2 import Template
 
-    from conversion.templates import jinja
     from mpt.prompts import MPT_7B_CHAT_SYSTEM
+    from mpt.style_template import jinja
 
     text = jinja("chatml", MPT_7B_CHAT_SYSTEM)
     assert text is not None

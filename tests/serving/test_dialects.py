@@ -99,6 +99,72 @@ def test_each_stream_says_what_a_chat_says_and_ends_as_its_api_ends(url, said, p
         assert text_in(path, data[-1]["response"]) == said
 
 
+CALL = {"id": "toolu_1", "type": "tool_use", "name": "look", "input": {}}
+CALLED = {"id": "toolu_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+# A field of another API, and how a chat says the same.
+SAME = {
+    "a penalty of Ollama": (
+        "/api/chat",
+        {"messages": HI, "stream": False, "options": {"num_predict": 8, "repeat_penalty": 5, **DRAW}},
+        {"messages": HI, "repetition_penalty": 5},
+    ),
+    "the beginning of an answer": (
+        "/v1/messages",
+        {"messages": [*HI, {"role": "assistant", "content": "He"}], "max_tokens": 8, **DRAW},
+        {
+            "messages": [*HI, {"role": "assistant", "content": "He"}],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        },
+    ),
+    "a call that failed": (
+        "/v1/messages",
+        {
+            "messages": [
+                *HI,
+                {"role": "assistant", "content": [CALL]},
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "gone", "is_error": True}],
+                },
+            ],
+            "max_tokens": 8,
+            **DRAW,
+        },
+        {
+            "messages": [
+                *HI,
+                {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+                {"role": "tool", "content": "error: gone", "tool_call_id": "toolu_1"},
+            ]
+        },
+    ),
+}
+
+
+def n_read(answer: dict[str, Any]) -> int:
+    """Tokens of the prompt."""
+    if "usage" in answer:
+        return int(answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"])
+    return int(answer["prompt_eval_count"])
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_a_field_of_another_api_does_what_it_does_in_a_chat(url, said, what):
+    path, asked, chat = SAME[what]
+    answer, whole = post(url, path, asked), post(url, "/v1/chat/completions", {**chat, "max_tokens": 8, **DRAW})
+    expected = whole.json()["choices"][0]["message"]["content"]
+    assert text_in(path, answer.json()) == expected != said
+    assert n_read(answer.json()) == whole.json()["usage"]["prompt_tokens"]
+
+
+def test_anthropics_stop_sequences_end_an_answer_and_are_named(url, said):
+    stop = said[2:4]
+    answer = post(url, "/v1/messages", {**BODIES["/v1/messages"], "stop_sequences": [stop]}).json()
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", stop)
+    assert text_in("/v1/messages", answer) == said[: said.index(stop)]
+
+
 ERRORS = {  # what each API's clients look for
     "/v1/responses": lambda body: body["error"]["message"],
     "/v1/messages": lambda body: body["error"]["message"] if body["type"] == "error" else None,
@@ -197,6 +263,7 @@ def test_a_streamed_response_is_kept_too_and_one_that_is_not_to_be_stored_is_not
     kept = last.response
     assert client.responses.retrieve(kept.id).output_text == kept.output_text and kept.store
     lost = client.responses.create(model="base", input="Hi", max_output_tokens=2, store=False)
+    assert lost.store is False
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="base", input="And?", previous_response_id=lost.id)
 

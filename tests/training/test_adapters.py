@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import mpt.checkpoint
 from mpt.errors import UserError
+from mpt.prompts import INSTRUCT_TEMPLATE
 from tests.training.killing import Killed, kill_at_eight
-from training import adapters, build, checkpoint, loop
+from training import adapters, build, checkpoint, export, loop
 from training.distributed import World
 from training.run import Lora, Run
 
@@ -37,6 +38,54 @@ def test_the_saved_adapter_is_pefts_and_merges_to_the_same_logits(lora_run: Run,
         merged = mpt.checkpoint.load(adapters.merge(folder, tmp_path / "merged", torch.float32))(ids).logits
     assert (tuned - before).abs().max() > 0.1
     torch.testing.assert_close(merged, tuned, rtol=0, atol=1e-4)
+
+
+def test_a_merge_is_as_precise_as_the_adapter_and_rounds_once(
+    lora_run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand: W + (alpha / rank) B A in float64, whose nearest bfloat16 a merge in bfloat16 must have."""
+    folder = loop.fit(lora_run)
+    found = {key: value.double() for key, value in load_file(folder / "adapter_model.safetensors").items()}
+    prefix = "base_model.model.transformer.blocks.0.attn.Wqkv.lora_"
+    base = mpt.checkpoint.load(str(lora_run.base), dtype=torch.float32).transformer.blocks[0].attn.Wqkv.weight
+    exact = base.detach().double() + 8 / 4 * found[f"{prefix}B.weight"] @ found[f"{prefix}A.weight"]
+    whole = mpt.checkpoint.load(adapters.merge(folder, tmp_path / "whole"))
+    wide = whole.transformer.blocks[0].attn.Wqkv.weight.detach()
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), exact, rtol=0, atol=1e-7)
+    with caplog.at_level("INFO"):
+        rounded = mpt.checkpoint.load(adapters.merge(folder, tmp_path / "rounded", torch.bfloat16))
+    narrow = rounded.transformer.blocks[0].attn.Wqkv.weight.detach()
+    assert torch.equal(narrow, wide.bfloat16())
+    largest = max(
+        float((value.bfloat16().double() - value.double()).abs().max()) for value in whole.state_dict().values()
+    )
+    assert f"bfloat16 changes a weight by at most {largest:.2g}, a logit by" in caplog.text
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_what_a_run_makes_tells_others_its_chat_template(small_run: Run, tmp_path: Path, lora: Lora | None) -> None:
+    """transformers renders, from the file alone, what training saw."""
+    from transformers import AutoTokenizer
+
+    base = loop.fit(dataclasses.replace(small_run, out=str(tmp_path / "base"), steps=1))
+    run = dataclasses.replace(small_run, base=str(base), tokenizer=None, model={}, lora=lora, steps=1)
+    folder = loop.fit(run)
+    if lora is not None:
+        folder = adapters.merge(folder, tmp_path / "merged")
+    text = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "Say yes."}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == INSTRUCT_TEMPLATE.format(instruction="Say yes.")
+
+
+def test_a_finished_run_is_exported_as_precisely_as_it_was_trained(small_run: Run, tmp_path: Path) -> None:
+    run = dataclasses.replace(small_run, precision="bf16", steps=3)
+    rounded = mpt.checkpoint.load(loop.fit(run)).state_dict()
+    whole = mpt.checkpoint.load(export.latest(Path(run.out), tmp_path / "whole", torch.float32)).state_dict()
+    assert {value.dtype for value in whole.values()} == {torch.float32}
+    assert all(torch.equal(value.bfloat16(), rounded[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in whole.values())
 
 
 def test_a_resumed_lora_run_ends_bitwise_equal_dropout_included(lora_run: Run) -> None:

@@ -79,6 +79,11 @@ def test_a_flag_sets_its_field_and_no_other(monkeypatch: pytest.MonkeyPatch, see
         (["--activation-checkpointing", "full"], "activation_checkpointing", "full"), (["--out", "o"], "out", "o"),
         (["--mirror", "s3://m"], "mirror", "s3://m"), (["--track", "wandb"], "trackers", ("wandb",)),
         (["--prompt-style", "chatml"], "prompt_style", "chatml"), (["--tokenizer", "t"], "tokenizer", "t"),
+        (["--schedule", "constant"], "schedule", "constant"), (["--weight-decay", "1e-6"], "weight_decay", 1e-6),
+        (["--checkpoint-every", "7"], "checkpoint_every", 7), (["--eval-every", "7"], "eval_every", 7),
+        (["--learn", "all"], "learn", "all"), (["--eval-tasks", "piqa"], "eval_tasks", "piqa"),
+        (["--eval-rows", "7"], "eval_rows", 7), (["--sample-every", "7"], "sample_every", 7),
+        (["--preflight"], "preflight", True), (["--hang-timeout", "7"], "hang_timeout", 7),
         (["--lora", "4"], "lora", Lora(rank=4)), (["--qlora", "8"], "lora", Lora(rank=8, bits=4)),
     ]  # fmt: skip
     command = ("finetune", "--base", "mpt-7b", "--data", "d.jsonl")
@@ -90,20 +95,55 @@ def test_a_flag_sets_its_field_and_no_other(monkeypatch: pytest.MonkeyPatch, see
         assert after[field] == value and changed - {"lr"} == {field} - {"lr"}, arguments
 
 
+@pytest.mark.parametrize(
+    ("given", "warmup"), [("7", (7, 1.0)), ("0.05", (0, 0.05)), ("0", (0, 0.0)), (None, (50, 0.1))]
+)
+def test_a_warm_up_is_steps_or_a_share(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Run], given: str | None, warmup: tuple[int, float]
+) -> None:
+    flag = () if given is None else ("--warmup", given)
+    assert run_cli(monkeypatch, "finetune", "--base", "mpt-7b", "--data", "d.jsonl", *flag) == 0
+    assert (seen[0].warmup_steps, seen[0].warmup_share) == warmup
+
+
+def test_what_a_dry_run_prints_as_json_is_what_config_takes(
+    monkeypatch: pytest.MonkeyPatch, seen: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "finetune",
+        "--base",
+        "mpt-7b",
+        "--data",
+        "d.jsonl",
+        "--lora",
+        "8",
+        "--warmup",
+        "0.05",
+        "--track",
+        "wandb",
+    )
+    assert run_cli(monkeypatch, *command, "--dry-run", "--json") == 0
+    (tmp_path / "run.json").write_text(capsys.readouterr().out)
+    assert run_cli(monkeypatch, *command) == 0
+    assert run_cli(monkeypatch, "finetune", "--config", str(tmp_path / "run.json")) == 0
+    assert seen[0] == seen[1]
+
+
 def test_help_has_the_flags_in_order_with_ranges_and_choices() -> None:
     pages = {name: help_of(name) for name in ("finetune", "pretrain")}
     shared = [
-        "--recipe", "--config", "--out", "--lr", "--epochs", "--steps", "--global-batch", "--max-seq-len",
-        "--optimizer", "--precision", "--seed",
+        "--recipe", "--config", "--out", "--from", "--lr", "--epochs", "--steps", "--global-batch", "--max-seq-len",
+        "--optimizer", "--weight-decay", "--schedule", "--warmup", "--precision", "--seed",
     ]  # fmt: skip
     ends = [
-        "--eval-data", "--activation-checkpointing", "--on-spike", "--compile", "--mirror", "--track", "--gpus",
-        "--resume", "--dry-run",
+        "--eval-data", "--eval-every", "--eval-tasks", "--eval-rows", "--sample-every", "--sample-prompts",
+        "--activation-checkpointing", "--on-spike", "--compile", "--mirror", "--track", "--checkpoint-every",
+        "--preflight", "--hang-timeout", "--gpus", "--resume", "--dry-run", "--json",
     ]  # fmt: skip
     expected = {
         "finetune": [
             *("--data", "--base", "--tokenizer"), *shared,
-            *("--prompt-style", "--chat-template", "--lora", "--qlora"), *ends,
+            *("--prompt-style", "--chat-template", "--learn", "--lora", "--qlora"), *ends,
         ],
         "pretrain": ["--data", "--tokenizer", *shared, *ends],
     }  # fmt: skip
@@ -271,6 +311,12 @@ def test_tiny_without_novels_says_what_to_do(
         (["evaluate", "mpt-tiny", "--tasks", "piqa", "--task", "passkey"], "`--task` names one of the tiny"),
         (["evaluate", "mpt-tiny", "--model", "mpt-7b"], "both name a checkpoint"),
         (["plan", "--recipe", "mpt_7b", "--base", "mpt-7b"], "leave --base out"),
+        (["finetune", "--base", "mpt-tiny", "--data", "d", "--gpus", "0"], "greater than or equal to 1"),
+        (["finetune", "--base", "mpt-tiny", "--data", "d", "--warmup", "2.5"], "a share of the run below 1"),
+        (["finetune", "--base", "mpt-7b", "--data", "yaml_to_json", "--json"], "`--json` goes with --dry-run"),
+        (["finetune", "--from", "runs/none", "--recipe", "chat"], "`--recipe` does not go with --from"),
+        (["finetune", "--from", "runs/none"], "needs --out"),
+        (["finetune", "--from", "runs/none", "--out", "b"], "holds no run.json"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(

@@ -335,6 +335,30 @@ def test_recomputing_activations_changes_nothing(small_run: Run, how: Any, monke
     assert len(calls) >= 2 * 2 * small_run.steps  # two blocks, forward and again for backward
 
 
+def test_the_end_of_another_rank_reaches_the_logbook(tmp_path: Path) -> None:
+    other = World(1, 2, torch.device("cpu"))
+    with pytest.raises(MachineRefused), loop._told(tmp_path, other):
+        raise MachineRefused("out of memory (CUDA)\nmore of it")
+    with pytest.raises(ZeroDivisionError), loop._told(tmp_path, other):
+        raise ZeroDivisionError("by zero")
+    with pytest.raises(Interrupted), loop._told(tmp_path, other):  # which the first rank says for all
+        raise Interrupted("stopped")
+    first, second = Logbook(tmp_path).entries()
+    assert (first["event"], first["rank"], first["error"], first["exit_code"]) == (
+        "failed", 1, "out of memory (CUDA)", 5,
+    )  # fmt: skip
+    assert second["error"] == "ZeroDivisionError: by zero" and "exit_code" not in second
+
+
+def test_a_line_that_a_full_disk_cut_short_hides_no_other(tmp_path: Path) -> None:
+    book = Logbook(tmp_path)
+    book.write("start")
+    with (tmp_path / "logbook.jsonl").open("a") as file:
+        file.write('{"time": "2026')
+    book.write("resume", step=5)
+    assert [entry["event"] for entry in book.entries()] == ["start", "resume"]
+
+
 def test_two_processes_cannot_share_a_folder(small_run: Run) -> None:
     def start_another(metrics: loop.Metrics) -> None:
         with pytest.raises(UserError, match="another process"):
@@ -359,6 +383,7 @@ def test_a_spike_is_rolled_back_and_passed_over(small_run: Run, monkeypatch: pyt
     lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["step"] for line in lines if "loss" not in line] == [8]
+    assert [line["step"] for line in lines if "tokens_per_s" not in line] == [8]  # passing over data has no speed
     events = [(e["event"], e.get("step")) for e in Logbook(Path(run.out)).entries()]
     assert events == [("start", 0), ("spike", 8), ("resume", 5), ("finished", 12)]
 

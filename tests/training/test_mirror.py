@@ -86,6 +86,34 @@ def test_a_store_that_fails_is_tried_again_and_then_said(
         there.put(folder)
 
 
+def test_a_mirror_in_a_folder_makes_it_and_names_where_it_cannot(folder: Path, tmp_path: Path) -> None:
+    there = Mirror(f"file://{tmp_path}/not/there/yet")
+    there.put(folder)
+    assert there.fetch_latest(tmp_path / "elsewhere") is not None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineRefused, match=f"`file://{tmp_path}/file/sub`.*(exists|Not a directory)"):
+        Mirror(f"file://{tmp_path}/file/sub").put(folder)
+
+
+def test_what_could_not_be_copied_at_the_end_is_copied_by_the_next_start(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(small_run, mirror="memory://bucket/late")
+    real = Mirror.put
+
+    def refuse(self: Mirror, folder: Path, keep: int | None = None) -> None:
+        if folder.name == "model":
+            raise MachineRefused("gone")
+        real(self, folder, keep)
+
+    monkeypatch.setattr(Mirror, "put", refuse)
+    with pytest.raises(MachineRefused, match="gone"):
+        loop.fit(run)
+    monkeypatch.setattr(Mirror, "put", real)
+    loop.fit(run)
+    assert fsspec.filesystem("memory").exists("/bucket/late/model/manifest.json")
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(UserError, match="nowhere"):
         Mirror("nowhere://bucket")

@@ -32,7 +32,7 @@ def test_a_run_survives_json(small_run: Run) -> None:
         ("eps", float("nan")),
         ("global_batch", 1.5),
         ("on_spike", "pause"),
-        ("trackers", ("mlflow",)),
+        ("trackers", ("comet",)),
         ("warmup_steps", -1),
         ("clip", 0.0),
         ("epochs", 1.0),

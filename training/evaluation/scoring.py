@@ -1,7 +1,8 @@
 """Log-probabilities of continuations from a model at hand, each token computed once.
 
-The alternatives of a query share their longest common beginning, which is read once; all queries of a pass lie packed
-in one row, so that no position is padding; only the positions that predict a scored token are unembedded.
+The alternatives of a query share their longest common beginning, which is read once; so do the queries of a group, such
+as those under one header of worked examples. All queries of a pass lie packed in one row, so that no position is
+padding; only the positions that predict a scored token are unembedded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from mpt.model import MPTForCausalLM
 from training.evaluation.tasks import Query
 
 _TOKENS_A_PASS = 8192
+_SHORTEST_HEADER = 32  # tokens; sharing fewer saves less than cutting the row in more pieces costs
 _UNEMBED_ROWS = 512  # positions whose logits are held at once: 100 MB at 50,432 tokens
 
 
@@ -29,24 +31,32 @@ class Score:
 
 @dataclass(frozen=True)
 class _Span:
-    """Where a query lies in the pass: its shared beginning, then what is left of each alternative."""
+    """Where a query lies in the pass: its header, its own beginning behind it, then the rest of each alternative."""
 
-    start: int
-    shared: int
+    header: slice
+    own: slice
     tails: Tensor  # (K, longest) places in the pass, shorter ones filled up with their last
     lengths: list[int]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Queries by number, and how many tokens all of them begin with that are read once for all."""
+
+    numbers: list[int]
+    n_header: int
 
 
 def score(
     model: MPTForCausalLM, queries: Sequence[Query], done: Callable[[int], None] = lambda _: None
 ) -> list[list[Score]]:
     """The scores of every query's alternatives, in order. done: called with the number of queries finished."""
-    order = sorted(range(len(queries)), key=lambda n: max(map(len, queries[n].sequences)))
     results: list[list[Score]] = [[] for _ in queries]
-    for numbers in _passes(queries, order):
-        for number, scores in zip(numbers, _score(model, [queries[n] for n in numbers]), strict=True):
+    for groups in _passes(queries, _groups(queries)):
+        together = _score(model, [(group.n_header, [queries[n] for n in group.numbers]) for group in groups])
+        for number, scores in zip([n for group in groups for n in group.numbers], together, strict=True):
             results[number] = scores
-        done(len(numbers))
+        done(len(together))
     return results
 
 
@@ -56,16 +66,44 @@ def n_positions(query: Query) -> int:
     return shared + sum(len(ids) - 1 - shared for ids in query.sequences)
 
 
-def _passes(queries: Sequence[Query], order: Sequence[int]) -> Iterator[list[int]]:
-    together: list[int] = []
-    room = _TOKENS_A_PASS
+def _groups(queries: Sequence[Query]) -> list[_Group]:
+    """All queries, those side by side that begin alike: each joins the one before it where that saves tokens."""
+    order = sorted(range(len(queries)), key=lambda n: queries[n].sequences[0])
+    groups: list[_Group] = []
     for number in order:
-        n = n_positions(queries[number])
-        if together and n > room:
-            yield together
-            together, room = [], _TOKENS_A_PASS
-        together.append(number)
-        room -= n
+        inputs = queries[number].sequences[0][: _shared(queries[number])]
+        if groups:
+            last = groups[-1]
+            known = queries[last.numbers[0]].sequences[0][: last.n_header]
+            n = _common(known, inputs)
+            if n >= _SHORTEST_HEADER and n * len(last.numbers) >= last.n_header * (len(last.numbers) - 1):
+                groups[-1] = _Group([*last.numbers, number], n)
+                continue
+        groups.append(_Group([number], len(inputs)))
+    return [group if len(group.numbers) > 1 else _Group(group.numbers, 0) for group in groups]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    shortest = min(len(one), len(other))
+    return next((n for n in range(shortest) if one[n] != other[n]), shortest)
+
+
+def _passes(queries: Sequence[Query], groups: Sequence[_Group]) -> Iterator[list[_Group]]:
+    """Groups that are read together; one that is too large for a pass is cut, and its header read in each."""
+    together: list[_Group] = []
+    room = _TOKENS_A_PASS
+    for group in groups:
+        here: list[int] = []
+        for number in group.numbers:
+            n = n_positions(queries[number]) - group.n_header + (0 if here else group.n_header)
+            if (together or here) and n > room:
+                yield [*together, *([_Group(here, group.n_header)] if here else [])]
+                together, here, room = [], [], _TOKENS_A_PASS
+                n = n_positions(queries[number])
+            here.append(number)
+            room -= n
+        together.append(_Group(here, group.n_header))
     if together:
         yield together
 
@@ -77,36 +115,43 @@ def _shared(query: Query) -> int:
     return next((n for n in range(shortest) if len({ids[n] for ids in inputs}) > 1), shortest)
 
 
-@torch.inference_mode()
-def _score(model: MPTForCausalLM, queries: Sequence[Query]) -> list[list[Score]]:
+@torch.no_grad()  # not inference mode: a model in training keeps tables that its backward passes need
+def _score(model: MPTForCausalLM, groups: Sequence[tuple[int, Sequence[Query]]]) -> list[list[Score]]:
+    """The scores of the queries of some groups, each with the length of its header."""
     device = model.device
     ids: list[int] = []
     positions: list[int] = []
     spans: list[_Span] = []
     predictors: list[int] = []  # places in the pass whose logits are needed, one for each scored token
     targets: list[int] = []
-    for query in queries:
-        start, shared = len(ids), _shared(query)
-        ids += query.sequences[0][:shared]
-        positions += range(shared)
-        places = []
-        for sequence, first in zip(query.sequences, query.starts, strict=True):
-            tail = len(ids)
-            ids += sequence[shared:-1]
-            positions += range(shared, len(sequence) - 1)
-            places.append(range(tail, len(ids)))
-            for n in range(first, len(sequence)):
-                predictors.append(start + n - 1 if n - 1 < shared else tail + n - 1 - shared)
-                targets.append(sequence[n])
-        lengths = [len(place) for place in places]
-        longest = max(lengths)
-        # An alternative without a tail takes any place as filler: its rows are not read.
-        filled = [[*place, *[place[-1] if place else start] * (longest - len(place))] for place in places]
-        spans.append(_Span(start, shared, torch.tensor(filled, dtype=torch.long, device=device), lengths))
+    for n_header, queries in groups:
+        header = slice(len(ids), len(ids) + n_header)
+        ids += queries[0].sequences[0][:n_header]
+        positions += range(n_header)
+        for query in queries:
+            start, shared = len(ids), _shared(query)
+            ids += query.sequences[0][n_header:shared]
+            positions += range(n_header, shared)
+            places = []
+            for sequence, first in zip(query.sequences, query.starts, strict=True):
+                tail = len(ids)
+                ids += sequence[shared:-1]
+                positions += range(shared, len(sequence) - 1)
+                places.append(range(tail, len(ids)))
+                for n in range(first - 1, len(sequence) - 1):  # inputs that predict
+                    place = header.start + n if n < n_header else start + n - n_header
+                    predictors.append(place if n < shared else tail + n - shared)
+                    targets.append(sequence[n + 1])
+            lengths = [len(place) for place in places]
+            longest = max(lengths)
+            # An alternative without a tail takes any place as filler: its rows are not read.
+            filled = [[*place, *[place[-1] if place else 0] * (longest - len(place))] for place in places]
+            tails = torch.tensor(filled, dtype=torch.long, device=device)
+            spans.append(_Span(header, slice(start, start + shared - n_header), tails, lengths))
     hidden = _run(model, torch.tensor(ids, device=device), torch.tensor(positions, device=device), spans)
     logprobs, greedy = _unembed(model, hidden[predictors], torch.tensor(targets, device=device))
     results, at = [], 0
-    for query in queries:
+    for query in (query for _, queries in groups for query in queries):
         scores = []
         for sequence, first in zip(query.sequences, query.starts, strict=True):
             n = len(sequence) - first
@@ -124,17 +169,24 @@ def _run(model: MPTForCausalLM, ids: Tensor, positions: Tensor, spans: Sequence[
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)  # (1, H, N, D)
+        read: slice | None = None
         for span in spans:
-            own = slice(span.start, span.start + span.shared)
-            if span.shared:
-                out[:, :, own] = attention.attend(q[:, :, own], k[:, :, own], v[:, :, own], scale=scale, bias=bias)
+            if span.header != read and span.header.stop > span.header.start:
+                read = span.header
+                out[:, :, read] = attention.attend(q[:, :, read], k[:, :, read], v[:, :, read], scale=scale, bias=bias)
+            keys, values = k[:, :, span.own], v[:, :, span.own]
+            if span.header.stop > span.header.start:
+                keys, values = (torch.cat([x[:, :, read], own], dim=2) for x, own in ((k, keys), (v, values)))
+            if span.own.stop > span.own.start:
+                out[:, :, span.own] = attention.attend(q[:, :, span.own], keys, values, scale=scale, bias=bias)
             if not span.tails.numel():
                 continue
             # (K, H, tail, D): each alternative after a copy of the shared keys.
-            queries, keys, values = (x[0][:, span.tails].transpose(0, 1) for x in (q, k, v))
+            queries, own_keys, own_values = (x[0][:, span.tails].transpose(0, 1) for x in (q, k, v))
             K = len(span.tails)
             keys, values = (
-                torch.cat([x[:, :, own].expand(K, -1, -1, -1), tail], dim=2) for x, tail in ((k, keys), (v, values))
+                torch.cat([x.expand(K, -1, -1, -1), tail], dim=2)
+                for x, tail in ((keys, own_keys), (values, own_values))
             )
             answers = attention.attend(queries, keys, values, scale=scale, bias=bias)
             for place, n, answer in zip(span.tails, span.lengths, answers, strict=True):

@@ -4,6 +4,7 @@ Accuracies are named after what decides: `token_mean` (LLM Foundry, Table 1), `s
 `byte_mean` (its acc_bytes, and its acc_norm where choices are ASCII); different conventions are not comparable.
 """
 
+import math
 import string
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from mpt.tokenizer import Tokenizer
 from training.distributed import World
+from training.evaluation import programs
 from training.evaluation.scoring import Score
 from training.evaluation.tasks import Example, Query, Task, examples, rows
 
@@ -27,19 +29,20 @@ class Model(Protocol):
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]: ...
 
     def continue_greedily(
-        self, prompts: Sequence[list[int]], n_tokens: Sequence[int], done: Callable[[int], None]
+        self, prompts: Sequence[list[int]], n_tokens: Sequence[int], stops: Sequence[str], done: Callable[[int], None]
     ) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """One task's accuracies, each between 0 and 1, and what guessing would reach."""
+    """One task's accuracies, each between 0 and 1, their standard errors, and what guessing would reach."""
 
     task: str
     n_rows: int
-    n_rows_of_table1: int
+    n_rows_published: int | None
     n_shots: int
     accuracy: dict[str, float]  # by convention; the first is LLM Foundry's
+    stderr: dict[str, float]
     by_category: dict[str, float]
     random_guess: float
     majority_guess: float
@@ -48,6 +51,15 @@ class Result:
     @property
     def headline(self) -> float:
         return next(iter(self.accuracy.values()))
+
+    @property
+    def headline_stderr(self) -> float:
+        return next(iter(self.stderr.values()))
+
+    @property
+    def by_categories(self) -> float:
+        """The mean over categories where there are some, else over rows."""
+        return self.headline if self.category_mean is None else self.category_mean
 
     @property
     def category_mean(self) -> float | None:
@@ -67,7 +79,8 @@ def run(
 ) -> Result:
     """A task's result over all ranks, each of which takes every n-th row.
 
-    limit: only the first so many rows. strict: generated answers must equal an alias, not begin with one.
+    limit: only the first so many rows. strict: generated answers must equal an alias, not begin with one. What a
+    model writes for a task of kind `programs` is run.
     """
     started = time.perf_counter()
     everything = examples(task, rows(task, folder), model.tokenizer, model.max_seq_len, n_shots, limit)
@@ -79,10 +92,14 @@ def run(
         finished += n
         report(finished, len(mine))
 
-    if task.kind == "generation":
+    if task.kind in ("generation", "programs"):
         prompts = [example.query.sequences[0] for example in mine]
-        texts = model.continue_greedily(prompts, [example.query.starts[0] for example in mine], done)
-        rights = [{"prefix": is_answer(text, e.aliases, strict)} for text, e in zip(texts, mine, strict=True)]
+        texts = model.continue_greedily(prompts, [example.query.starts[0] for example in mine], task.stops, done)
+        if task.kind == "programs":
+            passed = programs.run([e.program[0] + text + e.program[1] for text, e in zip(texts, mine, strict=True)])
+            rights = [{"passed": each} for each in passed]
+        else:
+            rights = [{"prefix": is_right(task, text, e.aliases, strict)} for text, e in zip(texts, mine, strict=True)]
     else:
         scores = model.score([example.query for example in mine], done)
         rights = [judge(task, example, its) for example, its in zip(mine, scores, strict=True)]
@@ -101,12 +118,15 @@ def run(
     chances = [1 / len(example.query.sequences) for example in everything]
     golds = [example.gold for example in everything]
     is_choice = task.kind in ("choice", "schema")
+    accuracy = {convention: total[convention] / n for convention in conventions}
     return Result(
         task=task.name,
         n_rows=n,
-        n_rows_of_table1=task.n_rows,
+        n_rows_published=task.n_rows,
         n_shots=n_shots,
-        accuracy={convention: total[convention] / n for convention in conventions},
+        accuracy=accuracy,
+        # Of a mean of n rows that are right or wrong, as lm-evaluation-harness counts it.
+        stderr={name: math.sqrt(mean * (1 - mean) / max(1, n - 1)) for name, mean in accuracy.items()},
         by_category={name: total[f"right in {name}"] / total[f"rows in {name}"] for name in categories},
         random_guess=sum(chances) / n if is_choice else 0.0,
         majority_guess=max(golds.count(gold) for gold in set(golds)) / n if is_choice else 0.0,
@@ -119,6 +139,7 @@ _CONVENTIONS = {
     "schema": ("token_mean", "sum", "byte_mean"),
     "language": ("every_token",),
     "generation": ("prefix",),
+    "programs": ("passed",),
 }
 
 
@@ -136,6 +157,19 @@ def judge(task: Task, example: Example, scores: Sequence[Score]) -> dict[str, bo
         means = [score.logprob / max(1, n) for score, n in zip(scores, divisors, strict=True)]
         found[convention] = means.index(max(means)) == example.gold
     return found
+
+
+def is_right(task: Task, text: str, aliases: Sequence[str], strict: bool = False) -> bool:
+    """Whether a generated text answers: what comes before a stop and behind the chain of thought."""
+    ends = [text.index(stop) for stop in task.stops if stop in text]
+    answer = text[: min(ends, default=len(text))]
+    if task.cot_delimiter:
+        answer = answer.rpartition(task.cot_delimiter)[2]
+    if task.normalizes:
+        return is_answer(answer, aliases, strict)
+    if strict:
+        return answer.strip().split("\n")[0] in [alias.strip() for alias in aliases]
+    return answer.strip().startswith(tuple(alias.strip() for alias in aliases))
 
 
 def is_answer(text: str, aliases: Sequence[str], strict: bool = False) -> bool:

@@ -1,13 +1,12 @@
-"""The twelve tasks of the MPT launch blog's Table 1, by LLM Foundry's definitions, as token sequences to be scored.
+"""A task: what its rows are and how they become token sequences to be scored or continued.
 
 A context is the question and its delimiter, stripped on the right; a continuation begins with a space; the two are
-tokenized apart. Source: llm-foundry v0.1.0 `scripts/eval/yamls/tasks.yaml` with Composer v0.14.1, zero shots.
-Sequences over the model's context lose their beginning.
+tokenized apart. Sequences over the model's context lose their beginning. Source: LLM Foundry's
+`InContextLearningDataset` and its kinds, whose names the fields have. Which tasks there are is in `catalog.py`.
 """
 
 import gzip
 import json
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,40 +16,33 @@ from typing import Any, Literal
 from mpt.errors import UserError
 from mpt.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
 # `choice`: one context, several continuations. `schema`: several contexts, one continuation. `language`: is every token
-# of the continuation the likeliest. `generation`: does the greedy answer begin with one of the aliases.
-Kind = Literal["choice", "schema", "language", "generation"]
+# of the continuation the likeliest. `generation`: does the greedy answer begin with one of the aliases. `programs`:
+# does the greedy continuation of a program pass its tests.
+Kind = Literal["choice", "schema", "language", "generation", "programs"]
+_BEYOND_A_CHAIN = 10  # tokens an answer may have beyond the longest worked one, as LLM Foundry has it
+_PROGRAM_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Task:
+    """What a file of rows is asked for.
+
+    n_rows: of the file as it was published; None where nobody says. cot_delimiter: what stands between a chain of
+    thought and its answer. stops: strings that end a generated answer.
+    """
+
     name: str
     kind: Kind
-    file: str  # in the data folder, with or without .gz
-    n_rows: int  # of the whole file Table 1 used; fewer are said
-    delimiter: str = " "
-
-
-_ANSWER = "\nAnswer: "
-TASKS = {
-    task.name: task
-    for task in (
-        Task("lambada_openai", "language", "lambada_openai.jsonl", 5153),
-        Task("hellaswag", "choice", "hellaswag*.jsonl", 10042),
-        Task("piqa", "choice", "piqa.jsonl", 1838, _ANSWER),
-        Task("arc_easy", "choice", "arc_easy.jsonl", 2376, _ANSWER),
-        Task("arc_challenge", "choice", "arc_challenge.jsonl", 1172, _ANSWER),
-        Task("boolq", "choice", "boolq.jsonl", 3270, _ANSWER),
-        Task("copa", "choice", "copa.jsonl", 100),
-        Task("winograd", "schema", "winograd_wsc.jsonl", 273),
-        Task("winogrande", "schema", "winogrande.jsonl", 1267),
-        Task("triviaqa", "generation", "triviaqa*.jsonl", 11313),
-        Task("jeopardy", "language", "jeopardy_all.jsonl", 2117, _ANSWER),
-        Task("mmlu", "choice", "mmlu*test.jsonl", 14042, _ANSWER),
-    )
-}
+    file: str  # in the data folder, with or without .gz; may have a *
+    n_rows: int | None
+    continuation_delimiter: str = " "
+    question_prelimiter: str = ""
+    prompt_string: str = ""
+    example_delimiter: str = "\n"
+    cot_delimiter: str = ""
+    stops: tuple[str, ...] = ()
+    normalizes: bool = True  # case, punctuation and articles do not count in generated answers
 
 
 @dataclass(frozen=True)
@@ -70,36 +62,17 @@ class Example:
     texts: tuple[str, ...] = ()  # the alternatives' own texts, for the mean over bytes
     aliases: tuple[str, ...] = ()
     category: str | None = None
+    program: tuple[str, str] = ("", "")  # what a continuation is put between: the prompt, and the tests
 
 
-def select(names: str, folder: Path) -> list[Task]:
-    """The tasks of a comma-separated list; `table1` is every one whose file the folder holds, the others are said.
-
-    Raises UserError for unknown names, and for a named task without its file.
-    """
-    found: list[Task] = []
-    for name in names.split(","):
-        if name == "table1":
-            present = [task for task in TASKS.values() if _files(task, folder)]
-            missing = [task.name for task in TASKS.values() if task not in present]
-            if missing and present:
-                log.warning("not run, since `%s` does not hold their files: %s", folder, ", ".join(missing))
-            found += present or TASKS.values()
-        elif name in TASKS:
-            found.append(TASKS[name])
-        else:
-            raise UserError(f"no task `{name}`; known: {', '.join(TASKS)}, and table1 for all of them")
-    for task in found:
-        _file(task, folder)
-    return found
-
-
-def _files(task: Task, folder: Path) -> list[Path]:
+def files(task: Task, folder: Path) -> list[Path]:
+    """The files of a folder that may hold the task's rows."""
     return sorted(path for pattern in (task.file, task.file + ".gz") for path in folder.glob(pattern))
 
 
-def _file(task: Task, folder: Path) -> Path:
-    found = _files(task, folder)
+def file_of(task: Task, folder: Path) -> Path:
+    """The file of its rows. Raises UserError when it is missing."""
+    found = files(task, folder)
     if not found:
         raise UserError(
             f"`{task.name}` needs `{task.file}` in `{folder}`; it is in llm-foundry's scripts/eval/local_data; "
@@ -109,11 +82,38 @@ def _file(task: Task, folder: Path) -> Path:
 
 
 def rows(task: Task, folder: Path) -> list[dict[str, Any]]:
-    """The task's rows from a .jsonl or .jsonl.gz of the folder. Raises UserError when it is missing."""
-    path = _file(task, folder)
+    """The task's rows from a .jsonl or .jsonl.gz of the folder. Raises UserError for a missing file and a bad line."""
+    path = file_of(task, folder)
     raw = path.read_bytes()
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [_row(task, f"{path}:{n}", line) for n, line in lines]
+
+
+_NEEDED: dict[Kind, dict[str, type]] = {
+    "choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language": {"context": str, "continuation": str},
+    "generation": {"context": str, "answer": str},
+    "programs": {"prompt": str, "test": str, "entry_point": str},
+}
+
+
+def _row(task: Task, where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"`{where}` is not JSON: {error}") from error
+    for key, kind in _NEEDED[task.kind].items():
+        if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+            raise UserError(
+                f"`{where}`: a row of `{task.name}`, a task of kind `{task.kind}`, needs `{key}`, a {kind.__name__}"
+            )
+    options = row.get("choices" if task.kind == "choice" else "context_options")
+    if options is not None and not 0 <= row["gold"] < len(options):
+        raise UserError(f"`{where}`: gold is {row['gold']}, of {len(options)} choices counted from 0")
+    found: dict[str, Any] = row
+    return found
 
 
 def examples(
@@ -129,16 +129,32 @@ def examples(
     The shots are drawn as llm-foundry draws them, seed 1234.
     """
     rng = random.Random(1234)
+    longest = _longest_chain(task, data, tokenizer)
     made = []
     for number, row in enumerate(data[:limit]):
-        shots = ""
+        shots = task.prompt_string
         for other in rng.sample([n for n in range(len(data)) if n != number], n_shots) if n_shots else ():
-            shots += _worked(task, data[other]) + "\n"
-        made.append(_example(task, row, shots, tokenizer, max_seq_len))
+            shots += (task.example_delimiter if shots else "") + _worked(task, data[other])
+        made.append(
+            _example(task, row, shots + (task.example_delimiter if shots else ""), tokenizer, max_seq_len, longest)
+        )
     return made
 
 
-def _example(task: Task, row: dict[str, Any], shots: str, tokenizer: Tokenizer, max_seq_len: int) -> Example:
+def _longest_chain(task: Task, data: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> int:
+    """Tokens of the longest worked answer, and some more; 0 where answers have no chain of thought."""
+    if not task.cot_delimiter or not data:
+        return 0
+    return _BEYOND_A_CHAIN + max(
+        len(tokenizer.encode(" " + _chain(task, row, alias), is_continuation=True))
+        for row in data
+        for alias in _aliases(row)
+    )
+
+
+def _example(
+    task: Task, row: dict[str, Any], shots: str, tokenizer: Tokenizer, max_seq_len: int, longest: int
+) -> Example:
     known: dict[str, list[int]] = {}  # the context of several choices is tokenized once
 
     def sequence(context: str, continuation: str) -> tuple[list[int], int]:
@@ -161,25 +177,41 @@ def _example(task: Task, row: dict[str, Any], shots: str, tokenizer: Tokenizer, 
         return Example(_query(pairs), row["gold"], (" " + row["continuation"].lstrip(),) * len(pairs))
     if task.kind == "language":
         return Example(_query([sequence(_context(task, row["context"]), row["continuation"])]), category=category)
+    if task.kind == "programs":
+        prompt = tokenizer.encode(row["prompt"])[-max(1, max_seq_len - _PROGRAM_TOKENS) :]
+        tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+        return Example(Query((prompt,), (_PROGRAM_TOKENS,)), program=(row["prompt"], tests))
+    aliases = _aliases(row)
     prompt = tokenizer.encode(shots + _context(task, row["context"]))
-    longest = max(len(tokenizer.encode(" " + alias, is_continuation=True)) for alias in row["aliases"])
-    prompt = prompt[-(max_seq_len - longest) :]
-    return Example(Query((prompt,), (longest,)), aliases=tuple(row["aliases"]))
+    longest = longest or max(len(tokenizer.encode(" " + alias, is_continuation=True)) for alias in aliases)
+    return Example(Query((prompt[-max(1, max_seq_len - longest) :],), (longest,)), aliases=aliases, category=category)
 
 
 def _query(pairs: Sequence[tuple[list[int], int]]) -> Query:
     return Query(tuple(ids for ids, _ in pairs), tuple(start for _, start in pairs))
 
 
+def _aliases(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*row.get("aliases", ()), row["answer"]]))
+
+
+def _chain(task: Task, row: dict[str, Any], answer: str) -> str:
+    """An answer behind its chain of thought, where it has one."""
+    return f"{row.get('chain_of_thought', '')}{task.cot_delimiter}{answer}" if task.cot_delimiter else answer
+
+
 def _context(task: Task, text: str) -> str:
-    return (text.rstrip() + task.delimiter).rstrip()
+    return (task.question_prelimiter + text.rstrip() + task.continuation_delimiter).rstrip()
 
 
 def _worked(task: Task, row: dict[str, Any]) -> str:
     """A row with its answer, as few-shot prompts show it."""
-    if task.kind == "choice":
-        return f"{_context(task, row['query'])} {row['choices'][row['gold']].lstrip()}"
     if task.kind == "schema":
         return f"{row['context_options'][row['gold']].rstrip()} {row['continuation'].lstrip()}"
-    answer = row["continuation"] if task.kind == "language" else row["answer"]
-    return f"{_context(task, row['context'])} {answer.lstrip()}"
+    if task.kind == "choice":
+        question, answer = row["query"], row["choices"][row["gold"]]
+    elif task.kind == "language":
+        question, answer = row["context"], row["continuation"]
+    else:
+        question, answer = row["context"], _chain(task, row, row["answer"])
+    return f"{task.question_prelimiter}{question.rstrip()}{task.continuation_delimiter}{answer.lstrip()}"

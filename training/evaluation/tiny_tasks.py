@@ -207,7 +207,7 @@ TASKS: dict[str, Callable[[MPTForCausalLM, Tokenizer, PromptStyle], Scores]] = {
 }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: see training/evaluation/scoring.py
 def greedy(
     model: MPTForCausalLM, prompts: Sequence[list[int]], max_new_tokens: int, end_ids: Collection[int]
 ) -> list[list[int]]:

@@ -225,23 +225,91 @@ static inline __attribute__((always_inline)) __m512 span_sums(const Format forma
     return found;
 }
 
+/* Of eight blocks of 32 inputs the first halves and the second ones, four blocks side by side; and eight times the sums
+ * of the blocks, twice. */
+typedef struct {
+    __m512i first[2], second[2], offsets;
+} HalvedInputs;
+
+static inline __attribute__((always_inline)) HalvedInputs in_halves(const SpanInputs *x) {
+    HalvedInputs found;
+    for (int i = 0; i < 2; i++) {
+        found.first[i] = _mm512_shuffle_i64x2(x->codes[2 * i], x->codes[2 * i + 1], 0x88);
+        found.second[i] = _mm512_shuffle_i64x2(x->codes[2 * i], x->codes[2 * i + 1], 0xdd);
+    }
+    found.offsets = _mm512_slli_epi32(_mm512_inserti64x4(x->totals, _mm512_castsi512_si256(x->totals), 1), 3);
+    return found;
+}
+
+/* The 16 bytes of four blocks of Q4_0 side by side, times the inputs: four sums for each block. */
+static inline __attribute__((always_inline)) __m512i four_blocks(const uint8_t *block, __m512i first, __m512i second) {
+    __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(block + 2)));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0x00f0, _mm_loadu_si128((const __m128i *)(block + 20)));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0x0f00, _mm_loadu_si128((const __m128i *)(block + 38)));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0xf000, _mm_loadu_si128((const __m128i *)(block + 56)));
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i sums = dot_codes(_mm512_setzero_si512(), _mm512_and_si512(bytes, low), first);
+    return dot_codes(sums, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), second);
+}
+
+/* Eight blocks of Q4_0 of two rows: the sums of `span_sums`, one row's after the other's. Half of its instructions:
+ * no code changes its place within a block, and both rows share what follows the products. */
+static inline __attribute__((always_inline)) __m512 two_rows(const uint8_t *one, const uint8_t *other,
+                                                             const HalvedInputs *x) {
+    const __m512i a = four_blocks(one, x->first[0], x->second[0]), b = four_blocks(one + 72, x->first[1], x->second[1]);
+    const __m512i c = four_blocks(other, x->first[0], x->second[0]), d = four_blocks(other + 72, x->first[1], x->second[1]);
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    /* Block i of a, b, c and d is at 4 i, 4 i + 1, 4 i + 2 and 4 i + 3. */
+    const __m512i mixed = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i dots = _mm512_sub_epi32(_mm512_permutexvar_epi32(order, mixed), x->offsets);
+    const __m256i scales = _mm256_inserti128_si256(_mm256_castsi128_si256(numbers_at(one, 18, 4)), numbers_at(other, 18, 4), 1);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(dots), _mm512_cvtph_ps(scales));
+}
+
+/* A row that is asked for, or the last of n_rows. */
+static inline int row_of(int n0, int r, int n_rows) { return n0 + (r < n_rows ? r : n_rows - 1); }
+
+static inline __attribute__((always_inline)) void fetch_row(const uint8_t *from, size_t n) {
+    for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T0);
+}
+
+/* The sums of the groups of n codes, 256 or fewer, from input k on, of sixteen rows from n0 on: (16, MOST_GROUPS). */
+static inline __attribute__((always_inline)) void sixteen_spans(const Format format, const Linear *linear, int n0,
+                                                                int n_rows, int k, int n, const Coded *inputs,
+                                                                float (*values)[MOST_GROUPS]) {
+    const size_t bytes = row_bytes(linear), here = bytes * n / linear->n_in;
+    const SpanInputs x = inputs_at(inputs, k, n, GROUP_OF(format));
+    if (format == Q4_0 && n == SPAN_CODES) {
+        const HalvedInputs apart = in_halves(&x);
+        for (int r = 0; r < 16; r += 2) {
+            const uint8_t *one = block_at(linear, row_of(n0, r, n_rows), k);
+            const uint8_t *other = block_at(linear, row_of(n0, r + 1, n_rows), k);
+            fetch_row(one + STRIP * bytes, here), fetch_row(other + STRIP * bytes, here);
+            const __m512 both = two_rows(one, other, &apart);
+            _mm256_store_ps(values[r], _mm512_castps512_ps256(both));
+            _mm256_store_ps(values[r + 1], _mm512_extractf32x8_ps(both, 1));
+        }
+        return;
+    }
+    for (int r = 0; r < 16; r++) {
+        const int row = row_of(n0, r, n_rows);
+        fetch_row((const uint8_t *)block_at(linear, row, k) + STRIP * bytes, here);
+        const Span span = span_at(format, linear, row, k, n);
+        _mm512_store_ps(values[r], span_sums(format, &span, &x));
+    }
+}
+
 /* Sixteen rows from n0 on, n_rows of which are there, times one token. */
 static inline __attribute__((always_inline)) void sixteen_rows(const Format format, const Linear *linear, int n0,
                                                                int n_rows, const Coded *inputs, float *sums) {
     const int K = linear->n_in, group = GROUP_OF(format);
-    const size_t bytes = row_bytes(linear);
     __m512 found = _mm512_setzero_ps();
     for (int k = 0; k < K; k += SPAN_CODES) {
         const int n = K - k < SPAN_CODES ? K - k : SPAN_CODES;
-        const SpanInputs x = inputs_at(inputs, k, n, group);
         _Alignas(64) float values[16][MOST_GROUPS];
-        for (int r = 0; r < 16; r++) {
-            const int row = n0 + (r < n_rows ? r : n_rows - 1); /* rows that are not there: the last one */
-            const char *next = (const char *)block_at(linear, row, k) + STRIP * bytes;
-            for (size_t i = 0; i < bytes * n / K; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
-            const Span span = span_at(format, linear, row, k, n);
-            _mm512_store_ps(values[r], span_sums(format, &span, &x));
-        }
+        sixteen_spans(format, linear, n0, n_rows, k, n, inputs, values);
         __m512i columns[16];
         turn(values, sizeof values[0], _mm512_setzero_si512(), columns, 1);
         for (int g = 0; g < n / group; g++) {

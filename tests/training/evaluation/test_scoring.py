@@ -9,9 +9,10 @@ import torch
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from training.evaluation import scoring
+from training.evaluation.catalog import TASKS
 from training.evaluation.scoring import Score
 from training.evaluation.suite import is_answer, judge, normalized
-from training.evaluation.tasks import TASKS, Example, Query
+from training.evaluation.tasks import Example, Query
 
 V = 300
 
@@ -48,6 +49,11 @@ def queries() -> Iterator[Query]:
     yield Query((context + choice, [*context, *choice, 7]), (8, 8))  # one is the beginning of the other
     yield Query(([*context, *choice],), (8,))
     yield Query((ids(2), ids(60)), (1, 30))  # nothing in common
+    header = ids(34)  # questions under one header, each with choices; one is the header and its choices alone
+    for n in (3, 8, 0, 1):
+        context = header + ids(n)
+        yield Query(tuple(context + ids(rng.randint(1, 5)) for _ in range(3)), (len(context),) * 3)
+    yield Query(tuple([*header, token] for token in range(3)), (20, 34, 34))  # scored from within the header on
 
 
 def plain(model: MPTForCausalLM, query: Query) -> list[tuple[float, int, bool]]:
@@ -72,6 +78,20 @@ def test_scores_equal_a_plain_loop(model: MPTForCausalLM, monkeypatch: pytest.Mo
         for score, (logprob, n_tokens, is_greedy) in zip(scores, plain(model, query), strict=True):
             assert score.logprob == pytest.approx(logprob, abs=2e-4)
             assert (score.n_tokens, score.is_greedy) == (n_tokens, is_greedy)
+
+
+def test_a_header_is_read_once(model: MPTForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six questions of 4 tokens and choices of 1 under one header of 40: 40 + 6 * 4 positions, not 6 * 44."""
+    seen: list[int] = []
+    run = model.transformer.run
+    monkeypatch.setattr(model.transformer, "run", lambda x, *more: seen.append(x.shape[1]) or run(x, *more))
+    header = list(range(40))
+    asked = [Query(tuple([*header, 100 + n, 1, 2, 3, choice] for choice in (5, 6)), (44, 44)) for n in range(6)]
+    found = scoring.score(model, asked)
+    assert sum(seen) == 40 + 6 * 4
+    for query, scores in zip(asked, found, strict=True):
+        expected = [logprob for logprob, _, _ in plain(model, query)]
+        assert [score.logprob for score in scores] == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_continuation_made_greedily_is_greedy(model: MPTForCausalLM) -> None:

@@ -21,8 +21,8 @@ from serving.endpoints import Serving
 from serving.options import ServeOptions
 from tests.mpt.test_sentencepiece_model import OPTIONS, train
 from training.distributed import World
-from training.evaluation import models, report, suite, tasks
-from training.evaluation.tasks import TASKS
+from training.evaluation import catalog, models, report, suite, tasks
+from training.evaluation.catalog import TASKS
 
 ALONE = World(0, 1, torch.device("cpu"))
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -113,7 +113,7 @@ def test_a_continuation_has_the_one_space_it_is_given(folder: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def local() -> models.Local:
-    return models.Local("mpt-tiny", torch.device("cpu"))
+    return models.Local.load("mpt-tiny", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["piqa", "winograd", "jeopardy", "triviaqa"])
@@ -165,10 +165,15 @@ def test_guessing_and_categories_are_counted(folder: Path, local: models.Local) 
 
 def test_unknown_tasks_and_missing_files_say_what_to_do(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match="table1"):
-        tasks.select("piqqa", folder)
+        catalog.select("piqqa", folder)
     with pytest.raises(UserError, match="--data-folder"):
-        tasks.select("piqa,boolq", folder)
+        catalog.select("piqa,boolq", folder)
     with pytest.raises(UserError, match="--data-folder"):
-        tasks.select("table1", folder / "nowhere")
-    assert [task.name for task in tasks.select("table1", folder)] == ["piqa", "winograd", "triviaqa", "jeopardy"]
+        catalog.select("table1", folder / "nowhere")
+    assert [chosen.task.name for chosen in catalog.select("table1", folder)] == [
+        "piqa",
+        "winograd",
+        "triviaqa",
+        "jeopardy",
+    ]
     assert "not run" in caplog.text and "winogrande" in caplog.text

@@ -3,6 +3,10 @@
 They differ from ours in one thing no template can do: content that spells a control token becomes one.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt.chat_template import write_template
 from mpt.prompts import INSTRUCT_PREAMBLE, PromptStyle
 from mpt.tokenizer import CHATML_END, CHATML_START
 
@@ -35,6 +39,16 @@ _INSTRUCT = """\
 {%- endfor -%}
 {%- if seen.any and add_generation_prompt -%}{{- block() -}}{%- endif -%}
 """
+
+
+@dataclass(frozen=True)
+class StyleTemplate:
+    """A style's template, to be written beside the files of a checkpoint whose manifest names the style."""
+
+    source: str
+
+    def save(self, folder: Path) -> None:
+        write_template(folder, self.source, {})
 
 
 def jinja(style: PromptStyle, system_default: str | None = None) -> str | None:
