@@ -90,7 +90,7 @@ def test_the_learning_rate_of_125m_is_the_yamls() -> None:
 
 def command(folder: Path, tokenizer: Path, *more: str) -> list[str]:
     return [
-        "scale", "--sizes", "12k", "37k", "74k", "--tokens", "0.5n", "1.5n", "--data", str(folder / "text.txt"),
+        "scale", "--sizes", "12k", "37k", "74k", "--tokens", "0.2n", "0.8n", "--data", str(folder / "text.txt"),
         "--tokenizer", str(tokenizer), "--out", str(folder / "sweep"), "--max-seq-len", "64", "--global-batch", "8",
         "--precision", "fp32", *more,
     ]  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_toy_sweep_ends_in_a_law_and_a_picture(
     assert "predicted parameters 1.5e+05" in shown and "optimal" in shown
     assert (text / "sweep" / "scale.png").read_bytes().startswith(b"\x89PNG")
     # What a run read and ended at is what its own metrics say.
-    lines = (text / "sweep" / "74k-1.5n" / "metrics.jsonl").read_text().splitlines()
+    lines = (text / "sweep" / "74k-0.8n" / "metrics.jsonl").read_text().splitlines()
     assert story["runs"][-1]["tokens"] == json.loads(lines[-1])["tokens"]
 
     def never(*_: Any) -> None:
