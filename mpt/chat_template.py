@@ -77,8 +77,8 @@ class ChatTemplate:
         # What a second rendering can prove: whitespace and characters beyond the basic plane are not replaced in it.
         solid = _any_of(text for text in self._ids if not any(map(_is_kept, text)))
         self._provable = re.compile(f"{self._mark.pattern}|(?P<token>{solid.pattern})")
-        self._named = dict(names or {})
-        named = {"eos_token": tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False), **self._named}
+        self.token_names = dict(names or {})
+        named = {"eos_token": tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False), **self.token_names}
         self._names = {name: self._marks.get(text, text) for name, text in named.items()}
         # `<unk>` comes out of text by itself where the vocabulary has no bytes: what a character is that nobody uses.
         self._unknown = {*tokenizer.encode("\U0010fffd")} - {*tokenizer.end_ids}
@@ -150,7 +150,7 @@ class ChatTemplate:
 
     def save(self, folder: Path) -> None:
         """Write the template beside a tokenizer's files, with the names that it calls tokens by."""
-        write_template(folder, self.source, self._named)
+        write_template(folder, self.source, self.token_names)
 
     def _check(self) -> None:
         """Raises DamagedFile for a template that cannot be used for any conversation."""

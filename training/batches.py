@@ -9,7 +9,7 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.prompts import PromptFormat, open_format
 from mpt.tokenizer import Tokenizer
-from training import datasets, packing
+from training import datasets, packing, vocabulary
 from training.data.streams import Stream
 from training.packing import Batch
 from training.run import Run
@@ -17,14 +17,14 @@ from training.run import Run
 
 def load_tokenizer(run: Run) -> Tokenizer:
     """The tokenizer the run names, or its base's."""
-    return open_tokenizer(run.tokenizer if run.tokenizer is not None else resolve(str(run.base)))
+    return open_tokenizer(vocabulary.find(run.tokenizer) if run.tokenizer is not None else resolve(str(run.base)))
 
 
 def load_format(run: Run, tokenizer: Tokenizer) -> PromptFormat:
     """How the run renders messages; of style `template` the one of its file, else its base's own. Raises MPTError."""
     if run.prompt_style != "template":
         return PromptFormat(run.prompt_style)
-    folder = resolve(run.base) if run.base is not None else Path(str(run.tokenizer))
+    folder = resolve(run.base) if run.base is not None else vocabulary.find(str(run.tokenizer))
     file = None if run.chat_template is None else Path(run.chat_template).expanduser()
     return open_format(folder, run.prompt_style, tokenizer, file)
 
@@ -32,9 +32,12 @@ def load_format(run: Run, tokenizer: Tokenizer) -> PromptFormat:
 def load_data(run: Run, tokenizer: Tokenizer, name: str) -> datasets.Dataset:
     """A set as the run reads it."""
     prompts = load_format(run, tokenizer)
+    if name == run.data:  # a held-out set may be of another kind
+        datasets.require_rows(name, run.learn, run.learn_prompts, run.columns)
     return datasets.load(
-        name, tokenizer, prompts.style, run.max_seq_len, run.seed, run.learn, template=prompts.template
-    )
+        name, tokenizer, prompts.style, run.max_seq_len, run.seed, run.learn, template=prompts.template,
+        learn_prompts=run.learn_prompts, columns=run.columns, max_bad_rows=run.max_bad_rows,
+    )  # fmt: skip
 
 
 def count_steps(run: Run, data: datasets.Dataset) -> int:
@@ -53,7 +56,7 @@ def held_out(run: Run, tokenizer: Tokenizer) -> Batch | None:
         return None
     data = load_data(run, tokenizer, run.eval_data)
     n = run.eval_samples if data.n_samples is None else min(run.eval_samples, data.n_samples)
-    return packing.pack([data.sample(number) for number in range(n)], run.max_seq_len)
+    return packing.pack([data.sample(number) for number in range(n)], run.max_seq_len, run.microbatch_tokens)
 
 
 class Batches:
@@ -63,7 +66,7 @@ class Batches:
     """
 
     def __init__(self, run: Run, data: datasets.Dataset) -> None:
-        self._run, self._data, self.n_steps = run, data, count_steps(run, data)
+        self._run, self.data, self.n_steps = run, data, count_steps(run, data)
         self._n_samples = self.n_steps * run.global_batch
         if run.epochs is not None and data.n_samples is not None:  # the last step of the last epoch may be short
             self._n_samples = max(1, round(run.epochs * data.n_samples))
@@ -81,10 +84,11 @@ class Batches:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        if isinstance(self._data, Stream):
-            self._data.close()
+        if isinstance(self.data, Stream):
+            self.data.close()
 
     def _pack(self, step: int) -> Batch:
         first = step * self._run.global_batch
         last = min(first + self._run.global_batch, self._n_samples)
-        return packing.pack([self._data.sample(number) for number in range(first, last)], self._run.max_seq_len)
+        samples = [self.data.sample(number) for number in range(first, last)]
+        return packing.pack(samples, self._run.max_seq_len, self._run.microbatch_tokens)

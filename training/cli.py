@@ -105,7 +105,7 @@ def finetune(
 
 
 @app.command()
-@flags.of_run(without=("base", "prompt_style", "chat_template", "learn", "lora"))
+@flags.of_run(without=("base", "prompt_style", "chat_template", "learn", "learn_prompts", "lora"))
 def pretrain(
     recipe: PretrainingRecipe = "",
     config: ConfigFile = None,
@@ -120,13 +120,14 @@ def pretrain(
 
     A setting that is not given comes from the recipe or --config; a default holds where the recipe says nothing else.
 
-    Example: train pretrain --data novel.txt --tokenizer my/tokenizer --steps 100
+    Example: train pretrain --data novel.txt --tokenizer mpt-tiny --steps 100
     """
     changes = flags.changes(given)
     if (whole := _whole_run(recipe, config, changes)) is not None:
         run, _ = whole
     else:
         from mpt.checkpoint_text import open_tokenizer
+        from training import vocabulary
         from training.data import files
 
         recipe = recipe or recipes.DEFAULT_SIZE
@@ -135,7 +136,7 @@ def pretrain(
                 raise UserError(f"`--{name}` is missing; give --data and --tokenizer, or --config with a run.json")
         data, tokenizer = changes.pop("data"), changes.pop("tokenizer")
         out = changes.pop("out", None) or f"runs/{recipe}-{files.stem(data)}"
-        vocab_size = open_tokenizer(tokenizer).vocab_size
+        vocab_size = open_tokenizer(vocabulary.find(tokenizer)).vocab_size
         run = recipes.make_pretraining(recipe, data, out, tokenizer, vocab_size, **changes)
     _train(run, resume, dry_run, as_json, gpus)
 
@@ -267,7 +268,8 @@ def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
     tokenizer = batches.load_tokenizer(run)
     data = batches.load_data(run, tokenizer, run.data)
     n_steps = batches.count_steps(run, data)
-    batch = packing.pack([data.sample(number) for number in range(run.global_batch)], run.max_seq_len)
+    samples = [data.sample(number) for number in range(run.global_batch)]
+    batch = packing.pack(samples, run.max_seq_len, run.microbatch_tokens)
     used = int((batch.sequence_id >= 0).sum())
     shape = planning.shape_of_run(run)
     needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))

@@ -4,11 +4,11 @@ A finite set is visited in a new order each epoch; a generated one never ends. W
 `training/data/rows.py`, where sets come from in `training/data/hub.py`.
 """
 
+import contextlib
 import itertools
 import logging
 import random
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -18,20 +18,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from mpt.chat_template import ChatTemplate
-from mpt.errors import MPTError, UserError
+from mpt.errors import UserError
 from mpt.prompts import PROMPT_STYLES, Message, PromptFormat, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
+from training import show
 from training.corpora import chat, mixture, novels, tool_talks, yaml_json
-from training.data import files, hub
-from training.data.rows import STYLES, Sample, sample_of, shape, text_sample
+from training.data import columns as columns_of
+from training.data import hub, layout, tokenized
+from training.data.files import RawSet
+from training.data.rows import Sample
+from training.data.rows import style_of as row_style
 from training.run import Learn
 
 log = logging.getLogger(__name__)
 
-_ROWS_BETWEEN_NEWS = 10_000
-_BAD_ROWS_SHOWN = 5
+_BETWEEN_NEWS_S = 10.0
 _ROWS_LOOKED_AT = 100  # to know what a set is made for
-_BAD_ROWS_ALLOWED = 0.01  # of all rows; more look like a mistake about the file
 # Of mpt-tiny-chat's last conversations, so that it stays as good without tools as it was.
 _WITHOUT_TOOLS, _SUMS = 0.35, 0.1
 
@@ -58,19 +60,16 @@ class Generated:
 
 
 class Rows:
-    """A finite set in memory, shuffled anew each epoch."""
+    """A finite set of pieces of tokens, shuffled anew each epoch.
 
-    def __init__(self, samples: Iterable[Sample], seed: int) -> None:
-        lengths, ids, learned = [], array("i"), bytearray()  # flat: a list of lists takes ten times the memory
-        for sample in samples:
-            lengths.append(len(sample.ids))
-            ids.extend(sample.ids)
-            learned.extend(sample.learned)
-        self._ends = np.cumsum(lengths, dtype=np.int64)
-        self._ids, self._learned = np.frombuffer(ids, np.int32), np.frombuffer(learned, np.bool_)
+    ids and learned: every token's, in memory or mapped. starts and ends: of the pieces among them.
+    """
+
+    def __init__(self, ids: Any, learned: Any, starts: Any, ends: Any, seed: int) -> None:
+        self._ids, self._learned, self._starts, self._ends = ids, learned, starts, ends
         self._seed = seed
-        self.n_samples: int | None = len(lengths)
-        self._epoch, self._order = -1, list(range(len(lengths)))
+        self.n_samples: int | None = len(starts)
+        self._epoch, self._order = -1, list(range(len(starts)))
 
     def sample(self, number: int) -> Sample:
         epoch, place = divmod(number, len(self._order))
@@ -78,7 +77,7 @@ class Rows:
             self._epoch, self._order = epoch, list(range(len(self._order)))
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
         row = self._order[place]
-        part = slice(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
+        part = slice(int(self._starts[row]), int(self._ends[row]))
         return Sample(self._ids[part].tolist(), self._learned[part].tolist())
 
 
@@ -90,11 +89,15 @@ def load(
     seed: int,
     learn: Learn = "responses",
     template: ChatTemplate | None = None,
+    *,
+    learn_prompts: str = "none",
+    columns: str | None = None,
+    max_bad_rows: float = 0.01,
 ) -> Dataset:
     """The set of this name: one of ours, a file, a folder of files, MDS shards, a mixture, or a set of the hub.
 
-    template: of style `template`. Raises UserError for an unknown name, a missing file, and too many rows that cannot
-    be read, by line.
+    template: of style `template`. columns, max_bad_rows: as `Run` has them. Raises UserError for an unknown name, a
+    missing file, and too many rows that cannot be read, by line.
     """
     from training.data import streams
 
@@ -102,18 +105,28 @@ def load(
         generated = DATASETS[name]
         prompts = PromptFormat(generated.style if style == "none" else style, template)
         return generated.make(tokenizer, prompts, max_seq_len, seed)
-    if streams.is_stream(name):
+    if streams.is_stream(name) and streams.rows_of(name) is None:
         return streams.load(name, tokenizer, max_seq_len, seed)
-    path = Path(name).expanduser()
-    if path.is_file() and files.kind(path) == ".txt":
-        ((_, text),) = files.rows(str(path))
-        ids = [*tokenizer.encode(text), tokenizer.eos_id]
-        pieces = (ids[i : i + max_seq_len] for i in range(0, len(ids), max_seq_len))
-        return Rows([text_sample(piece) for piece in pieces if len(piece) > 1], seed)
-    return Rows(_samples(name, _rows(name), tokenizer, PromptFormat(style, template), max_seq_len, learn), seed)
+    reading = tokenized.Reading(PromptFormat(style, template), learn, learn_prompts, columns)
+    return _rows(name, _raw_set(name), tokenizer, reading, max_seq_len, seed, max_bad_rows)
 
 
-def style_of(name: str) -> tuple[PromptStyle, str]:
+def require_rows(name: str, learn: Learn, learn_prompts: str, columns: str | None) -> None:
+    """Raises UserError where settings of rows are given for a set that has none, and would change nothing."""
+    from training.data import streams
+
+    given = {
+        "--columns": columns is not None, "--learn": learn != "responses", "--learn-prompts": learn_prompts != "none",
+    }  # fmt: skip
+    idle = [flag for flag, is_given in given.items() if is_given]
+    if not idle:
+        return
+    if name in DATASETS or (streams.is_stream(name) and streams.rows_of(name) is None):
+        what = "is generated" if name in DATASETS else "holds tokens or texts"
+        raise UserError(f"`{name}` {what}, so {' and '.join(idle)} would change nothing; leave it out")
+
+
+def style_of(name: str, columns: str | None = None) -> tuple[PromptStyle, str]:
     """The prompt style that a set is made for, and what shows it.
 
     Of a set without a name the first rows are read. Raises UserError for rows of no known shape or of several.
@@ -124,77 +137,114 @@ def style_of(name: str) -> tuple[PromptStyle, str]:
         return DATASETS[name].style, f"`{name}` is generated for it"
     if name in hub.SETS:
         return hub.SETS[name].style, f"the rows of `{name}` are made for it"
-    path = Path(name).expanduser()
-    if streams.is_stream(name) or (path.is_file() and files.kind(path) == ".txt"):
+    if streams.is_stream(name) and streams.rows_of(name) is None:
         return "none", f"`{name}` is plain text"
+    keys = columns_of.parse(columns) if columns else None
     found: dict[PromptStyle, str] = {}
-    keys = ""
-    for where, row in itertools.islice(_rows(name), _ROWS_LOOKED_AT):
-        kind = shape(row) if isinstance(row, dict) else None
-        if kind is not None:
-            shown = {"text": "plain text", "tree": "a tree of messages", "transcript": "a transcript"}
-            found.setdefault(STYLES[kind], f"{where} has {shown.get(kind, f'`{kind}`')}")
+    unknown = ""
+    for where, row in itertools.islice(rows_of(name), _ROWS_LOOKED_AT):
+        try:
+            made_for = row_style(row, keys)
+        except UserError as error:
+            unknown = unknown or f"; {where}: {error}"
+            continue
+        if made_for is not None:
+            found.setdefault(made_for[0], f"{where} {made_for[1]}")
         elif isinstance(row, dict):
-            keys = keys or f"; {where} has the keys {', '.join(map(str, row))}"
+            unknown = unknown or f"; {where} has the keys {', '.join(map(str, row))}"
     if len(found) == 1:
         return next(iter(found.items()))
-    seen = f"its rows are of several shapes: {', '.join(found.values())}" if found else f"its rows do not say{keys}"
+    seen = f"its rows are of several shapes: {', '.join(found.values())}" if found else f"its rows do not say{unknown}"
     raise UserError(
         f"the prompt style for `{name}` is not known, {seen}; give --prompt-style {', '.join(PROMPT_STYLES)}"
     )
 
 
-def _rows(name: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, a folder or a set of the hub, each with where it stands. Raises UserError for other names."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return files.rows(str(path), is_strict=False)
+def rows_of(name: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, a folder, a set of the hub or shards of rows, each with where it stands.
+
+    What is no row comes as `Unreadable`. Raises UserError for other names.
+    """
+    return _raw_set(name).parsed()
+
+
+def _raw_set(name: str) -> RawSet:
+    from training.data import streams
+
+    if (stored := streams.rows_of(name)) is not None:
+        return stored.raw_set()
+    bare, parts = layout.split_name(name)
+    path = Path(bare).expanduser()
+    if path.is_dir():
+        return RawSet(hub.in_folder(path, parts))
+    if path.exists() and not parts:
+        return RawSet([path])
     if hub.is_known(name):
-        return hub.rows(name)
+        return hub.open_set(name)
     known = [*DATASETS, *hub.SETS]
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(bare, known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}; or give a file, folder or URL"
     raise UserError(f"no dataset `{name}`; {hint}")
 
 
-def _samples(
+def _rows(
     name: str,
-    rows: Iterable[tuple[str, Any]],
+    raw: RawSet,
     tokenizer: Tokenizer,
-    prompts: PromptFormat,
+    reading: tokenized.Reading,
     max_seq_len: int,
-    learn: Learn,
-) -> Iterator[Sample]:
-    """The rows' samples; what was cut, left out or could not be read is said. Raises UserError for too much of it."""
-    n_rows = n_kept = n_cut = 0
-    bad: list[str] = []
-    for where, row in rows:
-        n_rows += 1
-        if n_rows % _ROWS_BETWEEN_NEWS == 0:
-            log.info("`%s`: %d rows read", Path(name).name, n_rows)
-        try:
-            sample = sample_of(row, tokenizer, prompts.style, learn, prompts.template)
-        except MPTError as error:
-            bad.append(f"{where}: {error}")
-            continue
-        if any(sample.learned[1:max_seq_len]):  # else nothing is left to learn
-            yield sample
-            n_kept += 1
-            n_cut += len(sample.ids) > max_seq_len
-    if bad:
-        more = f" (and {len(bad) - _BAD_ROWS_SHOWN} more)" if len(bad) > _BAD_ROWS_SHOWN else ""
-        story = f"`{name}`: {len(bad)} of {n_rows} rows cannot be read: {'; '.join(bad[:_BAD_ROWS_SHOWN])}{more}"
-        if len(bad) > _BAD_ROWS_ALLOWED * n_rows:
-            raise UserError(f"{story}; mend them, or look at --data")
-        log.warning("%s; they are left out", story)
-    n_left_out = n_rows - len(bad) - n_kept
+    seed: int,
+    max_bad_rows: float,
+) -> Rows:
+    """The set's samples; what was cut, left out or could not be read is said. Raises UserError for too much of it."""
+    with show.counter("rows") as count, _told(Path(name).name, count) as report:
+        found = tokenized.open_set(raw, tokenizer, reading, report)
+    story = found.story
+    if story.n_bad > (max_bad_rows if max_bad_rows >= 1 else max_bad_rows * story.n_rows):
+        raise UserError(f"`{name}`: {tokenized.shown(story)}; mend them, or look at --data, --columns, --max-bad-rows")
+    if story.n_bad:
+        log.warning("`%s`: %s; they are left out", name, tokenized.shown(story))
+    ends, is_kept = found.ends, found.is_document | (found.first < max_seq_len)
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    n_cut = int((is_kept & ~found.is_document & (ends - starts > max_seq_len)).sum())
+    n_left_out = int((~is_kept).sum())
     if n_cut or n_left_out:
         log.warning(
             "`%s`: of %d rows, %d are cut at %d tokens and %d left out, since nothing to learn remains of them",
-            *(Path(name).name, n_rows, n_cut, max_seq_len, n_left_out),
+            *(Path(name).name, story.n_rows, n_cut, max_seq_len, n_left_out),
         )
-    if not n_kept:
+    starts, ends = _pieces(starts[is_kept], ends[is_kept], found.is_document[is_kept], max_seq_len)
+    if not len(starts):
         raise UserError(f"`{name}` has no row with anything to learn within {max_seq_len} tokens")
+    return Rows(found.ids, found.learned, starts, ends, seed)
+
+
+def _pieces(starts: Any, ends: Any, is_document: Any, max_seq_len: int) -> tuple[Any, Any]:
+    """Where each sample begins and ends: a document is cut into as many as it needs, without a last token alone."""
+    if not is_document.any():
+        return starts, ends
+    found = []
+    for start, end, is_cut in zip(starts.tolist(), ends.tolist(), is_document.tolist(), strict=True):
+        cuts = range(start, end, max_seq_len) if is_cut else [start]
+        found += [(at, min(at + max_seq_len, end) if is_cut else end) for at in cuts if not is_cut or end - at > 1]
+    whole = np.array(found, np.int64).reshape(-1, 2)
+    return whole[:, 0], whole[:, 1]
+
+
+@contextlib.contextmanager
+def _told(name: str, count: Callable[[int, str], None]) -> Iterator[tokenized.Report]:
+    """What takes how many rows are read, and the seconds: shown by `count`, and in the log from time to time."""
+    said = 0.0
+
+    def report(n_rows: int, seconds: float) -> None:
+        nonlocal said
+        rate = f"{n_rows / max(seconds, 1e-3):,.0f} rows/s"
+        count(n_rows, rate)
+        if seconds - said >= _BETWEEN_NEWS_S:
+            said = seconds
+            log.info("`%s`: %d rows read, %s", name, n_rows, rate)
+
+    yield report
 
 
 def _yaml_to_json(

@@ -1,4 +1,4 @@
-"""What a run does beside its steps, every so many of them: the held-out loss, tasks of the suite, sample generations.
+"""What a run does beside its steps, every so many of them: tasks of the suite, sample generations.
 
 Every rank computes all of the tasks' rows and of the samples, for a sharded model needs all ranks in each pass. Random
 numbers are not drawn, so a run with all of this takes the same steps as one without.
@@ -22,7 +22,7 @@ from training.distributed import World
 from training.evaluation import catalog, models, suite
 from training.logbook import Logbook
 from training.run import Run
-from training.step import autocast, mean_loss
+from training.step import autocast
 from training.trackers import Trackers
 
 _SAMPLES = 4  # of a set; a file is taken whole
@@ -46,22 +46,19 @@ class During:
         """beat: called with what is being done, as long as it goes on. Raises UserError."""
         self._run, self._world, self._tokenizer = run, world, tokenizer
         self._logbook, self._trackers, self._beat = logbook, trackers, beat
-        self._held_out = batches.held_out(run, tokenizer)
         self._tasks = [] if run.eval_tasks is None else _tasks(run.eval_tasks)
         self._prompts = [] if run.sample_every is None else _prompts(run, tokenizer, data)
 
-    def after(self, step: int, is_last: bool, model: MPTForCausalLM, positions: int) -> dict[str, float]:
-        """What the step's line has besides. positions: most that go through the model at once."""
-        run, found = self._run, {}
-        is_evaluated = step % run.eval_every == 0 or is_last
+    def after(self, step: int, is_last: bool, model: MPTForCausalLM) -> dict[str, float]:
+        """What the step's line has besides."""
+        run = self._run
+        found: dict[str, float] = {}
+        is_evaluated = bool(self._tasks) and (step % run.eval_every == 0 or is_last)
         is_sampled = run.sample_every is not None and (step % run.sample_every == 0 or is_last)
-        if not (is_evaluated and (self._held_out is not None or self._tasks)) and not is_sampled:
+        if not is_evaluated and not is_sampled:
             return {}
         model.eval()
         try:
-            if is_evaluated and self._held_out is not None:
-                self._beat("held-out loss")
-                found["held_out_loss"] = mean_loss(model, self._held_out, run, self._world, positions)
             with _whole(model), autocast(self._world.device, run):
                 if is_evaluated:
                     found |= self._accuracies(step, model)

@@ -48,12 +48,13 @@ from training.logbook import Logbook, where
 from training.mirror import Mirror
 from training.run import Run
 from training.spikes import SpikeRule
-from training.step import train_step
+from training.step import mean_loss, train_step
 from training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+_LONG = 1000  # steps: so many on several ranks are worth the seconds of a check
 _PROBED_EVERY = 20  # steps: 5 ms of a GPU
 
 
@@ -93,7 +94,8 @@ def _say_lost(out: Path, world: World) -> None:
         for sign in heartbeats.ended_without_a_word(heartbeats.signs(out)):
             seen = f"{sign.doing} of step {sign.step + 1}"
             Logbook(out).write("lost", rank=sign.rank, last_sign=seen, on=f"{sign.host}:{sign.pid}")
-        shutil.rmtree(out / "ranks", ignore_errors=True)
+        for path in (out / "ranks").glob("rank-*.json"):  # the stacks of a hang stay
+            path.unlink()
     world.barrier()
 
 
@@ -131,13 +133,13 @@ class _Training:
         self.run, self.world, self.out, self.changed = run, world, Path(run.out), changed
         self.logbook, self.heartbeat = Logbook(self.out, world.is_first), heartbeat
         self.tokenizer = batches.load_tokenizer(run)
-        data = batches.load_data(run, self.tokenizer, run.data)
-        self.batches = Batches(run, data)
+        self.batches = Batches(run, batches.load_data(run, self.tokenizer, run.data))
+        self.held_out = batches.held_out(run, self.tokenizer)
         self.n_steps = self.batches.n_steps
         self.last_step = max(1, round(share * self.n_steps))
         self.warmup = _warmup(run, self.n_steps)
         self.trackers = Trackers(run, is_open=world.is_first)
-        self.during = During(run, world, self.tokenizer, data, self.logbook, self.trackers, heartbeat.beat)
+        self.during = During(run, world, self.tokenizer, self.batches.data, self.logbook, self.trackers, heartbeat.beat)
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
         self.model = build.model(run, world)
@@ -153,7 +155,9 @@ class _Training:
         self.rule = SpikeRule(self.n_steps)  # the first rank's counts
 
     def go(self, report: Callable[[Metrics], None]) -> None:
-        if self.run.preflight or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        is_long = self.world.size > 1 and self.n_steps >= _LONG
+        if self.run.preflight or is_restart or is_long:
             machine.preflight(self.world, self.out, self.logbook.write)
         self.adopt()
         self.restore()
@@ -161,7 +165,7 @@ class _Training:
             self.saver.save(self.model, self.optimizer, self.position)  # something to roll back to
         with _signals() as stopped, (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             try:
-                with contextlib.closing(self.batches), contextlib.closing(self.trackers):
+                with contextlib.closing(self.batches), self.trackers:
                     self.take_steps(file, report, stopped)
                 self.saver.wait()
             finally:
@@ -277,7 +281,9 @@ class _Training:
             if is_taken:  # passing over data has no speed
                 line |= self.speed(batch, used, now - began) | self.straggler(step, now - began)
             is_last = step + 1 == self.n_steps
-            line |= self.during.after(step + 1, is_last, self.model, self.microbatch.positions)
+            if self.held_out is not None and ((step + 1) % run.eval_every == 0 or is_last):
+                line["held_out_loss"] = self.held_out_loss()
+            line |= self.during.after(step + 1, is_last, self.model)
             if world.is_first:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -344,6 +350,14 @@ class _Training:
             f"step {step + 1}: {what}; the last whole checkpoint stays in `{self.out}`; lower --lr, look at the data "
             "of this step, or take --on-spike skip"
         )
+
+    def held_out_loss(self) -> float:
+        """The mean loss over the held-out set."""
+        assert self.held_out is not None
+        self.model.eval()
+        loss = mean_loss(self.model, self.held_out, self.run, self.world, self.microbatch.positions)
+        self.model.train()
+        return loss
 
     def finish(self) -> None:
         """Write the finished checkpoint, keep the last state alone of those it was made from, and draw the curves."""

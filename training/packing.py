@@ -1,7 +1,9 @@
 """Packs samples of different lengths into sequences of one length, each sample hidden from the others.
 
 First fit, longest first, over the samples of a whole step: the step still sees exactly the recipe's rows, on a fraction
-of the positions that padding each row would take. That packing changes nothing is tested (`test_packing.py`).
+of the positions that padding each row would take. A sequence may be longer than a sample may: one sample nearly as long
+as it may be would else give every sequence of a small step its length. That packing changes nothing is tested
+(`test_packing.py`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from training.datasets import Sample
 
-_WIDTHS = 32  # that are tried for a step's sequences, from the shortest that could do
+_ENOUGH = 0.95  # of a step's positions hold tokens: then no other number of rows is tried
+_WIDTHS = 128  # a step's sequences are tried from the shortest that could do, each longer by such a part of it
 IGNORED = -100  # the label of a position that is not learned: cross_entropy's own default
 
 
@@ -28,21 +31,15 @@ class Batch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
-def pack(samples: Sequence[Sample], max_seq_len: int) -> Batch:
-    """The samples in as few sequences as first fit finds, then as short ones as hold them.
+def pack(samples: Sequence[Sample], max_seq_len: int, widest: int = 0) -> Batch:
+    """The samples in few sequences, as short as hold them.
 
-    A sample over max_seq_len is cut on the right.
+    A sample over max_seq_len is cut on the right. widest: the longest a sequence may be where it is more than that; a
+    run's `microbatch_tokens`.
     """
     by_length = sorted(samples, key=lambda sample: -min(len(sample.ids), max_seq_len))  # stable
-    lengths = [min(len(sample.ids), max_seq_len) for sample in by_length]
-    places = _first_fit(lengths, max_seq_len)
+    places = _places([min(len(sample.ids), max_seq_len) for sample in by_length], max_seq_len, widest)
     n_rows = max(places) + 1
-    least = max(lengths[0], -(-sum(lengths) // n_rows))
-    for width in range(least, max_seq_len, max(1, (max_seq_len - least) // _WIDTHS)):
-        narrower = _first_fit(lengths, width)
-        if max(narrower) < n_rows:
-            places = narrower
-            break
     rows: list[list[Sample]] = [[] for _ in range(n_rows)]
     for place, sample in zip(places, by_length, strict=True):
         rows[place].append(sample)
@@ -61,6 +58,39 @@ def pack(samples: Sequence[Sample], max_seq_len: int) -> Batch:
             sequence_id[r, start:end] = d
             start = end
     return Batch(ids, labels, sequence_id)
+
+
+def _places(lengths: Sequence[int], max_seq_len: int, widest: int) -> list[int]:
+    """Which row each length goes to, the longest first: into as many rows as first fit needs, or into one less.
+
+    The fewer rows are wider than max_seq_len, so that the longest sample no longer decides how wide all of them are.
+    """
+    places = _first_fit(lengths, max_seq_len)
+    n_rows = max(places) + 1
+    places = _narrowest(lengths, n_rows, max_seq_len) or places
+    if n_rows > 1 and _useful(lengths, places) < _ENOUGH:
+        fewer = _narrowest(lengths, n_rows - 1, max(widest, max_seq_len) + 1)
+        if fewer is not None and _useful(lengths, fewer) > _useful(lengths, places):
+            return fewer
+    return places
+
+
+def _narrowest(lengths: Sequence[int], n_rows: int, below: int) -> list[int] | None:
+    """The lengths' places in at most so many rows of the least width that is tried and does; None where none does."""
+    least = max(lengths[0], -(-sum(lengths) // n_rows))
+    for width in range(least, below, max(1, least // _WIDTHS)):
+        places = _first_fit(lengths, width)
+        if max(places) < n_rows:
+            return places
+    return None
+
+
+def _useful(lengths: Sequence[int], places: Sequence[int]) -> float:
+    """The share of positions that hold tokens."""
+    filled = [0] * (max(places) + 1)
+    for n, place in zip(lengths, places, strict=True):
+        filled[place] += n
+    return sum(filled) / (max(filled) * len(filled))
 
 
 def _first_fit(lengths: Sequence[int], capacity: int) -> list[int]:

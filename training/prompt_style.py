@@ -13,7 +13,7 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.prompts import PROMPT_STYLES, PromptStyle
 from mpt.tokenizer import CHATML_START
-from training import datasets, recipes
+from training import datasets, recipes, vocabulary
 from training.run import Run
 
 
@@ -27,7 +27,7 @@ def choose(run: Run, recipe: str, given: PromptStyle | None) -> tuple[PromptStyl
     if stated is not None and stated[0] != "none":  # `none`: trained on text alone, so the rows decide
         style, source = stated
         return style, f"the base's own, from {source}"
-    style, reason = datasets.style_of(run.data)
+    style, reason = datasets.style_of(run.data, run.columns)
     if style == "chatml" and _lacks_chatml(run):
         raise UserError(
             f"{reason}, for ChatML, and the tokenizer has no `{CHATML_START}`; give --prompt-style instruct, "
@@ -51,5 +51,5 @@ def settle(changes: dict[str, Any]) -> None:
 
 def _lacks_chatml(run: Run) -> bool:
     """Whether a tokenizer on this machine cannot write ChatML; one that is still to be downloaded is not judged."""
-    folder = run.tokenizer or find_local(str(run.base))
+    folder = vocabulary.find(run.tokenizer) if run.tokenizer else find_local(str(run.base))
     return folder is not None and open_tokenizer(folder).special_id(CHATML_START) is None

@@ -7,6 +7,8 @@ should be is in `training/recipes.py`; what happens with them in `training/loop.
 
 import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,12 +17,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from mpt.command_line import Style as PromptStyle  # as in mpt.prompts, which takes a second to import
 from mpt.errors import UserError
+from training.data import columns as columns_of
 
 OptimizerName = Literal["adamw", "lion"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 Precision = Literal["bf16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
-Learn = Literal["responses", "all"]
+Learn = Literal["responses", "last", "all"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 OnSpike = Literal["log", "skip", "stop"]
 # What another value of a field changes. `state`: the tensors of a checkpoint, so that no run can go on from it with it.
@@ -80,7 +83,7 @@ class Run:
     data: Annotated[
         str,
         Setting(
-            "A dataset's name, a file (.jsonl, .json, .txt, .parquet, also .gz or .zst), a folder, or a URL of shards.",
+            "A dataset's name, a file (.jsonl, .json, .csv, .parquet, .txt; also .gz ...), a folder, or a URL.",
             metavar="NAME|FILE",
         ),
     ]
@@ -90,7 +93,7 @@ class Run:
         Setting("A name of the catalog or a checkpoint's folder.", metavar="NAME|FOLDER", changes="state"),
     ]
     tokenizer: Annotated[
-        str | None, Setting("The tokenizer's folder; a finetune has its base's.", metavar="FOLDER")
+        str | None, Setting("Whose tokenizer to use; a finetune has its base's.", metavar="NAME|FOLDER")
     ] = None
     out: Annotated[
         str,
@@ -157,7 +160,22 @@ class Run:
         str | None,
         Setting("A Jinja template for messages, or a prompt style.", metavar="FILE|STYLE", default="the base's"),
     ] = None
-    learn: Annotated[Learn, Setting("Of conversations: the assistant's tokens, or all.")] = "responses"
+    # LLM Foundry's `target_responses` and `target_prompts`; `all` is the whole row.
+    learn: Annotated[Learn, Setting("What of a conversation is learned: every response, the last one, or all.")] = (
+        "responses"
+    )
+    learn_prompts: Annotated[
+        str, Setting("Prompts that are learned too: none, all, or length>=N tokens.", metavar="none|all|length>=N")
+    ] = "none"
+    columns: Annotated[
+        str | None,
+        Setting(
+            "Which keys of a row hold what: prompt=q,response=a; also system, messages, text.", metavar="NAME=KEY,..."
+        ),
+    ] = None
+    max_bad_rows: Annotated[
+        float, Setting("Rows that may be unreadable: a share below 1, or how many.", at_least=0, changes="nothing")
+    ] = 0.01
     lora: Annotated[
         Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK", changes="state")
     ] = None
@@ -212,7 +230,12 @@ class Run:
     )
     checkpoints_kept: Annotated[int, Setting(above=0, changes="nothing")] = 2
     preflight: Annotated[
-        bool, Setting("Measure every rank first, as `train check` does; always after a failure.", changes="nothing")
+        bool,
+        Setting(
+            "Measure every rank first, as `train check` does; several ranks do it anyway before 1,000 steps and after "
+            "a failure.",
+            changes="nothing",
+        ),
     ] = False
     # Of several ranks; never less than ten times the slowest step so far.
     hang_timeout: Annotated[
@@ -237,6 +260,11 @@ class Run:
             raise UserError("give `warmup_tokens`, or `warmup_steps` with `warmup_share`, one of the two")
         if self.sample_prompts is not None and self.sample_every is None:
             raise UserError("`sample_prompts` needs `sample_every`: give --sample-every, for example 100")
+        prompt_limit(self.learn_prompts)
+        if self.learn == "all" and self.learn_prompts != "none":
+            raise UserError("`learn` is all, the whole row: leave `learn_prompts` out, or give another `learn`")
+        if self.columns is not None:
+            columns_of.parse(self.columns)
         if self.lora is not None and self.base is None:
             raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
         if self.lora is not None and self.model:
@@ -275,6 +303,16 @@ class Run:
         if not path.is_file():
             raise UserError(f"`{path}` does not exist; give the run.json that lies beside a run's checkpoints")
         return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def prompt_limit(learn_prompts: str) -> float:
+    """The fewest tokens of a prompt that is learned, infinite for none. Raises UserError for what is no such rule."""
+    if learn_prompts in ("none", "all"):
+        return math.inf if learn_prompts == "none" else 0
+    found = re.fullmatch(r"length>=(\d+)", learn_prompts)
+    if found is None:
+        raise UserError(f"`learn_prompts` is `{learn_prompts}`; known: none, all, and length>=N, such as length>=100")
+    return int(found[1])
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
-from mpt.errors import UserError
+from mpt.errors import Interrupted, UserError
 from mpt.files import read_optional_json, write_whole
 from training.run import Run
 
@@ -25,7 +26,7 @@ class Tracker(Protocol):
 
     def samples(self, step: int, samples: Samples) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, has_failed: bool) -> None: ...
 
 
 class Trackers:
@@ -45,9 +46,13 @@ class Trackers:
         for tracker in self._trackers:
             tracker.samples(step, samples)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        has_failed = kind is not None and not issubclass(kind, Interrupted)
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(has_failed)
 
 
 def _kept_id(run: Run, name: str, new: Callable[[], str]) -> str:
@@ -83,7 +88,7 @@ class _TensorBoard:
         for number, (prompt, text) in enumerate(samples):
             self._writer.add_text(f"sample_{number}", f"{prompt}\n\n---\n\n{text}", step)
 
-    def close(self) -> None:
+    def close(self, has_failed: bool) -> None:
         self._writer.close()
 
 
@@ -111,8 +116,8 @@ class _WandB:
         table = self._wandb.Table(columns=["step", "prompt", "text"], data=[[step, *sample] for sample in samples])
         self._run.log({"samples": table}, step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, has_failed: bool) -> None:
+        self._run.finish(exit_code=int(has_failed))
 
 
 class _MLflow:
@@ -145,8 +150,8 @@ class _MLflow:
         text = "\n\n".join(f"## {prompt}\n\n{text}" for prompt, text in samples)
         self._client.log_text(self._id, text, f"samples/step-{step:06d}.md")
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, has_failed: bool) -> None:
+        self._client.set_terminated(self._id, "FAILED" if has_failed else "FINISHED")
 
 
 class _Trackio:
@@ -166,7 +171,7 @@ class _Trackio:
         rows = [[step, *sample] for sample in samples]
         self._run.log({"samples": self._trackio.Table(columns=["step", "prompt", "text"], data=rows)}, step=step)
 
-    def close(self) -> None:
+    def close(self, has_failed: bool) -> None:
         self._run.finish()
 
 

@@ -3,6 +3,7 @@
 It reads and never locks, so it works on a run of another machine, on a finished one and on one that has failed.
 """
 
+import datetime
 import itertools
 import statistics
 import time
@@ -19,6 +20,7 @@ from training.run import Run
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _SILENT_STEPS = 10  # of the usual length, and a minute: then a run that has not ended is called silent
 _EVENTS = 8
+_RESTART_S = 120.0  # in which ranks of which one has failed are started again
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class View:
 
     run: Run
     folder: Path
-    state: str  # running, silent, finished, stopped, failed, or not begun
+    state: str  # running, restarting, silent, finished, stopped, failed, or not begun
     steps: list[dict[str, Any]]  # of metrics.jsonl
     events: list[dict[str, Any]]
     silent_s: float  # since the last step
@@ -49,10 +51,13 @@ def look(folder: Path, now: float | None = None) -> View:
         steps = []
     events = Logbook(folder).entries()
     metrics = folder / "metrics.jsonl"
-    silent = (now or time.time()) - metrics.stat().st_mtime if steps else 0.0
+    now = now or time.time()
+    silent = now - metrics.stat().st_mtime if steps else 0.0
     usual = _usual_seconds(steps)
-    last = next((e["event"] for e in reversed(events) if e["event"] in _STATES), None)
-    state = "not begun" if last is None else _STATES[last]
+    last = next((entry for entry in reversed(events) if entry["event"] in _STATES), None)
+    state = "not begun" if last is None else _STATES[last["event"]]
+    if state == "failed" and last is not None and "rank" in last and _age(last, now) < _RESTART_S:
+        state = "restarting"
     if state == "running" and steps and silent > max(60.0, _SILENT_STEPS * usual):
         state = "silent"
     left = usual * (steps[-1]["steps"] - steps[-1]["step"]) if steps and usual else None
@@ -62,6 +67,10 @@ def look(folder: Path, now: float | None = None) -> View:
 _STATES = {
     "start": "running", "resume": "running", "finished": "finished", "stopped": "stopped", "failed": "failed",
 }  # fmt: skip
+
+
+def _age(entry: dict[str, Any], now: float) -> float:
+    return now - datetime.datetime.fromisoformat(entry["time"]).timestamp()
 
 
 def _usual_seconds(steps: Sequence[dict[str, Any]]) -> float:

@@ -41,6 +41,7 @@ def data_file() -> Callable[[str], Path]:
 def no_sets_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test trains on, it makes or names."""
     monkeypatch.setenv("MPT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MPT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

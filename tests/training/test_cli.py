@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from training import cli, loop, recipes
+from training import batches, cli, loop, recipes
 from training.data import hub
 from training.data.hub import HubSet
 from training.run import Lora, Run
@@ -79,6 +79,9 @@ def test_a_flag_sets_its_field_and_no_other(monkeypatch: pytest.MonkeyPatch, see
         (["--activation-checkpointing", "full"], "activation_checkpointing", "full"), (["--out", "o"], "out", "o"),
         (["--mirror", "s3://m"], "mirror", "s3://m"), (["--track", "wandb"], "trackers", ("wandb",)),
         (["--prompt-style", "chatml"], "prompt_style", "chatml"), (["--tokenizer", "t"], "tokenizer", "t"),
+        (["--learn", "last"], "learn", "last"), (["--learn-prompts", "length>=9"], "learn_prompts", "length>=9"),
+        (["--columns", "prompt=prompt,response=response"], "columns", "prompt=prompt,response=response"),
+        (["--max-bad-rows", "0"], "max_bad_rows", 0),
         (["--schedule", "constant"], "schedule", "constant"), (["--weight-decay", "1e-6"], "weight_decay", 1e-6),
         (["--checkpoint-every", "7"], "checkpoint_every", 7), (["--eval-every", "7"], "eval_every", 7),
         (["--learn", "all"], "learn", "all"), (["--eval-tasks", "piqa"], "eval_tasks", "piqa"),
@@ -140,18 +143,26 @@ def test_help_has_the_flags_in_order_with_ranges_and_choices() -> None:
         "--activation-checkpointing", "--on-spike", "--compile", "--mirror", "--track", "--checkpoint-every",
         "--preflight", "--hang-timeout", "--gpus", "--resume", "--dry-run", "--json",
     ]  # fmt: skip
+    rows = ["--columns", "--max-bad-rows"]
     expected = {
         "finetune": [
             *("--data", "--base", "--tokenizer"), *shared,
-            *("--prompt-style", "--chat-template", "--learn", "--lora", "--qlora"), *ends,
+            *("--prompt-style", "--chat-template", "--learn", "--learn-prompts", *rows, "--lora", "--qlora"), *ends,
         ],
-        "pretrain": ["--data", "--tokenizer", *shared, *ends],
+        "pretrain": ["--data", "--tokenizer", *shared, *rows, *ends],
     }  # fmt: skip
     for name, page in pages.items():
         assert re.findall(r"^  (--[a-z-]+)", page, re.MULTILINE) == expected[name]
         words = " ".join(page.split())
         for said in ("(above 0)", "<adamw|lion>", "[default: (bf16)]", "Example: train"):
             assert said in words, said
+
+
+def test_pretraining_takes_a_tokenizer_by_name(monkeypatch: pytest.MonkeyPatch, seen: list[Run]) -> None:
+    assert run_cli(monkeypatch, "pretrain", "--data", "d.jsonl", "--tokenizer", "mpt-tiny") == 0
+    (run,) = seen
+    assert run.tokenizer == "mpt-tiny" and run.model["vocab_size"] == 2048
+    assert batches.load_tokenizer(run).vocab_size == 2048
 
 
 @pytest.mark.parametrize("recipe", [*recipes.PRETRAINING, *recipes.FINETUNES])

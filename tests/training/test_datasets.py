@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpt.errors import UserError
 from mpt.prompts import encode_instruct
 from mpt.tokenizer import Tokenizer
 from training import datasets
-from training.data.rows import Sample, sample_of
+from training.data.rows import sample_of
 from training.datasets import Rows
 
 
@@ -42,12 +43,16 @@ def test_a_prompt_already_in_the_template_is_not_wrapped_twice(tokenizer: Tokeni
 
 
 def test_each_epoch_visits_every_row_once_in_another_order() -> None:
-    samples = [Sample([n], [True]) for n in range(50)]
-    data = Rows(samples, seed=1)
+    numbers = np.arange(50)
+
+    def rows() -> Rows:
+        return Rows(numbers, numbers >= 0, numbers, numbers + 1, seed=1)
+
+    data = rows()
     first, second = ([data.sample(e * 50 + n).ids[0] for n in range(50)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
-    assert [Rows(samples, seed=1).sample(n).ids[0] for n in (70, 3)] == [second[20], first[3]]
+    assert [rows().sample(n).ids[0] for n in (70, 3)] == [second[20], first[3]]
 
 
 def test_gzip_and_text_files_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -68,8 +73,9 @@ def test_gzip_and_text_files_are_read(tokenizer: Tokenizer, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "answer": "b"}, "question, answer"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "1 messages"),
+        ({"question": "a", "reply": "b"}, "question, reply"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "the user's; it must be the assistant's"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "1 messages"),
         ({"messages": [{"role": "user", "content": "x"}] * 2}, "assistant's"),
         ({"prompt": "", "response": "b"}, "empty"),
         ([1], "list"),
@@ -104,6 +110,13 @@ def test_rows_that_are_cut_or_left_out_are_counted(
     data = datasets.load(str(write(tmp_path / "rows.jsonl", rows)), tokenizer, "none", 210, 0)
     assert data.n_samples == 2
     assert "of 3 rows, 1 are cut at 210 tokens and 1 left out" in caplog.text
+
+
+def test_settings_of_rows_are_refused_where_there_are_none() -> None:
+    with pytest.raises(UserError, match="is generated, so --columns and --learn would change nothing"):
+        datasets.require_rows("tiny_chat", "last", "none", "text=a")
+    datasets.require_rows("tiny_chat", "responses", "none", None)
+    datasets.require_rows("alpaca", "last", "all", "prompt=a,response=b")
 
 
 def test_unknown_names_get_a_suggestion(tokenizer: Tokenizer) -> None:

@@ -65,6 +65,7 @@ def test_a_slow_rank_shows_and_a_stopped_one_is_named_and_the_run_goes_on(small_
     assert names[0] == "start" and names[-1] == "finished"
     lost = [entry["rank"] for entry in entries if entry["event"] == "lost"]
     assert lost == [1]  # killed where it stood
+    assert "training/step.py" in (Path(run.out) / "ranks" / "rank-00000.stacks.txt").read_text()
 
     # Of two ranks the median is their mean: one that works while the other waits comes to nearly twice of it.
     lines = [json.loads(line) for line in (Path(run.out) / "metrics.jsonl").read_text().splitlines()]

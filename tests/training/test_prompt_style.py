@@ -117,7 +117,7 @@ def test_what_is_asked_for_comes_first_then_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"question": "Why?", "answer": "So."}], "line 1 has the keys question, answer"),
+        ([{"question": "Why?", "reply": "So."}], "line 1 has the keys question, reply"),
         ([EXCHANGE, CHAT], "line 1 has `prompt`, `rows.jsonl` line 2 has `messages`"),
     ],
 )

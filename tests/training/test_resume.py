@@ -102,6 +102,23 @@ def test_the_cure_that_a_refusal_prints_works(
     assert train(*shlex.split(command[1]), str(out)) == 0  # the same command again: it is finished
 
 
+def test_the_cure_for_a_setting_without_a_flag_works_too(
+    killed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"betas .*--config COPY --from .*/run --out FOLDER"):
+        loop.fit(dataclasses.replace(killed, betas=(0.8, 0.9)))
+    copy = tmp_path / "copy.json"
+    copy.write_text(json.dumps({**json.loads(killed.to_json()), "betas": [0.8, 0.9]}))
+    out = tmp_path / "cured"
+    arguments = ["pretrain", "--config", str(copy), "--from", killed.out, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert Run.read(out / "run.json").betas == (0.8, 0.9)
+    assert [line["step"] for line in lines(Run.read(out / "run.json"))] == list(range(6, 13))
+
+
 def test_from_an_old_state_nothing_changed_is_a_resume(killed: Run) -> None:
     """The optimizer comes along: the moments decide the next steps, so both go on bit for bit alike."""
     before = (Path(killed.out) / "step-000005" / "manifest.json").read_bytes()

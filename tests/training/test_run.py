@@ -1,6 +1,7 @@
 """A run is checked when it is made and comes back equal from JSON."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -38,11 +39,28 @@ def test_a_run_survives_json(small_run: Run) -> None:
         ("epochs", 1.0),
         ("steps", None),
         ("tokenizer", None),
+        ("learn", "first"),
+        ("learn_prompts", "some"),
+        ("learn_prompts", "length>=x"),
+        ("columns", "prompt=q"),
+        ("max_bad_rows", -1),
     ],
 )
 def test_a_bad_value_is_refused_by_name(small_run: Run, key: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"`{key}`"):
         dataclasses.replace(small_run, **{key: value})
+
+
+def test_a_runs_file_from_before_these_settings_is_read(small_run: Run) -> None:
+    values = json.loads(small_run.to_json())
+    for key in ("learn_prompts", "columns", "max_bad_rows"):
+        del values[key]
+    assert Run.from_json(json.dumps(values)) == small_run
+
+
+def test_prompts_beside_the_whole_row_are_refused(small_run: Run) -> None:
+    with pytest.raises(UserError, match="`learn` is all"):
+        dataclasses.replace(small_run, learn="all", learn_prompts="all")
 
 
 @pytest.mark.parametrize(

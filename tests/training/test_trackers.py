@@ -21,11 +21,13 @@ from training.run import Run
 def test_every_step_and_sample_reaches_weights_and_biases(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[dict[str, Any]] = []
     logged: list[tuple[int, dict[str, Any]]] = []
+    ends: list[int] = []
 
     def init(**options: Any) -> SimpleNamespace:
         begun.append(options)
         log = lambda metrics, step: logged.append((step, metrics))  # noqa: E731
-        return SimpleNamespace(id=options["id"] or f"id{len(begun)}", log=log, finish=lambda: None)
+        finish = lambda exit_code: ends.append(exit_code)  # noqa: E731
+        return SimpleNamespace(id=options["id"] or f"id{len(begun)}", log=log, finish=finish)
 
     fake = SimpleNamespace(init=init, Table=lambda columns, data: data)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -34,6 +36,7 @@ def test_every_step_and_sample_reaches_weights_and_biases(small_run: Run, monkey
         loop.fit(run, kill_at_eight)
     loop.fit(run)
     assert [options["id"] for options in begun] == [None, "id1"]
+    assert ends == [1, 0]  # the first was killed
     assert begun[0]["config"]["lr"] == small_run.lr
     numbers = [(step, metrics) for step, metrics in logged if "loss" in metrics]
     assert [step for step, _ in numbers] == [1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11, 12]

@@ -1,6 +1,7 @@
 """A run as a page of text: running, silent, finished, failed and not begun, from its folder alone."""
 
 import dataclasses
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_a_running_run_has_its_numbers_and_what_is_left(small_run: Run) -> None:
     assert all(len(line) <= 60 for line in text.splitlines()[1:])
     silent = watch.look(Path(small_run.out), ended + 90)
     assert silent.state == "silent" and "no step for 1 min 30 s" in watch.page(silent)
+
+
+def test_a_run_whose_rank_failed_may_be_starting_again(small_run: Run) -> None:
+    write(small_run, [2.0, 4.0], ["start"])
+    entry = {"time": "2026-11-27T10:05:00+00:00", "event": "failed", "rank": 1, "error": "out of memory"}
+    with (Path(small_run.out) / "logbook.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    at = datetime.datetime(2026, 11, 27, 10, 5, tzinfo=datetime.UTC).timestamp()
+    for later, state in ((30, "restarting"), (300, "failed")):
+        view = watch.look(Path(small_run.out), at + later)
+        assert (view.state, view.is_over) == (state, state == "failed")
 
 
 def test_a_chart_rises_and_falls_with_its_values() -> None:

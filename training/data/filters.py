@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mpt.errors import UserError
 
@@ -78,6 +78,27 @@ def _published(fields: dict[str, Any]) -> datetime.date | None:
 RULES: dict[Quality, Rule | None] = {"none": None, "mc4": mc4, "s2orc": s2orc}
 
 
+class Fingerprint(NamedTuple):
+    """What tells a document from others. sketch: datasketch's LeanMinHash, None where only equal texts count."""
+
+    digest: bytes
+    sketch: Any = None
+
+
+def fingerprint(text: str, n_permutations: int = 0) -> Fingerprint:
+    """Of the words of a text, case folded; with so many MinHash values over its runs of five words."""
+    words = text.lower().split()
+    digest = hashlib.blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    if not n_permutations:
+        return Fingerprint(digest)
+    from datasketch import LeanMinHash, MinHash
+
+    sketch = MinHash(num_perm=n_permutations)
+    runs = {" ".join(words[n : n + 5]) for n in range(max(1, len(words) - 4))}
+    sketch.update_batch([run.encode("utf-8", "surrogatepass") for run in runs])
+    return Fingerprint(digest, LeanMinHash(sketch))
+
+
 class Duplicates:
     """Remembers documents, and says of each whether it has been seen.
 
@@ -90,7 +111,7 @@ class Duplicates:
             raise UserError(f"`similarity` is {similarity}; it is a share, above 0 and at most 1")
         self._exact: set[bytes] = set()
         self._near = None
-        self._n_permutations = n_permutations
+        self.n_permutations = n_permutations if similarity < 1 else 0
         if similarity < 1:
             try:
                 from datasketch import MinHashLSH
@@ -102,19 +123,16 @@ class Duplicates:
 
     def seen(self, text: str) -> str | None:
         """The reason to drop this document, None for a new one, which is remembered."""
-        words = text.lower().split()
-        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
-        if digest in self._exact:
+        return self.judge(fingerprint(text, self.n_permutations))
+
+    def judge(self, document: Fingerprint) -> str | None:
+        """As `seen`, of a document's fingerprint with `n_permutations`, which another process may have made."""
+        if document.digest in self._exact:
             return "duplicate"
-        self._exact.add(digest)
+        self._exact.add(document.digest)
         if self._near is None:
             return None
-        from datasketch import MinHash
-
-        sketch = MinHash(num_perm=self._n_permutations)
-        runs = {" ".join(words[n : n + 5]) for n in range(max(1, len(words) - 4))}
-        sketch.update_batch([run.encode() for run in runs])
-        if self._near.query(sketch):
+        if self._near.query(document.sketch):
             return "near duplicate"
-        self._near.insert(digest, sketch)
+        self._near.insert(document.digest, document.sketch)
         return None

@@ -78,6 +78,7 @@ class ShardInfo:
     hashes: dict[str, str]
     compression: str | None
     columns: tuple[tuple[str, str, int | None], ...]  # name, encoding, bytes where they do not vary
+    n_plain_bytes: int | None = None  # unpacked, where the index says it
 
 
 def read_index(text: str, where: str) -> list[ShardInfo]:
@@ -93,6 +94,7 @@ def read_index(text: str, where: str) -> list[ShardInfo]:
                 ShardInfo(
                     shard["samples"], stored["basename"], stored["bytes"], stored["hashes"],
                     shard["compression"] if shard["zip_data"] else None, tuple(columns),
+                    (shard.get("raw_data") or {}).get("bytes"),
                 )
             )  # fmt: skip
         return found
@@ -135,6 +137,14 @@ class Shard:
                 return _decode(encoding, data[at : at + size])
             at += size
         raise UserError(f"the shards have no column `{name}`; they have {', '.join(c[0] for c in self._info.columns)}")
+
+    def row(self, number: int) -> dict[str, Any]:
+        """All columns of one sample; bytes are text in UTF-8, as LLM Foundry stored prompts."""
+        row = {}
+        for name, *_ in self._info.columns:
+            value = self.column(number, name)
+            row[name] = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+        return row
 
 
 def _decode(encoding: str, data: Any) -> Any:

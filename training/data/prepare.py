@@ -1,16 +1,16 @@
-"""Documents to shards: read, filter, tokenize in parallel, join with end-of-text, cut to one length, write.
+"""Documents to shards: read, filter and tokenize in parallel, join with end-of-text, cut to one length, write.
 
 The result does not depend on the number of processes. Documents run on from one sample into the next, as llm-foundry's
 `concat_tokens` does; what is left at the end, less than a sample, is dropped.
 """
 
 import json
-import multiprocessing
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,10 +18,11 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.tokenizer import Tokenizer
-from training.data import languages, mds
+from training.data import languages, mds, workers
 from training.data.files import documents
-from training.data.filters import RULES, Duplicates, Quality, Rule
+from training.data.filters import RULES, Duplicates, Fingerprint, Quality, Rule, fingerprint
 
+Item = TypeVar("Item")
 _DOCUMENTS_AT_ONCE = 64  # a worker's share
 REPORT = "prepared.json"
 
@@ -65,31 +66,36 @@ def prepare(
     found = Prepared()
     dropped: Counter[str] = Counter()
     known = None if duplicates is None else Duplicates(duplicates)
-    rules = _rules(quality, language, code)
+    _rules(quality, language, code)  # refused here, before processes are started
+    n_permutations = None if known is None else known.n_permutations
+    start_with = tokenizer_folder, (quality, language, code), text_key, n_permutations
 
-    def kept() -> Iterator[str]:
-        for row in documents(sources, text_key):
-            found.n_documents += 1
-            text = row[text_key]
-            reason = "empty" if not text.strip() else None
-            reason = reason or next((why for rule in rules if (why := rule(text, row))), None)
-            reason = reason or (known.seen(text) if known else None)
-            if reason is None:
-                found.n_kept += 1
-                yield text
-            else:
-                dropped[reason] += 1
+    def kept(run: workers.Mapped) -> Iterator[str]:
+        """The texts that stay. Duplicates are judged here, in order, by fingerprints that other processes made."""
+        rows = documents(sources, text_key)
+        sent: deque[list[dict[str, Any]]] = deque()
+        for judged in run(_judge, _noted(_shares(rows), sent)):
+            for row, (reason, print_) in zip(sent.popleft(), judged, strict=True):
+                found.n_documents += 1
+                if print_ is not None and known is not None:
+                    reason = known.judge(print_)
+                if reason is None:
+                    found.n_kept += 1
+                    yield row[text_key]
+                else:
+                    dropped[reason] += 1
 
     def samples() -> Iterator[mds.Tokens]:
         rest = np.empty(0, np.int32)
-        for tokens in _tokenized(kept(), tokenizer_folder, n_processes):
-            found.n_tokens += len(tokens)
-            rest = np.concatenate([rest, tokens])
-            n_whole = len(rest) // max_seq_len
-            yield from rest[: n_whole * max_seq_len].reshape(n_whole, max_seq_len)
-            found.n_samples += n_whole
-            rest = rest[n_whole * max_seq_len :]
-            report(found)
+        with workers.opened(n_processes, _start, start_with) as run:
+            for tokens in run(_tokenize, _shares(kept(run))):
+                found.n_tokens += len(tokens)
+                rest = np.concatenate([rest, tokens])
+                n_whole = len(rest) // max_seq_len
+                yield from rest[: n_whole * max_seq_len].reshape(n_whole, max_seq_len)
+                found.n_samples += n_whole
+                rest = rest[n_whole * max_seq_len :]
+                report(found)
 
     with whole_folder(out) as partial:
         mds.write(partial, samples())
@@ -120,30 +126,51 @@ def _rules(quality: Quality, language: str | None, code: str | None) -> list[Rul
     return rules
 
 
-def _tokenized(texts: Iterator[str], folder: Path, n_processes: int) -> Iterator[mds.Tokens]:
-    """The tokens of several documents at a time, each ended by end-of-text, in order."""
-    batches = iter(lambda: list(islice(texts, _DOCUMENTS_AT_ONCE)), [])
-    if n_processes == 1:
-        _start(folder)
-        yield from map(_tokenize, batches)
-        return
-    # Not fork: the parent's threads (tokenizers, torch) may hold locks.
-    with multiprocessing.get_context("spawn").Pool(n_processes, _start, (folder,)) as pool:
-        yield from pool.imap(_tokenize, batches)
+def _shares(items: Iterator[Item]) -> Iterator[list[Item]]:
+    return iter(lambda: list(islice(items, _DOCUMENTS_AT_ONCE)), [])
 
 
-_tokenizer: Tokenizer | None = None  # a worker's own
+def _noted(items: Iterator[Item], sent: deque[Item]) -> Iterator[Item]:
+    for item in items:
+        sent.append(item)
+        yield item
 
 
-def _start(folder: Path) -> None:
-    global _tokenizer
-    _tokenizer = open_tokenizer(folder)
+class _Worker(NamedTuple):
+    tokenizer: Tokenizer
+    rules: list[Rule]
+    text_key: str
+    n_permutations: int | None  # of a fingerprint; None makes none
+
+
+_worker: _Worker | None = None  # a process's own
+
+
+def _start(
+    folder: Path, asked: tuple[Quality, str | None, str | None], text_key: str, n_permutations: int | None
+) -> None:
+    global _worker
+    _worker = _Worker(open_tokenizer(folder), _rules(*asked), text_key, n_permutations)
+
+
+def _judge(rows: list[dict[str, Any]]) -> list[tuple[str | None, Fingerprint | None]]:
+    """Of each document the reason to drop it by itself, or else what tells it from others."""
+    assert _worker is not None
+    _, rules, text_key, n_permutations = _worker
+    judged: list[tuple[str | None, Fingerprint | None]] = []
+    for row in rows:
+        text = row[text_key]
+        reason = "empty" if not text.strip() else next((why for rule in rules if (why := rule(text, row))), None)
+        is_compared = reason is None and n_permutations is not None
+        judged.append((reason, fingerprint(text, n_permutations or 0) if is_compared else None))
+    return judged
 
 
 def _tokenize(texts: list[str]) -> mds.Tokens:
-    assert _tokenizer is not None
+    assert _worker is not None
+    tokenizer = _worker.tokenizer
     ids: list[int] = []
     for text in texts:
-        ids += _tokenizer.encode(text)
-        ids.append(_tokenizer.eos_id)
+        ids += tokenizer.encode(text)
+        ids.append(tokenizer.eos_id)
     return np.array(ids, dtype=np.int32)

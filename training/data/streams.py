@@ -9,9 +9,9 @@ import contextlib
 import json
 import logging
 import math
-import os
+import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ import numpy as np
 
 from mpt.errors import DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
-from training.data import mds
+from training.data import cache, mds
+from training.data.files import RawSet
 from training.data.order import Order
 from training.data.rows import Sample
 from training.remote import Remote, partial_name
@@ -31,12 +32,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ROWS = {"prompt", "messages", "turns"}  # columns that make a sample a row, whatever else it has
 _FETCHES = 4  # at a time for a source
 
 
 def is_stream(name: str) -> bool:
     """Whether --data names MDS shards or a mixture of them."""
     return "://" in name or name.endswith(".mix.json") or (Path(name).expanduser() / mds.INDEX).is_file()
+
+
+def rows_of(name: str) -> "Source | None":
+    """The set of shards whose samples are rows, such as prompts with responses; None where they are tokens or texts."""
+    if not is_stream(name) or name.endswith(".mix.json"):
+        return None
+    source = Source(name)
+    columns = {column for column, *_ in source.shards[0].columns}
+    if "tokens" in columns or columns & {"text", *_ROWS} == {"text"}:
+        source.close()
+        return None
+    return source
 
 
 def load(name: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> "Stream":
@@ -109,18 +123,17 @@ class Stream:
 class Source:
     """A folder or URL of MDS shards."""
 
-    def __init__(self, path: str, cache: Path | None = None) -> None:
-        """cache: where shards of a URL are kept, by default $MPT_CACHE or ~/.cache/mpt. Raises UserError."""
+    def __init__(self, path: str) -> None:
+        """Raises UserError."""
         self.path = path
         self._remote = Remote(path) if "://" in path else None
-        self._limit = _cache_limit()
+        self._limit = cache.limit()
         if self._remote is None:
             self._folder = Path(path).expanduser()
             if not (self._folder / mds.INDEX).is_file():
                 raise UserError(f"`{path}` has no {mds.INDEX}; make one with `train data prepare`, or check the path")
         else:
-            home = cache or Path(os.environ.get("MPT_CACHE", "~/.cache/mpt")).expanduser()
-            self._folder = home / "shards" / fsspec.utils.tokenize(path)[:16]
+            self._folder = cache.home() / "shards" / fsspec.utils.tokenize(path)[:16]
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remote.get(mds.INDEX, self._folder / mds.INDEX)
         index = self._folder / mds.INDEX
@@ -163,6 +176,18 @@ class Source:
         ids = [*tokenizer.encode(shard.column(within, "text")), tokenizer.eos_id]
         return np.array(ids, dtype=np.int32)
 
+    def raw_set(self) -> RawSet:
+        """The samples as rows. The index decides what they are, and here the shards too."""
+        here = [] if self._remote is not None else [self._folder / shard.file for shard in self.shards]
+        return RawSet([self._folder / mds.INDEX, *here], self._rows, made_by=f"samples of {self.path}")
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        for which, info in enumerate(self.shards):
+            self.prefetch(range(which, min(which + _FETCHES, len(self.shards))))
+            shard = self._shard(which)
+            for number in range(info.n_samples):
+                yield f"`{info.file}` sample {number + 1}", shard.row(number)
+
     def _shard(self, which: int) -> mds.Shard:
         """A shard, fetched, checked and opened when it is first asked for."""
         with self._lock:
@@ -186,7 +211,7 @@ class Source:
         needed = {opened, *self._fetches}
         found: list[tuple[float, int, Path, int]] = []
         for which, shard in enumerate(self.shards):
-            for name in {shard.file, shard.file.removesuffix(".zstd")}:
+            for name in {shard.file, _plain_name(shard)}:
                 with contextlib.suppress(FileNotFoundError):
                     status = (self._folder / name).stat()
                     found.append((status.st_mtime, status.st_size, self._folder / name, which))
@@ -202,7 +227,7 @@ class Source:
     def _fetch(self, which: int) -> Path:
         info = self.shards[which]
         stored = self._folder / info.file
-        plain = self._folder / info.file.removesuffix(".zstd") if info.compression else stored
+        plain = self._folder / _plain_name(info)
         if plain.is_file() and (info.compression or self._remote is not None):
             return plain  # checked when it came
         if self._remote is not None and not stored.is_file():
@@ -212,28 +237,50 @@ class Source:
         if self._remote is None:
             mds.verify(stored, info)
         if info.compression:
-            _decompress(stored, plain, info.compression)
+            _decompress(stored, plain, info)
         return plain
 
 
-def _cache_limit() -> float:
-    """Bytes that a set's fetched shards may take."""
-    text = os.environ.get("MPT_CACHE_GB", "inf")
-    try:
-        limit = float(text) * 1e9
-    except ValueError:
-        limit = -1
-    if not limit > 0:
-        raise UserError(f"MPT_CACHE_GB is `{text}`; give the gigabytes that a set's fetched shards may take")
-    return limit
+# Each with the ending of its files and the name of pyarrow's codec. `bz2` is the standard library's.
+_COMPRESSIONS = {"zstd": "zstd", "br": "brotli", "gz": "gzip", "snappy": "snappy", "bz2": "bz2"}
 
 
-def _decompress(stored: Path, plain: Path, compression: str) -> None:
-    if not compression.startswith("zstd"):
-        raise UserError(f"`{stored.name}` is compressed with `{compression}`; supported: zstd")
-    import zstandard
+def _plain_name(info: mds.ShardInfo) -> str:
+    """A shard's file without the ending of its compression."""
+    return info.file.removesuffix(f".{_kind(info)}") if info.compression else info.file
+
+
+def _kind(info: mds.ShardInfo) -> str:
+    return (info.compression or "").partition(":")[0]  # behind the colon is the level
+
+
+def _decompress(stored: Path, plain: Path, info: mds.ShardInfo) -> None:
+    """Raises UserError for a compression that is not read, DamagedFile for a file that is none."""
+    kind = _kind(info)
+    if kind not in _COMPRESSIONS:
+        known = ", ".join(_COMPRESSIONS)
+        raise UserError(f"`{stored.name}` is compressed with `{info.compression}`; supported: {known}")
+    import pyarrow
 
     partial = partial_name(plain)
-    with stored.open("rb") as source, partial.open("wb") as target:
-        zstandard.ZstdDecompressor().copy_stream(source, target)
-    partial.replace(plain)
+    try:
+        if kind == "snappy":  # one block, which a stream cannot read
+            data = pyarrow.Codec("snappy").decompress(stored.read_bytes(), info.n_plain_bytes, asbytes=True)
+            partial.write_bytes(data)
+        else:
+            with (
+                pyarrow.CompressedInputStream(str(stored), _COMPRESSIONS[kind]) as source,
+                partial.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
+        if info.n_plain_bytes is not None and partial.stat().st_size != info.n_plain_bytes:
+            raise DamagedFile(
+                f"`{stored}` unpacks to {partial.stat().st_size} bytes, the index says {info.n_plain_bytes}"
+            )
+        partial.replace(plain)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamagedFile(f"`{stored}` cannot be unpacked ({error}); copy it again") from error
+    finally:
+        partial.unlink(missing_ok=True)

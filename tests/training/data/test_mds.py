@@ -1,16 +1,21 @@
 """Shards are mosaicml-streaming's byte for byte, and what was written comes back; damage is found."""
 
+import bz2
+import gzip
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import zstandard
 
 from mpt.catalog import resolve
 from mpt.errors import DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
+from training import datasets
 from training.data import mds, streams
 from training.data.streams import Source
 
@@ -46,19 +51,43 @@ def test_samples_come_back_across_shards(folder: Path) -> None:
         assert np.array_equal(source.tokens(number), expected)
 
 
-def test_compressed_shards_are_read(folder: Path) -> None:
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "zstd": zstandard.compress,
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "br": lambda data: pyarrow.compress(data, "brotli", asbytes=True),
+    "snappy": lambda data: pyarrow.compress(data, "snappy", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_compressed_shards_are_read(folder: Path, kind: str) -> None:
     index = json.loads((folder / "index.json").read_text())
     for shard in index["shards"]:
         name = shard["raw_data"]["basename"]
-        packed = zstandard.compress((folder / name).read_bytes())
+        packed = PACKERS[kind]((folder / name).read_bytes())
         (folder / name).unlink()
-        (folder / f"{name}.zstd").write_bytes(packed)
-        shard["compression"] = "zstd:3"
+        (folder / f"{name}.{kind}").write_bytes(packed)
+        shard["compression"] = kind if kind == "snappy" else f"{kind}:3"
         hashes = {"sha256": hashlib.sha256(packed).hexdigest()}
-        shard["zip_data"] = {"basename": f"{name}.zstd", "bytes": len(packed), "hashes": hashes}
+        shard["zip_data"] = {"basename": f"{name}.{kind}", "bytes": len(packed), "hashes": hashes}
     (folder / "index.json").write_text(json.dumps(index))
     source = Source(str(folder))
     assert all(np.array_equal(source.tokens(n), expected) for n, expected in enumerate(samples()))
+
+
+@pytest.mark.parametrize(("kind", "message"), [("gz", "cannot be unpacked"), ("lz4", "supported: zstd, br, gz")])
+def test_a_shard_that_cannot_be_unpacked_leaves_nothing(folder: Path, kind: str, message: str) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    shard = index["shards"][0]
+    (folder / f"shard.00000.mds.{kind}").write_bytes(b"no such thing")
+    shard["compression"] = f"{kind}:3"
+    shard["zip_data"] = {"basename": f"shard.00000.mds.{kind}", "bytes": 13, "hashes": {}}
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "shard.00000.mds").unlink()
+    with pytest.raises((DamagedFile, UserError), match=message):
+        Source(str(folder)).tokens(0)
+    assert not (folder / "shard.00000.mds").exists() and not list(folder.glob("*.partial"))
 
 
 def test_a_flipped_bit_is_found_when_the_shard_is_opened(folder: Path) -> None:
@@ -95,6 +124,19 @@ def test_older_sets_hold_int64_bytes_and_texts(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
     texts = shard_of(tmp_path, [("id", "int", 8), ("text", "str", None)], [np.int64(3).tobytes(), b"One day"])
     assert texts.tokens(0, tokenizer).tolist() == [*tokenizer.encode("One day"), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("encoding", ["str", "bytes"])
+def test_prompts_with_responses_are_finetuning_rows(tmp_path: Path, encoding: str) -> None:
+    """As LLM Foundry's convert_finetuning_dataset stores them; older versions of it stored bytes."""
+    shard_of(tmp_path, [("prompt", encoding, None), ("response", encoding, None)], ["Zwölf?".encode(), b"12"])
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
+    data = datasets.load(str(tmp_path), tokenizer, "none", 100, 0)
+    assert data.sample(0).ids == [*tokenizer.encode("Zwölf?"), *tokenizer.encode("12"), tokenizer.eos_id]
+    assert data.sample(0).learned == [False] * len(tokenizer.encode("Zwölf?")) + [True] * len(
+        [*tokenizer.encode("12"), tokenizer.eos_id]
+    )
+    assert datasets.style_of(str(tmp_path))[0] == "instruct"
 
 
 def test_what_is_no_index_and_a_wrong_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -55,9 +55,18 @@ def test_samples_are_the_documents_joined_by_end_of_text(tmp_path: Path, tiny: P
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path, tiny: Path) -> None:
-    source = jsonl(tmp_path / "texts.jsonl", [f"{text} {n}" for n, text in enumerate(TEXTS * 20)])
+    words = [f"word{n}x" for n in range(400)]
+    near = [" ".join(words[n : n + 300]) for n in (0, 0, 1, 90, 91, 2)]  # the second is the first, others nearly
+    texts = [*near, *(f"{text} {n}" for n, text in enumerate(TEXTS * 20)), *(" ".join(words[:n]) for n in (250, 299))]
+    source = jsonl(tmp_path / "texts.jsonl", texts)
     for n in (1, 2):
-        prepare([str(source)], tmp_path / str(n), tiny, 32, n_processes=n)
+        found = prepare(
+            [str(source)], tmp_path / str(n), tiny, 32, n_processes=n, quality="mc4", language="any", duplicates=0.7
+        )
+        # By hand: 295 of the 297 runs of five words are shared by the first and the third, 206 of 386 by the first and
+        # the fourth. All short ones go by the rules.
+        duplicates = (found.dropped.pop("duplicate"), found.dropped.pop("near duplicate"))
+        assert (found.n_kept, *duplicates) == (2, 1, 5) and sum(found.dropped.values()) == 300
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("1", "2"))
     assert one == two
 

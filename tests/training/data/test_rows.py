@@ -13,6 +13,7 @@ from mpt.prompts import encode_chat
 from mpt.tokenizer import Tokenizer
 from training import datasets
 from training.data import files, hub
+from training.data.columns import apply, parse
 from training.data.rows import conversation, sample_of
 
 ASKED = [("user", "Name a fruit."), ("assistant", "An apple.")]
@@ -32,7 +33,24 @@ def tree(text: str, role: str, *replies: dict[str, Any], **more: Any) -> dict[st
         ({"instruction": "Name a fruit.", "context": "", "response": "An apple.", "category": "qa"}, ASKED),
         ({"instruction": "Sum up.", "context": "A text.", "response": "T."}, SUMMED),
         ({"instruction": "Sum up.", "input": "A text.", "output": "T."}, SUMMED),
+        ({"input": "Name a fruit.", "output": "An apple."}, ASKED),
+        ({"question": "Name a fruit.", "answer": "An apple."}, ASKED),
+        ({"question": "Sum up.", "context": "A text.", "answer": "T."}, SUMMED),
+        ({"query": "Name a fruit.", "response": "An apple."}, ASKED),
+        ({"Question": "Name a fruit.", "Answer": "An apple."}, ASKED),
+        ({"INSTRUCTION": "Name a fruit.", "RESPONSE": "An apple."}, ASKED),
+        ({"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "x"}, ASKED),
+        ({"prompt": [{"role": "user", "content": "Name a fruit."}], "completion": "An apple."}, ASKED),
+        ({"prompt": [{"role": "user", "content": "Name a fruit."}],
+          "completion": [{"role": "assistant", "content": "An apple."}]}, ASKED),
+        ({"chosen": [{"role": role, "content": text} for role, text in TWICE], "rejected": []}, TWICE),
+        ({"system_prompt": "Be brief.", "question": "Name a fruit.", "response": "An apple."},
+         [("system", "Be brief."), *ASKED]),
         ({"messages": [{"role": role, "content": text} for role, text in TWICE]}, TWICE),
+        ({"messages": [{"role": role, "content": text} for role, text in TWICE], "system": "Be brief."},
+         [("system", "Be brief."), *TWICE]),
+        ({"conversations": [{"role": "human", "content": "Name a fruit."},
+                            {"role": "model", "content": "An apple."}]}, ASKED),
         ({"conversations": [{"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Name a fruit."},
                             {"from": "gpt", "value": "An apple."}, {"from": "human", "value": "Thanks"}]}, ASKED),
         ({"question": "Name a fruit.", "human_answers": ["x"], "chatgpt_answers": ["An apple."]}, ASKED),
@@ -75,6 +93,73 @@ def test_a_damaged_set_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatc
     tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
     with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
         datasets.load("dolly_hhrlhf", tokenizer, "instruct", 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        ("prompt=q,response=a", {"q": "Name a fruit.", "a": "An apple.", "prompt": "x", "response": "y"}, ASKED),
+        ("prompt=q, response=a, system=s", {"q": "Name a fruit.", "a": "An apple.", "s": "Be brief."},
+         [("system", "Be brief."), *ASKED]),
+        ("messages=turns", {"turns": [{"role": role, "content": text} for role, text in TWICE]}, TWICE),
+    ],
+)  # fmt: skip
+def test_columns_say_which_keys_hold_what(columns: str, row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    keyed = apply(parse(columns), row)
+    assert [(message["role"], message["content"]) for message in conversation(keyed)] == expected
+
+
+@pytest.mark.parametrize("text", ["", "prompt", "prompt=q", "question=q,response=a", "text=a,prompt=b", "text=a,text=b",
+                                  "text=a,system=b"])  # fmt: skip
+def test_columns_that_make_no_row_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="prompt=question,response=answer"):
+        parse(text)
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "a", "reply": "b"}\n')
+    with pytest.raises(UserError, match=r"line 1: there is no `a`, which --columns names for response.*q, reply"):
+        datasets.load(str(path), tokenizer, "instruct", 100, 0, columns="prompt=q,response=a")
+    data = datasets.load(str(path), tokenizer, "none", 100, 0, columns="prompt=q,response=reply")
+    assert tokenizer.decode(data.sample(0).ids) == "ab"
+    assert datasets.style_of(str(path), "prompt=q,response=reply")[0] == "instruct"
+    assert datasets.style_of(str(path), "text=q")[0] == "none"
+
+
+def learned_of(row: Any, tokenizer: Tokenizer, **how: Any) -> str:
+    ids, learned = sample_of(row, tokenizer, "chatml", **how)
+    return tokenizer.decode([token for token, keep in zip(ids, learned, strict=True) if keep], False)
+
+
+def test_the_last_response_and_long_prompts_are_learned_as_llm_foundry_did() -> None:
+    """Its `target_responses` and `target_prompts`, by hand: a prompt is what stands before a response."""
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny-chat"))
+    row = {"messages": [{"role": role, "content": text} for role, text in TWICE]}
+    asked = "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n"
+    again = "\n<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+    first, second = "An apple.<|im_end|>", "A pear.<|im_end|>"
+    assert learned_of(row, tokenizer) == first + second
+    assert learned_of(row, tokenizer, learn="last") == second
+    assert learned_of(row, tokenizer, learn_prompts="all") == asked + first + again + second
+    assert learned_of(row, tokenizer, learn="last", learn_prompts="all") == asked + again + second
+    n = len(tokenizer.encode(again, allow_special=True))
+    assert n < len(tokenizer.encode(asked, allow_special=True))
+    assert learned_of(row, tokenizer, learn_prompts=f"length>={n}") == asked + first + again + second
+    assert learned_of(row, tokenizer, learn_prompts=f"length>={n + 1}") == asked + first + second
+    assert learned_of(row, tokenizer, learn="all") == asked + first + again + second + "\n"
+
+
+def test_tokens_that_llm_foundry_stored_are_taken_as_they_are() -> None:
+    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
+    row = {"turns": [{"input_ids": [5, 6], "labels": [7]}, {"input_ids": [8], "labels": [9, tokenizer.eos_id]}]}
+    assert sample_of(row, tokenizer, "instruct") == (
+        [5, 6, 7, 8, 9, tokenizer.eos_id], [False, False, True, False, True, True],
+    )  # fmt: skip
+    row["turns"][1]["labels"] = [tokenizer.vocab_size]
+    with pytest.raises(UserError, match=f"token {tokenizer.vocab_size}, the tokenizer has {tokenizer.vocab_size}"):
+        sample_of(row, tokenizer, "instruct")
 
 
 def test_control_tokens_in_a_row_stay_text() -> None:
