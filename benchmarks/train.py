@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,24 @@ def bare(shape: str, folder: Path) -> list[float]:
     """Our model and step in the plainest loop there can be."""
     import torch
 
-    from training import build, optimizer, packing
+    from training import build, memory, optimizer, packing
     from training.distributed import World
-    from training.step import train_step
+    from training.step import accumulate, train_step
 
     run = run_of(shape, folder)
     world = World(0, 1, torch.device("cpu"))
+    memory.keep_freed_memory()  # as the loop does
     model = build.model(run, world)
     opt = optimizer.build(run, model.parameters())
     rows = samples(run)
     batches = [packing.pack(rows[i : i + BATCH], SEQUENCE) for i in range(0, len(rows), BATCH)]
+
+    def measured(batch: packing.Batch) -> dict[str, float]:
+        return {"loss": accumulate(model, batch, run, world, run.microbatch_tokens)}
+
     times = []
     for batch in batches:
-        train_step(model, opt, batch, run, world, run.microbatch_tokens)
+        train_step(model, opt, run, partial(measured, batch))
         times.append(time.perf_counter())
     return between(times)
 

@@ -245,11 +245,12 @@ def eager(
     scale: float,
     bias: Tensor | None = None,
     allowed: Tensor | None = None,
-    dropout: float = 0.0,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The formula as written, holding all scores: softmax(q k^T * scale + bias) v, (B, H, T, D).
 
-    allowed: bool, broadcastable to (B, H, T, S). Scores and softmax are float32, or float64 for float64 inputs.
+    allowed: bool, broadcastable to (B, H, T, S). drop: dropout of the probabilities.
+    Scores and softmax are float32, or float64 for float64 inputs.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(wide) * scale  # (B, H, T, S)
@@ -257,7 +258,8 @@ def eager(
         scores = scores + bias
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
-    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+    probabilities = scores.softmax(-1)
+    return (probabilities if drop is None else drop(probabilities)).to(v.dtype) @ v
 
 
 def causal_mask(T: int, S: int, device: torch.device | None = None) -> Tensor:

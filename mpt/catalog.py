@@ -256,7 +256,7 @@ def stated_style(name_or_path: str | Path) -> tuple[PromptStyle, str] | None:
     if find_template(place) is not None:
         return "template", "its chat template"
     if _has_chatml(place):
-        return "chatml", f"its tokenizer has `{CHATML_START}`"
+        return "chatml", f"its tokenizer's `{CHATML_START}`"
     return None
 
 

@@ -44,7 +44,8 @@ _LENGTH = struct.Struct(">I")
 _PLANE = 0xF0000  # of private characters, one for each of the basic plane
 _BASIC = 0xFFFF
 _CONTINUED = "\uf8f3"  # with the random number: where a message ends that is to be continued
-_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "spans_of_generation"}
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _NEXT_STEP = "give another with --chat-template FILE, or one of our styles with --prompt-style"
 
 
@@ -72,6 +73,8 @@ class ChatTemplate:
         self._nonce = str(secrets.randbits(128))  # digits, which no filter changes
         self._marks = {text: f"\uf8f0{self._nonce}\uf8f1{token_id}\uf8f2" for text, token_id in self._ids.items()}
         self._mark = re.compile(f"\uf8f0{self._nonce}\uf8f1([0-9]+)\uf8f2")
+        self._spans = (f"\uf8f4{self._nonce}", f"\uf8f5{self._nonce}")
+        self._span = re.compile("|".join(self._spans))
         self._texts = {token_id: text for text, token_id in self._ids.items()}
         self._control = _any_of(self._ids)
         # What a second rendering can prove: whitespace and characters beyond the basic plane are not replaced in it.
@@ -122,10 +125,12 @@ class ChatTemplate:
     ) -> tuple[list[int], list[bool]]:
         """The ids of a finished conversation and, for each, whether it is learned.
 
-        A response begins where the template, asked for one, ends the messages before it: there generation begins. It
-        ends with the first token behind it that ends a text, which is learned too, or else where the template ends the
-        message. A conversation that does not end with such a token gets end-of-text, since generation ends with it.
-        Raises as `encode` does, and UserError where the template renders a response's past in another way than alone.
+        Where the template marks what the assistant says, in `{% generation %}`, that is learned, and a token right
+        behind it that ends a text. Else a response begins where the template, asked for one, ends the messages before
+        it: there generation begins. It ends with the first token behind it that ends a text, which is learned too, or
+        else where the template ends the message. A conversation that does not end with such a token gets end-of-text,
+        since generation ends with it. Raises as `encode` does, and UserError where the template shows no response:
+        without `{% generation %}` because it renders a response's past in another way than alone.
         """
         more = _variable_of(tools)
         whole = self._marked(messages, False, more)
@@ -138,7 +143,8 @@ class ChatTemplate:
             learned.extend([is_learned] * len(part))
 
         done = 0
-        for start, end in self._responses(messages, whole, more):
+        is_marked = _GENERATION.search(self.source) is not None
+        for start, end in (self._generated if is_marked else self._responses)(messages, whole, more):
             add(whole[done:start], False)
             add(whole[start:end], True)
             done = end
@@ -179,6 +185,40 @@ class ChatTemplate:
                     end = mark.end()
                     break
             yield len(before), end
+
+    def _generated(
+        self, messages: Sequence[Mapping[str, Any]], whole: str, more: Mapping[str, Any]
+    ) -> Iterator[tuple[int, int]]:
+        """Where the template says that the assistant speaks, in the rendered conversation. Raises UserError."""
+        told = self._render(messages, False, {**more, "spans_of_generation": list(self._spans)})
+        places, length = [], 0
+        for part in self._span.split(told)[:-1]:  # counted with control tokens written out: as such both are alike
+            length += len(self._resolved(part)[0])
+            places.append(length)
+        kinds = [self._spans.index(mark) for mark in self._span.findall(told)]
+        is_same = self._resolved(self._span.sub("", told))[0] == self._resolved(whole)[0]
+        if not is_same or kinds != [0, 1] * (len(kinds) // 2):
+            raise UserError(f"the chat template in {self.where} changes what it marks as generated; {_NEXT_STEP}")
+        if not kinds:
+            raise UserError(f"the chat template in {self.where} marks nothing of this conversation as generated")
+        cuts = self._cuts(whole, places)
+        for start, end in zip(cuts[::2], cuts[1::2], strict=True):
+            found = self._mark.match(whole, end)
+            is_end = found is not None and int(found[1]) in self._tokenizer.end_ids
+            yield start, found.end() if found is not None and is_end else end
+
+    def _cuts(self, marked: str, places: Sequence[int]) -> list[int]:
+        """Places, ascending, of a text with its control tokens written out, as places of the marked text."""
+        cuts: list[int] = []
+        plain = done = 0
+        for n, part in enumerate(self._mark.split(marked)):
+            is_token = n % 2 == 1
+            shown = len(self._texts[int(part)]) if is_token else len(part)
+            held = len(self._marks[self._texts[int(part)]]) if is_token else len(part)
+            while len(cuts) < len(places) and (places[len(cuts)] < plain + shown or places[len(cuts)] == plain):
+                cuts.append(done + (0 if is_token else places[len(cuts)] - plain))
+            plain, done = plain + shown, done + held
+        return cuts + [done] * (len(places) - len(cuts))
 
     def _continued(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> str:
         """The text up to the end of the last message's content; transformers' rule for templates that trim it."""
@@ -277,7 +317,7 @@ class ChatTemplate:
         if "text" not in answer:
             raise self._error(answer["kind"], self._resolved(answer["error"])[0])
         text = answer["text"]
-        if self._nonce in self._mark.sub("", text).replace(f"{_CONTINUED}{self._nonce}", ""):
+        if self._nonce in self._mark.sub("", self._span.sub("", text)).replace(f"{_CONTINUED}{self._nonce}", ""):
             raise DamagedFile(f"the chat template in {self.where} cuts a control token apart; {_NEXT_STEP}")
         return text
 

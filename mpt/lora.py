@@ -19,7 +19,7 @@ from torch import Tensor
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
 
 _PREFIX = "base_model.model."
-_ONLY_AT = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+_ONLY_AT = {"bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def open_lora(folder: Path) -> LoraFolder:
         raise DamagedFile(f"`{file}` is no adapter's configuration ({error!r})") from error
     if kind != "LORA":
         raise UnsupportedConfig(f"`{folder}` is a {kind} adapter; supported: LORA")
+    if config.get("use_dora"):  # its factors multiply the base's products too, which a pair beside them cannot
+        raise UnsupportedConfig(
+            f"`use_dora` of the adapter in `{folder}` is true; merge it into its base, and use that: "
+            f"train export {folder} --merge --out FOLDER"
+        )
     for key, value in _ONLY_AT.items():
         if config.get(key) not in (None, value):
             raise UnsupportedConfig(f"`{key}` of the adapter is {config[key]!r}; supported: {value!r}")

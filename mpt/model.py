@@ -8,6 +8,7 @@ checkpoint is found and read (`mpt/checkpoint.py`), how attention is computed (`
 (`mpt/engine/engine.py`). Source: llm-foundry's MPT branch; clip comes before qk_ln, GELU is the exact erf form.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from mpt import attention
 from mpt.config import MPTConfig
+from mpt.dropout import dropout
 from mpt.errors import UnsupportedConfig
 
 # How one layer's queries, keys and values (B, H, T, D) become its output (B, H, T, D): called with the layer's number.
@@ -111,8 +113,11 @@ class MPTBlock(GradientCheckpointingLayer):
         self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + F.dropout(self.attn(self.norm_1(x), attend), self.resid_pdrop, self.training)
-        return x + F.dropout(self.ffn(self.norm_2(x)), self.resid_pdrop, self.training)
+        x = x + self._drop(self.attn(self.norm_1(x), attend), "attn")
+        return x + self._drop(self.ffn(self.norm_2(x)), "ffn")
+
+    def _drop(self, x: Tensor, part: str) -> Tensor:
+        return dropout(x, self.resid_pdrop, self.training, f"blocks.{self.attn.layer}.{part}")
 
 
 class MPTPreTrainedModel(PreTrainedModel):
@@ -190,7 +195,7 @@ class MPTModel(MPTPreTrainedModel):
         fraction = self.config.embedding_fraction
         if fraction < 1 and self.training:  # the value stays, the gradient shrinks (GLM-130B's trick)
             x = x * fraction + x.detach() * (1 - fraction)
-        x = F.dropout(x, self.config.emb_pdrop, self.training)
+        x = dropout(x, self.config.emb_pdrop, self.training, "embeddings")
         for block in self.blocks:
             x = block(x, attend)
         return self.norm_f(x)
@@ -220,7 +225,7 @@ class MPTModel(MPTPreTrainedModel):
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if self.wpe is not None and position_ids is None:
-            position_ids = self._positions(x, attention_mask, sequence_id, past)
+            position_ids = self.positions(x, attention_mask, sequence_id, past)
         attend = self._attend_through(past_key_values, attention_mask, sequence_id, past, x.shape[1])
         return BaseModelOutputWithPast(
             last_hidden_state=self.run(x, attend, position_ids), past_key_values=past_key_values
@@ -241,21 +246,22 @@ class MPTModel(MPTPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (B, S), not {tuple(attention_mask.shape)}")
         key_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
-        dropout = self.config.attention["attn_pdrop"] if self.training else 0.0
-        if sequence_id is not None and not dropout:
+        p = self.config.attention["attn_pdrop"] if self.training else 0.0
+        if sequence_id is not None and not p:
             documents = attention.Documents(sequence_id, scale=scale, slopes=self.alibi_slopes())
             return lambda layer, q, k, v: documents.attend(q, k, v)
         bias = self.alibi_bias(S)
         device = self.norm_f.weight.device
-        takes_flex = attention.takes_flex(device) and T > 1 and not dropout
+        takes_flex = attention.takes_flex(device) and T > 1 and not p
         sight = attention.see(T, S, device, key_mask) if takes_flex else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
                 k, v = cache.update(k, v, layer)
                 k, v = k[:, :, :S], v[:, :, :S]  # a static cache hands out its whole length
-            if dropout:
-                return self._attend_with_dropout(q, k, v, bias, key_mask, sequence_id, dropout)
+            if p:
+                drop = functools.partial(dropout, p=p, training=True, place=f"blocks.{layer}.probabilities")
+                return self._attend_with_dropout(q, k, v, bias, key_mask, sequence_id, drop)
             return attention.attend(q, k, v, scale=scale, bias=bias, key_mask=key_mask, sight=sight)
 
         return attend
@@ -268,7 +274,7 @@ class MPTModel(MPTPreTrainedModel):
         bias: Tensor | None,
         key_mask: Tensor | None,
         sequence_id: Tensor | None,
-        dropout: float,
+        drop: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Dropout falls on the probabilities, which only the eager formula holds; no released recipe uses it."""
         T, S = q.shape[2], k.shape[2]
@@ -279,10 +285,10 @@ class MPTModel(MPTPreTrainedModel):
             allowed = allowed & (sequence_id[:, None, :, None] == sequence_id[:, None, None, :])
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return attention.eager(q, k, v, scale=self.attention.scale, bias=bias, allowed=allowed, dropout=dropout)
+        return attention.eager(q, k, v, scale=self.attention.scale, bias=bias, allowed=allowed, drop=drop)
 
-    def _positions(self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int) -> Tensor:
-        """Learned positions count real tokens from each row's (or document's) first, (B, T)."""
+    def positions(self, x: Tensor, attention_mask: Tensor | None, sequence_id: Tensor | None, past: int) -> Tensor:
+        """Learned positions of x, (B, T, ...), count real tokens from each row's (or document's) first, (B, T)."""
         B, T = x.shape[:2]
         positions = torch.arange(past, past + T, device=x.device).expand(B, T)
         if attention_mask is not None:
@@ -317,8 +323,19 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         """The (B, S) mask as it is: transformers' `generate` asks this hook, and would make (B, 1, T, S) of it."""
         return attention_mask
 
-    def hidden_states(self, input_ids: Tensor, sequence_id: Tensor) -> Tensor:
-        """What `unembed` takes, (B, T, C), of packed rows: for a loss that never holds all logits at once."""
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        sequence_id: Tensor | None = None,
+        attend: Attend | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What `unembed` takes, (B, T, C), of packed rows: for a loss that never holds all logits at once.
+
+        attend, position_ids: as `MPTModel.run` takes them, for a part of the rows' positions, in place of sequence_id.
+        """
+        if attend is not None:
+            return self.transformer.run(self.transformer.wte(input_ids), attend, position_ids)
         states: Tensor = self.transformer(input_ids, sequence_id=sequence_id, use_cache=False).last_hidden_state
         return states
 

@@ -27,6 +27,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 _LENGTH = struct.Struct(">I")
+SPANS = "spans_of_generation"  # a variable that no published template has
 
 
 class Refused(jinja2.TemplateError):
@@ -45,13 +46,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}`, with which some templates mark what the assistant says: its body as it is."""
+    """`{% generation %}`, with which some templates mark what the assistant says: its body as it is.
+
+    Where the variable SPANS is given, its two texts are written before and behind the body.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [_mark_of(0, line), *body, _mark_of(1, line)]
+
+
+def _mark_of(place: int, line: int) -> nodes.Node:
+    """`{% if SPANS %}{{ SPANS[place] }}{% endif %}`."""
+    given = nodes.Name(SPANS, "load", lineno=line)
+    mark = nodes.Getitem(given, nodes.Const(place, lineno=line), "load", lineno=line)
+    return nodes.If(given, [nodes.Output([mark], lineno=line)], [], [], lineno=line)
 
 
 def compile_template(source: str, marks: Mapping[str, str]) -> jinja2.Template:

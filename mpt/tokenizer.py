@@ -161,6 +161,17 @@ class Tokenizer:
         eos_token = self._added_text[self.eos_id]
         return Tokenizer.from_json(json.dumps(described), "tokenizer.json", eos_token=eos_token, end_ids=self.end_ids)
 
+    def with_chatml(self) -> "Tokenizer":
+        """This tokenizer with ChatML's control tokens at the next free ids, `<|im_start|>` first, as MPT-7B-Chat's has.
+
+        Itself where it has both.
+        """
+        if None not in (self.special_id(CHATML_START), self.special_id(CHATML_END)):
+            return self
+        made = tokenizers.Tokenizer.from_str(self.to_json())
+        made.add_special_tokens([CHATML_START, CHATML_END])
+        return Tokenizer(made, eos_token=self._added_text[self.eos_id], end_ids=self.end_ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for, possibly part of a character; empty outside the vocabulary."""
         found = self._bytes.get(token_id)

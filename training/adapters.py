@@ -1,12 +1,14 @@
-"""LoRA through peft: small matrices are trained beside frozen weights, saved in peft's format, merged on demand.
+"""LoRA, DoRA and rsLoRA through peft: small matrices are trained beside frozen weights, saved as peft does, and merged.
 
 The frozen matrices are what they are multiplied as: bfloat16 in a bf16 run, or 4-bit NF4 through bitsandbytes (QLoRA,
 Dettmers et al. 2023: blocks of 64, their scales quantised again).
 """
 
+import contextlib
 import json
 import logging
 import math
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ import mpt.checkpoint
 import mpt.manifest
 from mpt.catalog import resolve
 from mpt.chat_template import ChatTemplate
+from mpt.dropout import Dropout
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.model import Linear
@@ -44,19 +47,24 @@ def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if lora.bits == 4:
-        for name, module in list(model.transformer.blocks.named_modules()):
-            if isinstance(module, Linear):
-                parent, _, key = name.rpartition(".")
-                setattr(model.transformer.blocks.get_submodule(parent), key, _four_bit(module, precision))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
     )
     inject_adapter_in_model(config, model)
+    if lora.bits == 4:  # after peft has come, which cannot read lengths of rows from such a matrix without memory
+        for name, module in list(model.transformer.blocks.named_modules()):
+            if isinstance(module, Linear):
+                parent, _, key = name.rpartition(".")
+                setattr(model.transformer.blocks.get_submodule(parent), key, _four_bit(module, precision))
+    for name, module in model.named_modules():  # peft's own draws depend on what was drawn before
+        if name.endswith(".lora_dropout") and lora.dropout:
+            module["default"] = Dropout(lora.dropout, name)
     model.peft_config = {"default": config}  # what a later save writes
 
 
@@ -65,13 +73,40 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+@contextlib.contextmanager
+def off(model: "MPTForCausalLM") -> Iterator[None]:
+    """The base alone, without dropout, as long as the context lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    was_training = model.training
+    model.eval()
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # its `enable_adapters` would freeze the adapters too, and thaw all of them
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(was_training)
+
+
 def name_in_base(name: str) -> str:
     """A parameter's name before adapters were put beside it."""
     return name.replace(".base_layer.", ".")
 
 
-def draw(name: str, module: nn.Module) -> None:
-    """New values of an adapter's matrix, as peft draws them: A uniform, B zero, so that it begins as the base."""
+def draw(name: str, module: nn.Module, model: nn.Module) -> None:
+    """New values of an adapter's matrix, as peft draws them: A uniform, B zero, so that it begins as the base.
+
+    DoRA's magnitudes begin as the lengths of the base's rows, as they are multiplied.
+    """
+    if ".lora_magnitude_vector." in name:
+        from peft.utils.integrations import dequantize_module_weight
+
+        base = model.get_submodule(name.rpartition(".lora_magnitude_vector.")[0]).base_layer
+        module.weight = nn.Parameter(dequantize_module_weight(base).float().norm(dim=1))
+        return
     weight: Tensor = module.weight  # type: ignore[assignment]
     if ".lora_A." in name:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

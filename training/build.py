@@ -17,7 +17,7 @@ from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.packed import layers as packed_layers
 from mpt.packed.matrix import Weight
-from training import adapters, distributed, memory
+from training import adapters, context, distributed, memory
 from training.distributed import World
 from training.run import Run
 
@@ -29,13 +29,15 @@ def model(run: Run, world: World) -> MPTForCausalLM:
     """
     with torch.device("meta"):
         built = MPTForCausalLM(_config(run))
+    context.check(built.config, run.context_parallel)
     built.to(torch.float32)
     stored = None
     if run.base is not None:
         place = resolve(run.base)
         mpt.manifest.verify_manifest(place)
         stored = mpt.checkpoint.weights_of(built, place)
-        if run.lora is not None and run.lora.bits != 4:  # frozen, so they may lie as they are; QLoRA packs them anew
+        # Frozen, so they may lie as they are; QLoRA packs them anew, and DoRA reads more of them than their products.
+        if run.lora is not None and run.lora.bits != 4 and not run.lora.dora:
             packed_layers.put_into(built, stored, world.device, torch.float32)
         else:
             mpt.checkpoint.say_unpacked(place, stored)
@@ -44,12 +46,12 @@ def model(run: Run, world: World) -> MPTForCausalLM:
     torch.manual_seed(run.seed)
     for number, block in enumerate(built.transformer.blocks):
         _fill(built, f"transformer.blocks.{number}", stored, run, world.device)
-        distributed.shard(block, run, world)
+        distributed.shard_block(block, run, world)
     _fill(built, "", stored, run, world.device)
     packed_layers.tie_weights(built)
     built.train()
     memory.checkpoint_activations(built, run.activation_checkpointing)
-    distributed.shard_root(built, run, world)
+    distributed.shard_root(built, world)
     if run.compile:
         if world.device.type == "cuda":  # on CPU each batch has documents of other lengths, so there it would never end
             attention.allow_variants()
@@ -82,7 +84,7 @@ def _fill(
         for key, parameter in empty.items():
             setattr(module, key, nn.Parameter(torch.empty(parameter.shape, device=device), parameter.requires_grad))
         if adapters.is_adapter(name):
-            adapters.draw(name, module)
+            adapters.draw(name, module, model)
         elif stored is None:
             model._init_weights(module)
         else:

@@ -20,6 +20,7 @@ from training import plan as planning
 from training.data.cli import app as data_app
 from training.evaluation.cli import evaluate
 from training.plan_cli import plan
+from training.preferences import cli as preferences_cli
 from training.run import Run
 from training.scale_cli import Command as ScaleCommand
 from training.scale_cli import scale
@@ -81,12 +82,12 @@ def finetune(
     From an old state: train finetune --from runs/a --lr 2e-6 --out runs/b
     """
     from mpt.catalog import describe
-    from training import prompt_style
+    from training import folder, prompt_style
     from training.data import files
 
     changes = flags.changes(given)
     prompt_style.settle(changes)
-    if (whole := _whole_run(recipe, config, changes)) is not None:
+    if (whole := folder.whole_run(config, changes, recipe)) is not None:
         run, origin = whole
         decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{origin}` has it"
     else:
@@ -122,8 +123,10 @@ def pretrain(
 
     Example: train pretrain --data novel.txt --tokenizer mpt-tiny --steps 100
     """
+    from training import folder
+
     changes = flags.changes(given)
-    if (whole := _whole_run(recipe, config, changes)) is not None:
+    if (whole := folder.whole_run(config, changes, recipe)) is not None:
         run, _ = whole
     else:
         from mpt.checkpoint_text import open_tokenizer
@@ -142,26 +145,6 @@ def pretrain(
 
 
 app.command()(evaluate)
-
-
-def _whole_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tuple[Run, Path] | None:
-    """The run that --config or --from holds, changed, and the file it is in; None where a recipe makes the run.
-
-    Sets `start_from` of the changes to the checkpoint that it means. Raises UserError.
-    """
-    given = changes.get("start_from")
-    if config is None and given is None:
-        return None
-    option = "--config" if config is not None else "--from"
-    flags.refuse({"--recipe": recipe}, f"does not go with {option}, which holds a whole run")
-    if given is not None:
-        from training import folder
-
-        changes["start_from"] = folder.start_state(given, changes.get("out"))
-        begun = Path(changes["out"]) / "run.json"
-        config = config or (begun if begun.is_file() else Path(changes["start_from"]).parent / "run.json")
-    assert config is not None
-    return recipes.change(Run.read(config), **changes), config
 
 
 @app.command()
@@ -263,16 +246,17 @@ def _train(run: Run, resume: bool, dry_run: bool, as_json: bool, gpus: int | Non
 
 def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
     """The run as JSON, then what was chosen for the user and what it comes to."""
-    from training import batches, packing
+    from training import batches, objective
 
-    tokenizer = batches.load_tokenizer(run)
-    data = batches.load_data(run, tokenizer, run.data)
+    run.check_ranks(n_gpus)
+    how = objective.of_run(run, batches.load_tokenizer(run))
+    data = how.load(run.data)
     n_steps = batches.count_steps(run, data)
-    samples = [data.sample(number) for number in range(run.global_batch)]
-    batch = packing.pack(samples, run.max_seq_len, run.microbatch_tokens)
+    batch = how.pack([data.sample(number) for number in range(run.global_batch)])
     used = int((batch.sequence_id >= 0).sum())
     shape = planning.shape_of_run(run)
-    needed = planning.memory(shape, run, n_gpus, max(1, run.microbatch_tokens // run.max_seq_len))
+    sequences = max(1, run.microbatch_tokens * run.context_parallel // run.max_seq_len)
+    needed = planning.memory(shape, run, n_gpus, sequences)
     print(run.to_json(), end="")
     if decided:
         print(decided)
@@ -280,13 +264,16 @@ def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
     print(f"samples {data.n_samples if data.n_samples is not None else 'generated'}")
     print(f"steps {n_steps}")
     print(f"tokens_per_step {used}")
-    print(f"learned_tokens_per_step {batch.n_learned}")
+    print(f"learned_tokens_per_step {how.n_learned(batch)}")
     print(f"useful_positions {used / batch.ids.numel():.3f}")
     print(f"tokens {n_steps * used}")
     print(f"flops {n_steps * used * shape.flops_per_token(run.max_seq_len, is_causal=True):.3g}")
     for what, n_bytes in vars(needed).items():
         print(f"memory_{what}_gb {n_bytes / 1e9:.2f}")
     print(f"memory_gb {needed.total / 1e9:.2f} on each of {n_gpus}")
+
+
+preferences_cli.add_to(app, _train)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,13 @@ def style_of(name: str, columns: str | None = None) -> tuple[PromptStyle, str]:
     )
 
 
+def has_rows(name: str) -> bool:
+    """Whether a set is rows of conversations or texts: neither generated nor shards of tokens."""
+    from training.data import streams
+
+    return name not in DATASETS and not (streams.is_stream(name) and streams.rows_of(name) is None)
+
+
 def rows_of(name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file, a folder, a set of the hub or shards of rows, each with where it stands.
 

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,14 +27,29 @@ _TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the ot
 
 
 @dataclass(frozen=True)
+class Context:
+    """This process among the n ranks that compute the same rows, each a part of their positions."""
+
+    rank: int
+    n: int
+    group: "dist.ProcessGroup"
+
+
+@dataclass(frozen=True)
 class World:
     """This process among the ranks."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # None in a world of one
+    mesh: DeviceMesh | None = None  # None in a world of one; 2-D, replicas first, where there are some
     background: "dist.ProcessGroup | None" = None  # for the thread that writes checkpoints, and for it alone
+    context: Context | None = None  # None where each rank has rows of its own
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks compute the same rows."""
+        return 1 if self.context is None else self.context.n
 
     @property
     def is_first(self) -> bool:
@@ -51,16 +67,30 @@ class World:
         """The first rank's value."""
         return int(self.sum(value if self.is_first else 0)[0])
 
+    def object_from_first(self, value: Any) -> Any:
+        """The first rank's value, of any kind that is pickled."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
     def barrier(self) -> None:
         self.sum(0)
 
 
 @contextlib.contextmanager
-def join() -> Iterator[World]:
-    """Meet the other ranks, if there are any, and leave them in the end."""
+def join(run: Run | None = None) -> Iterator[World]:
+    """Meet the other ranks, if there are any, and leave them in the end.
+
+    run: how they share a model and its rows. Raises UserError for a number of ranks that cannot be divided so.
+    """
+    replicas, context_parallel = (1, 1) if run is None else (run.replicas, run.context_parallel)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    if run is not None:
+        run.check_ranks(size)
     if has_gpu:
         torch.cuda.set_device(device)
     if size == 1:
@@ -74,34 +104,78 @@ def join() -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
-        mesh = init_device_mesh(device.type, (size,))
-        yield World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+        shape, names = (
+            ((size,), ("shares",)) if replicas == 1 else ((replicas, size // replicas), ("replicas", "shares"))
+        )
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        context = None
+        if context_parallel > 1:
+            groups = init_device_mesh(device.type, (size // context_parallel, context_parallel))
+            context = Context(rank % context_parallel, context_parallel, groups.get_group(1))
+        yield World(rank, size, device, mesh, dist.new_group(backend="gloo"), context)
     finally:
         dist.destroy_process_group()
 
 
-def shard(module: nn.Module, run: Run, world: World) -> None:
-    """Split a part's parameters, gradients and optimizer state over the ranks; it is gathered when it is computed."""
+def shard_block(block: nn.Module, run: Run, world: World) -> None:
+    """Split a block's matrices, their gradients and optimizer state over the ranks; gathered when it is computed.
+
+    They are gathered as they are multiplied: in bfloat16 in a bf16 run, to which autocast rounds them in a world of one
+    too. Autocast leaves every other parameter in float32, and so are they gathered: the norms of attention (`qk_ln`) in
+    a group of their own here, the block's by `shard_root`. Beside adapters the matrices are stored as they are
+    multiplied; of the adapters peft reads more than autocast rounds.
+    """
     if world.mesh is None:
         return
-    # Gradients are summed, not averaged: a step's loss is already divided by the tokens of all ranks.
+    parts = [block.get_submodule("attn"), block.get_submodule("ffn")]
+    if run.precision == "fp32" or run.lora is not None:
+        _shard(parts, world)
+        return
+    norms: list[nn.Module] = [module for part in parts for module in part.modules() if isinstance(module, nn.LayerNorm)]
+    if norms:
+        _shard(norms, world, reshard_after_forward=False)
+    _shard(parts, world, torch.bfloat16)
+
+
+def shard_root(model: MPTForCausalLM, world: World) -> None:
+    """Split what is left of a model whose blocks are split already: embeddings and norms, gathered in float32."""
+    if world.mesh is not None:
+        _shard([model], world)
+        register_fsdp_forward_method(model, "hidden_states")
+
+
+def _shard(
+    modules: list[nn.Module],
+    world: World,
+    gathered_in: torch.dtype | None = None,
+    reshard_after_forward: bool | None = None,
+) -> None:
+    """Make one group of what is not in one yet. gathered_in: None for the parameters' own dtype."""
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if run.precision == "bf16" else None,
+        param_dtype=gathered_in,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast decides, as in a world of one
     )
-    quantised = {parameter for parameter in module.parameters() if not parameter.is_floating_point()}  # whole on each
-    fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=quantised)
-    assert isinstance(module, FSDPModule)
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    quantised = {p for module in modules for p in module.parameters() if not p.is_floating_point()}  # whole on each
+    fully_shard(
+        modules if len(modules) > 1 else modules[0],
+        mesh=world.mesh,
+        mp_policy=policy,
+        ignored_params=quantised,
+        reshard_after_forward=reshard_after_forward,
+    )
+    group = modules[0]
+    assert isinstance(group, FSDPModule)
+    # Gradients are summed, not averaged: a step's loss is already divided by the tokens of all ranks.
+    group.set_gradient_divide_factor(1.0)
+    group.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
 
 
-def shard_root(model: MPTForCausalLM, run: Run, world: World) -> None:
-    """Split what the blocks leave of a model, whose blocks are split already."""
-    shard(model, run, world)
-    if world.mesh is not None:
-        register_fsdp_forward_method(model, "hidden_states")
+def free(model: MPTForCausalLM) -> None:
+    """Let go of what was gathered for a forward pass that no backward pass follows, so that parameters are shares."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(model: MPTForCausalLM, world: World, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -16,11 +16,13 @@ from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
-from training import batches, datasets
+from training import batches, distributed
+from training.batches import Numbered
 from training.data import hub
 from training.distributed import World
 from training.evaluation import catalog, models, suite
 from training.logbook import Logbook
+from training.objective import Objective
 from training.run import Run
 from training.step import autocast
 from training.trackers import Trackers
@@ -38,7 +40,8 @@ class During:
         run: Run,
         world: World,
         tokenizer: Tokenizer,
-        data: datasets.Dataset,
+        objective: Objective,
+        data: Numbered,
         logbook: Logbook,
         trackers: Trackers,
         beat: Callable[[str], None] = lambda _: None,
@@ -47,7 +50,7 @@ class During:
         self._run, self._world, self._tokenizer = run, world, tokenizer
         self._logbook, self._trackers, self._beat = logbook, trackers, beat
         self._tasks = [] if run.eval_tasks is None else _tasks(run.eval_tasks)
-        self._prompts = [] if run.sample_every is None else _prompts(run, tokenizer, data)
+        self._prompts = [] if run.sample_every is None else _prompts(run, tokenizer, objective, data)
 
     def after(self, step: int, is_last: bool, model: MPTForCausalLM) -> dict[str, float]:
         """What the step's line has besides."""
@@ -136,10 +139,10 @@ def _whole(model: MPTForCausalLM) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        distributed.free(model)
 
 
-def _prompts(run: Run, tokenizer: Tokenizer, data: datasets.Dataset) -> list[list[int]]:
+def _prompts(run: Run, tokenizer: Tokenizer, objective: Objective, data: Numbered) -> list[list[int]]:
     """What is continued, as token ids, within half of the run's sequence. Raises UserError for an empty file."""
     if run.sample_prompts is not None and not run.sample_prompts.endswith(".jsonl"):
         path = Path(run.sample_prompts).expanduser()
@@ -149,10 +152,10 @@ def _prompts(run: Run, tokenizer: Tokenizer, data: datasets.Dataset) -> list[lis
         prompts = [_encoded(run, tokenizer, line) for line in lines]
     else:
         name = run.sample_prompts or run.eval_data
-        rows = data if name is None else batches.load_data(run, tokenizer, name)
+        rows = data if name is None else objective.load(name)
         most = _SAMPLES if run.sample_prompts is None else _MOST_SAMPLES
         n = most if rows.n_samples is None else min(most, rows.n_samples)
-        prompts = [_beginning(*rows.sample(number)) for number in range(n)]
+        prompts = [_beginning(*objective.text_of(rows.sample(number))) for number in range(n)]
     if not prompts or len(prompts) > _MOST_SAMPLES:
         raise UserError(f"`{run.sample_prompts}` has {len(prompts)} prompts; 1 to {_MOST_SAMPLES} can be continued")
     return [prompt[-max(1, run.max_seq_len // 2) :] for prompt in prompts]

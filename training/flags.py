@@ -49,12 +49,17 @@ def changes(given: dict[str, Any]) -> dict[str, Any]:
     if (warmup := values.pop("warmup_steps", None)) is not None:
         values |= _warmup(warmup)
     rank, qlora_rank = values.pop("lora", None), values.pop("qlora", None)
+    dora, rslora = bool(values.pop("dora", False)), bool(values.pop("rslora", False))
     if rank is not None and qlora_rank is not None:
         raise UserError("give --lora or --qlora, one of the two")
     if rank is not None:
-        values["lora"] = Lora(rank=rank)
-    if qlora_rank is not None:
-        values["lora"] = Lora(rank=qlora_rank, bits=4)
+        values["lora"] = Lora(rank=rank, dora=dora, rslora=rslora)
+    elif qlora_rank is not None:
+        values["lora"] = Lora(rank=qlora_rank, bits=4, dora=dora, rslora=rslora)
+    elif dora or rslora:
+        raise UserError(
+            f"`--{'dora' if dora else 'rslora'}` is a kind of adapter; give its rank too, for example `--lora 16`"
+        )
     return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
 
 
@@ -82,12 +87,22 @@ def _warmup(given: float) -> dict[str, Any]:
 
 
 def _parameters(declared: Declaration) -> list[inspect.Parameter]:
-    """A field's flag, as a parameter of a typer command; of `lora` two, which take the rank."""
-    if declared.kind is Lora:
-        quantized = dataclasses.replace(declared.setting, help="The same beside frozen matrices in 4 bits (QLoRA).")
-        plain = dataclasses.replace(declared, kind=int)
-        return [_parameter(plain), _parameter(dataclasses.replace(plain, name="qlora", setting=quantized))]
-    return [_parameter(declared)]
+    """A field's flag, as a parameter of a typer command; of `lora` two, which take the rank, and two for its kind."""
+    if declared.kind is not Lora:
+        return [_parameter(declared)]
+    more = [
+        ("qlora", int, "RANK", "The same beside frozen matrices in 4 bits (QLoRA)."),
+        ("dora", bool, None, "With --lora or --qlora: train the length of each matrix's rows too (DoRA)."),
+        ("rslora", bool, None, "With --lora or --qlora: scale by the root of the rank (rsLoRA)."),
+    ]
+    flags = [dataclasses.replace(declared, kind=int)]
+    flags += [
+        dataclasses.replace(
+            declared, name=name, kind=kind, setting=dataclasses.replace(declared.setting, help=text, metavar=metavar)
+        )
+        for name, kind, metavar, text in more
+    ]
+    return [_parameter(flag) for flag in flags]
 
 
 def _parameter(declared: Declaration) -> inspect.Parameter:

@@ -101,7 +101,8 @@ def _refusal(run: Run, wrong: Changed) -> str:
     said = f"`{run.out}` holds a run with {key} {before!r}, now {now!r}"
     if key == "start_from" or any(_changes(name) == "state" for name in wrong):
         return f"{said}; a run with another {key} begins anew, in another --out"
-    command = "train finetune" if run.base is not None else "train pretrain"
+    of_base = "train finetune" if run.preference is None else "train prefer"
+    command = of_base if run.base is not None else "train pretrain"
     texts = _flags(run, wrong)
     if None in texts:
         copied = f"put it into a copy of `{run.out}/run.json`, then: {command} --config COPY"
@@ -117,6 +118,26 @@ def _flags(run: Run, changed: Changed) -> list[str | None]:
         now = {name: value for name, value in now.items() if name != "warmup_share"}
         now["warmup_steps"] = run.warmup_steps or run.warmup_share or 0
     return [flags.text(name, value) for name, value in now.items()]
+
+
+def whole_run(config: Path | None, changes: dict[str, Any], recipe: str = "") -> tuple[Run, Path] | None:
+    """The run that --config or --from holds, changed, and the file it is in; None where a recipe makes the run.
+
+    Sets `start_from` of the changes to the checkpoint that it means. Raises UserError, also for --recipe beside them.
+    """
+    from training import recipes
+
+    given = changes.get("start_from")
+    if config is None and given is None:
+        return None
+    option = "--config" if config is not None else "--from"
+    flags.refuse({"--recipe": recipe}, f"does not go with {option}, which holds a whole run")
+    if given is not None:
+        changes["start_from"] = start_state(given, changes.get("out"))
+        begun = Path(changes["out"]) / "run.json"
+        config = config or (begun if begun.is_file() else Path(changes["start_from"]).parent / "run.json")
+    assert config is not None
+    return recipes.change(Run.read(config), **changes), config
 
 
 def start_state(given: str, out: str | None) -> str:

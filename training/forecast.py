@@ -131,8 +131,9 @@ def job(
     Raises UserError for unknown GPUs and for numbers out of range.
     """
     gpu = _checked(gpu_name, n_gpus, mfu, network, weekly_failures)
+    run.check_ranks(n_gpus)
     sequences = fitting(shape, run, gpu, n_gpus)
-    flops = done.positions * shape.flops_per_token(run.max_seq_len)
+    flops = done.positions * _flops_per_position(shape, run)
     step = _step(shape, run, done, gpu, n_gpus, sequences, network)
     save_s = _state_bytes(shape, run) / n_gpus / (_TO_HOST * 1e9)
     failing = nodes.failures(
@@ -187,8 +188,14 @@ def _checked(gpu_name: str, n_gpus: int, mfu: float | None, network: float | Non
 
 
 def _sequences(run: Run, done: Work, n_gpus: int) -> float:
-    """Of a step on each GPU. At least one: a GPU without a row waits for the others."""
-    return max(1.0, done.positions / done.steps / run.max_seq_len / n_gpus)
+    """Of a step on each GPU. At least one, or its part of one: a GPU without a row waits for the others."""
+    return max(1.0 / run.context_parallel, done.positions / done.steps / run.max_seq_len / n_gpus)
+
+
+def _flops_per_position(shape: Shape, run: Run) -> float:
+    """Of forward and backward, and of the forward pass of a preference tuning's reference."""
+    needs_reference = run.preference is not None and run.preference.has_reference
+    return shape.flops_per_token(run.max_seq_len) * (4 / 3 if needs_reference else 1)
 
 
 def _step(
@@ -199,7 +206,7 @@ def _step(
     )
     sequences = _sequences(run, done, n_gpus)
     n_micro = math.ceil(sequences / max(1, fits))
-    flops = sequences * run.max_seq_len * shape.flops_per_token(run.max_seq_len)
+    flops = sequences * run.max_seq_len * _flops_per_position(shape, run)
     computing_s = flops / (gpu.peak_tflops * 1e12 * found.mfu)
     moving_s = nodes.transfer(shape, network or gpu.network, n_gpus, n_micro)
     return _Step(

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,14 +47,14 @@ from training.folder import Changed, Skipped
 from training.heartbeat import Heartbeat
 from training.logbook import Logbook, where
 from training.mirror import Mirror
+from training.objective import of_run
 from training.run import Run
 from training.spikes import SpikeRule
-from training.step import mean_loss, train_step
+from training.step import Metrics, train_step
 from training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
-Metrics = dict[str, float]
 _LONG = 1000  # steps: so many on several ranks are worth the seconds of a check
 _PROBED_EVERY = 20  # steps: 5 ms of a GPU
 
@@ -69,7 +70,7 @@ def fit(
     """
     out = Path(run.out)
     finished = out / "model"
-    with distributed.join() as world, disk_refusals(out), folder.own(run, world, resume) as changed:
+    with distributed.join(run) as world, disk_refusals(out), folder.own(run, world, resume) as changed:
         if (finished / mpt.manifest.MANIFEST).is_file() and not world.from_first(folder.changes_length(changed)):
             log.info("`%s` is finished", finished)
             _mirror_finished(run, world)
@@ -83,9 +84,10 @@ def fit(
 def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
     """Find a user's mistakes before ranks are started: folder, memory, tokenizer and data. Raises UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.check_ranks(n_ranks)
     with disk_refusals(Path(run.out)), folder.claimed(run, resume):
         plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
-        batches.count_steps(run, batches.load_data(run, batches.load_tokenizer(run), run.data))
+        batches.count_steps(run, of_run(run, batches.load_tokenizer(run)).load(run.data))
 
 
 def _say_lost(out: Path, world: World) -> None:
@@ -133,15 +135,21 @@ class _Training:
         self.run, self.world, self.out, self.changed = run, world, Path(run.out), changed
         self.logbook, self.heartbeat = Logbook(self.out, world.is_first), heartbeat
         self.tokenizer = batches.load_tokenizer(run)
-        self.batches = Batches(run, batches.load_data(run, self.tokenizer, run.data))
-        self.held_out = batches.held_out(run, self.tokenizer)
+        self.objective = of_run(run, self.tokenizer)
+        self.batches = Batches(run, self.objective.load(run.data), self.objective.pack)
+        self.held_out = None if run.eval_data is None else batches.held_out(run, self.objective.load(run.eval_data))
+        self.held_out_batch: Any = None  # packed when the objective knows what it needs of the base
         self.n_steps = self.batches.n_steps
         self.last_step = max(1, round(share * self.n_steps))
         self.warmup = _warmup(run, self.n_steps)
         self.trackers = Trackers(run, is_open=world.is_first)
-        self.during = During(run, world, self.tokenizer, self.batches.data, self.logbook, self.trackers, heartbeat.beat)
+        self.during = During(
+            run, world, self.tokenizer, self.objective, self.batches.data, self.logbook, self.trackers, heartbeat.beat
+        )
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
+        if world.device.type == "cpu":
+            memory.keep_freed_memory()
         self.model = build.model(run, world)
         self.shape = plan.Shape.of(self.model.config)
         is_gpu = world.device.type == "cuda"
@@ -159,6 +167,7 @@ class _Training:
         is_long = self.world.size > 1 and self.n_steps >= _LONG
         if self.run.preflight or is_restart or is_long:
             machine.preflight(self.world, self.out, self.logbook.write)
+        self.prepare()
         self.adopt()
         self.restore()
         if self.run.on_spike == "skip" and checkpoint.latest(self.out) is None:
@@ -180,6 +189,22 @@ class _Training:
                 checkpoint.adopt(Path(self.run.start_from), self.out)
                 self.logbook.write("from", state=self.run.start_from)
         self.world.barrier()
+
+    def prepare(self) -> None:
+        """Ask of the base what the objective needs, while the model still is the base."""
+
+        def upcoming() -> Iterator[list[Any]]:
+            for step in range(self.n_steps):
+                self.heartbeat.beat("asking the base")
+                yield self.batches.samples(step)
+            if self.held_out is not None:
+                yield self.held_out
+
+        self.microbatch.shrink_to_fit(
+            lambda positions: self.objective.prepare(self.model, upcoming(), self.world, positions), self.logbook
+        )
+        if self.held_out is not None:
+            self.held_out_batch = self.objective.pack(self.held_out)
 
     def restore(self, last_step: int | None = None) -> None:
         """Go on from the newest whole checkpoint, of last_step or before, and note what stopping has cost.
@@ -258,20 +283,13 @@ class _Training:
             line: dict[str, Any] = {"step": step + 1, "steps": self.n_steps}
             self.heartbeat.beat("step", step)
             self.heartbeat.own_share()
-            torch.manual_seed(
-                (run.seed * self.n_steps + step) * world.size + world.rank
-            )  # dropout, also after a resume
+            torch.manual_seed((run.seed << 32) + step & (1 << 63) - 1)  # for dropout: the same on all ranks
             is_taken = step not in self.skipped
             if is_taken:
-                loss, norm = self.microbatch.shrink_to_fit(
-                    lambda positions, batch=batch: train_step(  # type: ignore[misc]
-                        self.model, self.optimizer, batch, run, world, positions
-                    ),
-                    self.logbook,
-                )
-                if self.is_off_course(step, loss, norm):
+                found, norm = self.microbatch.shrink_to_fit(partial(self.take_step, batch), self.logbook)
+                if self.is_off_course(step, found["loss"], norm):
                     continue
-                line |= {"loss": loss, "lr": lr, "gradient_norm": norm}
+                line |= {**found, "lr": lr, "gradient_norm": norm}
             now = time.monotonic()
             self.heartbeat.beat("between steps")
             seconds = self.position.seconds + now - self.started
@@ -282,7 +300,7 @@ class _Training:
                 line |= self.speed(batch, used, now - began) | self.straggler(step, now - began)
             is_last = step + 1 == self.n_steps
             if self.held_out is not None and ((step + 1) % run.eval_every == 0 or is_last):
-                line["held_out_loss"] = self.held_out_loss()
+                line |= self.scores_held_out()
             line |= self.during.after(step + 1, is_last, self.model)
             if world.is_first:
                 file.write(json.dumps(line) + "\n")
@@ -300,6 +318,11 @@ class _Training:
                 )
             if (step + 1) % run.checkpoint_every == 0 or is_last:
                 self.saver.save(self.model, self.optimizer, self.position)
+
+    def take_step(self, batch: Any, positions: int) -> tuple[Metrics, float]:
+        """A step's numbers and its gradient's norm, with so many positions at a time."""
+        accumulate = partial(self.objective.accumulate, self.model, batch, self.world, positions)
+        return train_step(self.model, self.optimizer, self.run, accumulate)
 
     def speed(self, batch: packing.Batch, used: int, seconds: float) -> Metrics:
         """What a step's line says of its speed. used: positions that hold a token."""
@@ -351,13 +374,12 @@ class _Training:
             "of this step, or take --on-spike skip"
         )
 
-    def held_out_loss(self) -> float:
-        """The mean loss over the held-out set."""
-        assert self.held_out is not None
+    def scores_held_out(self) -> Metrics:
+        """The objective's numbers over the held-out set, each under its name behind `held_out_`."""
         self.model.eval()
-        loss = mean_loss(self.model, self.held_out, self.run, self.world, self.microbatch.positions)
+        found = self.objective.evaluate(self.model, self.held_out_batch, self.world, self.microbatch.positions)
         self.model.train()
-        return loss
+        return {f"held_out_{name}": value for name, value in found.items()}
 
     def finish(self) -> None:
         """Write the finished checkpoint, keep the last state alone of those it was made from, and draw the curves."""

@@ -7,7 +7,7 @@ as it may be would else give every sequence of a small step its length. That pac
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +20,26 @@ IGNORED = -100  # the label of a position that is not learned: cross_entropy's o
 
 
 class Batch(NamedTuple):
-    """Packed sequences, all (rows, T) int64; labels belong to the position that predicts them."""
+    """Packed sequences, (rows, T) int64 but for `row`; labels belong to the position that predicts them."""
 
     ids: Tensor
     labels: Tensor  # the next token, or IGNORED
     sequence_id: Tensor  # which sample a position belongs to, -1 for padding
+    row: Tensor  # (rows,): the number of each in its step, whichever microbatch of whichever rank it came to
 
     @property
     def n_learned(self) -> int:
         return int((self.labels != IGNORED).sum())
+
+
+class Positions(Protocol):
+    """Which positions of a step's rows hold samples, as `Batch` has it."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def sequence_id(self) -> Tensor: ...
 
 
 def pack(samples: Sequence[Sample], max_seq_len: int, widest: int = 0) -> Batch:
@@ -57,7 +68,7 @@ def pack(samples: Sequence[Sample], max_seq_len: int, widest: int = 0) -> Batch:
             labels[r, start : end - 1] = torch.where(learned[1:], sample_ids[1:], IGNORED)
             sequence_id[r, start:end] = d
             start = end
-    return Batch(ids, labels, sequence_id)
+    return Batch(ids, labels, sequence_id, torch.arange(len(rows)))
 
 
 def _places(lengths: Sequence[int], max_seq_len: int, widest: int) -> list[int]:
@@ -112,7 +123,7 @@ def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
     return [Batch(*(x[i : i + rows] for x in batch)) for i in range(0, len(batch.ids), rows)]
 
 
-def squared_lengths(batch: Batch) -> int:
+def squared_lengths(batch: Positions) -> int:
     """The sum of each sample's length squared: what attention's work goes by."""
     rows = torch.arange(len(batch.ids))[:, None].expand_as(batch.sequence_id)
     pairs = torch.stack([rows, batch.sequence_id])[:, batch.sequence_id >= 0]
@@ -127,6 +138,7 @@ def deal(batch: Batch, rank: int, n_ranks: int, max_tokens: int) -> list[Batch]:
     """
     missing = -len(batch.ids) % n_ranks
     if missing:
-        filler = Batch(batch.ids[:1], torch.full_like(batch.labels[:1], IGNORED), batch.sequence_id[:1])
+        first = Batch(*(x[:1] for x in batch))
+        filler = first._replace(labels=torch.full_like(first.labels, IGNORED))
         batch = Batch(*(torch.cat([x, *[y] * missing]) for x, y in zip(batch, filler, strict=True)))
     return microbatches(Batch(*(x[rank::n_ranks] for x in batch)), max_tokens)

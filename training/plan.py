@@ -12,7 +12,8 @@ from typing import Any
 from mpt.errors import UserError
 from training.run import Run
 
-_LOSS_CHUNK = 2048  # training/step.py
+_LOSS_CHUNK = 4096  # training/step.py
+_LOSS_VALUES = 1 << 25  # training/losses.py
 _TILE = 128  # mpt/attention.py
 
 
@@ -138,6 +139,7 @@ def shape_of_run(run: Run) -> Shape:
 
 def check_memory(run: Run, n_devices: int, available_gb: float) -> None:
     """Raises UserError when not even one sequence at a time can fit, with the estimate."""
+    run.check_ranks(n_devices)
     needed = memory(shape_of_run(run), run, n_devices, 1).total / 1e9
     if needed > available_gb:
         raise UserError(
@@ -167,7 +169,8 @@ class Memory:
     parameters: float
     gradients: float
     optimizer: float
-    weights_at_work: float  # as they are multiplied: the block at work and the next one, or autocast's copies of all
+    # As they are multiplied: autocast's copies of all, or what is gathered: two blocks, the embedding, its gradient.
+    weights_at_work: float
     activations: float
     logits: float
     mask: float  # which documents see which, once for all blocks: 16 bytes a tile of 128 x 128 pairs
@@ -178,7 +181,7 @@ class Memory:
 
 
 def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
-    """What a run needs on each of n_gpus, computing `sequences` of its length at a time.
+    """What a run needs on each of n_gpus, computing `sequences` of its length at a time, its share of them each.
 
     Parameters, gradients and states are float32 and sharded; beside adapters the blocks' matrices are bfloat16, or 4
     bits with 0.127 of scales (QLoRA, section 3) and then whole on each GPU, or as a packed base has them, whole on each
@@ -186,6 +189,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     bytes a token in bfloat16 on one GPU; Korthikanti et al. 2022 have 34 d.
     """
     n, d = shape.n_parameters, shape.d_model
+    n_gpus //= run.replicas  # each is split over its own
     trained = float(n)
     if run.lora is not None:
         widths = {
@@ -193,16 +197,18 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
             "up_proj": (d, shape.expansion_ratio * d), "down_proj": (shape.expansion_ratio * d, d),
         }  # fmt: skip
         trained = float(shape.n_layers * run.lora.rank * sum(sum(widths[target]) for target in run.lora.targets))
+        if run.lora.dora:
+            trained += float(shape.n_layers * sum(widths[target][1] for target in run.lora.targets))
     parameters = 4 * n / n_gpus
     if run.lora is not None:
         in_blocks = float(shape.n_layers * shape.n_block_parameters)
         per_weight = {4: 4.127 / 8 * n_gpus, 16: 2.0 if run.precision == "bf16" else 4.0}[run.lora.bits]
         parameters = (4 * (n - in_blocks + trained) + per_weight * in_blocks) / n_gpus
-        if run.lora.bits != 4 and shape.packed_bytes:
+        if run.lora.bits != 4 and shape.packed_bytes and not run.lora.dora:
             parameters = 4 * (n - shape.packed_values + trained) / n_gpus + shape.packed_bytes
-    tokens = sequences * run.max_seq_len
+    tokens = sequences * math.ceil(run.row_tokens / run.context_parallel)
     width = 2.0 if run.precision == "bf16" else 4.0  # of products
-    residual = 4.0 if n_gpus == 1 else width  # embeddings are float32, or communicated as products are
+    residual = 4.0  # embeddings are float32, and so is what they are added to
     qkv, ffn = d + 2 * shape.kv_width, shape.expansion_ratio * d
     # What enters both norms, Wqkv and up_proj, attention, out_proj, GELU and down_proj.
     block = tokens * (2 * residual * d + width * (3 * d + qkv + 2 * ffn))
@@ -212,14 +218,21 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     kept = {"none": block, "selective": products, "full": tokens * residual * d}[run.activation_checkpointing]
     is_cast = run.precision == "bf16" and run.lora is None  # what adapters lie beside is bfloat16 as it is
     n_at_work = 2 if n_gpus > 1 else shape.n_layers if is_cast else 0
+    if run.lora is not None and run.lora.dora and run.lora.dropout:
+        # peft multiplies what dropout left by a copy of the base's matrix, and keeps the copy for the backward pass.
+        n_at_work += shape.n_layers if run.activation_checkpointing == "none" else 1
+    # The embedding is gathered in float32, and so is its gradient before it is split.
+    outside = 0.0 if n_gpus == 1 else 4.0 * (n - shape.n_layers * shape.n_block_parameters) * (1 if run.lora else 2)
+    n_logits = _LOSS_CHUNK * shape.vocab_size
     return Memory(
         parameters=parameters,
         gradients=4 * trained / n_gpus,
         optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
-        weights_at_work=n_at_work * width * shape.n_block_parameters,
+        weights_at_work=n_at_work * width * shape.n_block_parameters + outside,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
-        logits=3 * 4.0 * _LOSS_CHUNK * shape.vocab_size,
-        mask=16.0 * sequences * math.ceil(run.max_seq_len / _TILE) ** 2,
+        # As the matrix product gives them, which their gradient overwrites; a piece is in float32.
+        logits=width * n_logits + 4.0 * min(_LOSS_VALUES, n_logits),
+        mask=16.0 * sequences * math.ceil(run.row_tokens / _TILE) ** 2,
     )
 
 

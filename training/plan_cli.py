@@ -12,7 +12,11 @@ from training.plan import GPUS, shape_of_run
 from training.run import Run
 
 
-@flags.of_run(only=("max_seq_len", "global_batch", "optimizer", "activation_checkpointing", "lora"))
+@flags.of_run(
+    only=(
+        "max_seq_len", "global_batch", "optimizer", "activation_checkpointing", "context_parallel", "replicas", "lora",
+    )
+)  # fmt: skip
 def plan(
     recipe: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.names())}.")],
     base: Annotated[
@@ -91,4 +95,6 @@ def _run(recipe: str, base: str) -> Run:
         return recipes.make_pretraining(recipe, "data", "out", "tokenizer", 50_432)
     if recipe in recipes.FINETUNES:
         return recipes.make_finetune(recipe, base or "mpt-7b", "data", "out")
+    if recipe in recipes.PREFERENCES:
+        return recipes.PREFERENCES[recipe](base or "mpt-7b-instruct", "data", "out")
     raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.names())}")

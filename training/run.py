@@ -29,6 +29,7 @@ OnSpike = Literal["log", "skip", "stop"]
 # What another value of a field changes. `state`: the tensors of a checkpoint, so that no run can go on from it with it.
 # `results`: what the steps compute, so it needs a new folder (`--from`). `nothing` of that: a resume takes it.
 Changes = Literal["state", "results", "nothing"]
+PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo"]
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,45 @@ class Lora:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("Wqkv", "out_proj", "up_proj", "down_proj")
     bits: Literal[4, 16] = 16  # of the frozen matrices: 4 is QLoRA's NF4; 16 are 32 in an fp32 run
+    dora: bool = False  # also trains the length of each matrix's rows (Liu et al. 2024)
+    rslora: bool = False  # the product is scaled by alpha / sqrt(rank) (Kalajdzievski 2023), not by alpha / rank
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise UserError(f"`lora.rank` is {self.rank!r}; it must be a whole number above 0")
         if self.bits not in (4, 16):
             raise UserError(f"`lora.bits` is {self.bits!r}; it must be 4 or 16")
+        for key in ("dora", "rslora"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"`lora.{key}` is {getattr(self, key)!r}; it must be true or false")
         if not 0 <= self.dropout < 1:
             raise UserError(f"`lora.dropout` is {self.dropout}; it must be at least 0 and below 1")
         object.__setattr__(self, "targets", tuple(self.targets))
         unknown = sorted(set(self.targets) - {"Wqkv", "out_proj", "up_proj", "down_proj"})
         if unknown or not self.targets:
             raise UserError(f"`lora.targets` {unknown}: known are Wqkv, out_proj, up_proj and down_proj")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What is learned from answers that were preferred to others; the losses are in `training/preferences/losses.py`.
+
+    beta: how dear it is to leave the reference (IPO calls it tau); of ORPO the weight of its second term.
+    """
+
+    loss: PreferenceLoss = "dpo"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(PreferenceLoss):
+            raise UserError(f"`preference.loss` is `{self.loss}`; known: {', '.join(get_args(PreferenceLoss))}")
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not self.beta > 0:
+            raise UserError(f"`preference.beta` is {self.beta!r}; it must be a number above 0")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are held against what the base thought of them."""
+        return self.loss != "orpo"
 
 
 @dataclass(frozen=True)
@@ -179,6 +207,7 @@ class Run:
     lora: Annotated[
         Lora | None, Setting("Train adapters of this rank, for example 16.", metavar="RANK", changes="state")
     ] = None
+    preference: Preference | None = None  # None: the next token is learned
     # Named as `data` is.
     eval_data: Annotated[
         str | None, Setting("A held-out set, scored every --eval-every steps.", metavar="NAME|FILE", changes="nothing")
@@ -210,6 +239,21 @@ class Run:
     activation_checkpointing: Annotated[
         ActivationCheckpointing, Setting("Recompute activations: less memory.", changes="nothing")
     ] = "none"
+    context_parallel: Annotated[
+        int,
+        Setting(
+            "Ranks that compute each sequence together, for long ones; a divisor of the heads.",
+            above=0,
+            changes="nothing",
+        ),
+    ] = 1
+    # HSDP. What is gathered stays within a replica; gradients are added up over all of them.
+    replicas: Annotated[
+        int,
+        Setting(
+            "Whole copies of the model, each split over its share of the ranks: one a node.", above=0, changes="nothing"
+        ),
+    ] = 1
     # `skip`: back to the last checkpoint, and past the data of the spike.
     on_spike: Annotated[
         OnSpike, Setting("When the loss jumps: log it, stop, or go back and skip its data.", changes="nothing")
@@ -250,6 +294,8 @@ class Run:
     def __post_init__(self) -> None:
         if isinstance(self.lora, dict):  # from JSON
             object.__setattr__(self, "lora", Lora(**self.lora))
+        if isinstance(self.preference, dict):
+            object.__setattr__(self, "preference", Preference(**self.preference))
         for key in ("betas", "trackers"):  # JSON gives lists
             object.__setattr__(self, key, tuple(getattr(self, key)))
         for declared in declarations():
@@ -267,6 +313,7 @@ class Run:
             columns_of.parse(self.columns)
         if self.lora is not None and self.base is None:
             raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
+        self._check_preference()
         if self.lora is not None and self.model:
             raise UserError("`lora` keeps the base's config; leave `model` out")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -275,6 +322,30 @@ class Run:
             raise UserError("`base` is None and `model` is empty: name a checkpoint to start from or a shape to draw")
         if self.base is None and self.tokenizer is None:
             raise UserError("`tokenizer` is None: new weights need a tokenizer's folder")
+
+    def _check_preference(self) -> None:
+        if self.preference is None:
+            return
+        if self.base is None:
+            raise UserError("`preference` needs a `base`: a checkpoint that answers already")
+        if self.context_parallel > 1:
+            raise UserError(
+                "`--context-parallel` cuts answers apart, and `train prefer` needs them whole; leave it out"
+            )
+        if self.preference.loss == "kto" and self.global_batch < 2:
+            raise UserError(f"`global_batch` is {self.global_batch}; kto compares a step's answers, so give 2 or more")
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that cannot be computed apart: of a sequence, or of the two of a pair, which lie side by side."""
+        is_paired = self.preference is not None and self.preference.loss != "kto"
+        return 2 * self.max_seq_len if is_paired else self.max_seq_len
+
+    def check_ranks(self, n_ranks: int) -> None:
+        """Raises UserError where so many ranks cannot be divided as the run says."""
+        for flag, n in (("--replicas", self.replicas), ("--context-parallel", self.context_parallel)):
+            if n_ranks % n:
+                raise UserError(f"`{flag} {n}` does not divide {n_ranks} ranks; give --gpus a multiple of {n}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -41,7 +41,10 @@ def steps() -> Iterator[Report]:
 def _print(metrics: dict[str, Any]) -> None:
     n = int(metrics["step"])
     if n <= 3 or n % 10 == 0 or n == metrics["steps"]:
-        keys = ("step", "steps", "loss", "held_out_loss", "lr", "gradient_norm", "tokens", "tokens_per_s", "seconds")
+        keys = (
+            "step", "steps", "loss", "accuracy", "reward_margin", "held_out_loss", "held_out_accuracy", "lr",
+            "gradient_norm", "tokens", "tokens_per_s", "seconds",
+        )  # fmt: skip
         print(" ".join(f"{key} {metrics[key]:.6g}" for key in keys if key in metrics), file=sys.stderr, flush=True)
 
 

@@ -338,7 +338,8 @@ FINISHED = [*TALK, Message(role="assistant", content="The Rhine")]
         ("mistral", ["The Nile.<|endoftext|>", "The Rhine<|endoftext|>"]),
         ("trims", [" The Nile.<|im_end|>", " The Rhine<|im_end|>"]),
         ("pieces", ["The Nile.<|endoftext|>", "The Rhine<|endoftext|>"]),
-        ("blocks", ['"assistant" the nile.<|endoftext|>', '"assistant" the rhine<|endoftext|>']),
+        # It marks the whole turn as generated, of which the prompt holds the first token.
+        ("blocks", ['<|turn|>"assistant" the nile.<|endoftext|>', '<|turn|>"assistant" the rhine<|endoftext|>']),
     ],
 )
 def test_learned_is_what_the_assistant_says_and_its_end(
@@ -353,7 +354,7 @@ def test_learned_is_what_the_assistant_says_and_its_end(
     ids, is_learned = template.encode_training(FINISHED)
     prompt = template.encode(FINISHED[:1])
     assert ids[: len(prompt)] == prompt
-    assert is_learned.index(True) == len(prompt)
+    assert is_learned.index(True) == len(prompt) - (name == "blocks")
 
 
 def test_a_response_without_an_end_does_not_take_the_next_turns(
@@ -508,3 +509,41 @@ def test_a_template_is_found_where_tools_put_it(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(DamagedFile, match="not UTF-8"):
         find_template(tmp_path)
+
+
+MARKED = (  # thinks aloud, which is not learned, and renders what is past without it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% if loop.last %}(hm){% endif %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n(hm){% endif %}"
+)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_a_template_marks_as_generated_is_learned_as_transformers_masks_it(
+    template_of: Callable[[str], ChatTemplate], stock: PreTrainedTokenizerFast, inside: bool
+) -> None:
+    """Where the token that ends a turn stands behind the marks, it is learned here too: generation ends with it."""
+    source = MARKED if inside else MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    messages = [*TALK[:2], TALK[2], Message(role="assistant", content="The <|im_end|> Rhine.")]
+    template = template_of(source)
+    ids, learned = template.encode_training(messages)
+    assert ids == template.encode(messages, add_generation_prompt=False)
+    plain = [*messages[:3], Message(role="assistant", content="The Rhine.")]
+    theirs = stock.apply_chat_template(
+        plain, chat_template=source, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    ids, learned = template.encode_training(plain)
+    assert ids == theirs["input_ids"]
+    end = stock.convert_tokens_to_ids("<|im_end|>")
+    masks = [bool(mask) for mask in theirs["assistant_masks"]]
+    ends = [n for n, token in enumerate(ids) if token == end and masks[n - 1]]
+    assert learned == [mask or n in ends for n, mask in enumerate(masks)]
+    assert len(ends) == 2 and all(masks[n] is inside for n in ends)
+
+
+def test_a_template_that_marks_nothing_as_generated_is_refused(template_of: Callable[[str], ChatTemplate]) -> None:
+    source = MARKED.replace("m.role == 'assistant' %}", "m.role == 'nobody' %}")
+    with pytest.raises(UserError, match="marks nothing of this conversation"):
+        template_of(source).encode_training(TALK[:2])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import mpt.checkpoint
-from mpt.errors import UserError
+from mpt.errors import UnsupportedConfig, UserError
+from mpt.lora import open_lora
 from mpt.prompts import INSTRUCT_TEMPLATE
 from tests.training.killing import Killed, kill_at_eight
 from training import adapters, build, checkpoint, export, loop
@@ -90,6 +92,51 @@ def test_a_finished_run_is_exported_as_precisely_as_it_was_trained(small_run: Ru
     assert {value.dtype for value in whole.values()} == {torch.float32}
     assert all(torch.equal(value.bfloat16(), rounded[name]) for name, value in whole.items())
     assert any(not torch.equal(value, value.bfloat16().float()) for value in whole.values())
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora"])
+def test_other_kinds_of_adapters_are_pefts_too(lora_run: Run, kind: str, tmp_path: Path) -> None:
+    assert lora_run.lora is not None
+    lora = dataclasses.replace(lora_run.lora, dropout=0.0, **{kind: True})
+    run = dataclasses.replace(lora_run, lora=lora, precision="bf16")
+    folder = loop.fit(run)
+    assert json.loads((folder / "adapter_config.json").read_text())[f"use_{kind}"] is True
+    ids = torch.randint(0, 384, (1, 40), generator=torch.Generator().manual_seed(0))
+    base = mpt.checkpoint.load(str(run.base), dtype=torch.float32)
+    whole = mpt.checkpoint.load(adapters.merge(folder, tmp_path / "merged", torch.float32))
+    with torch.no_grad():
+        plain, merged = base(ids).logits, whole(ids).logits
+        tuned = PeftModel.from_pretrained(base, str(folder))(ids).logits
+    assert (tuned - plain).abs().max() > 0.1
+    torch.testing.assert_close(merged, tuned, rtol=0, atol=1e-4)
+    # By the papers: V = W + alpha / r B A; rsLoRA's scale is alpha / sqrt(r); DoRA's rows of V get the lengths m.
+    stored, place = load_file(folder / "adapter_model.safetensors"), "transformer.blocks.0.ffn.down_proj"
+    a, b = (stored[f"base_model.model.{place}.lora_{x}.weight"] for x in "AB")
+    weight = mpt.checkpoint.load(str(run.base)).get_submodule(place).weight.detach().float()
+    expected = weight + (8 / 4**0.5 if kind == "rslora" else 8 / 4) * b @ a
+    if kind == "dora":
+        m = stored[f"base_model.model.{place}.lora_magnitude_vector"]
+        assert (m - weight.norm(dim=1)).abs().max() > 1e-3  # it has been trained
+        expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(whole.get_submodule(place).weight.detach(), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_dora_begins_as_its_base(qlora_run: Run, bits: Literal[4, 16]) -> None:
+    losses = []
+    for dora in (False, True):
+        lora = Lora(rank=4, dropout=0.0, bits=bits, dora=dora)
+        run = dataclasses.replace(qlora_run, lora=lora, steps=1, out=f"{qlora_run.out}-{dora}")
+        loop.fit(run)
+        losses.append(json.loads((Path(run.out) / "metrics.jsonl").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_dora_adapter_is_not_served_beside_its_base(lora_run: Run) -> None:
+    assert lora_run.lora is not None
+    folder = loop.fit(dataclasses.replace(lora_run, lora=dataclasses.replace(lora_run.lora, dora=True), steps=1))
+    with pytest.raises(UnsupportedConfig, match=r"use_dora.*train export .* --merge"):
+        open_lora(folder)
 
 
 def test_a_resumed_lora_run_ends_bitwise_equal_dropout_included(lora_run: Run) -> None:

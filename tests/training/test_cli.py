@@ -88,6 +88,9 @@ def test_a_flag_sets_its_field_and_no_other(monkeypatch: pytest.MonkeyPatch, see
         (["--eval-rows", "7"], "eval_rows", 7), (["--sample-every", "7"], "sample_every", 7),
         (["--preflight"], "preflight", True), (["--hang-timeout", "7"], "hang_timeout", 7),
         (["--lora", "4"], "lora", Lora(rank=4)), (["--qlora", "8"], "lora", Lora(rank=8, bits=4)),
+        (["--lora", "4", "--dora"], "lora", Lora(rank=4, dora=True)),
+        (["--qlora", "4", "--rslora"], "lora", Lora(rank=4, bits=4, rslora=True)),
+        (["--context-parallel", "2"], "context_parallel", 2), (["--replicas", "2"], "replicas", 2),
     ]  # fmt: skip
     command = ("finetune", "--base", "mpt-7b", "--data", "d.jsonl")
     assert run_cli(monkeypatch, *command) == 0
@@ -140,14 +143,15 @@ def test_help_has_the_flags_in_order_with_ranges_and_choices() -> None:
     ]  # fmt: skip
     ends = [
         "--eval-data", "--eval-every", "--eval-tasks", "--eval-rows", "--sample-every", "--sample-prompts",
-        "--activation-checkpointing", "--on-spike", "--compile", "--mirror", "--track", "--checkpoint-every",
-        "--preflight", "--hang-timeout", "--gpus", "--resume", "--dry-run", "--json",
+        "--activation-checkpointing", "--context-parallel", "--replicas", "--on-spike", "--compile", "--mirror",
+        "--track", "--checkpoint-every", "--preflight", "--hang-timeout", "--gpus", "--resume", "--dry-run", "--json",
     ]  # fmt: skip
     rows = ["--columns", "--max-bad-rows"]
     expected = {
         "finetune": [
             *("--data", "--base", "--tokenizer"), *shared,
-            *("--prompt-style", "--chat-template", "--learn", "--learn-prompts", *rows, "--lora", "--qlora"), *ends,
+            *("--prompt-style", "--chat-template", "--learn", "--learn-prompts", *rows),
+            *("--lora", "--qlora", "--dora", "--rslora"), *ends,
         ],
         "pretrain": ["--data", "--tokenizer", *shared, *rows, *ends],
     }  # fmt: skip
@@ -315,6 +319,11 @@ def test_tiny_without_novels_says_what_to_do(
         (["finetune", "--config", "run.json", "--recipe", "chat"], "`--recipe` does not go with --config"),
         (["pretrain", "--config", "run.json", "--recipe", "mpt_1b"], "`--recipe` does not go with --config"),
         (["finetune", "--base", "mpt-tiny", "--data", "d", "--lora", "8", "--qlora", "8"], "--lora or --qlora"),
+        (["finetune", "--base", "mpt-tiny", "--data", "d", "--dora"], "`--dora` is a kind of adapter; give its rank"),
+        (
+            ["finetune", "--base", "mpt-tiny", "--data", "yaml_to_json", "--context-parallel", "2"],
+            "`--context-parallel 2` does not divide 1 ranks; give --gpus a multiple of 2",
+        ),
         (["evaluate", "mpt-tiny", "--shots", "2"], "`--shots` goes with --tasks"),
         (["evaluate", "mpt-tiny", "--limit", "2"], "`--limit` goes with --tasks"),
         (["evaluate", "mpt-tiny", "--strict"], "`--strict` goes with --tasks"),

@@ -8,16 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 
 import mpt.checkpoint
+from tests.training import one_step
 from tests.training.killing import Killed, kill_at_eight
 from training import loop
 from training.logbook import Logbook
-from training.run import Lora, Run
+from training.run import ActivationCheckpointing, Lora, Run
 
 ROOT = Path(__file__).parents[2]
 _FIT = """
@@ -87,12 +87,11 @@ def three_rows(small_run: Run) -> Run:
     return dataclasses.replace(small_run, global_batch=6, microbatch_tokens=512)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-def test_two_ranks_with_adapters_give_the_curve_of_one(three_rows: Run, tmp_path: Path, bits: Literal[4, 16]) -> None:
+def test_two_ranks_with_four_bit_matrices_give_the_curve_of_one(three_rows: Run, tmp_path: Path) -> None:
     model = {**three_rows.model, "d_model": 64}
     base = loop.fit(dataclasses.replace(three_rows, model=model, out=str(tmp_path / "base"), steps=2))
     one = dataclasses.replace(
-        three_rows, base=str(base), tokenizer=None, model={}, lora=Lora(rank=4, dropout=0.0, bits=bits), lr=1e-2
+        three_rows, base=str(base), tokenizer=None, model={}, lora=Lora(rank=4, dropout=0.0, bits=4), lr=1e-2
     )
     loop.fit(one)
     two = elsewhere(one, "two")
@@ -121,6 +120,76 @@ def test_two_ranks_give_the_curve_of_one_and_survive_kill_9(three_rows: Run) -> 
     assert by_event["lost"]["rank"] == 1  # killed without a word
     assert by_event["failed"]["rank"] == 0  # whose peer was gone
     assert by_event["preflight"]["ranks"] == 2
+
+
+_STEP = """
+import sys
+from pathlib import Path
+from tests.training import one_step
+from training.run import Run
+
+one_step.write(Run.read(Path(sys.argv[1])))
+"""
+_DROPOUT = {"emb_pdrop": 0.1, "resid_pdrop": 0.2}
+_ATTENTION = {"alibi": True, "qk_ln": True, "attn_pdrop": 0.1}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_in_bf16_two_ranks_compute_what_one_does_dropout_included(
+    three_rows: Run, checkpointing: ActivationCheckpointing
+) -> None:
+    run = dataclasses.replace(
+        three_rows, precision="bf16", activation_checkpointing=checkpointing,
+        model={**three_rows.model, **_DROPOUT, "attn_config": _ATTENTION, "no_bias": False},
+    )  # fmt: skip
+    two_ranks_are_one(run)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_in_bf16_two_ranks_with_adapters_compute_what_one_does(three_rows: Run, tmp_path: Path, dora: bool) -> None:
+    base = loop.fit(dataclasses.replace(three_rows, out=str(tmp_path / "base"), steps=2))
+    lora = Lora(rank=4, dropout=0.3, dora=dora)
+    run = dataclasses.replace(three_rows, base=str(base), tokenizer=None, model={}, lora=lora, precision="bf16")
+    two_ranks_are_one(run)
+
+
+@pytest.mark.parametrize(("alibi", "checkpointing"), [(True, "full"), (False, "none")])
+def test_ranks_that_share_each_row_compute_what_one_does(
+    three_rows: Run, alibi: bool, checkpointing: ActivationCheckpointing
+) -> None:
+    model = {**three_rows.model, **_DROPOUT, "max_seq_len": 512, "attn_config": {"alibi": alibi}}
+    run = dataclasses.replace(three_rows, model=model, max_seq_len=511, activation_checkpointing=checkpointing)
+    two_ranks_are_one(run, context_parallel=2)
+
+
+def test_replicas_of_a_split_model_give_the_curve_of_one_also_after_kill_9(three_rows: Run) -> None:
+    run = dataclasses.replace(
+        three_rows, model={**three_rows.model, **_DROPOUT}, eval_data="yaml_to_json", eval_every=5, steps=8
+    )
+    loop.fit(run)
+    four = dataclasses.replace(elsewhere(run, "four"), replicas=2)
+    torchrun(four, n_ranks=4, DIE_AT="7")
+    assert losses(four) == pytest.approx(losses(run), rel=2e-5)  # float32's rounding, through 8 steps of AdamW
+    resumed = next(entry for entry in Logbook(Path(four.out)).entries() if entry["event"] == "resume")
+    assert resumed["step"] == 5
+
+
+def two_ranks_are_one(run: Run, **how: int) -> None:
+    """In loss and in every gradient. Each microbatch is a row, so the same products are rounded in the same way; what
+    is added in another order is float32: a few of its epsilons of the largest element."""
+    two = dataclasses.replace(elsewhere(run, "two"), **how)
+    torchrun(two, _STEP)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each rank has: others would cut a product's sums in other pieces
+    try:
+        one_step.write(run)
+    finally:
+        torch.set_num_threads(n_threads)
+    one, found = one_step.read(run), one_step.read(two)
+    assert found.keys() == one.keys()
+    for name, expected in one.items():
+        close = 8 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=close, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(three_rows: Run) -> None:

@@ -258,3 +258,13 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
         cli.app(
             ["plan", "--recipe", "mpt_1b", "--tokens-per-parameter", "20", "--tokens", "1e9"], standalone_mode=False
         )
+
+
+def test_a_reference_costs_a_forward_pass_and_ranks_must_divide() -> None:
+    run = recipes.PREFERENCES["dpo"]("mpt-7b-instruct", "d", "o")
+    shape = shape_of(made("mpt_7b"))
+    found = forecast.job(shape, run, forecast.work(run, 1e8), "a100-80", 8)
+    assert found.flops == pytest.approx(1e8 / 0.994 * shape.flops_per_token(run.max_seq_len) * 4 / 3)
+    shared = made("storywriter", context_parallel=4)
+    with pytest.raises(UserError, match="--context-parallel 4"):
+        forecast.job(shape, shared, forecast.work(shared, 5e9), "a100-80", 10)

@@ -311,9 +311,9 @@ def test_a_sequence_that_does_not_fit_is_refused(small_run: Run, monkeypatch: py
 
 def test_what_cannot_fit_is_refused_with_the_estimate(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_gb", lambda *_: 0.005)
-    # By hand, in MB: 28,832 parameters of 16 bytes 0.46, two layers' activations of 48 x 32 x 512 bytes 1.57, and three
-    # times 2,048 positions of 384 logits 9.44.
-    with pytest.raises(UserError, match=r"512 tokens needs about 0\.0115 GB on each of 1 devices.*--max-seq-len"):
+    # By hand, in MB: 28,832 parameters of 16 bytes 0.46, two layers' activations of 48 x 32 x 512 bytes 1.57, and
+    # 4,096 positions of 384 logits 6.29, and once more while their loss is computed.
+    with pytest.raises(UserError, match=r"512 tokens needs about 0\.0146 GB on each of 1 devices.*--max-seq-len"):
         loop.fit(small_run)
     assert not list(Path(small_run.out).glob("step-*"))
 
@@ -373,8 +373,8 @@ def test_a_spike_is_rolled_back_and_passed_over(small_run: Run, monkeypatch: pyt
     run = dataclasses.replace(small_run, on_spike="skip")
     real = step.backward
 
-    def spoiled(model: Any, batch: Any, total: int, run: Run) -> float:
-        loss = real(model, batch, total, run)
+    def spoiled(model: Any, batch: Any, total: int, run: Run, world: World) -> float:
+        loss = real(model, batch, total, run, world)
         return float("nan") if batch.n_learned == bad else loss
 
     bad = _learned_of_step(run, 7)
@@ -400,8 +400,8 @@ def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(
     real = step.backward
     bad = _learned_of_step(run, 3)
 
-    def spoiled(model: Any, batch: Any, total: int, run: Run) -> float:
-        loss = real(model, batch, total, run)
+    def spoiled(model: Any, batch: Any, total: int, run: Run, world: World) -> float:
+        loss = real(model, batch, total, run, world)
         return float("nan") if batch.n_learned == bad else loss
 
     monkeypatch.setattr(step, "backward", spoiled)

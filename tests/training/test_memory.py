@@ -1,5 +1,7 @@
-"""What is kept for the backward pass and what is computed again, with the attention of CUDA, on CPU."""
+"""What is kept for the backward pass and what is computed again, with the attention of CUDA; and what is freed."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -110,3 +112,21 @@ def test_attention_compiled_for_itself_is_kept_in_blocks_that_are_not(
     y = torch.tensor(0.4)
     slope = -(2 * y.sin()).sin() * 2 * y.cos() * 0.1 * 4
     torch.testing.assert_close(x.grad, slope.expand(4, 4))
+
+
+def test_what_is_freed_is_used_again_without_new_pages() -> None:
+    code = """
+import resource, torch
+from training import memory
+
+memory.keep_freed_memory()
+faults = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(1 << 24, dtype=torch.uint8) for _ in range(4)]  # 16,384 pages
+    del kept
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from training import datasets, packing, step
+from training import context, datasets, distributed, packing, step
 from training.datasets import Sample
 from training.packing import IGNORED
 from training.run import Run
@@ -58,8 +58,9 @@ def test_packed_loss_and_gradient_equal_those_of_each_row_alone(
     model.zero_grad()
 
     batch = packing.pack(rows, 64)
+    alone = distributed.World(0, 1, torch.device("cpu"))
     loss = sum(
-        step.backward(model, part, batch.n_learned, small_run)
+        step.backward(model, part, batch.n_learned, small_run, alone)
         for part in packing.microbatches(batch, microbatch_tokens)
     )
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -116,3 +117,22 @@ def test_every_step_of_real_rows_is_nine_tenths_useful(data_file: Callable[[str]
 def test_packing_rows_of_chat_length_fills_nine_positions_in_ten() -> None:
     batch = packing.pack(samples(64, longest=300), 1024)
     assert float((batch.sequence_id >= 0).float().mean()) >= 0.9
+
+
+def test_rows_are_filled_up_to_what_several_ranks_share_evenly() -> None:
+    batch = packing.pack(samples(5), 64)
+    found = context.padded(batch, 7)
+    T = batch.ids.shape[1]
+    assert found.ids.shape[1] == -(-T // 7) * 7 != T
+    for before, after, filler in zip(batch[:3], found[:3], (0, packing.IGNORED, -1), strict=True):
+        assert torch.equal(after[:, :T], before) and bool((after[:, T:] == filler).all())
+    parts = [context.own(found.ids, distributed.Context(rank, 7, None)) for rank in range(7)]  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(parts, dim=1), found.ids)
+
+
+def test_a_step_that_learns_nothing_has_no_loss_and_no_gradient(model: MPTForCausalLM, small_run: Run) -> None:
+    batch = packing.pack(samples(3), 64)
+    batch = batch._replace(labels=torch.full_like(batch.labels, packing.IGNORED))
+    alone = distributed.World(0, 1, torch.device("cpu"))
+    assert step.accumulate(model, batch, small_run, alone, 64) == 0.0
+    assert all(p.grad is None or not bool(p.grad.any()) for p in model.parameters())

@@ -89,10 +89,17 @@ def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
     assert one.optimizer == 8 * eight.optimizer and one.mask == eight.mask
     assert one.parameters == 4 * shape7.n_parameters
     full = recipes.change(run, activation_checkpointing="full")
-    # By hand: 32 blocks' inputs of 4 x 4,096 bytes a token, and one block's own 36 x 4,096; on several GPUs, where the
-    # embeddings are bfloat16, 2 x 4,096 and 32 x 4,096.
-    assert plan.memory(shape7, full, 1).activations == 2048 * (32 * 4 * 4096 + 36 * 4096)
-    assert plan.memory(shape7, full, 8).activations == 2048 * (32 * 2 * 4096 + 32 * 4096)
+    # By hand: 32 blocks' inputs of 4 x 4,096 bytes a token, and one block's own 36 x 4,096.
+    for n_gpus in (1, 8):
+        assert plan.memory(shape7, full, n_gpus).activations == 2048 * (32 * 4 * 4096 + 36 * 4096)
+    # Two blocks of 12 x 4,096^2 and two norms in bfloat16; embedding and last norm in float32, and their gradients.
+    gathered = 2 * 2 * (12 * 4096**2 + 2 * 4096) + 2 * 4 * (50_432 + 1) * 4096
+    assert plan.memory(shape7, full, 8).weights_at_work == gathered
+    # Two replicas of 8 GPUs are each split over 4; 4 ranks that share a sequence hold a fourth of it each.
+    halves = recipes.change(full, replicas=2)
+    assert plan.memory(shape7, halves, 8).optimizer == plan.memory(shape7, full, 4).optimizer
+    shared = recipes.change(full, context_parallel=4)
+    assert plan.memory(shape7, shared, 8).activations * 4 == plan.memory(shape7, full, 8).activations
     # Rows of 65,536 tokens have 512 x 512 tiles of 16 bytes, once for all blocks; all pairs were 43 GB.
     long = recipes.change(run, max_seq_len=65_536)
     assert plan.memory(shape7, long, 1, 2).mask == 2 * 512 * 512 * 16
@@ -104,6 +111,8 @@ def test_memory_shrinks_with_gpus_checkpointing_and_adapters() -> None:
     outside = 4 * (shape7.n_parameters - blocks + trained)
     assert plan.memory(shape7, lora, 8).parameters == (outside + 2 * blocks) / 8
     assert lora.lora is not None
+    dora = recipes.change(lora, lora=dataclasses.replace(lora.lora, dora=True))
+    assert plan.memory(shape7, dora, 1).gradients == 4 * (trained + 32 * 3 * 4096)  # a length for each row of Wqkv
     qlora = recipes.change(lora, lora=dataclasses.replace(lora.lora, bits=4))
     assert plan.memory(shape7, qlora, 8).parameters == pytest.approx(outside / 8 + 4.127 / 8 * blocks)
 

@@ -1,18 +1,28 @@
 """The prompt style is what the base or the rows say; no name, folder or ending is read for hints."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+import mpt.checkpoint
 from mpt.catalog import describe, stated_style
+from mpt.config import MPTConfig
+from mpt.engine.local import LocalModel
 from mpt.errors import UserError
+from mpt.model import MPTForCausalLM
+from mpt.options import ModelOptions
 from mpt.prompts import PromptStyle
 from mpt.tokenizer import Tokenizer
-from training import datasets, prompt_style, recipes
+from training import datasets, loop, prompt_style, recipes
+from training.run import Run
 
 EXCHANGE = {"prompt": "Name a fruit.", "response": "An apple."}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2
@@ -129,14 +139,54 @@ def test_rows_that_do_not_say_are_asked_about(tmp_path: Path, rows: list[Any], s
     assert chosen("mpt-7b", path, given="instruct")[0] == "instruct"
 
 
-def test_chat_rows_need_a_tokenizer_with_chatml(
-    tmp_path: Path, plain_tokenizer: Tokenizer, tokenizer_folder: Path
+def test_mpt_7bs_tokenizer_gets_the_ids_that_mpt_7b_chats_has(data_file: Callable[[str], Path]) -> None:
+    """The released chat models' tokenizer is sam-mosaic/gpt-neox-20b-chatml."""
+    made = Tokenizer.from_file(data_file("tokenizer/gpt-neox-20b.compact.json")).with_chatml()
+    released = Tokenizer.from_file(data_file("tokenizer/gpt-neox-20b-chatml.compact.json"))
+    text = "<|im_start|>system\nHi<|im_end|>"
+    assert made.encode(text, allow_special=True) == [50277, 10394, 187, 12764, 50278]
+    assert made.end_ids == released.end_ids == (0, 50278)
+    assert made.encode(text) == released.encode(text)
+    assert made.with_chatml() is made
+
+
+@pytest.mark.parametrize(("recipe", "said"), [("instruct", "has `messages`"), ("chat", "part of the recipe `chat`")])
+def test_a_base_without_chatml_gets_its_tokens(
+    tmp_path: Path, plain_tokenizer: Tokenizer, recipe: str, said: str
 ) -> None:
-    base, rows = make_base(tmp_path / "base", plain_tokenizer), make_rows(tmp_path / "rows.jsonl", CHAT)
-    with pytest.raises(UserError, match=r"<\|im_start\|>.*--prompt-style instruct, or --tokenizer"):
-        chosen(base, rows)
-    run = recipes.make_finetune("instruct", base, rows, "out", tokenizer=str(tokenizer_folder))
-    assert prompt_style.choose(run, "instruct", None)[0] == "chatml"
+    n = plain_tokenizer.vocab_size
+    base = make_base(tmp_path / "base", plain_tokenizer, config={"vocab_size": n + 2})
+    rows = make_rows(tmp_path / "rows.jsonl", CHAT)
+    style, reason = chosen(base, rows, recipe)
+    assert style == "chatml" and said in reason
+    assert f"its tokens are added to the tokenizer as ids {n} and {n + 1}" in reason
+    full = make_base(tmp_path / "full", plain_tokenizer, config={"vocab_size": n + 1})
+    with pytest.raises(UserError, match=rf"{n + 2} ids, and the embedding {n + 1} rows; give --prompt-style instruct"):
+        chosen(full, rows, recipe)
+    assert chosen(full, rows, given="instruct")[0] == "instruct"
+
+
+def test_what_is_trained_in_chatml_on_such_a_base_serves_it(
+    tmp_path: Path, plain_tokenizer: Tokenizer, small_run: Run
+) -> None:
+    n = plain_tokenizer.vocab_size
+    config = MPTConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=n + 40, max_seq_len=256)
+    base = mpt.checkpoint.save(MPTForCausalLM(config), tmp_path / "base", tokenizer=plain_tokenizer)
+    before = mpt.checkpoint.load(base).transformer.wte.weight[n : n + 2].clone()
+    rows = make_rows(tmp_path / "rows.jsonl", *[CHAT] * 8)
+    made = recipes.make_finetune("chat", str(base), rows, str(tmp_path / "run"), steps=2, lr=1e-2, precision="fp32")
+    folder = loop.fit(dataclasses.replace(made, warmup_steps=0))
+    model = LocalModel(ModelOptions(str(folder)))
+    start, end = n, n + 1
+    newline, role = plain_tokenizer.encode("\n"), plain_tokenizer.encode
+    assert model.encode_prompt("Hi") == [
+        start, *role("user\nHi"), end, *newline, start, *role("assistant\n"),
+    ]  # fmt: skip
+    assert describe(folder).prompt_style == "chatml"
+    assert model.tokenizer.end_ids == (plain_tokenizer.eos_id, end)
+    stock = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    assert stock.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [start, end]
+    assert not torch.equal(mpt.checkpoint.load(folder).transformer.wte.weight[n : n + 2], before)
 
 
 def test_turns_for_an_instruct_base_become_instructions_one_after_the_other(

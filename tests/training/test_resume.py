@@ -51,6 +51,8 @@ def test_every_field_says_what_another_value_changes() -> None:
         "name", "out", "epochs", "steps", "microbatch_tokens", "eval_data", "eval_every", "eval_samples", "eval_tasks",
         "eval_rows", "sample_every", "sample_prompts", "activation_checkpointing", "on_spike", "compile", "mirror",
         "trackers", "checkpoint_every", "checkpoints_kept", "preflight", "hang_timeout", "context_length", "licence",
+        "max_bad_rows",
+        "context_parallel", "replicas",
     }  # fmt: skip
 
 

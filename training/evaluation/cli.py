@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mpt.errors import UserError
 from training import flags
+
+if TYPE_CHECKING:
+    from mpt.sharding import Shard
 
 FormatChoice = Literal["text", "markdown", "json"]
 
@@ -42,6 +45,10 @@ def evaluate(
     run_programs: Annotated[
         bool, typer.Option("--run-programs", help="Let what the model writes for human_eval run, in a sandbox.")
     ] = False,
+    sharded: Annotated[
+        bool,
+        typer.Option("--sharded", help="Under torchrun: cut the model over the ranks, where it is too large for one."),
+    ] = False,
     tokenizer: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="For a URL: whose tokenizer it has.")] = "",
     data_folder: Annotated[
         Path | None,
@@ -61,7 +68,9 @@ def evaluate(
     train evaluate http://127.0.0.1:8000/v1 --model mpt-tiny --tokenizer mpt-tiny --tasks piqa
     """
     of_suites = {"--shots": shots is not None, "--limit": limit, "--tokenizer": tokenizer, "--format": form != "text"}
-    of_tasks = {"--strict": strict, "--data-folder": data_folder, "--run-programs": run_programs}
+    of_tasks = {
+        "--strict": strict, "--data-folder": data_folder, "--run-programs": run_programs, "--sharded": sharded,
+    }  # fmt: skip
     if tasks or lm_eval:
         flags.refuse({"--task": task}, "names one of the tiny family's own tasks; leave it out, or leave --tasks out")
         if tasks:
@@ -76,7 +85,7 @@ def evaluate(
         raise UserError("name a checkpoint, for example `train evaluate mpt-tiny`")
     form = "json" if as_json else form
     if tasks:
-        _suite(name, model, tasks, shots, limit, strict, run_programs, tokenizer, data_folder, form)
+        _suite(name, model, tasks, shots, limit, strict, run_programs, sharded, tokenizer, data_folder, form)
     elif lm_eval:
         _harness(name, model, lm_eval, shots, limit, tokenizer, form)
     else:
@@ -103,27 +112,39 @@ def _suite(
     limit: int | None,
     strict: bool,
     run_programs: bool,
+    sharded: bool,
     tokenizer: str,
     data_folder: Path | None,
     form: FormatChoice,
 ) -> None:
+    from mpt.sharding import Shard
     from training import distributed, show
     from training.data import hub
     from training.evaluation import catalog, programs, report, suite
     from training.evaluation.tasks import rows
 
+    if sharded and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise UserError(
+            "`--sharded` cuts the model over ranks; start them by `torchrun --nproc-per-node N --no-python`"
+        )
     chosen = catalog.select(tasks, data_folder or hub.home() / "icl", shots)
     for one in chosen:  # what is wrong with any of them is known before the first is run
         rows(one.task, one.folder)
         if one.task.kind == "programs":
             programs.check(one.task.name, run_programs)
+        if sharded and one.task.kind in ("generation", "programs"):
+            raise UserError(
+                f"`{one.task.name}` generates, which --sharded does not; serve the model with --tensor-parallel, and "
+                "evaluate its URL"
+            )
     with distributed.join() as world:
-        asked = _model(name, model, tokenizer, world.device)
+        asked = _model(name, model, tokenizer, world.device, Shard(world.rank, world.size) if sharded else None)
+        dealt = distributed.World(0, 1, world.device) if sharded else world  # sharded, all score each row together
         results = []
         for one in chosen:
             with show.progress(one.task.name, world.is_first) as progress:
                 result = suite.run(
-                    asked, one.task, one.folder, world, n_shots=one.n_shots, limit=limit, strict=strict, report=progress
+                    asked, one.task, one.folder, dealt, n_shots=one.n_shots, limit=limit, strict=strict, report=progress
                 )
             results.append(result)
         if world.is_first:
@@ -146,14 +167,16 @@ def _harness(
     print(harness.render(found, form))
 
 
-def _model(name: str, model: str, tokenizer: str, device: Any) -> Any:
-    """What is evaluated: a checkpoint, loaded, or a server."""
+def _model(name: str, model: str, tokenizer: str, device: Any, shard: "Shard | None" = None) -> Any:
+    """What is evaluated: a checkpoint, or this rank's share of it, loaded; or a server."""
     from training.evaluation import models
 
     if not name.startswith(("http://", "https://")):
         if tokenizer:
             raise UserError("`--tokenizer` is for a URL; a checkpoint has its own")
-        return models.Local.load(name or model, device)
+        return models.Local.load(name or model, device, shard=shard)
+    if shard is not None:
+        raise UserError("`--sharded` is for a checkpoint; a server shares its model out itself, with --tensor-parallel")
     if not (model and tokenizer):
         raise UserError("a URL needs `--model`, the model's name there, and `--tokenizer`, whose tokenizer it has")
     return models.Served(name, model, tokenizer, os.environ.get("MPT_API_KEY"))

@@ -21,6 +21,7 @@ from mpt.errors import MachineRefused, UserError
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions, chunk_alone
 from mpt.packed.layers import as_it_lies
+from mpt.sharding import Shard
 from mpt.tokenizer import Tokenizer
 from training.evaluation import scoring
 from training.evaluation.scoring import Score
@@ -41,10 +42,17 @@ class Local:
         self.max_seq_len: int = model.config.max_seq_len
 
     @classmethod
-    def load(cls, name: str, device: torch.device, dtype: torch.dtype | None = None) -> "Local":
-        """A checkpoint's. dtype: None keeps the file's. Quantised weights stay as they lie."""
+    def load(
+        cls, name: str, device: torch.device, dtype: torch.dtype | None = None, shard: Shard | None = None
+    ) -> "Local":
+        """A checkpoint's. dtype: None keeps the file's. Quantised weights stay as they lie.
+
+        shard: of a model that several ranks hold together; all of them score the same queries at the same time, and
+        none generates.
+        """
         folder = resolve(name)
-        model = mpt.checkpoint.load(folder, device=device, dtype=dtype, pack=as_it_lies)
+        pack = None if shard else as_it_lies
+        model = mpt.checkpoint.load(folder, device=device, dtype=dtype, shard=shard, pack=pack)
         return cls(model, open_tokenizer(folder))
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from tests.mpt.test_sentencepiece_model import OPTIONS, train
 from training.distributed import World
 from training.evaluation import catalog, models, report, suite, tasks
 from training.evaluation.catalog import TASKS
+from training.evaluation.cli import evaluate
 
+ROOT = Path(__file__).parents[3]
 ALONE = World(0, 1, torch.device("cpu"))
 ROWS: dict[str, list[dict[str, Any]]] = {
     "piqa.jsonl.gz": [
@@ -177,3 +182,26 @@ def test_unknown_tasks_and_missing_files_say_what_to_do(folder: Path, caplog: py
         "jeopardy",
     ]
     assert "not run" in caplog.text and "winogrande" in caplog.text
+
+
+def test_a_model_cut_over_two_ranks_scores_as_the_whole_does(folder: Path) -> None:
+    names = "piqa,winograd"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training.cli",
+        "evaluate", "mpt-tiny", "--tasks", names, "--data-folder", str(folder), "--sharded", "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = models.Local.load("mpt-tiny", ALONE.device)
+    for found, name in zip(json.loads(done.stdout), names.split(","), strict=True):
+        expected = suite.run(whole, TASKS[name], folder, ALONE)
+        assert found["accuracy"] == expected.accuracy
+
+
+def test_a_cut_model_needs_ranks_and_does_not_generate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="start them by `torchrun"):
+        evaluate("mpt-tiny", tasks="piqa", data_folder=folder, sharded=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # refused before ranks meet
+    with pytest.raises(UserError, match="`triviaqa` generates"):
+        evaluate("mpt-tiny", tasks="piqa,triviaqa", data_folder=folder, sharded=True)
