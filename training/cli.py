@@ -4,7 +4,6 @@ Nothing heavy is imported before a command is chosen, so `--help` answers at onc
 was interrupted is the command that goes on.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -20,14 +19,19 @@ from training import flags, recipes, run_cli
 from training import plan as planning
 from training.data.cli import app as data_app
 from training.evaluation.cli import evaluate
+from training.plan_cli import plan
 from training.preferences import cli as preferences_cli
 from training.run import Run
+from training.scale_cli import Command as ScaleCommand
+from training.scale_cli import scale
 
 log = logging.getLogger(__name__)
 
 app = new_app("Make MPT checkpoints: pretrain, finetune, evaluate.")
 
 app.add_typer(data_app, name="data")
+app.command()(plan)
+app.command(cls=ScaleCommand)(scale)
 run_cli.add_to(app)
 
 Gpus = Annotated[
@@ -204,46 +208,6 @@ def export(
         print(writer.latest(source, out, wanted))
     else:
         raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
-
-
-@app.command()
-@flags.of_run(only=("max_seq_len", "optimizer", "activation_checkpointing", "context_parallel", "replicas", "lora"))
-def plan(
-    recipe: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(recipes.names())}.")],
-    base: Annotated[
-        str, typer.Option(metavar="NAME|FOLDER", help="What a finetune starts from.", show_default="mpt-7b")
-    ] = "",
-    gpu: Annotated[str, typer.Option(help=f"{', '.join(planning.GPUS)}.")] = "a100-40",
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 8,
-    tokens: Annotated[
-        float | None, typer.Option(help="To train on.", show_default="the recipe's steps, rows full")
-    ] = None,
-    *,
-    mfu: Annotated[float, typer.Option(help="Model FLOPs utilisation, as the published tables count it.")] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Dollars a GPU hour.", show_default="the table's")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
-    **given: Any,
-) -> None:
-    """Do the math of a run: memory on each GPU, time and cost.
-
-    Example: train plan --recipe mpt_7b --tokens 1e12 --gpu a100-40 --gpus 440 --mfu 0.38
-    """
-    if recipe in recipes.PRETRAINING:
-        if base:
-            raise UserError(f"`{recipe}` draws new weights; leave --base out")
-        run = recipes.make_pretraining(recipe, "data", "out", "tokenizer", 50_432)
-    elif recipe in recipes.FINETUNES:
-        run = recipes.make_finetune(recipe, base or "mpt-7b", "data", "out")
-    elif recipe in recipes.PREFERENCES:
-        run = recipes.PREFERENCES[recipe](base or "mpt-7b-instruct", "data", "out")
-    else:
-        raise UserError(f"no recipe `{recipe}`; known: {', '.join(recipes.names())}")
-    run = recipes.change(run, **flags.changes(given))
-    if tokens is None and run.steps is None:
-        raise UserError(f"`{recipe}` runs for epochs of data that is not known here; give --tokens")
-    tokens = tokens if tokens is not None else float(run.steps or 0) * run.global_batch * run.max_seq_len
-    found = planning.job(planning.shape_of_run(run), run, tokens, gpu, gpus, mfu, price)
-    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else planning.render(found))
 
 
 @app.command()

@@ -1,8 +1,8 @@
-"""Doing the math of a run before it starts: parameters, FLOPs, memory per GPU, time and money, in closed form.
+"""The math of a run before it starts, in closed form: parameters, FLOPs, and memory on each GPU.
 
-FLOPs as the published MFU counts them: 3 (2 N + 4 L d T) a token, N with the tied embedding and the whole T x T of
-attention (llm-foundry's `scripts/train/benchmarking/README.md`), so that figures compare; causal attention needs half
-of the second term.
+What they come to in time and money is in `training/forecast.py`. FLOPs are counted as in the published MFU: 3 (2 N +
+4 L d T) a token, N with the tied embedding and the whole T x T of attention (llm-foundry's
+`scripts/train/benchmarking/README.md`), so that figures compare; causal attention needs half of the second term.
 """
 
 import math
@@ -19,22 +19,26 @@ _TILE = 128  # mpt/attention.py
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator. price: dollars an hour, an assumption unless the origin says otherwise."""
+    """One accelerator, in nodes of 8. price: dollars an hour, an assumption unless the origin says otherwise."""
 
     name: str
     peak_tflops: float  # dense bfloat16, from the maker's data sheet
     memory_gb: float
     price: float
+    network: float = 12.5  # GB/s between nodes, of each node; an assumption (100 Gb/s) but for A100 and H100
+    # Microseconds of a hop in a ring of GPUs in several nodes, fitted to the rows of 64 GPUs and more in the table.
+    hop_us: float = 5.6
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # $2 an hour is what the launch blog's Table 3 charges: MPT-7B 440 x 9.5 x 24 h x $2 = $200,640.
-        Gpu("a100-40", 312, 40, 2.0),
-        Gpu("a100-80", 312, 80, 2.5),  # $4,270 for StoryWriter's 32 for 2.2 days is $2.53
-        Gpu("h100", 989.5, 80, 3.5),
-        Gpu("h200", 989.5, 141, 4.0),
+        # $2 an hour is what the launch blog's Table 3 charges: MPT-7B 440 x 9.5 x 24 h x $2 = $200,640. The networks
+        # are the published table's, 1,600 Gb/s RoCE, and the H100 node's, 3,200 Gb/s.
+        Gpu("a100-40", 312, 40, 2.0, 200),
+        Gpu("a100-80", 312, 80, 2.5, 200),  # $4,270 for StoryWriter's 32 for 2.2 days is $2.53
+        Gpu("h100", 989.5, 80, 5.0, 400, 1.7),  # $714,000 for MPT-30B's 512 for 11.6 days is $5.01
+        Gpu("h200", 989.5, 141, 5.0, 400, 1.7),
         Gpu("l40s", 362, 48, 1.5),
         Gpu("a10g", 70, 24, 1.0),
         Gpu("rtx4090", 165, 24, 0.6),
@@ -85,7 +89,7 @@ class Shape:
         return self.n_layers * self.n_block_parameters + outside
 
     def flops_per_token(self, max_seq_len: int, is_causal: bool = False) -> float:
-        """Of forward and backward; recomputed activations are not counted."""
+        """Of forward and backward; recomputed activations are not counted. A max_seq_len of 0 leaves attention out."""
         attention = 4 * self.n_layers * self.d_model * max_seq_len / (2 if is_causal else 1)
         return 3 * (2 * self.n_parameters + attention)
 
@@ -232,50 +236,6 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     )
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a run costs on so many GPUs of a kind."""
-
-    gpu: Gpu
-    n_gpus: int
-    n_parameters: int
-    tokens: float
-    flops: float
-    mfu: float
-    hours: float
-    dollars: float
-    memory: Memory
-    sequences: int  # at a time on each GPU, the most that fit; 0: none does
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.hours / 3600
-
-
-def job(
-    shape: Shape, run: Run, tokens: float, gpu_name: str, n_gpus: int, mfu: float = 0.4, price: float | None = None
-) -> Job:
-    """A run's time, money and memory. mfu: of the published kind, see above. Raises UserError for unknown GPUs."""
-    gpu = GPUS.get(gpu_name)
-    if gpu is None:
-        raise UserError(f"no GPU `{gpu_name}`; known: {', '.join(GPUS)}")
-    if n_gpus < 1:
-        raise UserError(f"`--gpus` is {n_gpus}; at least 1 is needed")
-    run.check_ranks(n_gpus)
-    if not 0 < mfu <= 1:
-        raise UserError(f"`--mfu` is {mfu}; it is a share, above 0 and at most 1")
-    if tokens <= 0:
-        raise UserError(f"`--tokens` is {tokens:g}; it must be above 0")
-    flops = tokens * shape.flops_per_token(run.max_seq_len)
-    if run.preference is not None and run.preference.has_reference:
-        flops *= 4 / 3  # the base's forward pass, beside forward and backward
-    hours = flops / (n_gpus * gpu.peak_tflops * 1e12 * mfu) / 3600
-    sequences = fitting(shape, run, gpu, n_gpus)
-    dollars = hours * n_gpus * (gpu.price if price is None else price)
-    needed = memory(shape, run, n_gpus, max(1, sequences))
-    return Job(gpu, n_gpus, shape.n_parameters, tokens, flops, mfu, hours, dollars, needed, sequences)
-
-
 def fitting(shape: Shape, run: Run, gpu: Gpu, n_gpus: int) -> int:
     """Most sequences at a time, as a power of two, that leave a tenth of the memory free; 0 when not one fits."""
     room = 0.9 * gpu.memory_gb * 1e9
@@ -283,21 +243,3 @@ def fitting(shape: Shape, run: Run, gpu: Gpu, n_gpus: int) -> int:
     while sequences < 64 and memory(shape, run, n_gpus, max(1, 2 * sequences)).total <= room:
         sequences = max(1, 2 * sequences)
     return sequences
-
-
-def render(found: Job) -> str:
-    """A job as `key value` lines, one fact each."""
-    rows = [
-        ("parameters", f"{found.n_parameters:,}"),
-        ("tokens", f"{found.tokens:.4g}"),
-        ("flops", f"{found.flops:.3g}"),
-        ("gpus", f"{found.n_gpus} x {found.gpu.name}, {found.gpu.peak_tflops:g} TFLOP/s each at {found.mfu:.0%} MFU"),
-        ("tokens_per_s", f"{found.tokens_per_s:,.0f}"),
-        ("time", f"{found.hours:.1f} hours ({found.hours / 24:.1f} days)"),
-        ("cost", f"${found.dollars:,.0f}"),
-    ]
-    rows += [(f"memory_{key}", f"{value / 1e9:.2f} GB") for key, value in vars(found.memory).items()]
-    rows.append(("memory_total", f"{found.memory.total / 1e9:.2f} of {found.gpu.memory_gb:g} GB on each GPU"))
-    fits = f"{found.sequences} at a time" if found.sequences else "does not fit; take more GPUs, or checkpointing"
-    rows.append(("sequences", fits))
-    return "\n".join(f"{key} {value}" for key, value in rows)

@@ -1,6 +1,8 @@
 """What keeps a document out of a pretraining set: the launch blog's rules for mC4 and S2ORC, and duplicates."""
 
+import datetime
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -31,21 +33,45 @@ def mc4(text: str, _: dict[str, Any]) -> str | None:
     return None
 
 
+_PARAGRAPH_ENDS = re.compile(r"\n[^\S\n]*\n")  # a line with nothing to see
+# Published after 1970 and before this day. Source: the launch blog's appendix.
+_S2ORC_END = datetime.date(2022, 12, 1)
+_DATES = ("date", "published", "publication_date", "publicationdate", "created", "year")  # as copies of S2ORC call it
+
+
 def s2orc(text: str, fields: dict[str, Any]) -> str | None:
-    """S2ORC's rules; `year` and `language` are judged where the document has them. Source: as mc4."""
-    if fields.get("language", "en") not in ("en", "english", "English"):
-        return "not English"
-    year = fields.get("year")
-    if isinstance(year, int) and not 1970 < year < 2023:
-        return "from before 1971 or after 2022"
+    """S2ORC's rules but for the language; the day is judged where the document has one. Source: as mc4.
+
+    A document that names no more than the year 2022 stays: its month is not known.
+    """
+    day = _published(fields)
+    if day is not None and not (day.year > 1970 and day < _S2ORC_END):
+        return "from before 1971 or after November 2022"
     words = text.split()
     if len(words) < 500:
         return "under 500 words"
-    if sum(bool(paragraph.strip()) for paragraph in text.split("\n")) < 5:
+    if sum(bool(paragraph.strip()) for paragraph in _PARAGRAPH_ENDS.split(text)) < 5:
         return "under 5 paragraphs"
     word, n = Counter(words).most_common(1)[0]
     if not word.isalpha() or n / len(words) >= 0.075:
         return "one word too common"
+    return None
+
+
+def _published(fields: dict[str, Any]) -> datetime.date | None:
+    """The day, or the first one of the month or the year that the document names."""
+    for key in _DATES:
+        value = fields.get(key)
+        if isinstance(value, datetime.date):  # parquet has them; a datetime is one too
+            return datetime.date(value.year, value.month, value.day)
+        found = re.match(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?", str(value)) if isinstance(value, int | str) else None
+        if found is None:
+            continue
+        year, month, day = (int(part) if part else 1 for part in found.groups())
+        try:
+            return datetime.date(year, month, day)
+        except ValueError:  # month 0 or 13: another field may be better
+            continue
     return None
 
 

@@ -18,7 +18,7 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.tokenizer import Tokenizer
-from training.data import mds, workers
+from training.data import languages, mds, workers
 from training.data.files import documents
 from training.data.filters import RULES, Duplicates, Fingerprint, Quality, Rule, fingerprint
 
@@ -45,6 +45,8 @@ def prepare(
     max_seq_len: int,
     *,
     quality: Quality = "none",
+    language: str | None = None,
+    code: str | None = None,
     duplicates: float | None = None,
     n_processes: int = 1,
     text_key: str = "text",
@@ -52,8 +54,10 @@ def prepare(
 ) -> Prepared:
     """Write `out`, a folder of MDS shards whose samples are max_seq_len tokens each, and say what went into it.
 
-    sources: files, folders of files, or hub sets as `hub:owner/name`. duplicates: None keeps them, 1 drops equal texts,
-    less also near ones. Raises UserError for what cannot be read, and when no whole sample comes of it.
+    sources: files, folders of files, or hub sets as `hub:owner/name`. language: ISO 639-1 of what stays, `any`, or None
+    for what the quality rules are about, English. code: programming languages that stay, or `mpt`. duplicates: None
+    keeps them, 1 drops equal texts, less also near ones. Raises UserError for what cannot be read, and when no whole
+    sample comes of it.
     """
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out or remove it")
@@ -62,7 +66,9 @@ def prepare(
     found = Prepared()
     dropped: Counter[str] = Counter()
     known = None if duplicates is None else Duplicates(duplicates)
-    start_with = tokenizer_folder, quality, text_key, None if known is None else known.n_permutations
+    _rules(quality, language, code)  # refused here, before processes are started
+    n_permutations = None if known is None else known.n_permutations
+    start_with = tokenizer_folder, (quality, language, code), text_key, n_permutations
 
     def kept(run: workers.Mapped) -> Iterator[str]:
         """The texts that stay. Duplicates are judged here, in order, by fingerprints that other processes made."""
@@ -99,9 +105,25 @@ def prepare(
                 f"{found.n_documents} documents ({found.n_kept} kept) make {found.n_tokens} tokens, not one sample of "
                 f"{max_seq_len}; give more text or a lower --max-seq-len"
             )
-        story = {"sources": list(sources), "quality": quality, "max_seq_len": max_seq_len, **asdict(found)}
+        story = {"sources": list(sources), "quality": quality, "language": language, "code": code,
+                 "max_seq_len": max_seq_len, **asdict(found)}  # fmt: skip
         (partial / REPORT).write_text(json.dumps(story, indent=2))
     return found
+
+
+def _rules(quality: Quality, language: str | None, code: str | None) -> list[Rule]:
+    """In the order of what they cost: identifying a language takes longest."""
+    rules: list[Rule] = []
+    if code is not None:
+        wanted = languages.code_languages(code)
+        rules.append(lambda _, row: None if languages.code_language(row) in wanted else "in another code language")
+    if (rule := RULES[quality]) is not None:
+        rules.append(rule)
+        language = "en" if language is None else language
+    if language is not None and language != languages.ANY:
+        languages.check(language)
+        rules.append(lambda text, _: None if languages.identify(text) == language else "in another language")
+    return rules
 
 
 def _shares(items: Iterator[Item]) -> Iterator[list[Item]]:
@@ -116,7 +138,7 @@ def _noted(items: Iterator[Item], sent: deque[Item]) -> Iterator[Item]:
 
 class _Worker(NamedTuple):
     tokenizer: Tokenizer
-    rule: Rule | None
+    rules: list[Rule]
     text_key: str
     n_permutations: int | None  # of a fingerprint; None makes none
 
@@ -124,19 +146,21 @@ class _Worker(NamedTuple):
 _worker: _Worker | None = None  # a process's own
 
 
-def _start(folder: Path, quality: Quality, text_key: str, n_permutations: int | None) -> None:
+def _start(
+    folder: Path, asked: tuple[Quality, str | None, str | None], text_key: str, n_permutations: int | None
+) -> None:
     global _worker
-    _worker = _Worker(open_tokenizer(folder), RULES[quality], text_key, n_permutations)
+    _worker = _Worker(open_tokenizer(folder), _rules(*asked), text_key, n_permutations)
 
 
 def _judge(rows: list[dict[str, Any]]) -> list[tuple[str | None, Fingerprint | None]]:
     """Of each document the reason to drop it by itself, or else what tells it from others."""
     assert _worker is not None
-    _, rule, text_key, n_permutations = _worker
+    _, rules, text_key, n_permutations = _worker
     judged: list[tuple[str | None, Fingerprint | None]] = []
     for row in rows:
         text = row[text_key]
-        reason = "empty" if not text.strip() else rule(text, row) if rule else None
+        reason = "empty" if not text.strip() else next((why for rule in rules if (why := rule(text, row))), None)
         is_compared = reason is None and n_permutations is not None
         judged.append((reason, fingerprint(text, n_permutations or 0) if is_compared else None))
     return judged

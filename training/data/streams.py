@@ -34,12 +34,6 @@ log = logging.getLogger(__name__)
 
 _ROWS = {"prompt", "messages", "turns"}  # columns that make a sample a row, whatever else it has
 _FETCHES = 4  # at a time for a source
-# MPT-7B's ten sources and their share of the trillion tokens, in per cent. Source: the launch blog, Table 2.
-MPT_7B_MIX: Mapping[str, float] = {
-    "mc4_en": 33.0, "c4_semdedup": 29.9, "redpajama_commoncrawl": 10.0, "stack_selected": 10.0,
-    "redpajama_wikipedia": 4.0, "stack_markdown": 3.5, "s2orc": 3.3, "redpajama_books": 3.0,
-    "redpajama_arxiv": 1.9, "redpajama_stackexchange": 1.4,
-}  # fmt: skip
 
 
 def is_stream(name: str) -> bool:

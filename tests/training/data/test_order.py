@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from training.data.mixtures import MIXTURES
 from training.data.order import Order, Place, permuted, quotas
-from training.data.streams import MPT_7B_MIX
 
 BLOCK = 16_384
 
@@ -28,10 +28,11 @@ def test_different_keys_give_different_orders_that_look_random() -> None:
 
 
 def test_every_block_holds_each_sources_share() -> None:
-    order = Order({name: [10_000] for name in MPT_7B_MIX}, MPT_7B_MIX, seed=3)
+    shares = {part.name: part.share for part in MIXTURES["mpt_7b"]}
+    order = Order({name: [10_000] for name in shares}, shares, seed=3)
     for block in (0, 5):
         counts = Counter(order.place(j).source for j in range(block * BLOCK, (block + 1) * BLOCK))
-        for name, percent in MPT_7B_MIX.items():
+        for name, percent in shares.items():
             assert abs(counts[name] / BLOCK - percent / 100) < 1 / BLOCK
 
 

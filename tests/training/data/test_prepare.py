@@ -1,5 +1,6 @@
 """From documents to training samples: joined, filtered, the same whatever the number of processes."""
 
+import datetime
 import gzip
 import json
 import os
@@ -59,7 +60,9 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, tiny: Path) -> 
     texts = [*near, *(f"{text} {n}" for n, text in enumerate(TEXTS * 20)), *(" ".join(words[:n]) for n in (250, 299))]
     source = jsonl(tmp_path / "texts.jsonl", texts)
     for n in (1, 2):
-        found = prepare([str(source)], tmp_path / str(n), tiny, 32, n_processes=n, quality="mc4", duplicates=0.7)
+        found = prepare(
+            [str(source)], tmp_path / str(n), tiny, 32, n_processes=n, quality="mc4", language="any", duplicates=0.7
+        )
         # By hand: 295 of the 297 runs of five words are shared by the first and the third, 206 of 386 by the first and
         # the fourth. All short ones go by the rules.
         duplicates = (found.dropped.pop("duplicate"), found.dropped.pop("near duplicate"))
@@ -160,14 +163,36 @@ def test_the_rules_for_mc4(text: str, reason: str | None) -> None:
 
 def test_the_rules_for_s2orc() -> None:
     letters = ["".join("abcdefghij"[int(d)] for d in str(n)) for n in range(600)]
-    paper = "\n".join(
+    paragraphs = [
         " ".join(["the" if w % 20 == 0 else letters[w] for w in range(n, n + 120)]) for n in range(0, 600, 120)
-    )
+    ]
+    paper = "\n\n".join(paragraphs)
     assert s2orc(paper, {"year": 2001}) is None
-    assert s2orc(paper, {"year": 1969}) == "from before 1971 or after 2022"
-    assert s2orc(paper, {"language": "de"}) == "not English"
-    assert s2orc(paper.replace("\n", " "), {}) == "under 5 paragraphs"
+    assert s2orc("\n \t\n\n".join(paragraphs), {}) is None
+    # One paragraph, hard-wrapped: five lines are no five paragraphs.
+    assert s2orc("\n".join(paragraphs), {}) == "under 5 paragraphs"
     assert s2orc(paper[:900], {}) == "under 500 words"
+
+
+@pytest.mark.parametrize(
+    ("fields", "stays"),
+    [
+        ({"year": 1970}, False),
+        ({"year": "1971"}, True),
+        ({"year": 2022}, True),  # its month is not known
+        ({"year": 2023}, False),
+        ({"date": "2022-11-30"}, True),
+        ({"date": "2022-12-01", "year": 2022}, False),
+        ({"created": "2022-12-31T00:00:00.000Z"}, False),
+        ({"published": "2022-11"}, True),
+        ({"published": datetime.datetime(2022, 12, 24)}, False),
+        ({"date": "2022-13-01", "year": 2021}, True),
+        ({"year": None}, True),
+    ],
+)
+def test_s2orc_ends_before_december_2022(fields: dict[str, object], stays: bool) -> None:
+    paper = "\n\n".join(" ".join(f"w{chr(97 + n % 26)}" for n in range(120)) for _ in range(5))
+    assert s2orc(paper, fields) == (None if stays else "from before 1971 or after November 2022")
 
 
 def test_duplicates_near_and_equal() -> None:
@@ -183,7 +208,7 @@ def test_real_text_is_prepared(
     tmp_path: Path, tiny: Path, tokenizer: Tokenizer, data_file: Callable[[str], Path]
 ) -> None:
     source = data_file("pretrain/c4_demo_300.jsonl.gz")
-    found = prepare([str(source)], tmp_path / "c4", tiny, 256, quality="mc4", duplicates=0.8)
+    found = prepare([str(source)], tmp_path / "c4", tiny, 256, quality="mc4", language="any", duplicates=0.8)
     assert found.n_documents == 300
     assert found.n_kept + sum(found.dropped.values()) == 300
     assert 50 < found.n_kept < 300
