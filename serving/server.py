@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
 from mpt.errors import UserError
+from mpt.extras import install
 from serving.app import make_app
 from serving.batch.service import BatchService
 from serving.connections import timed_protocol
@@ -157,7 +158,7 @@ def _mount_demos(app: FastAPI, url: str) -> None:
     try:
         from demos import server as demos  # the command line's stage may compose others
     except ModuleNotFoundError as error:
-        raise UserError(f"--demo needs `{error.name}`; install it with `pip install 'mpt-home[demos]'`") from error
+        raise UserError(f"--demo needs `{error.name}`; {install('demos')}") from error
     app.add_route("/demo", lambda _: RedirectResponse("/demo/"), include_in_schema=False)
     demos.mount(app, url)
 

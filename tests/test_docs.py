@@ -53,3 +53,11 @@ def test_the_map_leaves_no_module_out() -> None:
     modules = {path for path in modules if path.name != "__init__.py" and "triton_repository" not in path.parts}
     missing = {str(path.relative_to(ROOT)) for path in modules if not linked & {path, *path.parents}}
     assert not missing
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_test_that_a_page_names_is_there(page: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/.]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / file).is_file() and f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (
+            f"{file}::{name}"
+        )

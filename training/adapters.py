@@ -22,6 +22,7 @@ from mpt.catalog import resolve
 from mpt.chat_template import ChatTemplate
 from mpt.dropout import Dropout
 from mpt.errors import UserError
+from mpt.extras import install
 from mpt.files import whole_folder
 from mpt.model import Linear
 from mpt.prompts import PromptFormat, open_format
@@ -137,7 +138,7 @@ def _four_bit(linear: nn.Linear, precision: "Precision") -> nn.Module:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise UserError("4-bit weights need bitsandbytes: pip install 'mpt[qlora]'") from error
+        raise UserError(f"4-bit weights need bitsandbytes; {install('qlora')}") from error
     if linear.in_features % 64:  # bitsandbytes 0.50 on CPU reads such a matrix back wrong: blocks run over its rows
         raise UserError(f"4-bit weights need matrices of a multiple of 64 columns, here are {linear.in_features}")
     made = bitsandbytes.nn.Linear4bit(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mpt.errors import UserError
+from mpt.extras import install
 
 Form = Literal["chinchilla", "power"]
 _HUBER = 1e-3  # Hoffmann et al.'s delta, of log L
@@ -215,5 +216,5 @@ def _optimize() -> Any:
     try:
         import scipy.optimize
     except ImportError as error:
-        raise UserError("fitting a law needs scipy: `pip install 'mpt[scale]'`") from error
+        raise UserError(f"fitting a law needs scipy; {install('scale')}") from error
     return scipy.optimize

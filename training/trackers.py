@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from mpt.errors import Interrupted, UserError
+from mpt.extras import install
 from mpt.files import read_optional_json, write_whole
 from training.run import Run
 
@@ -176,7 +177,7 @@ class _Trackio:
 
 
 def _missing(name: str) -> UserError:
-    return UserError(f"`{name}` is not installed; install it with `pip install -e '.[tracking]'`, or leave --track out")
+    return UserError(f"`{name}` is not installed; {install('tracking')}, or leave --track out")
 
 
 _OPEN: dict[str, Callable[[Run], Tracker]] = {

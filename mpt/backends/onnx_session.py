@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpt.checkpoint import read_config
 from mpt.errors import DamagedFile, MachineRefused, UserError
+from mpt.extras import install
 
 Cache = list[Any]  # keys and values of each layer, (1, KV heads, P, D)
 _ALL = 2**62
@@ -73,7 +74,7 @@ def find_device(device: str) -> str:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise UserError("ONNX folders need onnxruntime: pip install 'mpt[conversion]'") from error
+        raise UserError(f"ONNX folders need onnxruntime; {install('conversion')}") from error
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device == "cuda" and not has_cuda:
         raise MachineRefused("onnxruntime has no CUDA here; install onnxruntime-gpu, or take --device cpu")

@@ -33,6 +33,7 @@ from mpt.engine.request import (
 )
 from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.errors import MachineRefused, UserError
+from mpt.extras import install
 from mpt.lora import Adapter
 from mpt.tokenizer import Tokenizer
 
@@ -93,7 +94,7 @@ class TritonEngine:
         try:
             import tritonclient.grpc as grpc
         except ImportError as error:
-            raise MachineRefused("triton:// needs tritonclient: pip install 'mpt[triton]'") from error
+            raise MachineRefused(f"triton:// needs tritonclient; {install('triton')}") from error
         try:
             with grpc.InferenceServerClient(self._address.server) as client:
                 is_ready = client.is_model_ready(self._address.model)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mpt.errors import UserError
+from mpt.extras import install
 
 FILES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv", ".arrow")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -278,7 +279,7 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError("hub sets need `pip install datasets`; or download the files and name them") from error
+        raise UserError(f"hub sets need datasets; {install('data')}, or download the files and name them") from error
     try:
         found = load_dataset(name, split="train", streaming=True)
         for n, row in enumerate(found, 1):

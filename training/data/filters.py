@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from mpt.errors import UserError
+from mpt.extras import install
 
 Quality = Literal["none", "mc4", "s2orc"]
 # Of a document (its text and its other fields), the reason it is dropped, or None.
@@ -117,7 +118,7 @@ class Duplicates:
                 from datasketch import MinHashLSH
             except ImportError as error:
                 raise UserError(
-                    "near duplicates need `pip install datasketch`; or leave --near-duplicates out"
+                    f"near duplicates need datasketch; {install('data')}, or leave --near-duplicates out"
                 ) from error
             self._near = MinHashLSH(threshold=similarity, num_perm=n_permutations)
 

@@ -1,6 +1,6 @@
 """Which language a document is in: a natural one identified from its text, a programming one by what its row says.
 
-The launch blog took English by cld3, which is no longer maintained; py3langid (`pip install 'mpt[data]'`) knows 140
+The launch blog took English by cld3, which is no longer maintained; py3langid (the extra `data`) knows 140
 languages, needs no network, and is what is asked here. A row's own `language` field is not believed.
 """
 
@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from mpt.errors import UserError
+from mpt.extras import install
 
 ANY = "any"
 _LOOKED_AT = 1000  # characters: cld3 looked at as many bytes, and py3langid takes a millisecond or two for them
@@ -27,9 +28,7 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise UserError(
-            "identifying languages needs `pip install 'mpt[data]'` (py3langid); or take --language any"
-        ) from error
+        raise UserError(f"identifying languages needs py3langid; {install('data')}, or take --language any") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 

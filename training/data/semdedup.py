@@ -3,7 +3,7 @@
 The paper's procedure: each document is a vector, k-means finds clusters of them, and within a cluster documents are put
 in order, the one least like the centroid first; one whose cosine similarity to any before it is above a threshold is
 dropped. The paper's vectors are the last layer's state of the last token of OPT-125M; here any checkpoint gives them,
-or a file does. k-means is scikit-learn's (`pip install 'mpt[data]'`).
+or a file does. k-means is scikit-learn's (the extra `data`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpt.errors import UserError
+from mpt.extras import install
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def _clusters(unit: Vectors, n_clusters: int, seed: int) -> tuple[Any, Any]:
     try:
         from sklearn.cluster import KMeans, MiniBatchKMeans
     except ImportError as error:
-        raise UserError("SemDeDup needs `pip install 'mpt[data]'` (scikit-learn)") from error
+        raise UserError(f"SemDeDup needs scikit-learn; {install('data')}") from error
     kind = KMeans if len(unit) < _BATCHED_FROM else MiniBatchKMeans
     found = kind(n_clusters, n_init=1, random_state=seed).fit(unit)
     lengths = np.linalg.norm(found.cluster_centers_, axis=1, keepdims=True)

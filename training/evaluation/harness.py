@@ -1,7 +1,7 @@
 """Any task of lm-evaluation-harness, asked of a model of ours: its tasks and judgements, our scoring and generation.
 
 A checkpoint's alternatives share what they have in common and are packed without padding, and its answers come from the
-engine that serves. `lm_eval` is an extra: `pip install 'mpt-home[lm-eval]'`.
+engine that serves. `lm_eval` is the extra `lm-eval`.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpt.errors import UserError
+from mpt.extras import install
 from training import show
 from training.evaluation import report
 from training.evaluation.scoring import Score
@@ -32,7 +33,7 @@ def run(
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("`--lm-eval` needs lm-evaluation-harness; `pip install 'mpt-home[lm-eval]'`") from error
+        raise UserError(f"`--lm-eval` needs lm-evaluation-harness; {install('lm-eval')}") from error
     folders = [name for name in tasks if Path(name).is_dir()]
     names = [name for name in tasks if name not in folders]
     own = TaskManager(include_path=folders, include_defaults=False).all_tasks if folders else []
