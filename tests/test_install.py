@@ -1,8 +1,9 @@
 """Every set of packages that pyproject.toml and the Dockerfile offer can be installed, as on a machine that has none.
 
 `uv` resolves each for the Pythons we support out of the package index's metadata, so no wheel is downloaded and nothing
-is installed. Only wheels count: nobody needs a compiler. What this machine has of its own (folders of wheels, further
-constraints) is left out, since others have none of it; its index, if it names one, is taken.
+is installed. Only wheels count, but for some packages of pure Python: nobody needs a compiler. What this machine has of
+its own (folders of wheels, further constraints) is left out, since others have none of it; its index, if it names one,
+is taken.
 
 Not a test of the packages themselves, nor of PyTorch's own index, whence the cpu image takes its torch: that build
 depends on a part of what the CUDA build depends on, which is resolved here.
@@ -32,6 +33,8 @@ SETS = {
     **{extra: [extra] for extra in EXTRAS},
     **{f"{image.lower()} image": extras.split(",") for image, extras in IMAGES},
 }
+# Pure Python of which no wheels are published: what lm-evaluation-harness asks for beside others.
+SOURCES = ("rouge-score", "sqlitedict", "word2number")
 LINUX = "x86_64-manylinux_2_31"  # glibc 2.31 (Debian 11, Ubuntu 20.04): the newest that any pinned wheel asks for
 
 pytestmark = [pytest.mark.index, pytest.mark.timeout(600)]
@@ -67,6 +70,7 @@ def uv(*arguments: str, standard_input: str = "", **variables: str) -> subproces
         kept.setdefault("SSL_CERT_FILE", certificates)
     command = [sys.executable, "-m", "uv", "--quiet", "--no-config", "--no-python-downloads", "pip", "compile"]
     command += ["--python", sys.executable, "--only-binary", ":all:", "--no-header", "--no-annotate", *arguments]
+    command += [f"--no-binary={name}" for name in SOURCES]
     if index := pip_setting("index-url"):
         command += ["--default-index", index]
     return subprocess.run(command, input=standard_input, capture_output=True, text=True, env=kept | variables, cwd=ROOT)
