@@ -1,7 +1,5 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
-import os
-
 import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -49,11 +47,6 @@ LONGEST = (
     "mpt/backends/test_paged_backend.py",
     "demos/test_cli.py",
 )
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, up to four (`make test`): a third of the time tests wait, for servers mostly."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -87,9 +87,9 @@ def test_a_sweep_remembers_what_diverged(small_run: Run, tmp_path: Path, monkeyp
     run = dataclasses.replace(small_run, steps=8, max_seq_len=256, on_spike="stop", checkpoint_every=2)
     real = loop.train_step
 
-    def nan(model: Any, optimizer: Any, batch: Any, run: Run, *rest: Any) -> tuple[float, float]:
-        loss, norm = real(model, optimizer, batch, run, *rest)
-        return (float("nan"), norm) if run.seed == 2 else (loss, norm)
+    def nan(model: Any, optimizer: Any, run: Run, accumulate: Any) -> tuple[dict[str, float], float]:
+        found, norm = real(model, optimizer, run, accumulate)
+        return ({"loss": float("nan")}, norm) if run.seed == 2 else (found, norm)
 
     monkeypatch.setattr(loop, "train_step", nan)
     outcomes = sweep.sweep(run, ["seed=1,2"], tmp_path / "sweep")
