@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from mpt.errors import DeviceLost, MPTError
-from mpt.files import disk_refusals
+from mpt.files import disk_refusals, misplaced_paths
 
 BEGAN = time.monotonic()  # of a command: this is among the first modules that one imports
 
@@ -61,7 +61,7 @@ def new_app(help: str) -> typer.Typer:
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command line; a user's mistake is one line on stderr and an exit code."""
     try:
-        with disk_refusals(Path.cwd()):
+        with disk_refusals(Path.cwd()), misplaced_paths():
             app(prog_name=name)
     except MPTError as error:
         print(f"{name}: {error}", file=sys.stderr)

@@ -34,6 +34,21 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
+# A path that cannot be: no such folder, a file where a folder should be or a folder where a file should be.
+_MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
+
+@contextmanager
+def misplaced_paths() -> Iterator[None]:
+    """Raises UserError for a path that a command was given and that cannot be read or made."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _MISPLACED or error.filename is None:
+            raise
+        raise UserError(f"`{error.filename}` cannot be used ({error.strerror}); check the path") from error
+
+
 @contextmanager
 def disk_refusals(place: Path) -> Iterator[None]:
     """Raises MachineRefused where the disk refuses what is done. place: named where the error names no file."""

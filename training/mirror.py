@@ -15,8 +15,9 @@ class Mirror:
     """Copies whole checkpoint folders to a URL and back."""
 
     def __init__(self, url: str) -> None:
-        """Raises UserError when the URL cannot be opened."""
+        """Raises UserError when the URL cannot be opened, MachineRefused when a folder here cannot be made."""
         self._remote = Remote(url)
+        self._remote.make_folder()
 
     def put(self, folder: Path, keep: int | None = None) -> None:
         """Copy a folder, and drop the oldest steps beyond `keep`. Raises MachineRefused after several attempts."""

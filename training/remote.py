@@ -40,6 +40,14 @@ class Remote:
             raise UserError(f"`{url}` cannot be opened: {error}") from error
         self.url, self.root = url, PurePosixPath(root)
 
+    def make_folder(self) -> None:
+        """Make the folder where one is needed before its files: on this machine. Raises MachineRefused."""
+        if isinstance(self.files, LocalFileSystem):
+            try:
+                self.files.makedirs(str(self.root), exist_ok=True)
+            except OSError as error:
+                raise MachineRefused(f"cannot make `{self.url}` ({error.strerror}); choose another place") from error
+
     def get(self, name: str, to: Path, check: Callable[[Path], None] = lambda _: None) -> None:
         """Copy a file here; it appears whole and checked, also when several processes fetch it into one folder.
 

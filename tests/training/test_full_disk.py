@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from training import cli
 from training.logbook import Logbook
 from training.run import Run
 
@@ -90,6 +91,25 @@ def test_any_command_says_a_full_disk_in_one_line(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 5 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+
+
+def test_a_path_that_cannot_be_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where a folder should be: of a picture, and of a run that has not begun."""
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "steps": 1, "loss": 1.0, "tokens": 1}\n')
+    place = str(tmp_path / "file" / "inside")
+    for command in (
+        ["plot", str(tmp_path), "--out", f"{place}.png"],
+        ["finetune", "--base", "mpt-tiny", "--data", "yaml_to_json", "--steps", "1", "--out", place],
+    ):
+        monkeypatch.setattr(sys, "argv", ["train", *command])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert caught.value.code == 2 and "cannot be used (Not a directory)" in err and place in err, err
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 CASES = ("run.json", "logbook at the start", "metrics", "checkpoint", "model", "plot", "logbook at the end")

@@ -92,7 +92,7 @@ def test_a_mirror_in_a_folder_makes_it_and_names_where_it_cannot(folder: Path, t
     assert there.fetch_latest(tmp_path / "elsewhere") is not None
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineRefused, match=f"`file://{tmp_path}/file/sub`.*(exists|Not a directory)"):
-        Mirror(f"file://{tmp_path}/file/sub").put(folder)
+        Mirror(f"file://{tmp_path}/file/sub")
 
 
 def test_what_could_not_be_copied_at_the_end_is_copied_by_the_next_start(
