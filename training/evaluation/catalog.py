@@ -197,6 +197,7 @@ def _one_defined(entry: Mapping[str, Any], path: Path, folder: Path) -> Iterator
     task = Task(
         name=str(entry["label"]), kind=_KINDS[kind], file=rows.name, n_rows=None,
         stops=tuple(entry.get("early_stopping_criteria") or ()), normalizes=bool(entry.get("do_normalization", True)),
+        has_categories=bool(entry.get("has_categories", True)),
         **{name: str(entry[name]) for name in _TEXTS if name in entry},
     )  # fmt: skip
     for n_shots in entry.get("num_fewshot") or [0]:

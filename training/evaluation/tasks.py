@@ -43,6 +43,7 @@ class Task:
     cot_delimiter: str = ""
     stops: tuple[str, ...] = ()
     normalizes: bool = True  # case, punctuation and articles do not count in generated answers
+    has_categories: bool = True  # a score for each `category` that rows name
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _example(
         cut = max(0, len(whole) - max_seq_len)
         return whole[cut:], max(1, len(whole) - len(after) - cut)
 
-    category = row.get("category")
+    category = row.get("category") if task.has_categories else None
     if task.kind == "choice":
         context = _context(task, row["query"])
         pairs = [sequence(context, choice) for choice in row["choices"]]

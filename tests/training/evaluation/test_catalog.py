@@ -1,5 +1,6 @@
 """Which tasks there are: the Gauntlet's arithmetic, definitions of one's own, and answers behind a chain of thought."""
 
+import dataclasses
 import json
 import math
 import re
@@ -124,6 +125,12 @@ def test_a_definition_of_llm_foundrys_makes_tasks(folder: Path) -> None:
     text = "Count.\nQ: Tom has 7 hats.\nA: 7\nQ: Mary has 2 cups.\nA:"
     assert tokenizer.decode(example.query.sequences[0]) == text
     assert catalog.select(str(folder / "mine.yaml"), folder / "data", 3)[2].n_shots == 3
+    rows = [{"query": "An egg is", "choices": ["round", "blue"], "gold": 0, "category": "food"}]
+    with_them, without = chosen[2].task, dataclasses.replace(chosen[2].task, has_categories=False)
+    found = [tasks.examples(task, rows, tokenizer, 512)[0].category for task in (with_them, without)]
+    assert found == ["food", None]
+    (folder / "mine.yaml").write_text(f"{DEFINITION}  has_categories: false\n")
+    assert not catalog.select(str(folder / "mine.yaml"), folder / "data")[2].task.has_categories
 
 
 @pytest.mark.parametrize(
