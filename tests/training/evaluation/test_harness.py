@@ -102,6 +102,18 @@ def test_what_it_asks_is_answered_as_a_plain_loop_answers_it(local: models.Local
         assert text == local.tokenizer.decode([i for i in whole if i not in local.tokenizer.end_ids]).split(until)[0]
 
 
+def test_a_context_that_is_too_long_loses_its_beginning(local: models.Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "max_seq_len", 12)
+    context, continuation = "The whale swam on through the cold sea, and no man of the crew had", " a word"
+    ((found, _),) = harness._adapter(local).loglikelihood([Request(context, continuation)], disable_tqdm=True)
+    ids = local.tokenizer.encode(context + continuation)
+    n = len(ids) - len(local.tokenizer.encode(context))
+    assert len(ids) > 12 > n > 0
+    with torch.inference_mode():
+        logprobs = local.model(torch.tensor([ids[-12:]])).logits[0].double().log_softmax(-1)
+    assert found == pytest.approx(sum(float(logprobs[k - 1, ids[-12:][k]]) for k in range(12 - n, 12)), abs=1e-3)
+
+
 def test_a_long_text_is_read_in_windows_each_token_once(local: models.Local, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum over windows of 16 tokens, each of which predicts its own tokens behind the last of the window before."""
     monkeypatch.setattr(local, "max_seq_len", 17)
