@@ -42,12 +42,14 @@ def rows_of(path: Path, data: bytes) -> list[Any]:
         ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
         ("a.csv", CSV.encode("utf-16")),
         ("a.tsv", 'prompt\tresponse\nZwölf?\t12\n\n"A, ""B""\nor C"\tC\n'.encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES.encode())),
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
         ("a.csv.zst", zstandard.compress(CSV.encode())),
         ("a.jsonl.zst", b"".join(zstandard.compress(line.encode()) for line in LINES.splitlines(keepends=True))),
     ],
+    # The bytes in a name would differ where a format holds the time, and workers must collect the same names.
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, data: bytes) -> None:
     assert rows_of(tmp_path / name, data) == ROWS
