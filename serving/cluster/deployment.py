@@ -309,7 +309,9 @@ class Router:
     def __serve_build_asgi_app__(self) -> Any:
         options = self._options
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        self._app = make_router(self._fleet, options, Keys(options.api_keys, options.api_key_file, limits))
+        self._app = make_router(
+            self._fleet, options, Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
+        )
         return self._app
 
     def exposition(self) -> tuple[str, str]:

@@ -20,6 +20,7 @@ import yaml
 
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
+from mpt.memory import available_bytes
 from serving.auth import keys_of
 from serving.cluster import guard, home
 from serving.cluster.haproxy_config import max_connections
@@ -49,16 +50,19 @@ ENVIRONMENT = {
 # otherwise for: to stay off the network on desktops.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _WATCH_S = 0.5
+# A router takes 0.42 GB, which is mostly Ray's and torch's code (2026-11-27).
+_FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 
 
 def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> None:
     """Serve until told to stop; running answers may then take drain_s more. Raises UserError before Ray starts."""
     set_up_logging()
     application, http, logging_config = _read(config)
-    options = read_args(application.get("args") or {})
     if port is not None:
         http["port"] = port
     n_cpus = cpus or os.cpu_count() or 1
+    _settle_routers(application, n_cpus)
+    options = read_args(application["args"])
     _check(options, http, n_cpus)
     connections = max_connections()
     if elsewhere := os.environ.pop("RAY_ADDRESS", None):
@@ -74,6 +78,23 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         http |= {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
         _serve(application, http, logging_config, n_cpus, drain_s, _Processes(folder, watcher))
     home.remove(folder)
+
+
+def _settle_routers(application: dict[str, Any], n_cpus: int) -> None:
+    """Two routers, or one where a second would crowd out the models; what the config says stays. Raises UserError."""
+    args = application["args"] = dict(application.get("args") or {})
+    if args.get("router_replicas") is not None:
+        return
+    options = read_args({**args, "router_replicas": 1})
+    free = available_bytes()
+    wanted_cpus = sum(model.n_cpus for model in options.models.values()) + 2 * options.router_num_cpus
+    args["router_replicas"] = 2
+    why = "the one answers while the other is started anew"
+    if free < _FREE_FOR_A_SECOND_BYTES or wanted_cpus > n_cpus:
+        args["router_replicas"] = 1
+        why = f"for a second, {wanted_cpus:g} of {n_cpus} CPUs and {_FREE_FOR_A_SECOND_BYTES / 1e9:g} GB must be there"
+        why += f", of which {free / 1e9:.1f} are"
+    log.info("%d of `router_replicas`: %s", args["router_replicas"], why)
 
 
 class _Processes:
@@ -172,7 +193,7 @@ def _serve(
         threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
         serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
         serve.run(
-            app(application.get("args") or {}),
+            app(application["args"]),
             name=name,
             route_prefix=application.get("route_prefix", "/"),
             logging_config=LoggingConfig(**logging_config),
