@@ -13,19 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpt.catalog import resolve
 from mpt.errors import MachineRefused, UserError
 from serving.auth import keys_of
 from serving.cluster import haproxy
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
+from serving.configuration import anchored, application, load
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 
 log = logging.getLogger(__name__)
 
-_IMPORT_PATH = "serving.cluster.deployment:app"
 # Read by Ray's processes when they start. HAProxy in front of the routers instead of Ray's Python proxy: 1 ms a request
 # instead of 11. Throughput optimized: gRPC between replicas instead of actor calls, no threads of its own around our
 # event loops, Ray Serve's own lines in its log files (docs/benchmarks.md).
@@ -45,8 +43,11 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     """Serve until told to stop; running answers may then take drain_s more. Raises UserError before Ray starts."""
     set_up_logging()
     started = time.perf_counter()
-    application, http, logging_config = _read(config)
-    options = read_args(application.get("args") or {})
+    ours, http, logging_config = _read(config)
+    try:
+        options = read_args(ours["args"])
+    except UserError as error:
+        raise UserError(f"`{config}`: {error}") from None
     if port is not None:
         http["port"] = port
     n_cpus = cpus or os.cpu_count() or 1
@@ -64,7 +65,7 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
 
     from serving.cluster.deployment import ROUTER, app
 
-    name = application.get("name", "mpt")
+    name = ours.get("name", "mpt")
     stop = threading.Event()
     ray.init(num_cpus=n_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -73,9 +74,9 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         try:
             serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
             serve.run(
-                app(application.get("args") or {}),
+                app(ours["args"]),
                 name=name,
-                route_prefix=application.get("route_prefix", "/"),
+                route_prefix=ours.get("route_prefix", "/"),
                 logging_config=LoggingConfig(**logging_config),
             )
         except (RayError, RuntimeError) as error:
@@ -105,19 +106,17 @@ def _free_port() -> int:
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Our application of a Serve config, its HTTP options and its logging."""
-    try:
-        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
-        applications = raw["applications"]
-        ours = [each for each in applications if each["import_path"] == _IMPORT_PATH]
-    except OSError as error:
-        raise UserError(f"`{config}` cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{config}` is no Ray Serve config; serving/config.yaml is one") from error
-    if len(ours) != 1:
-        raise UserError(f"`{config}` has {len(ours)} applications with import_path {_IMPORT_PATH}; give it one")
-    http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
-    return ours[0], http, raw.get("logging_config") or {}
+    """Our application of a Serve config, its HTTP options and its logging; or of a file of `mpt serve --config`."""
+    raw = load(config)
+    if "applications" in raw or not raw:
+        ours, listens = application(raw, config), raw.get("http_options") or {}
+    else:
+        listens = {key: raw.pop(key) for key in ("host", "port") if key in raw}
+        raw = {"logging_config": {"enable_access_log": False}, "args": raw}  # ours has tokens and latencies
+        ours = raw
+    http = {"host": "127.0.0.1", "port": 8000, **listens}
+    args = anchored(ours.get("args") or {}, config.absolute().parent)
+    return {**ours, "args": args}, http, raw.get("logging_config") or {}
 
 
 def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
