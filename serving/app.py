@@ -22,7 +22,7 @@ import mpt
 from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
-from serving.auth import Door, keys_of
+from serving.auth import Door, book_of, keys_of
 from serving.batch.api import batch_functions
 from serving.batch.service import BatchDoor, BatchService
 from serving.batch.store import Store
@@ -67,7 +67,9 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    door = door or keys_of(options)
+    keys = keys_of(options)
+    keys.note_unknown(serving.names())
+    door = door or keys
     service = None
     if options.batch_dir is not None:
         door = BatchDoor(door)
@@ -79,9 +81,9 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     add_routes(app, functions | model_loading(serving) | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, needs_key=keys_of(options).required)
+        add_docs(app, needs_key=keys.required)
     app.add_middleware(Holding, serving=serving)
-    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
+    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format, book=book_of(keys, options))
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -105,6 +107,7 @@ def _adapter_loading(serving: Serving) -> Functions:
         if not MODEL_NAME.fullmatch(name):
             message = f"`{name[:64]}` is no name for an adapter: letters, digits, `.`, `_`, `-`, at most 64"
             raise InvalidRequest(message, param="lora_name")
+        serving.check_adapter(base, name)
         adapters = (await serving.endpoint(base, hold)).adapters
         if adapters is None:
             raise InvalidRequest(f"`{base}` takes no adapters: it runs in another engine", param="lora_name")

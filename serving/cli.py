@@ -37,8 +37,17 @@ _ApiKey = Annotated[
 _ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="File of keys, one per line, `[NAME:] KEY [requests_per_minute=N] [tokens_per_minute=N]`; read again "
-        "when it changes. Keys may stand in $MPT_API_KEYS too, one per line."
+        help="File of keys, one per line, `[NAME:] KEY [models=A,B] [requests_per_minute=N] [tokens_per_minute=N] "
+        "[tokens_per_day=N] [tokens_per_month=N] [tokens_total=N]`; read again when it changes. Keys may stand in "
+        "$MPT_API_KEYS too, one per line."
+    ),
+]
+_QuotaStore = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|URL",
+        help="Where keys' tokens per day, per month and in all are counted: a file of SQLite, or postgresql://...",
+        show_default="~/.local/state/mpt/quotas.sqlite",
     ),
 ]
 _RequestsPerMinute = Annotated[
@@ -243,6 +252,7 @@ def serve(
     port: _Port = 8000,
     api_key: _ApiKey = None,
     api_key_file: _ApiKeyFile = None,
+    quota_store: _QuotaStore = None,
     requests_per_minute: _RequestsPerMinute = None,
     tokens_per_minute: _TokensPerMinute = None,
     no_auth: _NoAuth = False,

@@ -92,6 +92,8 @@ def _anchored(key: str, value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value:
         return value
     path = folder / Path(value).expanduser()
+    if key == "quota_store" and "://" not in value:
+        return str(path)
     may_be_name = key in ("root", "draft") and "://" not in value and (value.startswith((".", "~")) or path.exists())
     is_template = key == "chat_template" and value not in _STYLES
     return str(path) if key in PATHS or may_be_name or is_template else value

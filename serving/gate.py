@@ -14,10 +14,12 @@ from typing import Any, Literal, Protocol
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.access import limited_to
 from serving.auth import Door
 from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
 from serving.limits import Admission, RateLimiter
 from serving.metrics import HttpMetrics
+from serving.quotas import Account, QuotaBook
 from serving.wire import respond
 
 log = logging.getLogger("serving.access")
@@ -39,7 +41,7 @@ class Work(Protocol):
 
 
 class Gate:
-    """log_format None neither logs nor counts: the router that sent the request here does.
+    """log_format None neither logs nor counts: the router that sent the request here does. book: of clients' quotas.
 
     names_requests: send x-request-id, unless something around this app does.
     """
@@ -50,10 +52,11 @@ class Gate:
         door: Door,
         metrics: HttpMetrics,
         log_format: Literal["text", "json"] | None,
+        book: QuotaBook,
         names_requests: bool = True,
     ) -> None:
         self._app, self._door, self._metrics, self._log_format = app, door, metrics, log_format
-        self._names_requests = names_requests
+        self._names_requests, self._book = names_requests, book
         self._limiter = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +67,7 @@ class Gate:
         given = headers.get(b"x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, salt="", admission=None)
+        state.update(request_id=request_id, salt="", admission=None, models=None)
         started, status = time.perf_counter(), 499  # unless a response begins, the client has gone
 
         async def send_on(message: Message) -> None:
@@ -86,7 +89,8 @@ class Gate:
             if refusal is not None:
                 await respond(refusal, scope["path"])(scope, receive, send_on)
             else:
-                await self._app(scope, receive, send_on)
+                with limited_to(state["models"]):
+                    await self._app(scope, receive, send_on)
         except ClientDisconnect:
             pass  # nobody to answer; logged as 499
         except Exception:
@@ -96,7 +100,9 @@ class Gate:
                 await respond(error, scope["path"])(scope, receive, send_on)
         finally:
             if state["admission"] is not None:
-                state["admission"].settle(state["work"].n_tokens if "work" in state else 0)
+                n_tokens = state["work"].n_tokens if "work" in state else 0
+                state["admission"].settle(n_tokens)
+                state["account"].settle(n_tokens)
             if self._log_format is not None:
                 self._record(scope, state, status, time.perf_counter() - started)
 
@@ -107,7 +113,8 @@ class Gate:
             return None
         try:
             client = self._door.client(headers)
-            state.update(salt=client.salt, client=client.name)
+            state.update(salt=client.salt, client=client.name, models=client.models)
+            state["account"] = Account(self._book, client.name, client.quotas)
             state["admission"] = self._limiter.admit(client.salt, client.limits)
         except RateLimited as error:
             self._metrics.rate_limited.labels(error.kind).inc()

@@ -22,6 +22,9 @@ class HttpOptions:
 
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
+    quota_store: str | None = (
+        None  # file of SQLite or URL of Postgres for quotas of keys; None: the user's state folder
+    )
     requests_per_minute: int | None = None  # of each client whose key has no limits of its own
     tokens_per_minute: int | None = None
     request_timeout_s: float = 600.0
@@ -78,6 +81,12 @@ def seconds(option: str, text: str) -> float:
     if value <= 0:
         raise UserError(f"`{option} {text}` is no duration; write a number above 0 with s, m or h: 90s, 15m, 2h")
     return value
+
+
+def without_password(url: str) -> str:
+    """A database's URL as logs, errors and files may show it; a path is itself."""
+    hidden = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1@", url)
+    return re.sub(r"([?&])password=[^&]*&?", r"\1", hidden).rstrip("?&")
 
 
 def is_loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ from mpt.errors import UserError
 from mpt.options import TINY, TRITON, ModelOptions, at_least
 from serving.configuration import PATHS, anchored, application, load, read_models, read_options, read_values
 from serving.flags import check_access, settings_of_flags
-from serving.options import ServeOptions, is_loopback, seconds
+from serving.options import ServeOptions, is_loopback, seconds, without_password
 from serving.sources import all_sources
 
 _OF_A_MODEL = get_type_hints(ModelOptions)
@@ -145,6 +145,12 @@ def as_yaml(settings: Mapping[str, Any]) -> str:
             "a key of --api-key or `api_keys` is not printed; write the keys into a file that only you can read, and "
             "give --api-key-file"
         )
+    store = settings.get("quota_store") or ""
+    if without_password(store) != store:
+        raise UserError(
+            f"the password in --quota-store {without_password(store)} is not printed; leave it out of the URL, and put "
+            "it into $PGPASSWORD or ~/.pgpass"
+        )
     plain = {key: _plain(key, value) for key, value in settings.items()}
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else "{}\n"
     return f"# Read by `mpt serve --config FILE`; flags beside it win. Keys of $MPT_API_KEYS are not in it.\n{body}"
@@ -160,6 +166,8 @@ def _plain(key: str, value: Any) -> Any:
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if isinstance(value, Path):
         return str(value.absolute())
+    if key == "quota_store" and "://" not in value:
+        return str(Path(value).expanduser().absolute())
     if key in ("root", "draft", "chat_template") and isinstance(value, str):
         path = Path(value).expanduser()
         return str(path.absolute()) if path.exists() and "://" not in value else value

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpt.catalog import resolve
 from mpt.errors import MachineRefused, UserError
-from serving.auth import keys_of
+from serving.auth import book_of, keys_of
 from serving.cluster import haproxy
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
 from serving.configuration import anchored, application, load
@@ -124,6 +124,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
     keys = keys_of(options)
+    book_of(keys, options, several_machines=options.replica_host == "node").close()
     if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
         raise UserError(
             f"`{http['host']}` can be reached from other machines and there are no keys; give `api_key_file` in "

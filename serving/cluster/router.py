@@ -23,8 +23,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
 from mpt.engine.adapters import split_name
+from serving.access import may_use, reached
 from serving.app import add_errors, versions
-from serving.auth import Door, Keys
+from serving.auth import Door, Keys, book_of, keys_of
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -68,24 +69,28 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     metrics = RouterMetrics()
     session, traffic = _Session(), Traffic()
     cards = fleet.cards
+    keys = door if isinstance(door, Keys) else keys_of(options)
+    keys.note_unknown(cards())
+    book = book_of(keys, options, several_machines=options.replica_host == "node")
 
     def find(model: str) -> tuple[str, str | None]:
         if traffic.draining:
             raise Unavailable("the server is shutting down; try another", code="shutting_down")
         base, adapter = split_name(model)
-        served = cards()
-        if base not in served:
+        served = reached(cards())
+        if base not in served or not may_use(model):
             known = ", ".join(f"`{name}`" for name in served)
             raise NotFound(f"no model `{model[:100]}` here; served: {known}", code="model_not_found", param="model")
         return base, adapter
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options)
-        served = [*cards()]
+        served = reached(cards())
         asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
         base, adapter = find(asked.model)
         work = Relayed(asked.model, _tokens(asked))
         request.state.admission.reserve(work.estimate)
+        await request.state.account.hold(work.estimate)
         request.state.work = work
         streamed = bool(getattr(asked, "stream", False))
         lease = Lessor(fleet, base, adapter, _prefix(asked), request.state.salt)
@@ -109,7 +114,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     if options.docs:
         add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
-        Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
+        Gate, door=door, metrics=metrics, log_format=options.log_format, book=book, names_requests=False
     )
     if options.cors_origins:
         app.add_middleware(
@@ -148,7 +153,8 @@ def _listing(
 
     async def all_cards() -> list[dict[str, Any]]:
         runs = await fleet.runs()
-        return [{**card, "runs": runs.get(name)} for name, found in cards().items() for card in found]
+        shown = [(name, card) for name, found in cards().items() for card in found if may_use(card["id"])]
+        return [{**card, "runs": runs.get(name)} for name, card in shown]
 
     async def ollama_tags() -> Response:
         return as_json(ollama.tags(await all_cards()))

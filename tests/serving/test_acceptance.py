@@ -19,10 +19,13 @@ from mpt.prompts import encode_chat
 from tests.serving.servers import Server, free_port, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
-KEYS = f"""# three clients
+NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"
+KEYS = f"""# five clients
 tester: {KEY}
 {OTHER_KEY}
 slow: {SLOW_KEY} requests_per_minute=5 tokens_per_minute=1000
+narrow: {NARROW_KEY} models=chat,base:loud
+poor: {POOR_KEY} tokens_per_month=60
 """
 
 
@@ -61,7 +64,7 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             *("--prompt-style", "base=none"),
             *("--adapter", f"base={adapters}", "--max-running", "8", "--max-waiting", "24", "--kv-gb", "0.064"),
             *("--api-key-file", str(keys), "--port", "0", "--docs"),
-            *("--allow-adapter-loading", str(adapters)),
+            *("--allow-adapter-loading", str(adapters), "--quota-store", str(folder / "quotas.sqlite")),
         ]
     else:
         each = {
@@ -76,7 +79,9 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             "base": {**each, "adapters": str(adapters), "prompt_style": "none"},
             "chat": {**each, "prompt_style": "chatml"},
         }
-        config = serve_config(folder, models, api_key_file=str(keys), docs=True)
+        config = serve_config(
+            folder, models, api_key_file=str(keys), docs=True, quota_store=str(folder / "quotas.sqlite")
+        )
         options = ["--config", str(config), "--port", str(free_port())]
     with running(request.param, *options) as server:
         yield server
@@ -492,7 +497,68 @@ def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url)
     assert re.search(r"itl_s=(0\.|\de-05 )", named)  # 1e-05 where all its tokens were read at once
     assert "client=" in hashed and "client=tester" not in hashed
     everything = "".join(server.lines)
-    assert "confidential" not in everything and not any(key in everything for key in (KEY, OTHER_KEY, SLOW_KEY))
+    assert "confidential" not in everything and not any(
+        key in everything for key in (KEY, OTHER_KEY, SLOW_KEY, POOR_KEY)
+    )
+
+
+def test_a_key_uses_its_models_and_sees_no_others(url):
+    """`narrow` has `chat`, and of `base` its adapter alone. The others are to it as models that are not there."""
+
+    def ask(path: str, body: dict[str, object] | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {NARROW_KEY}"}
+        return httpx.request("GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=60)
+
+    hello = [{"role": "user", "content": "Hi"}]
+    assert [card["id"] for card in ask("/v1/models").json()["data"]] == ["base:loud", "chat"]
+    assert [card["model"] for card in ask("/api/tags").json()["models"]] == ["base:loud", "chat"]
+    assert ask("/v1/models/base:loud").status_code == ask("/v1/models/chat").status_code == 200
+    completion = {"prompt": "a", "max_tokens": 1, "model": "base:loud"}
+    assert ask("/v1/completions", completion).status_code == 200
+    assert ask("/v1/chat/completions", {"model": "chat", "messages": hello, "max_tokens": 1}).status_code == 200
+    of_base = {
+        "/v1/models/base": None,
+        "/api/show": {"model": "base"},
+        "/v1/completions": {**completion, "model": "base"},
+        "/v1/chat/completions": {"model": "base", "messages": hello, "stream": True},
+        "/v1/embeddings": {"model": "base", "input": "a"},
+        "/v1/responses": {"model": "base", "input": "a"},
+        "/v1/messages": {"model": "base", "messages": hello, "max_tokens": 1},
+        "/v1/messages/count_tokens": {"model": "base", "messages": hello},
+        "/api/chat": {"model": "base", "messages": hello},
+        "/api/generate": {"model": "base", "prompt": "a"},
+        "/api/embed": {"model": "base", "input": "a"},
+        "/api/embeddings": {"model": "base", "prompt": "a"},
+        "/tokenize": {"model": "base", "prompt": "a"},
+        "/detokenize": {"model": "base", "tokens": [10]},
+    }
+    for path, body in of_base.items():
+        refused = ask(path, body)
+        unknown = ask(path.replace("/base", "/none"), None if body is None else {**body, "model": "none"})
+        assert refused.status_code == unknown.status_code == 404, (path, refused.text)
+        assert refused.text.replace("`base`", "`none`", 1) == unknown.text, path
+    assert ask("/v1/completions", {**completion, "model": "base:quiet"}).status_code == 404
+    assert post(url, {"model": "base", "prompt": "a", "max_tokens": 1}).status_code == 200  # another key's are its own
+
+
+def test_a_budget_of_tokens_is_kept_in_a_file(server, url):
+    """10 tokens of prompt and 20 of answer are 30; in a cluster a router holds what the text may come to."""
+    ask = {"model": "base", "prompt": "1234567890", "max_tokens": 20, **ignoring_eos()}
+    assert post(url, ask, key=POOR_KEY).status_code == 200
+    for _ in range(200):
+        metrics = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {POOR_KEY}"}, timeout=30)
+        assert metrics.status_code == 200  # nothing is charged for it
+        refused = post(url, {**ask, "max_tokens": 100}, key=POOR_KEY)
+        assert refused.status_code == 429
+        if "30 are left" in refused.json()["error"]["message"]:
+            break
+        time.sleep(0.02)
+    assert "30 are left of your tokens_per_month of 60" in refused.json()["error"]["message"]
+    assert (refused.json()["error"]["code"], refused.headers["x-should-retry"]) == ("insufficient_quota", "false")
+    assert 'mpt_rate_limited_total{kind="tokens_per_month"' in httpx.get(
+        f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+    ).text  # fmt: skip
+    assert post(url, {**ask, "max_tokens": 5}).status_code == 200
 
 
 def test_it_leaves_when_told(server):

@@ -31,6 +31,7 @@ SAMPLES: dict[str, list[str]] = {
     "models_dir": ["--models-dir", "{folder}"],
     "idle_unload": ["--idle-unload", "15m"],
     "allow_model_loading": ["--allow-model-loading", "all"],
+    "quota_store": ["--quota-store", "{folder}/quotas.sqlite"],
     "host": ["--host", "127.0.0.2"],
     "draft": ["--draft", "a=mpt-tiny"],
     "context_length": ["--context-length", "a=512"],
@@ -222,6 +223,10 @@ def test_secrets_are_not_printed(folder):
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert "--api-key-file" in done.stderr and "sk-secret" not in done.stderr
+    url = "postgresql://mpt:sk-secret@db/quotas"
+    with pytest.raises(UserError, match=r"postgresql://mpt@db/quotas is not printed; .*PGPASSWORD"):
+        CliRunner().invoke(app, ["serve", "--quota-store", url, "--print-config"], catch_exceptions=False)
+    assert "quota_store: postgresql://mpt@db/quotas" in printed("--quota-store", url.replace(":sk-secret", ""))
     assert "api_key_file: " in printed("--api-key-file", str(folder / "keys"))
     assert "sk-of-a-test" not in printed("--api-key-file", str(folder / "keys"))
 
