@@ -49,6 +49,7 @@ from serving.metrics import HttpMetrics, Metrics
 from serving.protocol.body import parse
 from serving.replies import as_json
 from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
         add_docs(app, needs_key=keys.required)
     app.add_middleware(Holding, serving=serving)
     app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format, book=book_of(keys, options))
+    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]

@@ -195,6 +195,14 @@ _Profile = Annotated[
     typer.Option(metavar="FOLDER", help="Write a trace of 200 steps of each model there, for Perfetto, and a table."),
 ]
 _LogFormat = Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")]
+_OtelEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Send spans of OpenTelemetry there, over OTLP and HTTP; never prompts or answers.",
+        show_default="$OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+    ),
+]
 _DrainSeconds = Annotated[
     float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
 ]
@@ -281,6 +289,7 @@ def serve(
     demo: _Demo = False,
     profile: _Profile = None,
     log_format: _LogFormat = "text",
+    otel_endpoint: _OtelEndpoint = None,
     drain_seconds: _DrainSeconds = 30.0,
     request_timeout: _RequestTimeout = 600.0,
     read_timeout: _ReadTimeout = 60.0,

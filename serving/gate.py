@@ -138,6 +138,7 @@ class Gate:
             **(state["work"].log_fields() if "work" in state else {}),
             "total_s": round(total_s, 4),
             "client": state.get("client", "-"),
+            **({} if state.get("trace") is None else {"trace_id": state["trace"].trace_id}),
         }
         text = json.dumps(fields) if self._log_format == "json" else " ".join(f"{k}={v}" for k, v in fields.items())
         log.info("%s", text)

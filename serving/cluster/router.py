@@ -53,6 +53,7 @@ from serving.protocol.generation import (
 )
 from serving.replies import as_json, welcome
 from serving.routes import ROUTES, add_routes
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -116,6 +117,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate, door=door, metrics=metrics, log_format=options.log_format, book=book, names_requests=False
     )
+    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]

@@ -16,6 +16,7 @@ import torch
 import mpt
 from mpt.generation import generate
 from mpt.prompts import encode_chat
+from tests.serving.otlp import Receiver, attributes, receiving
 from tests.serving.servers import Server, free_port, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
@@ -52,9 +53,17 @@ def adapters(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """Takes the spans of the servers, of routers and replicas too."""
+    with pytest.MonkeyPatch.context() as patch, receiving() as found:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds
+        yield found
+
+
 @pytest.fixture(scope="module", params=["serve", "cluster"])
-def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
-    """`base` and `chat` on the random model: byte tokens, 2,048 of context; three keys."""
+def server(request, checkpoint, adapters, receiver, tmp_path_factory) -> Iterator[Server]:
+    """`base` and `chat` on the random model: byte tokens, 2,048 of context; five keys; spans go to the receiver."""
     folder = tmp_path_factory.mktemp(request.param)
     keys = folder / "keys"
     keys.write_text(KEYS)
@@ -65,6 +74,7 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             *("--adapter", f"base={adapters}", "--max-running", "8", "--max-waiting", "24", "--kv-gb", "0.064"),
             *("--api-key-file", str(keys), "--port", "0", "--docs"),
             *("--allow-adapter-loading", str(adapters), "--quota-store", str(folder / "quotas.sqlite")),
+            *("--otel-endpoint", receiver.url),
         ]
     else:
         each = {
@@ -80,7 +90,12 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             "chat": {**each, "prompt_style": "chatml"},
         }
         config = serve_config(
-            folder, models, api_key_file=str(keys), docs=True, quota_store=str(folder / "quotas.sqlite")
+            folder,
+            models,
+            api_key_file=str(keys),
+            docs=True,
+            quota_store=str(folder / "quotas.sqlite"),
+            otel_endpoint=receiver.url,
         )
         options = ["--config", str(config), "--port", str(free_port())]
     with running(request.param, *options) as server:
@@ -559,6 +574,32 @@ def test_a_budget_of_tokens_is_kept_in_a_file(server, url):
         f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30
     ).text  # fmt: skip
     assert post(url, {**ask, "max_tokens": 5}).status_code == 200
+
+
+def test_a_trace_goes_through_to_the_replica(server, url, receiver):
+    """W3C's example. In a cluster the replica's span is the child of the router's, which is its client's."""
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    ask = {"model": "base", "prompt": "confidential", "max_tokens": 3, **ignoring_eos()}
+    sent = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": f"traced-{server.kind}"}
+    assert post(url, ask, **sent).status_code == 200
+
+    def is_ours(span) -> bool:
+        return span.trace_id.hex() == trace and attributes(span)["mpt.request_id"] == sent["x-request-id"]
+
+    spans = receiver.wait_for(is_ours, 2 if server.kind == "cluster" else 1)
+    parents = {span.span_id.hex(): span.parent_span_id.hex() for span in spans}
+    outermost = [span for span in spans if span.parent_span_id.hex() == parent]
+    assert len(outermost) == 1 and all(each == parent or each in parents for each in parents.values())
+    for span in spans:
+        said = attributes(span)
+        assert (span.name, said["gen_ai.usage.input_tokens"]) == ("text_completion base", 12)
+        assert said["gen_ai.usage.output_tokens"] == 3
+    for _ in range(200):
+        if found := [line for line in list(server.lines) if f"request_id=traced-{server.kind}" in line]:
+            break
+        time.sleep(0.02)
+    assert f"trace_id={trace}" in found[0]
+    assert b"confidential" not in b"".join(receiver.raw)
 
 
 def test_it_leaves_when_told(server):
