@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import mpt
+from mpt.build import commit
 from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
@@ -203,4 +204,8 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
 
 def versions() -> dict[str, str]:
     """What runs here, for /version."""
-    return {"version": mpt.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+    return {
+        "version": mpt.__version__,
+        "commit": commit(),
+        **{name: metadata.version(name) for name in ("torch", "transformers")},
+    }

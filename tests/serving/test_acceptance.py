@@ -576,6 +576,18 @@ def test_a_budget_of_tokens_is_kept_in_a_file(server, url):
     assert post(url, {**ask, "max_tokens": 5}).status_code == 200
 
 
+def test_every_process_says_what_it_takes(server, url):
+    """The one of `mpt serve`; the router and both replicas of a cluster, told apart by `replica`."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).text
+    commit = httpx.get(f"{url}/version", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).json()["commit"]
+    memory = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
+    builds = [line for line in text.splitlines() if line.startswith("mpt_build_info{")]
+    assert len(memory) == len(builds) == (1 if server.kind == "serve" else 3)
+    assert all(float(line.split()[-1]) > 10e6 for line in memory)
+    assert all(f'commit="{commit}"' in line for line in builds)
+    assert len({line.partition('replica="')[2] for line in memory}) == len(memory)
+
+
 def test_a_trace_goes_through_to_the_replica(server, url, receiver):
     """W3C's example. In a cluster the replica's span is the child of the router's, which is its client's."""
     trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
