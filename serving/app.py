@@ -49,6 +49,7 @@ from serving.loading import model_loading
 from serving.metrics import HttpMetrics, Metrics
 from serving.protocol.body import parse
 from serving.replies import as_json
+from serving.request_log import request_log
 from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
 from serving.tracing import Traced, spans_to
 from serving.wire import respond
@@ -69,6 +70,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
+    app.state.request_log = request_log(options.log_requests)
     keys = keys_of(options)
     keys.note_unknown(serving.names())
     door = door or keys

@@ -195,6 +195,14 @@ _Profile = Annotated[
     typer.Option(metavar="FOLDER", help="Write a trace of 200 steps of each model there, for Perfetto, and a table."),
 ]
 _LogFormat = Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")]
+_LogRequests = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write what clients ask there, with e-mail addresses, phone numbers and keys taken out; rotated.",
+        show_default="off",
+    ),
+]
 _OtelEndpoint = Annotated[
     str | None,
     typer.Option(
@@ -289,6 +297,7 @@ def serve(
     demo: _Demo = False,
     profile: _Profile = None,
     log_format: _LogFormat = "text",
+    log_requests: _LogRequests = None,
     otel_endpoint: _OtelEndpoint = None,
     drain_seconds: _DrainSeconds = 30.0,
     request_timeout: _RequestTimeout = 600.0,

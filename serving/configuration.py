@@ -21,7 +21,7 @@ from mpt.options import MODEL_NAME
 IMPORT_PATH = "serving.cluster.deployment:app"
 # Keys whose values are folders or files; those of `named_adapters` are too.
 PATHS = frozenset({"api_key_file", "models_dir", "batch_dir", "allow_adapter_loading", "prefix_cache", "profile",
-                   "adapters"})  # fmt: skip
+                   "log_requests",                   "adapters"})  # fmt: skip
 _STYLES = frozenset({"none", "instruct", "chatml", "template"})
 
 Options = TypeVar("Options")

@@ -34,6 +34,7 @@ class HttpOptions:
     cors_origins: tuple[str, ...] = ()
     docs: bool = True
     log_format: Literal["text", "json"] = "text"
+    log_requests: Path | None = None  # file for what clients ask, redacted
     otel_endpoint: str | None = None  # takes spans over OTLP; None is what OpenTelemetry's own variables say
 
 

@@ -52,6 +52,7 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.replies import as_json, welcome
+from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes
 from serving.tracing import Traced, spans_to
 from serving.wire import respond
@@ -108,6 +109,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     add_routes(app, functions)
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
+    app.state.request_log = request_log(options.log_requests)
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:

@@ -33,6 +33,7 @@ SAMPLES: dict[str, list[str]] = {
     "allow_model_loading": ["--allow-model-loading", "all"],
     "quota_store": ["--quota-store", "{folder}/quotas.sqlite"],
     "otel_endpoint": ["--otel-endpoint", "http://127.0.0.1:4318"],
+    "log_requests": ["--log-requests", "{folder}/requests.jsonl"],
     "host": ["--host", "127.0.0.2"],
     "draft": ["--draft", "a=mpt-tiny"],
     "context_length": ["--context-length", "a=512"],
