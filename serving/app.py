@@ -40,13 +40,12 @@ from serving.errors import (
 )
 from serving.gate import Gate
 from serving.generation import Generation
-from serving.intake import read_body
+from serving.intake import read
 from serving.lifecycle import Hold
 from serving.lifecycle_metrics import LifecycleCollector
 from serving.listing import listing
 from serving.loading import model_loading
 from serving.metrics import HttpMetrics, Metrics
-from serving.protocol.body import parse
 from serving.replies import as_json
 from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
 from serving.wire import respond
@@ -117,7 +116,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def load_lora_adapter(request: Request) -> Response:
         within = allowed()
-        asked = parse(LoadAdapterRequest, await read_body(request, serving.options))
+        asked = await read(request, LoadAdapterRequest, serving.options)
         adapters, whole, name = await named(asked.lora_name, request.state.hold)
         path = Path()
         try:
@@ -135,7 +134,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def unload_lora_adapter(request: Request) -> Response:
         allowed()
-        asked = parse(UnloadAdapterRequest, await read_body(request, serving.options))
+        asked = await read(request, UnloadAdapterRequest, serving.options)
         adapters, whole, name = await named(asked.lora_name, request.state.hold)
         if not await adapters.remove(name):
             known = name in adapters.names()

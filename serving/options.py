@@ -25,7 +25,8 @@ class HttpOptions:
     requests_per_minute: int | None = None  # of each client whose key has no limits of its own
     tokens_per_minute: int | None = None
     request_timeout_s: float = 600.0
-    max_body_bytes: int = 32 << 20  # of one that comes compressed, when it is unpacked
+    max_body_bytes: int = 4 << 20  # of one that comes compressed, when it is unpacked; 65k tokens are about 400 KB
+    max_embeddings_body_bytes: int = 16 << 20  # of 2,048 texts at once
     read_timeout_s: float = 60.0  # for the head of a request, where uvicorn reads it, and again for its body
     keep_alive_s: float = 15.0
     cors_origins: tuple[str, ...] = ()

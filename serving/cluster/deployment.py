@@ -182,6 +182,7 @@ class Model:
             docs=False,
             request_timeout_s=cluster.request_timeout_s,
             max_body_bytes=cluster.max_body_bytes,
+            max_embeddings_body_bytes=cluster.max_embeddings_body_bytes,
             keep_alive_s=cluster.keep_alive_s,
         )
         serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)

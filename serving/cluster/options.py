@@ -99,7 +99,8 @@ class ClusterOptions(HttpOptions):
     docs: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 1, "router_replicas", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 1, "max_body_bytes", "max_embeddings_body_bytes")
         at_least(self, 0.1, "request_timeout_s", "keep_alive_s", "read_timeout_s")
 
     def share(self, limit: int | None) -> int | None:

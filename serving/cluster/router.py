@@ -6,8 +6,10 @@ docs/benchmarks.md). Which replica, and how long it stays ours, is a lease. Noth
 needs, and `serving/cluster/deployment.py` gives it.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -24,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import mpt
 from mpt.engine.adapters import split_name
 from serving.app import add_errors, versions
+from serving.aside import aside
 from serving.auth import Door, Keys
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
@@ -40,7 +43,7 @@ from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.gate import Gate
-from serving.intake import read_body
+from serving.intake import read, read_body
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import (
@@ -82,14 +85,13 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options)
         served = [*cards()]
-        asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
+        asked = await aside(request, _understood, kind, raw, served[0] if len(served) == 1 else None)
         base, adapter = find(asked.model)
-        work = Relayed(asked.model, _tokens(asked))
+        work = Relayed(asked.model, asked.n_tokens)
         request.state.admission.reserve(work.estimate)
         request.state.work = work
-        streamed = bool(getattr(asked, "stream", False))
-        lease = Lessor(fleet, base, adapter, _prefix(asked), request.state.salt)
-        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, streamed)
+        lease = Lessor(fleet, base, adapter, asked.prefix, request.state.salt)
+        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, asked.is_streamed)
 
     def relayed(kind: type[BaseModel]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def answer(request: Request) -> Response:
@@ -157,7 +159,7 @@ def _listing(
         return as_json(ollama.running(await all_cards()))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, options)).model_name()
+        name = (await read(request, ShowRequest, options)).model_name()
         find(name)
         return as_json(ollama.shown(next(card for card in await all_cards() if card["id"] == name)))
 
@@ -187,7 +189,8 @@ def _listing(
 
     async def scrape() -> Response:
         """Prometheus metrics of every router and replica, told apart by the label `replica`."""
-        return Response(merged(await fleet.expositions()), headers={"content-type": CONTENT_TYPE_LATEST})
+        text = await asyncio.to_thread(merged, await fleet.expositions())
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     return {
         "models": models, "model": model, "health": health, "ready": ready, "version": version, "metrics": scrape,
@@ -249,6 +252,21 @@ def merged(expositions: Mapping[str, str]) -> bytes:
     return generate_latest(registry)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a router wants to know of a body. prefix: what decides which replica may have a prompt in its cache."""
+
+    model: str
+    is_streamed: bool
+    n_tokens: int
+    prefix: str
+
+
+def _understood(kind: type[BaseModel], raw: bytes, model: str | None) -> _Asked:
+    asked = _as_openai(parse(kind, raw, model))
+    return _Asked(asked.model, bool(getattr(asked, "stream", False)), _tokens(asked), _prefix(asked))
+
+
 def _as_openai(asked: Any) -> Any:
     """The chat, the completion or the embedding that a dialect's body asks for. Raises InvalidRequest."""
     if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
@@ -293,7 +311,7 @@ def _prefix(asked: Any) -> str:
         text = "\n".join(first)
     elif isinstance(asked, CompletionRequest):
         prompt = asked.prompt
-        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
+        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt[:_PREFIX_CHARACTERS]).decode()
     else:
         return ""
     return hashlib.sha256(text[:_PREFIX_CHARACTERS].encode("utf-8", "replace")).hexdigest()[:16]
