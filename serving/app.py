@@ -73,6 +73,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
         service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
     app.state.batches = service
     metrics.registry.register(LifecycleCollector(serving.lifecycle))
+    metrics.connections.set_function(lambda: serving.connections.n_open)
     functions = batch_functions(service, door, options)
     functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
     add_routes(app, functions | model_loading(serving) | _operations(serving, metrics))
@@ -149,7 +150,11 @@ def _adapter_loading(serving: Serving) -> Functions:
 def _operations(serving: Serving, metrics: Metrics) -> Functions:
     async def health() -> Response:
         failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
-        return as_json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
+        if failed:
+            return as_json({"status": "failed", "models": failed}, 503)
+        places = serving.connections
+        full = {"connections": {"open": places.n_open, "limit": places.limit}} if places.are_full else {}
+        return as_json({"status": "ok", **full})
 
     async def ready() -> Response:
         why = serving.not_ready()

@@ -203,6 +203,23 @@ _ReadTimeout = Annotated[
     ),
 ]
 
+_WriteTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="How long a client may read nothing of what waits for it before its connection is closed, in seconds.",
+    ),
+]
+_IdleTimeout = Annotated[
+    float, typer.Option(min=1.0, help="How long a connection may stay open between two requests, in seconds.")
+]
+_MaxConnections = Annotated[
+    int | None,
+    typer.Option(min=1, help="Connections at once.", show_default="three quarters of `ulimit -n`, at most 10000"),
+]
+_MaxBodyBytes = Annotated[int, typer.Option(min=1, help="The longest body of a request; more gets 413.")]
+_MaxEmbeddingsBodyBytes = Annotated[int, typer.Option(min=1, help="The same for requests of embeddings.")]
+
 # Options that have the same name there.
 _OF_EACH_MODEL = (
     "device", "dtype", "quantize", "kv_cache", "speculate", "tensor_parallel", "kv_gb", "prefix_cache",
@@ -210,7 +227,7 @@ _OF_EACH_MODEL = (
 )  # fmt: skip
 _OF_THE_SERVER = (
     "host", "port", "api_key_file", "requests_per_minute", "tokens_per_minute", "batch_dir", "load", "max_loaded",
-    "demo", "log_format",
+    "demo", "log_format", "max_connections", "max_body_bytes", "max_embeddings_body_bytes",
 )  # fmt: skip
 
 
@@ -271,6 +288,11 @@ def serve(
     drain_seconds: _DrainSeconds = 30.0,
     request_timeout: _RequestTimeout = 600.0,
     read_timeout: _ReadTimeout = 60.0,
+    write_timeout: _WriteTimeout = 60.0,
+    idle_timeout: _IdleTimeout = 75.0,
+    max_connections: _MaxConnections = None,
+    max_body_bytes: _MaxBodyBytes = 4 << 20,
+    max_embeddings_body_bytes: _MaxEmbeddingsBodyBytes = 16 << 20,
 ) -> None:
     """Serve checkpoints behind an OpenAI-style API.
 
@@ -301,6 +323,8 @@ def serve(
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,
         read_timeout_s=read_timeout,
+        write_timeout_s=write_timeout,
+        idle_timeout_s=idle_timeout,
         **{name: given[name] for name in _OF_THE_SERVER},
     )
     from serving import server

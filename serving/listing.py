@@ -18,6 +18,8 @@ from serving.protocol.messages import tool_use_of
 from serving.replies import as_json, welcome
 from serving.routes import DetokenizeRequest, TokenizeRequest
 
+_MAX_TOKENS = 65_536  # of one text to be made: 20 ms in one call
+
 
 def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     """What answers each of these routes, by its name in `routes.py`."""
@@ -63,6 +65,11 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     async def detokenize(request: Request) -> Response:
         asked = await read(request, DetokenizeRequest, serving.options, serving.only_model)
         endpoint, _ = await serving.asked_for(asked.model, request)
+
+        most = max(endpoint.context_length, _MAX_TOKENS)
+        if len(asked.tokens) > most:
+            message = f"`tokens` has {len(asked.tokens)} token ids, at most {most}; send them in parts"
+            raise InvalidRequest(message, param="tokens")
 
         def text() -> str:
             return endpoint.tokenizer.decode(check_ids(asked.tokens, endpoint.vocab_size, "tokens"), False)

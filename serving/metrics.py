@@ -8,7 +8,7 @@ happened; when an event is read says how busy the reader was.
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -67,6 +67,7 @@ class Metrics(HttpMetrics):
     def __init__(self, endpoints: Callable[[], Iterable[Endpoint]]) -> None:
         super().__init__()
         counter, histogram = self.counter, self.histogram
+        self.connections = Gauge("mpt_http_connections", "Connections that are open.", registry=self.registry)
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sample.", _BETWEEN_TOKENS)
         self.tpot = histogram(

@@ -46,6 +46,9 @@ class ServeOptions(HttpOptions):
     demo: bool = False  # the Spaces of demos/ under /demo
     drain_s: float = 30.0
     load: Literal["at-start", "on-request"] = "at-start"
+    write_timeout_s: float = 60.0  # for a client to read something of what waits for it
+    idle_timeout_s: float = 75.0  # of a connection between two requests: longer than load balancers keep theirs
+    max_connections: int | None = None  # None: three quarters of the files that the process may have
     idle_unload_s: float | None = None  # models that nobody has asked for in so long are unloaded; None: never
     max_loaded: int | None = None  # models in memory at once; None: as many as fit
     model_loading: frozenset[str] = frozenset()  # clients who may load and unload by request, or EVERYBODY

@@ -36,6 +36,7 @@ from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router
+from serving.connections import Clocks, Connections, timed_protocol
 from serving.errors import Unavailable
 from serving.limits import Limits
 from serving.logs import set_up_logging
@@ -200,7 +201,7 @@ class Model:
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                http="httptools",
+                http=timed_protocol(Clocks(), Connections(), "httptools"),
                 ws="none",
             )
             self._server = asyncio.create_task(uvicorn.Server(config).serve(sockets=[self._listener]))

@@ -1,4 +1,4 @@
-"""What a body may hold is counted before it is parsed, and no list of a body is looked at beyond what is wrong in it."""
+"""What a body may hold is counted before it is parsed, and no list of it is looked at beyond what is wrong in it."""
 
 import json
 import random
