@@ -4,8 +4,6 @@ import asyncio
 import logging
 import resource
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -192,12 +190,11 @@ def test_a_head_without_an_end_is_not_kept(places):
 
 
 def test_the_limit_is_three_quarters_of_the_files_there_may_be():
-    code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400));"
-        "from serving.connections import most_connections; print(most_connections(None), most_connections(7))"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["300", "7"]
-    n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    with pytest.raises(UserError, match="ulimit -n"):
-        most_connections(n_files)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+    try:
+        assert (most_connections(None), most_connections(7)) == (300, 7)
+        with pytest.raises(UserError, match="--max-connections 301 is over the 300 .* `ulimit -n`"):
+            most_connections(301)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
