@@ -40,6 +40,7 @@ from serving.errors import (
 )
 from serving.gate import Gate
 from serving.generation import Generation
+from serving.heads import Hosts
 from serving.intake import read
 from serving.lifecycle import Hold
 from serving.lifecycle_metrics import LifecycleCollector
@@ -55,10 +56,11 @@ log = logging.getLogger(__name__)
 Functions = dict[str, Callable[..., Any]]  # what answers each route, by its name in `routes.py`
 
 
-def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
+def make_app(serving: Serving, door: Door | None = None, hosts: Hosts | None = None) -> FastAPI:
     """The ASGI app over these endpoints; they may still be loading.
 
-    door: who is let in; the keys of the options by default. Another one stands behind a router, which logs.
+    door: who is let in; the keys of the options by default. Another one stands behind a router, which logs. hosts: the
+    names that the server may be asked by, None for any.
     """
     options = serving.options
     log_format = options.log_format if door is None else None
@@ -81,7 +83,7 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     if options.docs:
         add_docs(app, needs_key=keys_of(options).required)
     app.add_middleware(Holding, serving=serving)
-    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
+    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format, hosts=hosts)
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]

@@ -181,6 +181,13 @@ _AllowModelLoading = Annotated[
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
+_AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Another name by which a server on loopback without keys may be asked, say a tunnel's; repeatable.",
+    ),
+]
 _Docs = Annotated[bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")]
 _Demo = Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")]
 _Profile = Annotated[
@@ -281,6 +288,7 @@ def serve(
     allow_adapter_loading: _AllowAdapterLoading = None,
     batch_dir: _BatchDir = None,
     cors_origin: _CorsOrigin = None,
+    allowed_host: _AllowedHost = None,
     docs: _Docs = None,
     demo: _Demo = False,
     profile: _Profile = None,
@@ -319,6 +327,7 @@ def serve(
         model_loading=frozenset(allow_model_loading or ()),
         idle_unload_s=None if idle_unload is None else seconds("--idle-unload", idle_unload),
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         docs=is_loopback(host) if docs is None else docs,
         drain_s=drain_seconds,
         request_timeout_s=request_timeout,

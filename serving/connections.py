@@ -30,7 +30,7 @@ from serving.wire import respond
 
 log = logging.getLogger(__name__)
 
-_MOST = 10_000  # connections by default, however many files may be open: each takes 16 KB
+_MOST = 10_000  # connections by default, however many files may be open: silent ones take 5 KB each
 _LEAST_READ = 16 << 10  # bytes that a client must take of what waits for it, within a write time-out
 _MAX_HEAD = 64 << 10  # bytes of a head; the parser of a replica has no limit of its own
 _SAY_AGAIN_S = 60.0

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.auth import Door
 from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
+from serving.heads import Hosts, refusal_of
 from serving.limits import Admission, RateLimiter
 from serving.metrics import HttpMetrics
 from serving.wire import respond
@@ -41,7 +42,8 @@ class Work(Protocol):
 class Gate:
     """log_format None neither logs nor counts: the router that sent the request here does.
 
-    names_requests: send x-request-id, unless something around this app does.
+    names_requests: send x-request-id, unless something around this app does. hosts: the names that it may be asked by,
+    None for any.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Gate:
         metrics: HttpMetrics,
         log_format: Literal["text", "json"] | None,
         names_requests: bool = True,
+        hosts: Hosts | None = None,
     ) -> None:
         self._app, self._door, self._metrics, self._log_format = app, door, metrics, log_format
-        self._names_requests = names_requests
+        self._names_requests, self._hosts = names_requests, hosts
         self._limiter = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,6 +106,8 @@ class Gate:
     def _refusal(self, scope: Scope, headers: dict[bytes, str], state: dict[str, Any]) -> ApiError | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADERS:
             return HeadersTooLarge(f"the headers are over the limit of {_MAX_HEADERS} bytes; send less")
+        if (wrong := refusal_of(scope["headers"], self._hosts)) is not None:
+            return wrong
         if scope["path"] in _OPEN:
             return None
         try:

@@ -30,6 +30,7 @@ class HttpOptions:
     read_timeout_s: float = 60.0  # for the head of a request, where uvicorn reads it, and again for its body
     keep_alive_s: float = 15.0
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()  # names, beside the machine's own, of a server on loopback without keys
     docs: bool = True
     log_format: Literal["text", "json"] = "text"
 

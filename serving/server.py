@@ -27,8 +27,9 @@ from serving.app import make_app
 from serving.batch.service import BatchService
 from serving.connections import Clocks, Connections, Crowded, most_connections, timed_protocol
 from serving.endpoints import Serving
+from serving.heads import Hosts
 from serving.logs import process_age_s, set_up_logging
-from serving.options import ServeOptions
+from serving.options import ServeOptions, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def serve(options: ServeOptions) -> None:
     connections = Connections(most_connections(options.max_connections))
     serving = Serving(options, loading=set(options.models), connections=connections)
     listener = _listen(options.host, options.port)
-    app = make_app(serving)
+    is_open = is_loopback(options.host) and not (options.api_keys or options.api_key_file)
+    app = make_app(serving, hosts=Hosts(options.allowed_hosts) if is_open else None)
     if options.demo:
         _mount_demos(app, _url_of(listener))
     server = _Server(serving, app)

@@ -38,6 +38,7 @@ from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router
 from serving.connections import Clocks, Connections, timed_protocol
 from serving.errors import Unavailable
+from serving.heads import Hosts
 from serving.limits import Limits
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
@@ -301,7 +302,9 @@ class Router:
     def __serve_build_asgi_app__(self) -> Any:
         options = self._options
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        self._app = make_router(self._fleet, options, Keys(options.api_keys, options.api_key_file, limits))
+        keys = Keys(options.api_keys, options.api_key_file, limits)
+        is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
+        self._app = make_router(self._fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None)
         return self._app
 
     def exposition(self) -> tuple[str, str]:

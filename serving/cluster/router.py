@@ -43,6 +43,7 @@ from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.gate import Gate
+from serving.heads import Hosts
 from serving.intake import read, read_body
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
@@ -64,7 +65,7 @@ _KEEPS_NONE = "a cluster keeps no responses, since its replicas change; send the
 _PREFIX_CHARACTERS = 1024  # characters that decide which replica's cache a prompt may be in
 
 
-def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
+def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts | None = None) -> FastAPI:
     """The ASGI app in front of a fleet; the same routes and errors as `serving.app.make_app`."""
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
@@ -111,7 +112,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     if options.docs:
         add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
-        Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
+        Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False, hosts=hosts
     )
     if options.cors_origins:
         app.add_middleware(

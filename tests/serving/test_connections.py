@@ -194,7 +194,7 @@ def test_the_limit_is_three_quarters_of_the_files_there_may_be():
     resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
     try:
         assert (most_connections(None), most_connections(7)) == (300, 7)
-        with pytest.raises(UserError, match="--max-connections 301 is over the 300 .* `ulimit -n`"):
+        with pytest.raises(UserError, match=r"--max-connections 301 is over the 300 .* `ulimit -n`"):
             most_connections(301)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
