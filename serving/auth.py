@@ -43,9 +43,12 @@ class Door(Protocol):
 class Keys:
     """The keys a server accepts; with none, everybody is let in as one client."""
 
-    def __init__(self, lines: Iterable[str], file: Path | None, default: Limits = NO_LIMITS) -> None:
-        self._default = default
-        self._given = _read_lines(lines, "a key given", default)
+    def __init__(
+        self, lines: Iterable[str], file: Path | None, default: Limits = NO_LIMITS, n_servers: int = 1
+    ) -> None:
+        """default: for clients without limits of their own. n_servers: how many share what the lines say."""
+        self._default, self._n_servers = default, n_servers
+        self._given = _read_lines(lines, "a key given", default, n_servers)
         self._file, self._stamp = file, (0, 0)
         self._from_file: dict[bytes, Client] = {}
         self._lock = threading.Lock()
@@ -80,7 +83,7 @@ class Keys:
                     return
                 lines = self._file.read_text(encoding="utf-8").splitlines()
                 self._stamp = (stat.st_mtime_ns, stat.st_size)
-                self._from_file = _read_lines(lines, f"`{self._file}`", self._default)
+                self._from_file = _read_lines(lines, f"`{self._file}`", self._default, self._n_servers)
         except (OSError, UnicodeDecodeError, UserError) as error:
             if first and isinstance(error, UserError):
                 raise
@@ -114,7 +117,7 @@ def fingerprint(key: str) -> str:
     return _digest(key).hex()[:8]
 
 
-def _read_lines(lines: Iterable[str], where: str, default: Limits) -> dict[bytes, Client]:
+def _read_lines(lines: Iterable[str], where: str, default: Limits, n_servers: int) -> dict[bytes, Client]:
     """Clients by the hash of their key. Raises UserError, which never shows a key."""
     clients: dict[bytes, Client] = {}
     for number, line in enumerate(lines, 1):
@@ -130,7 +133,12 @@ def _read_lines(lines: Iterable[str], where: str, default: Limits) -> dict[bytes
                 raise UserError(
                     f"line {number} of {where} is not `[NAME:] KEY [requests_per_minute=N] [tokens_per_minute=N]`"
                 )
-            numbers[what] = int(value)
+            if 0 < int(value) < n_servers:
+                raise UserError(
+                    f"line {number} of {where}: {what} is {value}, and each of {n_servers} routers lets through its "
+                    f"share; give at least {n_servers}, or `router_replicas: 1`"
+                )
+            numbers[what] = int(value) // n_servers
         limits = Limits(
             numbers.get("requests_per_minute", default.requests_per_minute),
             numbers.get("tokens_per_minute", default.tokens_per_minute),

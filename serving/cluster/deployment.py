@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private import replica as ray_replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -117,6 +118,7 @@ class Model:
 
     def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
+        _stay_on_this_machine()
         self._name, self._cluster = name, cluster
         self._endpoint = _open(name, _with_threads(model, cluster), cluster)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
@@ -283,6 +285,13 @@ def _with_threads(model: ReplicaOptions, cluster: ClusterOptions) -> ReplicaOpti
     return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
+def _stay_on_this_machine() -> None:
+    """Have Ray bind the port over which a replica is called to the node's address where that is loopback."""
+    if (address := ray.util.get_node_ip_address()) == "127.0.0.1":
+        bind = ray_replica.add_port_to_grpc_server
+        ray_replica.add_port_to_grpc_server = lambda server, where: bind(server, where.replace("[::]", address))
+
+
 def _replica_id() -> str:
     return serve.get_replica_context().replica_id.unique_id
 
@@ -296,13 +305,14 @@ class Router:
 
     def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
         set_up_logging()
+        _stay_on_this_machine()
         self._options = options
         self._fleet = RayFleet(options, models)
 
     def __serve_build_asgi_app__(self) -> Any:
         options = self._options
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        keys = Keys(options.api_keys, options.api_key_file, limits)
+        keys = Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
         is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
         self._app = make_router(self._fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None)
         return self._app

@@ -76,7 +76,7 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             "base": {**each, "adapters": str(adapters), "prompt_style": "none"},
             "chat": {**each, "prompt_style": "chatml"},
         }
-        config = serve_config(folder, models, api_key_file=str(keys), docs=True)
+        config = serve_config(folder, models, api_key_file=str(keys), docs=True, router_replicas=1)
         options = ["--config", str(config), "--port", str(free_port())]
     with running(request.param, *options) as server:
         yield server

@@ -398,11 +398,12 @@ def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
     each = {"root": str(folder), "kv_gb": 0.064, "num_cpus": 0.1, "threads": 1, "max_running": 8}
     each["graceful_shutdown_timeout_s"] = 60  # requests wait long while new replicas import torch on a busy machine
     return {
+        "router_replicas": 1,  # two are in test_deaths.py
         "models": {
             "one": each,
             "two": {**each, "min_replicas": 2, "max_replicas": 2, "routing": "prefix"},
             "zero": {**each, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 600},
-        }
+        },
     }
 
 
