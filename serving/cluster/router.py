@@ -84,7 +84,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         served = [*cards()]
         asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
         base, adapter = find(asked.model)
-        work = Relayed(asked.model, _tokens(asked))
+        work = Relayed(asked.model, *_tokens(asked))
         request.state.admission.reserve(work.estimate)
         request.state.work = work
         streamed = bool(getattr(asked, "stream", False))
@@ -263,19 +263,22 @@ def _as_openai(asked: Any) -> Any:
     return asked
 
 
-def _tokens(asked: Any) -> int:
-    """What a client is charged for a request until a replica has counted."""
+def _tokens(asked: Any) -> tuple[int, int]:
+    """What a client is charged for a request until a replica has counted: for its prompt, and with its answer."""
     if isinstance(asked, ChatRequest):
         wanted = asked.wanted_tokens() or _UNKNOWN_LENGTH
-        return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
+        n_prompt = sum(_text_tokens(message.text()) for message in asked.messages)
+        return n_prompt, n_prompt + (asked.n or 1) * wanted
     if isinstance(asked, CompletionRequest):
         prompts = prompts_of(asked.prompt, _ANY_TOKEN)
         wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         wanted = _UNKNOWN_LENGTH if wanted == ALL_THERE_IS else wanted
-        return _prompt_tokens(prompts) + len(prompts) * (asked.best_of or asked.n or 1) * wanted
+        n_prompt = _prompt_tokens(prompts)
+        return n_prompt, n_prompt + len(prompts) * (asked.best_of or asked.n or 1) * wanted
     if isinstance(asked, EmbeddingRequest):
-        return _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
-    return 0
+        n_prompt = _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
+        return n_prompt, n_prompt
+    return 0, 0
 
 
 def _prompt_tokens(prompts: list[str | list[int]]) -> int:
