@@ -150,7 +150,10 @@ def _adapter_loading(serving: Serving) -> Functions:
 def _operations(serving: Serving, metrics: Metrics) -> Functions:
     async def health() -> Response:
         failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
-        return as_json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
+        if failed:
+            return as_json({"status": "failed", "models": failed}, 503)
+        status = "shutting down" if serving.draining else "loading" if serving.loading else "ok"
+        return as_json({"status": status})
 
     async def ready() -> Response:
         why = serving.not_ready()

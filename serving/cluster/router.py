@@ -68,6 +68,8 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     metrics = RouterMetrics()
     session, traffic = _Session(), Traffic()
     cards = fleet.cards
+    for name in cards():
+        metrics.lost.labels(name)  # 0 from the start: an alert sees the first loss only as a change
 
     def find(model: str) -> tuple[str, str | None]:
         if traffic.draining:
@@ -174,9 +176,11 @@ def _listing(
         return as_json({"server_load": traffic.n})
 
     async def health() -> Response:
-        return as_json({"status": "ok"})
+        return as_json({"status": "shutting down" if traffic.draining else "ok"})
 
     async def ready() -> Response:
+        if traffic.draining:
+            return respond(Unavailable("shutting down", code="shutting_down"), "/ready")
         why = await fleet.not_ready()
         if why is None:
             return as_json({"status": "ready"})

@@ -536,13 +536,18 @@ def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url)
 
 
 def test_it_leaves_when_told(server):
-    """Last: running answers end, the exit code is 0."""
-    body = {"model": "base", "prompt": "a", "max_tokens": 300, "stream": True, **ignoring_eos()}
+    """Last: running answers end, meanwhile it is not ready, the exit code is 0."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 1900, "stream": True, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{server.url}/ready", timeout=30)).status_code == 200:
+            pass
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
+        alive = httpx.get(f"{server.url}/health", timeout=30)
+        assert (alive.status_code, alive.json()["status"]) == (200, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(60) == 0
