@@ -37,6 +37,8 @@ ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 s is for load balancers beyond this machine
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
+    "RAY_ROTATION_BACKUP_COUNT": "1",
     "RAY_AUTH_MODE": "token",  # Ray listens on every address; nobody without its token is answered
 }
 
