@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -65,7 +66,10 @@ def cut_short(app: FastAPI, error: str) -> float:
     return app.state.metrics.registry.get_sample_value("mpt_stream_errors_total", labels) or 0
 
 
-async def test_a_deadline_that_passes_is_told_by_name(app, lines):
+async def test_a_deadline_that_passes_is_told_by_name(app, serving, monkeypatch, lines):
+    backend = serving.endpoints["base"].engine._backend
+    forward = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda work: time.sleep(0.001) or forward(work))  # 2 s for 2,000 tokens
     for streamed, status in ((False, 503), (True, 200)):
         answer = await ask(app, stream=streamed)
         assert answer.status_code == status and "request_timeout" in answer.text
