@@ -154,9 +154,10 @@ def _operations(serving: Serving, metrics: Metrics) -> Functions:
         failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
         if failed:
             return as_json({"status": "failed", "models": failed}, 503)
+        status = "shutting down" if serving.draining else "loading" if serving.loading else "ok"
         places = serving.connections
         full = {"connections": {"open": places.n_open, "limit": places.limit}} if places.are_full else {}
-        return as_json({"status": "ok", **full})
+        return as_json({"status": status, **full})
 
     async def ready() -> Response:
         why = serving.not_ready()
@@ -179,15 +180,19 @@ def _operations(serving: Serving, metrics: Metrics) -> Functions:
 def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
     """Answer every error with OpenAI's body, the framework's own too."""
 
+    def refusal(request: Request, error: ApiError) -> Response:
+        request.state.error = error.code  # for the access log
+        return respond(error, request.scope["path"])
+
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         if isinstance(error, RateLimited):
             metrics.rate_limited.labels(error.kind).inc()
-        return respond(error, request.scope["path"])
+        return refusal(request, error)
 
     @app.exception_handler(MPTError)
     async def user_error(request: Request, error: MPTError) -> Response:
-        return respond(adapter_damaged(error), request.scope["path"])
+        return refusal(request, adapter_damaged(error))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -199,7 +204,7 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
             refused.headers = {"Allow": ", ".join(sorted(methods_of(app, request.scope)))}
         elif error.status_code == 404:
             refused = NotFound(f"there is no `{where}` here; {nearest(path)}")
-        return respond(refused, path)
+        return refusal(request, refused)
 
 
 def versions() -> dict[str, str]:

@@ -4,12 +4,15 @@ An ASGI middleware around the whole app, so that no route can be reached beside 
 the paths named here are open without a key.
 """
 
+import asyncio
 import json
 import logging
 import re
 import time
 import uuid
+from ipaddress import ip_address
 from typing import Any, Literal, Protocol
+from urllib.parse import quote
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,11 +22,13 @@ from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
 from serving.heads import Hosts, refusal_of
 from serving.limits import Admission, RateLimiter
 from serving.metrics import HttpMetrics
+from serving.options import is_loopback
 from serving.wire import respond
 
 log = logging.getLogger("serving.access")
 bugs = logging.getLogger(__name__)
 
+GONE = "client_disconnected"  # what the log says in place of an error's code
 _OPEN = frozenset({"/health", "/ready"})  # probes have no keys
 _MAX_HEADERS = 32 << 10  # bytes; what servers commonly take
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -34,7 +39,7 @@ _SILENT = frozenset({"/health", "/ready", "/metrics"})  # asked every few second
 class Work(Protocol):
     """What a route leaves in `request.state.work`: for the access log and the client's account."""
 
-    n_tokens: int  # read and written
+    n_tokens: int  # that the client's account is charged
 
     def log_fields(self) -> dict[str, Any]: ...
 
@@ -87,13 +92,18 @@ class Gate:
         try:
             refusal = self._refusal(scope, headers, state)
             if refusal is not None:
+                state["error"] = refusal.code
                 await respond(refusal, scope["path"])(scope, receive, send_on)
             else:
                 await self._app(scope, receive, send_on)
         except ClientDisconnect:
-            pass  # nobody to answer; logged as 499
+            state.setdefault("error", GONE)  # nobody to answer; logged as 499 unless the answer had begun
+        except asyncio.CancelledError:  # what is around this app has seen it first
+            state.setdefault("error", GONE)
+            raise
         except Exception:
             bugs.exception("request %s failed", request_id)
+            state["error"] = InternalError.code
             if status == 499:
                 error = InternalError(f"internal error; request {request_id}")
                 await respond(error, scope["path"])(scope, receive, send_on)
@@ -123,22 +133,50 @@ class Gate:
 
     def _record(self, scope: Scope, state: dict[str, Any], status: int, total_s: float) -> None:
         """Count a response, and write its line in the access log."""
-        route = getattr(scope.get("route"), "path", "unknown")
+        route = getattr(scope.get("route"), "path", None)
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.http.labels(route, method, str(status)).inc()
+        self._metrics.http.labels(route or "unknown", method, str(status)).inc()
+        error = state.get("error")
+        if error is not None and status < 400:
+            self._metrics.cut.labels(route or "unknown", error).inc()
         if scope["path"] in _SILENT or scope["path"].startswith("/demo/"):
             return
+        work: Work | None = state.get("work")
         fields = {
             "request_id": state["request_id"],
-            "method": scope["method"],
-            "path": route,
+            "method": scope["method"][:20],
+            "path": route or shown(scope["path"]),
             "status": status,
-            **(state["work"].log_fields() if "work" in state else {}),
+            **({} if error is None else {"error": error}),
+            **({**work.log_fields(), "charged_tokens": work.n_tokens} if work is not None else {}),
             "total_s": round(total_s, 4),
             "client": state.get("client", "-"),
+            "peer": peer_of(scope),
         }
         text = json.dumps(fields) if self._log_format == "json" else " ".join(f"{k}={v}" for k, v in fields.items())
         log.info("%s", text)
+
+
+def peer_of(scope: Scope) -> str:
+    """The address that a request came from.
+
+    Of a proxy on this machine it is the one that the proxy has added to `X-Forwarded-For`. From anywhere else the
+    header is what the client likes to say, and is not read.
+    """
+    peer = str((scope.get("client") or ("-",))[0])
+    if not is_loopback(peer):
+        return peer
+    given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    last = given[-1].rpartition(",")[2].strip() if given else ""
+    try:
+        return str(ip_address(last))
+    except ValueError:
+        return peer
+
+
+def shown(path: str) -> str:
+    """A path that is no route, for one field of a line: short, and nothing in it ends the field or the line."""
+    return quote(path[:100], safe="/:@!$&'()*+,;~")
 
 
 def _limits_left(state: dict[str, Any], status: int) -> dict[str, str]:

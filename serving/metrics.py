@@ -38,6 +38,7 @@ class HttpMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.http = self.counter("http_requests", "HTTP responses.", ["path", "method", "code"])
+        self.cut = self.counter("stream_errors", "Answers that had begun and did not end well.", ["path", "error"])
         self.rate_limited = self.counter("rate_limited", "Requests over a client's limits.", ["kind"])
 
     def counter(self, name: str, text: str, labels: list[str]) -> Counter:

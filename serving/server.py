@@ -1,11 +1,11 @@
 """`mpt serve`: the app on uvicorn with its engines in the same process, from loading to a clean exit.
 
 HTTP answers at once (`/ready` says 503) while the models load in a thread; with `--load on-request` the server is ready
-when it has seen that each can be loaded (`lifecycle.py`). On SIGTERM or SIGINT new requests get 503, running ones may
-finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0, even while a model is
-loading. A second signal leaves at once. When an engine has stopped for good the process drains in the same way, and
-leaves with the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a server that only
-fails.
+when it has seen that each can be loaded (`lifecycle.py`). On SIGTERM, SIGINT or SIGHUP new requests get 503, running
+ones may finish for `drain_s` seconds, then streams end with an error event and the process leaves with 0, even while a
+model is loading. A second signal leaves at once. When an engine has stopped for good the process drains in the same
+way, and leaves with the exit code of `EngineStopped`: whoever runs it starts it again, and no client meets a server
+that only fails.
 """
 
 import asyncio
@@ -13,13 +13,18 @@ import gc
 import logging
 import math
 import os
+import signal
 import socket
 import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mpt.errors import UserError
 from mpt.extras import install
@@ -33,6 +38,7 @@ from serving.options import ServeOptions, is_loopback
 
 log = logging.getLogger(__name__)
 
+_LAST_BYTES_S = 5.0  # for clients that read slowly, when the engines have ended every answer
 _LOOK_S = 0.2  # between two looks at whether the engines still run
 
 
@@ -67,7 +73,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=5,  # the engines have ended every answer by then
+            timeout_graceful_shutdown=1,  # every answer has been sent by then
             h11_max_incomplete_event_size=64 << 10,
             http=timed_protocol(clocks, serving.connections),  # of h11, which bounds what it buffers of a head
             timeout_keep_alive=math.ceil(options.idle_timeout_s),
@@ -141,10 +147,45 @@ class _Server(uvicorn.Server):
             await self._batches.stop()
         log.info("shutting down; running requests may take %.0f s more", self._serving.options.drain_s)
         await asyncio.gather(*(engine.drain(self._serving.options.drain_s) for engine in engines))
-        await asyncio.sleep(0.05)  # the last events are on their way to the sockets
+        await self._send_the_rest()
         if (self._serving.loading or self._serving.lifecycle.n_opening) and self.failure is None:
             _leave_at_once()
         self.should_exit = True
+
+    async def _send_the_rest(self) -> None:
+        """Wait until the last answers are sent; then close what would hold up the process and gets no answer.
+
+        That is whoever is still sending a request, and the open pages of the demos, which listen as long as they live.
+        """
+        await asyncio.sleep(0.05)  # the last events are on their way to the sockets
+        until = time.monotonic() + _LAST_BYTES_S
+        while any(map(_is_answering, self.server_state.connections)) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, H11Protocol):
+                connection.transport.close()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """A terminal that is closed (SIGHUP) ends the server as the other signals do, unless it is to be ignored."""
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP)
+            if before is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
+
+
+def _is_answering(connection: object) -> bool:
+    """Whether an answer to a whole request is on its way over a connection of uvicorn's."""
+    if not isinstance(connection, H11Protocol) or connection.cycle is None:
+        return False
+    cycle = connection.cycle
+    if cycle.more_body or cycle.scope["path"].startswith("/demo/"):
+        return False
+    return not cycle.response_complete or connection.transport.get_write_buffer_size() > 0
 
 
 def _leave_at_once() -> None:

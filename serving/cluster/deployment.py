@@ -10,6 +10,7 @@ the answer itself goes from the replica's socket to the router's, at the speed o
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import secrets
@@ -35,7 +36,7 @@ from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
-from serving.cluster.relay import Lease, ReplicaLost
+from serving.cluster.relay import CHARGED, Lease, ReplicaLost
 from serving.cluster.router import make_router
 from serving.connections import Clocks, Connections, timed_protocol
 from serving.errors import Unavailable
@@ -236,10 +237,18 @@ class _Leased:
             await self._app(scope, receive, send)
         finally:
             if ticket is not None:
-                work = scope.get("state", {}).get("work")
-                fields = work.log_fields() if work is not None else {}
-                ticket.report = {key: value for key, value in fields.items() if key != "model"}
+                ticket.report = _report(scope.get("state", {}))
                 ticket.ended.set()
+
+
+def _report(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the router is told of a request that has ended: for its log, and what its client is charged."""
+    fields = {"error": state["error"]} if "error" in state else {}
+    work = state.get("work")
+    if work is None:
+        return {CHARGED: 0, **fields}
+    told = {key: value for key, value in work.log_fields().items() if key != "model"}
+    return {**told, CHARGED: work.n_tokens, **fields}
 
 
 def _leave_when_it_stops(endpoint: Any, leave: Callable[[int], object] = os._exit) -> None:
@@ -347,7 +356,8 @@ class RayFleet:
             multiplexed_model_id=adapter or "",
             session_id=prefix if self._options.models[model].routing == "prefix" else "",
         )
-        stream = handle.lease.remote()
+        # Ray Serve cancels what was called in a request's context when its client goes. The lease is still wanted then.
+        stream = contextvars.Context().run(handle.lease.remote)
         rest: asyncio.Future[Any] | None = None
         try:
             try:

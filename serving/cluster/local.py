@@ -44,6 +44,8 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
+    "RAY_ROTATION_BACKUP_COUNT": "1",
     "RAY_AUTH_MODE": "token",  # nobody without its token is answered
 }
 # Of a Ray on one machine: its address is 127.0.0.1, so it listens there only. The name is Ray's, and says what it is

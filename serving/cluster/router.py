@@ -72,6 +72,8 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
     metrics = RouterMetrics()
     session, traffic = _Session(), Traffic()
     cards = fleet.cards
+    for name in cards():
+        metrics.lost.labels(name)  # 0 from the start: an alert sees the first loss only as a change
 
     def find(model: str) -> tuple[str, str | None]:
         if traffic.draining:
@@ -88,7 +90,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
         served = [*cards()]
         asked = await aside(request, _understood, kind, raw, served[0] if len(served) == 1 else None)
         base, adapter = find(asked.model)
-        work = Relayed(asked.model, asked.n_tokens)
+        work = Relayed(asked.model, asked.n_prompt, asked.n_tokens)
         request.state.admission.reserve(work.estimate)
         request.state.work = work
         lease = Lessor(fleet, base, adapter, asked.prefix, request.state.salt)
@@ -177,9 +179,11 @@ def _listing(
         return as_json({"server_load": traffic.n})
 
     async def health() -> Response:
-        return as_json({"status": "ok"})
+        return as_json({"status": "shutting down" if traffic.draining else "ok"})
 
     async def ready() -> Response:
+        if traffic.draining:
+            return respond(Unavailable("shutting down", code="shutting_down"), "/ready")
         why = await fleet.not_ready()
         if why is None:
             return as_json({"status": "ready"})
@@ -255,17 +259,21 @@ def merged(expositions: Mapping[str, str]) -> bytes:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a router wants to know of a body. prefix: what decides which replica may have a prompt in its cache."""
+    """What a router wants to know of a body. prefix: what decides which replica may have a prompt in its cache.
+
+    n_prompt, n_tokens: what its client is charged until a replica has counted, for its prompt and with its answer.
+    """
 
     model: str
     is_streamed: bool
+    n_prompt: int
     n_tokens: int
     prefix: str
 
 
 def _understood(kind: type[BaseModel], raw: bytes, model: str | None) -> _Asked:
     asked = _as_openai(parse(kind, raw, model))
-    return _Asked(asked.model, bool(getattr(asked, "stream", False)), _tokens(asked), _prefix(asked))
+    return _Asked(asked.model, bool(getattr(asked, "stream", False)), *_tokens(asked), _prefix(asked))
 
 
 def _as_openai(asked: Any) -> Any:
@@ -282,19 +290,22 @@ def _as_openai(asked: Any) -> Any:
     return asked
 
 
-def _tokens(asked: Any) -> int:
-    """What a client is charged for a request until a replica has counted."""
+def _tokens(asked: Any) -> tuple[int, int]:
+    """What a client is charged for a request until a replica has counted: for its prompt, and with its answer."""
     if isinstance(asked, ChatRequest):
         wanted = asked.wanted_tokens() or _UNKNOWN_LENGTH
-        return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
+        n_prompt = sum(_text_tokens(message.text()) for message in asked.messages)
+        return n_prompt, n_prompt + (asked.n or 1) * wanted
     if isinstance(asked, CompletionRequest):
         prompts = prompts_of(asked.prompt, _ANY_TOKEN)
         wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         wanted = _UNKNOWN_LENGTH if wanted == ALL_THERE_IS else wanted
-        return _prompt_tokens(prompts) + len(prompts) * (asked.best_of or asked.n or 1) * wanted
+        n_prompt = _prompt_tokens(prompts)
+        return n_prompt, n_prompt + len(prompts) * (asked.best_of or asked.n or 1) * wanted
     if isinstance(asked, EmbeddingRequest):
-        return _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
-    return 0
+        n_prompt = _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
+        return n_prompt, n_prompt
+    return 0, 0
 
 
 def _prompt_tokens(prompts: list[str | list[int]]) -> int:

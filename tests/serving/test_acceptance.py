@@ -19,10 +19,12 @@ from mpt.prompts import encode_chat
 from tests.serving.servers import Server, free_port, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
-KEYS = f"""# three clients
+LEAVING_KEY, LEAVING_LIMIT = "sk-test-of-one-who-leaves", 20_000  # tokens a minute
+KEYS = f"""# four clients
 tester: {KEY}
 {OTHER_KEY}
 slow: {SLOW_KEY} requests_per_minute=5 tokens_per_minute=1000
+leaving: {LEAVING_KEY} tokens_per_minute={LEAVING_LIMIT}
 """
 
 
@@ -476,16 +478,54 @@ def test_a_clients_limits_are_told_and_kept(url):
     assert post(url, ask).status_code == 200  # another client's minute is its own
 
 
+def served(url: str) -> float:
+    """Tokens read and drawn, as the engines count them, once nothing runs any more."""
+    while sum(total(url, "mpt_num_requests_running", model) for model in ("base", "chat")):
+        time.sleep(0.02)
+    counted = "mpt_prompt_tokens_total", "mpt_generation_tokens_total"
+    return sum(total(url, metric, model) for metric in counted for model in ("base", "chat"))
+
+
+def lines_of(server: Server, words: str, n: int) -> list[str]:
+    """So many lines of the log that have these words, when they are there."""
+    until = time.monotonic() + 30
+    while len(found := [line for line in list(server.lines) if words in line]) < n and time.monotonic() < until:
+        time.sleep(0.02)
+    return found
+
+
+def test_clients_that_leave_early_pay_for_what_was_computed(server, url):
+    """Whatever they ask for and however they leave. Nothing else asks meanwhile, so that the engines count theirs."""
+    headers = {"Authorization": f"Bearer {LEAVING_KEY}"}
+    before = served(url)
+    body = {"model": "base", "prompt": "abc", "max_tokens": 1200, "best_of": 2, "n": 1, **ignoring_eos()}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.3)
+    said = [{"role": "user", "content": "Hi"}]
+    streams = [
+        ("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1500, "n": 2, **ignoring_eos()}),
+        ("/v1/chat/completions", {"model": "chat", "messages": said, "max_tokens": 1500, **ignoring_eos()}),
+        ("/v1/messages", {"model": "chat", "messages": said, "max_tokens": 1500}),
+        ("/api/chat", {"model": "chat", "messages": said, "options": {"num_predict": 1500}}),
+    ]
+    for path, more in streams:
+        with httpx.stream("POST", url + path, json={"stream": True, **more}, headers=headers, timeout=30) as answer:
+            assert answer.status_code == 200
+            for _ in zip(range(60), answer.iter_lines(), strict=False):
+                pass
+    lines = lines_of(server, "client=leaving", 5)
+    charged = [int(re.search(r"charged_tokens=(\d+)", line)[1]) for line in lines]
+    assert len(charged) == 5 and min(charged[1:]) > 20 and sum(charged) >= served(url) - before, lines
+    assert all("finish_reason=abort" in line and "error=client_disconnected" in line for line in lines[:3]), lines
+    left = httpx.get(f"{url}/v1/models", headers=headers).headers["x-ratelimit-remaining-tokens"]
+    assert int(left) < LEAVING_LIMIT
+
+
 def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url):
     ask = {"model": "base", "prompt": "confidential", "max_tokens": 3, **ignoring_eos()}
     post(url, ask, **{"x-request-id": "logged-1"})
     post(url, ask, key=OTHER_KEY, **{"x-request-id": "logged-2"})
-    for _ in range(200):
-        found = [line for line in list(server.lines) if "request_id=logged-" in line]
-        if len(found) == 2:
-            break
-        time.sleep(0.02)
-    named, hashed = found
+    named, hashed = lines_of(server, "request_id=logged-", 2)
     for part in ("client=tester", "model=base", "prompt_tokens=12", "completion_tokens=3", "finish_reason=length"):
         assert part in named
     assert "ttft_s=0." in named and "status=200" in named
@@ -496,13 +536,18 @@ def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url)
 
 
 def test_it_leaves_when_told(server):
-    """Last: running answers end, the exit code is 0."""
-    body = {"model": "base", "prompt": "a", "max_tokens": 300, "stream": True, **ignoring_eos()}
+    """Last: running answers end, meanwhile it is not ready, the exit code is 0."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 1900, "stream": True, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{server.url}/ready", timeout=30)).status_code == 200:
+            pass
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
+        alive = httpx.get(f"{server.url}/health", timeout=30)
+        assert (alive.status_code, alive.json()["status"]) == (200, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(60) == 0
