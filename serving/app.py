@@ -121,9 +121,11 @@ def _adapter_loading(serving: Serving) -> Functions:
         within = allowed()
         asked = await read(request, LoadAdapterRequest, serving.options)
         adapters, whole, name = await named(asked.lora_name, request.state.hold)
-        path = Path()
         try:
             path = await asyncio.to_thread(find_inside, within, asked.lora_path)
+        except CheckpointNotFound as error:
+            raise NotFound(str(error), code="adapter_not_found", param="lora_path") from None
+        try:
             is_new = await adapters.add(name, path)
         except CheckpointNotFound as error:
             message = without_path(error, path, asked.lora_path)

@@ -69,8 +69,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
-        given = headers.get(b"x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
+        request_id = given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
         state.update(request_id=request_id, salt="", admission=None)
         started, status = time.perf_counter(), 499  # unless a response begins, the client has gone

@@ -12,7 +12,7 @@ from serving.errors import ApiError, Forbidden, InvalidRequest
 from serving.options import is_loopback
 
 # Of two, a proxy and this server could mean different ones.
-_ONCE = (b"authorization", b"x-api-key", b"host", b"content-type", b"content-encoding", b"x-request-id")
+_ONCE = (b"authorization", b"x-api-key", b"host", b"content-type", b"content-encoding")
 _OF_THIS_MACHINE = frozenset({"host.docker.internal", "host.containers.internal"})  # from inside a container
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -315,6 +316,53 @@ def test_a_good_request_id_is_echoed_once(url):
     assert httpx.get(f"{url}/nowhere").headers["x-request-id"]
 
 
+def raw(url: str, *lines: bytes, body: bytes = b"") -> bytes:
+    """What comes, until the server closes, for a head as it is."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection:
+        connection.sendall(b"\r\n".join([*lines, b"connection: close", b"", body]))
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+BEARER = f"authorization: Bearer {KEY}".encode()
+
+
+@pytest.mark.parametrize("given", [b"a b", b"\xe9", b"\xff", b"x" * 1024, b"a\tb", b"", b"ok-1\r\nx-request-id: ok-2"])
+def test_what_is_no_request_id_is_replaced_by_one(url, given):
+    said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, b"x-request-id: " + given)
+    assert said.startswith(b"HTTP/1.1 200 ")
+    (request_id,) = re.findall(rb"(?im)^x-request-id: (.*)\r$", said)
+    assert re.fullmatch(rb"[A-Za-z0-9._-]{8,64}", request_id)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["authorization", "host", "content-type", "x-unknown", "traceparent", "x-forwarded-for", "x-session-id",
+     "serve_multiplexed_model_id", "x-request-timeout-seconds", "x-request-disconnect-disabled"],
+)  # fmt: skip
+def test_no_byte_of_a_header_makes_a_bug(url, name):
+    for value in (b"\xff", b"\xe9 \xe9", b"-1", b"?1"):
+        said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, name.encode() + b": " + value)
+        assert re.match(rb"HTTP/1.1 (200|400|401) ", said), said[:200]
+
+
+def test_two_keys_are_none(url):
+    said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, b"authorization: Bearer other")
+    assert said.startswith(b"HTTP/1.1 400 ") and b"duplicate_header" in said
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/models", "/v1/models/base", "/", "/v1/none"])
+def test_head_is_get_without_its_body(url, path):
+    heads = []
+    for method in ("GET", "HEAD"):
+        head, _, body = raw(url, f"{method} {path} HTTP/1.1".encode(), b"host: localhost", BEARER).partition(
+            b"\r\n\r\n"
+        )
+        lines = [line.lower() for line in head.split(b"\r\n")]
+        heads.append(sorted(line for line in lines if not line.startswith((b"date:", b"x-request-id:"))))
+        assert bool(body) == (method == "GET")
+    assert heads[0] == heads[1]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_go_away_stop_their_generation(url, stream):
     """Eight of them: HAProxy with splicing misses one in four."""
@@ -394,8 +442,9 @@ def test_other_kinds_of_bodies_paths_and_methods(url):
     assert (slash.status_code, slash.json()["error"]["code"]) == (404, "unknown_url")
     padding = {f"x-padding-{k}": "p" * 8000 for k in range(5)}
     assert post(url, {"model": "base", "prompt": "a"}, **padding).status_code in (400, 431)  # HAProxy's, ours
-    large = post(url, b'{"model":"base","prompt":"' + b"a" * (33 << 20) + b'"}')
-    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    for body in (b'{"model":"base","prompt":"' + b"a" * (4 << 20) + b'"}', b"[" + b"{}," * 30_000 + b"{}]"):
+        large = post(url, body)
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_tokens_there_and_back(url):
