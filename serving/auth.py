@@ -33,6 +33,7 @@ FORM = (
     "[tokens_per_month=N] [tokens_total=N]`"
 )
 _MODEL = re.compile(f"{MODEL_NAME.pattern}(:{MODEL_NAME.pattern})?")
+_OF_A_MINUTE = frozenset(each.name for each in fields(Limits))
 _NUMBERS = frozenset(each.name for kind in (Limits, Quotas) for each in fields(kind))
 
 
@@ -59,9 +60,12 @@ class Door(Protocol):
 class Keys:
     """The keys a server accepts; with none, everybody is let in as one client."""
 
-    def __init__(self, lines: Iterable[str], file: Path | None, default: Limits = NO_LIMITS) -> None:
-        self._default = default
-        self._given = _read_lines(lines, "a key given", default)
+    def __init__(
+        self, lines: Iterable[str], file: Path | None, default: Limits = NO_LIMITS, n_servers: int = 1
+    ) -> None:
+        """default: for clients without limits of their own. n_servers: how many share what the lines say."""
+        self._default, self._n_servers = default, n_servers
+        self._given = _read_lines(lines, "a key given", default, n_servers)
         self._file, self._stamp = file, (0, 0)
         self._from_file: dict[bytes, Client] = {}
         self._lock = threading.Lock()
@@ -108,7 +112,7 @@ class Keys:
                     return
                 lines = self._file.read_text(encoding="utf-8").splitlines()
                 self._stamp = (stat.st_mtime_ns, stat.st_size)
-                self._from_file = _read_lines(lines, f"`{self._file}`", self._default)
+                self._from_file = _read_lines(lines, f"`{self._file}`", self._default, self._n_servers)
         except (OSError, UnicodeDecodeError, UserError) as error:
             if first and isinstance(error, UserError):
                 raise
@@ -156,7 +160,7 @@ def fingerprint(key: str) -> str:
     return _digest(key).hex()[:8]
 
 
-def _read_lines(lines: Iterable[str], where: str, default: Limits) -> dict[bytes, Client]:
+def _read_lines(lines: Iterable[str], where: str, default: Limits, n_servers: int) -> dict[bytes, Client]:
     """Clients by the hash of their key. Raises UserError, which never shows a key."""
     clients: dict[bytes, Client] = {}
     for number, line in enumerate(lines, 1):
@@ -166,7 +170,7 @@ def _read_lines(lines: Iterable[str], where: str, default: Limits) -> dict[bytes
         name = words.pop(0)[:-1] if words[0].endswith(":") and len(words) > 1 else None
         key, *options = words
         try:
-            clients[_digest(key)] = _client(name, key, options, default)
+            clients[_digest(key)] = _client(name, key, options, default, n_servers)
         except ValueError:
             raise UserError(f"line {number} of {where} is not {FORM}") from None
         except UserError as error:
@@ -174,8 +178,11 @@ def _read_lines(lines: Iterable[str], where: str, default: Limits) -> dict[bytes
     return clients
 
 
-def _client(name: str | None, key: str, options: list[str], default: Limits) -> Client:
-    """Raises ValueError for what is no option, UserError for one with a value out of range."""
+def _client(name: str | None, key: str, options: list[str], default: Limits, n_servers: int) -> Client:
+    """Raises ValueError for what is no option, UserError for one with a value out of range.
+
+    Each of n_servers lets through its share of a minute's limits; quotas are counted together.
+    """
     models: frozenset[str] | None = None
     numbers: dict[str, int] = {}
     for option in options:
@@ -188,10 +195,21 @@ def _client(name: str | None, key: str, options: list[str], default: Limits) -> 
                 raise UserError(f"`models` names `{wrong[0][:64]}`, which is no model; write models=NAME,NAME:ADAPTER")
         elif what in _NUMBERS and value.isdecimal() and int(value):
             numbers[what] = int(value)
+            if what in _OF_A_MINUTE:
+                numbers[what] = _share(what, int(value), n_servers)
         else:
             raise ValueError(what)
     limits = {each.name: numbers.pop(each.name, getattr(default, each.name)) for each in fields(Limits)}
     return Client(name or fingerprint(key), fingerprint(key), Limits(**limits), models, Quotas(**numbers))
+
+
+def _share(what: str, value: int, n_servers: int) -> int:
+    if value < n_servers:
+        raise UserError(
+            f"{what} is {value}, and each of {n_servers} routers lets through its share; give at least {n_servers}, or "
+            "`router_replicas: 1`"
+        )
+    return value // n_servers
 
 
 def _digest(key: str) -> bytes:

@@ -188,6 +188,13 @@ _AllowModelLoading = Annotated[
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
+_AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Another name by which a server on loopback without keys may be asked, say a tunnel's; repeatable.",
+    ),
+]
 _Docs = Annotated[bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")]
 _Demo = Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")]
 _Profile = Annotated[
@@ -225,6 +232,23 @@ _ReadTimeout = Annotated[
         "every 64 KiB.",
     ),
 ]
+
+_WriteTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="How long a client may read nothing of what waits for it before its connection is closed, in seconds.",
+    ),
+]
+_IdleTimeout = Annotated[
+    float, typer.Option(min=1.0, help="How long a connection may stay open between two requests, in seconds.")
+]
+_MaxConnections = Annotated[
+    int | None,
+    typer.Option(min=1, help="Connections at once.", show_default="three quarters of `ulimit -n`, at most 10000"),
+]
+_MaxBodyBytes = Annotated[int, typer.Option(min=1, help="The longest body of a request; more gets 413.")]
+_MaxEmbeddingsBodyBytes = Annotated[int, typer.Option(min=1, help="The same for requests of embeddings.")]
 
 _Config = Annotated[
     Path | None,
@@ -293,6 +317,7 @@ def serve(
     allow_adapter_loading: _AllowAdapterLoading = None,
     batch_dir: _BatchDir = None,
     cors_origin: _CorsOrigin = None,
+    allowed_host: _AllowedHost = None,
     docs: _Docs = None,
     demo: _Demo = False,
     profile: _Profile = None,
@@ -302,6 +327,11 @@ def serve(
     drain_seconds: _DrainSeconds = 30.0,
     request_timeout: _RequestTimeout = 600.0,
     read_timeout: _ReadTimeout = 60.0,
+    write_timeout: _WriteTimeout = 60.0,
+    idle_timeout: _IdleTimeout = 75.0,
+    max_connections: _MaxConnections = None,
+    max_body_bytes: _MaxBodyBytes = 4 << 20,
+    max_embeddings_body_bytes: _MaxEmbeddingsBodyBytes = 16 << 20,
 ) -> None:
     """Serve checkpoints behind an OpenAI-style API.
 

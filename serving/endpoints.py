@@ -11,6 +11,7 @@ from mpt.engine.endpoint import Endpoint
 from mpt.errors import MPTError
 from mpt.lora import Adapter
 from serving.access import may_reach, may_use, reached
+from serving.connections import Connections
 from serving.errors import ApiError, NotFound, Unavailable, adapter_damaged
 from serving.lifecycle import Hold, Lifecycle
 from serving.options import ServeOptions
@@ -28,6 +29,7 @@ class Serving:
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
     draining: bool = False
+    connections: Connections = field(default_factory=Connections)
     keeps_responses: bool = True  # False behind a router: the next request of a conversation meets another process
 
     def __post_init__(self) -> None:

@@ -22,7 +22,8 @@ OF_EACH_MODEL = frozenset({
 # Flags NAME=VALUE: keys of `models.NAME`.
 OF_ONE_MODEL = frozenset({"model", "draft", "context_length", "prompt_style", "chat_template", "adapter"})
 ABOUT_THE_FILE = frozenset({"config", "print_config"})
-_IN_OTHER_WORDS = {"api_key": "api_keys", "cors_origin": "cors_origins", "drain_seconds": "drain_s"}
+_IN_OTHER_WORDS = {"api_key": "api_keys", "cors_origin": "cors_origins", "allowed_host": "allowed_hosts",
+                   "drain_seconds": "drain_s"}  # fmt: skip
 
 
 def key_of(flag: str, keys: Collection[str]) -> str:

@@ -53,6 +53,7 @@ class HttpMetrics:
         )
         info.labels(mpt.__version__, commit()).set(1)
         self.http = self.counter("http_requests", "HTTP responses.", ["path", "method", "code"])
+        self.cut = self.counter("stream_errors", "Answers that had begun and did not end well.", ["path", "error"])
         self.rate_limited = self.counter("rate_limited", "Requests over a client's limits.", ["kind"])
 
     def counter(self, name: str, text: str, labels: list[str]) -> Counter:
@@ -82,6 +83,7 @@ class Metrics(HttpMetrics):
     def __init__(self, endpoints: Callable[[], Iterable[Endpoint]]) -> None:
         super().__init__()
         counter, histogram = self.counter, self.histogram
+        self.connections = Gauge("mpt_http_connections", "Connections that are open.", registry=self.registry)
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sample.", _BETWEEN_TOKENS)
         self.tpot = histogram(

@@ -121,8 +121,9 @@ def _models(given: Mapping[str, Any], defaults: Mapping[str, Any], folder: Path 
 
 
 def _check_limits(options: ServeOptions) -> None:
-    at_least(options, 1, "requests_per_minute", "tokens_per_minute", "max_loaded", "max_body_bytes")
-    at_least(options, 0.1, "request_timeout_s", "read_timeout_s", "keep_alive_s")
+    at_least(options, 1, "requests_per_minute", "tokens_per_minute", "max_loaded", "max_connections", "idle_timeout_s")
+    at_least(options, 1, "max_body_bytes", "max_embeddings_body_bytes")
+    at_least(options, 0.1, "request_timeout_s", "read_timeout_s", "write_timeout_s", "keep_alive_s")
     at_least(options, 0, "drain_s", "port")
     if options.port > 65535:
         raise UserError(f"port is {options.port}; the most is 65535")

@@ -66,7 +66,7 @@ class BatchService:
         self.store = store
         self._door, self._takes_priority = door, takes_priority
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://batch/v1", timeout=None)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost/v1", timeout=None)
         self._sender = Sender(self._client, gives_up=False)
         self._free = asyncio.Semaphore(_AT_ONCE)  # whoever waits longest goes first, so batches take turns
         self._tasks: dict[str, asyncio.Task[None]] = {}

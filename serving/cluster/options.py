@@ -3,7 +3,6 @@
 Light enough to read before torch and ray are imported. Not here: how it runs (`serving/cluster/deployment.py`).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
@@ -30,6 +29,9 @@ _OF_ONE_PROCESS = {
     "batch_dir": "answer the file with `mpt run-batch requests.jsonl results.jsonl --url` and the cluster's URL",
     "demo": "run `mpt demo --url` beside it",
     "drain_s": "give the model `graceful_shutdown_timeout_s`, and `mpt cluster --drain-seconds`",
+    "write_timeout_s": "HAProxy closes such connections after its own time",
+    "idle_timeout_s": "HAProxy closes such connections after its own time",
+    "max_connections": "HAProxy counts them; the limit is three quarters of `ulimit -n`",
     "host": "Ray listens: write it under `http_options`",
     "port": "Ray listens: write it under `http_options`",
 }
@@ -97,19 +99,26 @@ class ClusterOptions(HttpOptions):
 
     models: Mapping[str, ReplicaOptions]
     no_auth: bool = False  # serve without keys, also beyond this machine
-    router_replicas: int = 1
+    router_replicas: int = 2  # one that dies takes its own answers with it, and no other
     router_num_cpus: float = 0.1
     # Where replicas listen for routers; `node` for several nodes.
     replica_host: Literal["loopback", "node"] = "loopback"
     docs: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 1, "router_replicas", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 1, "max_body_bytes", "max_embeddings_body_bytes")
         at_least(self, 0.1, "request_timeout_s", "keep_alive_s", "read_timeout_s")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if (limit := getattr(self, name)) is not None and limit < self.router_replicas:
+                raise UserError(
+                    f"{name} is {limit}, and each of {self.router_replicas} routers lets through its share; give at "
+                    f"least {self.router_replicas}, or `router_replicas: 1`"
+                )
 
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""
-        return None if limit is None else max(1, math.floor(limit / self.router_replicas))
+        return None if limit is None else limit // self.router_replicas
 
 
 def read_args(args: Mapping[str, Any]) -> ClusterOptions:

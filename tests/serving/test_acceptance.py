@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,12 @@ from tests.serving.servers import Server, free_port, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
 NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"
-KEYS = f"""# five clients
+LEAVING_KEY, LEAVING_LIMIT = "sk-test-of-one-who-leaves", 20_000  # tokens a minute
+KEYS = f"""# six clients
 tester: {KEY}
 {OTHER_KEY}
 slow: {SLOW_KEY} requests_per_minute=5 tokens_per_minute=1000
+leaving: {LEAVING_KEY} tokens_per_minute={LEAVING_LIMIT}
 narrow: {NARROW_KEY} models=chat,base:loud
 poor: {POOR_KEY} tokens_per_month=60
 """
@@ -94,6 +97,7 @@ def server(request, checkpoint, adapters, receiver, tmp_path_factory) -> Iterato
             models,
             api_key_file=str(keys),
             docs=True,
+            router_replicas=1,
             quota_store=str(folder / "quotas.sqlite"),
             otel_endpoint=receiver.url,
         )
@@ -333,6 +337,53 @@ def test_a_good_request_id_is_echoed_once(url):
     assert httpx.get(f"{url}/nowhere").headers["x-request-id"]
 
 
+def raw(url: str, *lines: bytes, body: bytes = b"") -> bytes:
+    """What comes, until the server closes, for a head as it is."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection:
+        connection.sendall(b"\r\n".join([*lines, b"connection: close", b"", body]))
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+BEARER = f"authorization: Bearer {KEY}".encode()
+
+
+@pytest.mark.parametrize("given", [b"a b", b"\xe9", b"\xff", b"x" * 1024, b"a\tb", b"", b"ok-1\r\nx-request-id: ok-2"])
+def test_what_is_no_request_id_is_replaced_by_one(url, given):
+    said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, b"x-request-id: " + given)
+    assert said.startswith(b"HTTP/1.1 200 ")
+    (request_id,) = re.findall(rb"(?im)^x-request-id: (.*)\r$", said)
+    assert re.fullmatch(rb"[A-Za-z0-9._-]{8,64}", request_id)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["authorization", "host", "content-type", "x-unknown", "traceparent", "x-forwarded-for", "x-session-id",
+     "serve_multiplexed_model_id", "x-request-timeout-seconds", "x-request-disconnect-disabled"],
+)  # fmt: skip
+def test_no_byte_of_a_header_makes_a_bug(url, name):
+    for value in (b"\xff", b"\xe9 \xe9", b"-1", b"?1"):
+        said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, name.encode() + b": " + value)
+        assert re.match(rb"HTTP/1.1 (200|400|401) ", said), said[:200]
+
+
+def test_two_keys_are_none(url):
+    said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, b"authorization: Bearer other")
+    assert said.startswith(b"HTTP/1.1 400 ") and b"duplicate_header" in said
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/models", "/v1/models/base", "/", "/v1/none"])
+def test_head_is_get_without_its_body(url, path):
+    heads = []
+    for method in ("GET", "HEAD"):
+        head, _, body = raw(url, f"{method} {path} HTTP/1.1".encode(), b"host: localhost", BEARER).partition(
+            b"\r\n\r\n"
+        )
+        lines = [line.lower() for line in head.split(b"\r\n")]
+        heads.append(sorted(line for line in lines if not line.startswith((b"date:", b"x-request-id:"))))
+        assert bool(body) == (method == "GET")
+    assert heads[0] == heads[1]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_go_away_stop_their_generation(url, stream):
     """Eight of them: HAProxy with splicing misses one in four."""
@@ -412,8 +463,9 @@ def test_other_kinds_of_bodies_paths_and_methods(url):
     assert (slash.status_code, slash.json()["error"]["code"]) == (404, "unknown_url")
     padding = {f"x-padding-{k}": "p" * 8000 for k in range(5)}
     assert post(url, {"model": "base", "prompt": "a"}, **padding).status_code in (400, 431)  # HAProxy's, ours
-    large = post(url, b'{"model":"base","prompt":"' + b"a" * (33 << 20) + b'"}')
-    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    for body in (b'{"model":"base","prompt":"' + b"a" * (4 << 20) + b'"}', b"[" + b"{}," * 30_000 + b"{}]"):
+        large = post(url, body)
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_tokens_there_and_back(url):
@@ -496,16 +548,54 @@ def test_a_clients_limits_are_told_and_kept(url):
     assert post(url, ask).status_code == 200  # another client's minute is its own
 
 
+def served(url: str) -> float:
+    """Tokens read and drawn, as the engines count them, once nothing runs any more."""
+    while sum(total(url, "mpt_num_requests_running", model) for model in ("base", "chat")):
+        time.sleep(0.02)
+    counted = "mpt_prompt_tokens_total", "mpt_generation_tokens_total"
+    return sum(total(url, metric, model) for metric in counted for model in ("base", "chat"))
+
+
+def lines_of(server: Server, words: str, n: int) -> list[str]:
+    """So many lines of the log that have these words, when they are there."""
+    until = time.monotonic() + 30
+    while len(found := [line for line in list(server.lines) if words in line]) < n and time.monotonic() < until:
+        time.sleep(0.02)
+    return found
+
+
+def test_clients_that_leave_early_pay_for_what_was_computed(server, url):
+    """Whatever they ask for and however they leave. Nothing else asks meanwhile, so that the engines count theirs."""
+    headers = {"Authorization": f"Bearer {LEAVING_KEY}"}
+    before = served(url)
+    body = {"model": "base", "prompt": "abc", "max_tokens": 1200, "best_of": 2, "n": 1, **ignoring_eos()}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.3)
+    said = [{"role": "user", "content": "Hi"}]
+    streams = [
+        ("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1500, "n": 2, **ignoring_eos()}),
+        ("/v1/chat/completions", {"model": "chat", "messages": said, "max_tokens": 1500, **ignoring_eos()}),
+        ("/v1/messages", {"model": "chat", "messages": said, "max_tokens": 1500}),
+        ("/api/chat", {"model": "chat", "messages": said, "options": {"num_predict": 1500}}),
+    ]
+    for path, more in streams:
+        with httpx.stream("POST", url + path, json={"stream": True, **more}, headers=headers, timeout=30) as answer:
+            assert answer.status_code == 200
+            for _ in zip(range(60), answer.iter_lines(), strict=False):
+                pass
+    lines = lines_of(server, "client=leaving", 5)
+    charged = [int(re.search(r"charged_tokens=(\d+)", line)[1]) for line in lines]
+    assert len(charged) == 5 and min(charged[1:]) > 20 and sum(charged) >= served(url) - before, lines
+    assert all("finish_reason=abort" in line and "error=client_disconnected" in line for line in lines[:3]), lines
+    left = httpx.get(f"{url}/v1/models", headers=headers).headers["x-ratelimit-remaining-tokens"]
+    assert int(left) < LEAVING_LIMIT
+
+
 def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url):
     ask = {"model": "base", "prompt": "confidential", "max_tokens": 3, **ignoring_eos()}
     post(url, ask, **{"x-request-id": "logged-1"})
     post(url, ask, key=OTHER_KEY, **{"x-request-id": "logged-2"})
-    for _ in range(200):
-        found = [line for line in list(server.lines) if "request_id=logged-" in line]
-        if len(found) == 2:
-            break
-        time.sleep(0.02)
-    named, hashed = found
+    named, hashed = lines_of(server, "request_id=logged-", 2)
     for part in ("client=tester", "model=base", "prompt_tokens=12", "completion_tokens=3", "finish_reason=length"):
         assert part in named
     assert "ttft_s=0." in named and "status=200" in named
@@ -615,13 +705,18 @@ def test_a_trace_goes_through_to_the_replica(server, url, receiver):
 
 
 def test_it_leaves_when_told(server):
-    """Last: running answers end, the exit code is 0."""
-    body = {"model": "base", "prompt": "a", "max_tokens": 300, "stream": True, **ignoring_eos()}
+    """Last: running answers end, meanwhile it is not ready, the exit code is 0."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 1900, "stream": True, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{server.url}/ready", timeout=30)).status_code == 200:
+            pass
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
+        alive = httpx.get(f"{server.url}/health", timeout=30)
+        assert (alive.status_code, alive.json()["status"]) == (200, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(60) == 0

@@ -19,7 +19,7 @@ from serving.app import make_app
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions
 from serving.cluster.router import make_router
-from serving.connections import timed_protocol
+from serving.connections import Clocks, Connections, timed_protocol
 from serving.encodings import unpacked
 from serving.endpoints import Serving
 from serving.errors import TooLarge
@@ -46,7 +46,7 @@ def app(serving) -> FastAPI:
 
 @pytest.fixture(scope="module")
 def url(app) -> Iterator[str]:
-    with listening(app, http=timed_protocol(0.3), timeout_keep_alive=1) as found:
+    with listening(app, http=timed_protocol(Clocks(0.3), Connections()), timeout_keep_alive=1) as found:
         yield found
 
 

@@ -34,6 +34,7 @@ SAMPLES: dict[str, list[str]] = {
     "quota_store": ["--quota-store", "{folder}/quotas.sqlite"],
     "otel_endpoint": ["--otel-endpoint", "http://127.0.0.1:4318"],
     "log_requests": ["--log-requests", "{folder}/requests.jsonl"],
+    "allowed_host": ["--allowed-host", "mpt.example"],
     "host": ["--host", "127.0.0.2"],
     "draft": ["--draft", "a=mpt-tiny"],
     "context_length": ["--context-length", "a=512"],

@@ -194,13 +194,13 @@ class FakeFleet:
         self.n_leases += 1
         self.lost = asyncio.get_running_loop().create_future()
 
-        async def report():
-            return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop"}
-
         try:
-            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, report)
+            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, self.report)
         finally:
             self.n_ended += 1
+
+    async def report(self):
+        return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop", "charged_tokens": 7}
 
     async def runs(self):
         return {"m": {"backend": "torch"}}
@@ -398,11 +398,12 @@ def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
     each = {"root": str(folder), "kv_gb": 0.064, "num_cpus": 0.1, "threads": 1, "max_running": 8}
     each["graceful_shutdown_timeout_s"] = 60  # requests wait long while new replicas import torch on a busy machine
     return {
+        "router_replicas": 1,  # two are in test_deaths.py
         "models": {
             "one": each,
             "two": {**each, "min_replicas": 2, "max_replicas": 2, "routing": "prefix"},
             "zero": {**each, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 600},
-        }
+        },
     }
 
 
