@@ -568,9 +568,9 @@ def test_clients_that_leave_early_pay_for_what_was_computed(server, url):
     """Whatever they ask for and however they leave. Nothing else asks meanwhile, so that the engines count theirs."""
     headers = {"Authorization": f"Bearer {LEAVING_KEY}"}
     before = served(url)
-    body = {"model": "base", "prompt": "abc", "max_tokens": 1200, "best_of": 2, "n": 1, **ignoring_eos()}
+    body = {"model": "base", "prompt": "abc", "max_tokens": 2000, "best_of": 8, "n": 1, **ignoring_eos()}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.3)
+        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.2)
     said = [{"role": "user", "content": "Hi"}]
     streams = [
         ("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1500, "n": 2, **ignoring_eos()}),
