@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # 15 otherwise: behind everything else on this machine
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1800",  # how long a replaced HAProxy keeps its streams; Ray: 120
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",  # a client that neither sends nor reads; Ray: an hour
+    # A request whose router dies before it answers goes to the other one; computing an answer twice harms nobody.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 s is for load balancers beyond this machine
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
@@ -78,8 +80,8 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
             os.environ.setdefault(variable, value)  # what the user has set stays
         os.environ.update(home.environment(folder))
         log.info("HAProxy takes up to %d connections; Ray's logs are in %s/ray", connections, folder)
-        http |= {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
-        _serve(ours, http, logging_config, n_cpus, drain_s, _Processes(folder, watcher))
+        behind = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}  # of the routers, which HAProxy asks
+        _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher))
     home.remove(folder)
 
 
@@ -238,6 +240,11 @@ def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
     """Everything that would fail later and less clearly. Raises UserError."""
+    if given := sorted(key for key in http if key.startswith("ssl_")):
+        raise UserError(
+            f"`http_options` has `{given[0]}`, and HAProxy does not speak TLS to clients; put a gateway that does in "
+            "front of it"
+        )
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
     keys = keys_of(options)

@@ -62,6 +62,15 @@ def test_a_wrong_list_or_budget_is_told(words):
     assert "sk-" not in str(wrong.value)
 
 
+def test_servers_that_share_a_clients_limits_have_its_part_each():
+    keys = Keys(["alice: sk-a requests_per_minute=5", "sk-b tokens_per_minute=1"], None, Limits(7, 70), n_servers=1)
+    assert keys.client({b"authorization": "Bearer sk-a"}).limits == Limits(5, 70)
+    keys = Keys(["alice: sk-a requests_per_minute=5"], None, Limits(7, 70), n_servers=2)  # 7 and 70 are parts already
+    assert keys.client({b"authorization": "Bearer sk-a"}).limits == Limits(2, 70)
+    with pytest.raises(UserError, match="line 1 of a key given: tokens_per_minute is 1, and each of 2 routers"):
+        Keys(["sk-b tokens_per_minute=1"], None, n_servers=2)
+
+
 @pytest.mark.parametrize("line", ["sk-a sk-b", "a: sk-secret rpm=3", "sk-secret requests_per_minute=-1"])
 def test_a_wrong_line_is_told_without_its_key(line):
     with pytest.raises(UserError, match="line 1") as wrong:
