@@ -120,8 +120,6 @@ class Model:
     def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
         _stay_on_this_machine()
-        # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
-        os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._name, self._cluster = name, cluster
         self._endpoint = _open(name, _with_threads(model, cluster), cluster)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
@@ -317,6 +315,8 @@ class Router:
     def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
         set_up_logging()
         _stay_on_this_machine()
+        # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
+        os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._options = options
         self._fleet = RayFleet(options, models)
 
