@@ -19,10 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import mpt
+from mpt.build import commit
 from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
-from serving.auth import Door, keys_of
+from serving.auth import Door, book_of, keys_of
 from serving.batch.api import batch_functions
 from serving.batch.service import BatchDoor, BatchService
 from serving.batch.store import Store
@@ -48,7 +49,9 @@ from serving.listing import listing
 from serving.loading import model_loading
 from serving.metrics import HttpMetrics, Metrics
 from serving.replies import as_json
+from serving.request_log import request_log
 from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 log = logging.getLogger(__name__)
@@ -68,7 +71,10 @@ def make_app(serving: Serving, door: Door | None = None, hosts: Hosts | None = N
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    door = door or keys_of(options)
+    app.state.request_log = request_log(options.log_requests)
+    keys = keys_of(options)
+    keys.note_unknown(serving.names())
+    door = door or keys
     service = None
     if options.batch_dir is not None:
         door = BatchDoor(door)
@@ -81,9 +87,12 @@ def make_app(serving: Serving, door: Door | None = None, hosts: Hosts | None = N
     add_routes(app, functions | model_loading(serving) | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, needs_key=keys_of(options).required)
+        add_docs(app, needs_key=keys.required)
     app.add_middleware(Holding, serving=serving)
-    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format, hosts=hosts)
+    app.add_middleware(
+        Gate, door=door, metrics=metrics, log_format=log_format, book=book_of(keys, options), hosts=hosts
+    )
+    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -107,6 +116,7 @@ def _adapter_loading(serving: Serving) -> Functions:
         if not MODEL_NAME.fullmatch(name):
             message = f"`{name[:64]}` is no name for an adapter: letters, digits, `.`, `_`, `-`, at most 64"
             raise InvalidRequest(message, param="lora_name")
+        serving.check_adapter(base, name)
         adapters = (await serving.endpoint(base, hold)).adapters
         if adapters is None:
             raise InvalidRequest(f"`{base}` takes no adapters: it runs in another engine", param="lora_name")
@@ -211,4 +221,8 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
 
 def versions() -> dict[str, str]:
     """What runs here, for /version."""
-    return {"version": mpt.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+    return {
+        "version": mpt.__version__,
+        "commit": commit(),
+        **{name: metadata.version(name) for name in ("torch", "transformers")},
+    }

@@ -204,10 +204,11 @@ class Generation:
             request, job, lambda events: answers.embeddings(job, events, encoding=asked.encoding_format)
         )
 
-    def _start(self, request: Request, job: Job) -> Events:
+    async def _start(self, request: Request, job: Job) -> Events:
         if job.length_penalty is not None:
             beam.check(job)
         request.state.admission.reserve(job.n_tokens_at_most)
+        await request.state.account.hold(job.n_tokens_at_most)
         request.state.work = job  # for the access log and the client's account, when the last byte has been sent
         left_s = max(0.0, self._serving.options.request_timeout_s - request.state.hold.waited_s)
         salt = request.state.salt
@@ -224,7 +225,7 @@ class Generation:
         return beam.search(job, submit, job.length_penalty)
 
     async def _whole(self, request: Request, job: Job, whole: Whole) -> dict[str, Any]:
-        return await unless_disconnected(request, whole(self._start(request, job)))
+        return await unless_disconnected(request, whole(await self._start(request, job)))
 
     async def _answer(
         self,
@@ -249,7 +250,7 @@ class Generation:
                 if keep is not None:
                     keep(answer)
                 return as_json(answer)
-            events = self._events(request, translation, prepared)
+            events = await self._events(request, translation, prepared)
         return EventStream(
             events if keep is None else _kept(events, keep),
             request_id=request.state.request_id,
@@ -257,15 +258,15 @@ class Generation:
             wire=translation.wire,
         )
 
-    def _events(self, request: Request, translation: Translation, prepared: _Prepared) -> Chunks:
+    async def _events(self, request: Request, translation: Translation, prepared: _Prepared) -> Chunks:
         translation.begin(prepared.job)
-        return translation.events(prepared.chunks(self._start(request, prepared.job)))
+        return translation.events(prepared.chunks(await self._start(request, prepared.job)))
 
     async def _once_loaded(self, request: Request, model: str, translation: Translation, prepare: Prepare) -> Chunks:
         """The events of a stream that begins while its model is not there. Raises ApiError, as its last event."""
         found = await self._serving.chosen(model, request.state.hold)
         prepared = await _in_the_names_of(translation, prepare(*found))
-        async with contextlib.aclosing(self._events(request, translation, prepared)) as events:
+        async with contextlib.aclosing(await self._events(request, translation, prepared)) as events:
             async for event in events:
                 yield event
 

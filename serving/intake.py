@@ -27,6 +27,7 @@ from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, check_messages
 from serving.protocol.sampling import sampling_of
 from serving.protocol.structure import Structure, structure_of
+from serving.request_log import note_request
 from serving.wire import OLLAMA, wire_of
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ async def read_body(request: Request, options: HttpOptions) -> bytes:
     async for piece in pieces_of(request, limit, options.read_timeout_s, too_large):
         raw += piece
     body = bytes(raw) if coding is None else await asyncio.to_thread(unpacked, bytes(raw), coding, limit)
+    note_request(request, body)
     request.state.body_bytes = len(body)
     return body.removeprefix(codecs.BOM_UTF8)  # RFC 8259 allows to ignore one
 

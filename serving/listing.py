@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
+from serving.access import may_use
 from serving.dialects import ollama
 from serving.dialects.ollama import ShowRequest
 from serving.endpoints import Serving
@@ -29,12 +30,13 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         for name in serving.names():
             if name in serving.lifecycle.models or name in serving.endpoints:
                 starting = {"state": "loading"} if name in serving.loading else {}
-                found += [card | starting for card in await serving.lifecycle.cards(name)]
+                shown = [card for card in await serving.lifecycle.cards(name) if may_use(card["id"])]
+                found += [card | starting for card in shown]
         return found
 
     async def card_named(model: str) -> dict[str, Any]:
-        base, _ = split_name(model)
-        serving.check(base)
+        base, adapter = split_name(model)
+        serving.check_adapter(base, adapter)
         for card in await serving.lifecycle.cards(base):
             if card["id"] == model:
                 return card

@@ -22,6 +22,7 @@ class HttpOptions:
 
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
+    quota_store: str | None = None  # file of SQLite or URL of Postgres; None: a file in the user's state folder
     requests_per_minute: int | None = None  # of each client whose key has no limits of its own
     tokens_per_minute: int | None = None
     request_timeout_s: float = 600.0
@@ -33,6 +34,8 @@ class HttpOptions:
     allowed_hosts: tuple[str, ...] = ()  # names, beside the machine's own, of a server on loopback without keys
     docs: bool = True
     log_format: Literal["text", "json"] = "text"
+    log_requests: Path | None = None  # file for what clients ask, redacted
+    otel_endpoint: str | None = None  # takes spans over OTLP; None is what OpenTelemetry's own variables say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,12 @@ def seconds(option: str, text: str) -> float:
     if value <= 0:
         raise UserError(f"`{option} {text}` is no duration; write a number above 0 with s, m or h: 90s, 15m, 2h")
     return value
+
+
+def without_password(url: str) -> str:
+    """A database's URL as logs, errors and files may show it; a path is itself."""
+    hidden = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1@", url)
+    return re.sub(r"([?&])password=[^&]*&?", r"\1", hidden).rstrip("?&")
 
 
 def is_loopback(host: str) -> bool:

@@ -104,6 +104,8 @@ class _Server(uvicorn.Server):
                 self._tasks.append(asyncio.create_task(serving.endpoints[name].grammars.prepare()))
         except BaseException as error:
             self.failure = error
+            if isinstance(error, Exception):
+                await self._drain()  # models that were loaded before may be answering
             self.should_exit = True
             return
         auth = "with keys" if serving.options.api_keys or serving.options.api_key_file else "without keys"

@@ -308,6 +308,7 @@ class Ready(Shape):
 
 class Versions(Shape):
     version: str
+    commit: str
     torch: str
     transformers: str
 

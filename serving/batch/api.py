@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Request
@@ -75,7 +76,8 @@ def batch_functions(service: BatchService | None, door: Door, options: HttpOptio
         work.store.file(owner, asked.input_file_id)
         client = door.client({name: value.decode("latin-1") for name, value in request.headers.raw})
         limits = client.limits.requests_per_minute, client.limits.tokens_per_minute
-        batch = StoredBatch(owner, client.name, limits, _new_batch(asked))
+        models = None if client.models is None else sorted(client.models)
+        batch = StoredBatch(owner, client.name, limits, _new_batch(asked), models, asdict(client.quotas))
         work.store.add_batch(batch)
         work.begin(batch)
         return as_json(batch.shown)

@@ -189,6 +189,7 @@ class Model:
             max_body_bytes=cluster.max_body_bytes,
             max_embeddings_body_bytes=cluster.max_embeddings_body_bytes,
             keep_alive_s=cluster.keep_alive_s,
+            otel_endpoint=cluster.otel_endpoint,
         )
         serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)
         app = make_app(serving, door=_LeaseDoor(self._token))

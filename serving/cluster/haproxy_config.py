@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpt.errors import MachineRefused
 
-# The head of a request must be whole by then; a silent connection is closed.
+# The head of a request must be whole by then, and so much of its body as HAProxy keeps; a silent connection is closed.
 REQUEST_HEAD_S = 10
 # Connections that one address may hold, of all there are: silent ones keep no other address out.
 SHARE_OF_ONE_ADDRESS = 0.75
@@ -43,7 +43,7 @@ class Amendments:
 # The errors that HAProxy makes itself: status, reason, type and code as `serving.errors` has them, message.
 ERRORS = (
     (400, "Bad Request", "invalid_request_error", "invalid_http", "this is no HTTP request that can be read"),
-    (408, "Request Timeout", "invalid_request_error", "request_timeout", "the request did not come in time"),
+    (408, "Request Timeout", "invalid_request_error", "body_timeout", "the body did not come in time"),
     (500, "Internal Server Error", "server_error", "internal_error", "the proxy failed; ask again"),
     (502, "Bad Gateway", "server_error", "router_lost", "the router that was answering has gone; ask again"),
     (503, "Service Unavailable", "server_error", "no_router", "no router is there at the moment; ask again"),
@@ -119,6 +119,7 @@ def _defaults(to: Amendments) -> str:
     lines = [
         f"timeout http-request {REQUEST_HEAD_S}s",
         f"timeout queue {QUEUE_S}s",
+        "option http-buffer-request",  # what is in a buffer (16 KiB) can be sent to another router when the first dies
         "option http-ignore-probes",  # who has said nothing gets no 408, which it could take for a later answer
         "option tcpka",  # the kernel notices peers that went away without a word
         *(f"errorfile {status} {to.folder}/{status}.http" for status in (400, 408, 500)),

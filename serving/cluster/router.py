@@ -25,9 +25,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
 from mpt.engine.adapters import split_name
+from serving.access import may_use, reached
 from serving.app import add_errors, versions
 from serving.aside import aside
-from serving.auth import Door, Keys
+from serving.auth import Door, Keys, book_of, keys_of
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -55,7 +56,9 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.replies import as_json, welcome
+from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -72,6 +75,9 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
     metrics = RouterMetrics()
     session, traffic = _Session(), Traffic()
     cards = fleet.cards
+    keys = door if isinstance(door, Keys) else keys_of(options)
+    keys.note_unknown(cards())
+    book = book_of(keys, options, several_machines=options.replica_host == "node")
     for name in cards():
         metrics.lost.labels(name)  # 0 from the start: an alert sees the first loss only as a change
 
@@ -79,19 +85,20 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
         if traffic.draining:
             raise Unavailable("the server is shutting down; try another", code="shutting_down")
         base, adapter = split_name(model)
-        served = cards()
-        if base not in served:
+        served = reached(cards())
+        if base not in served or not may_use(model):
             known = ", ".join(f"`{name}`" for name in served)
             raise NotFound(f"no model `{model[:100]}` here; served: {known}", code="model_not_found", param="model")
         return base, adapter
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options)
-        served = [*cards()]
+        served = reached(cards())
         asked = await aside(request, _understood, kind, raw, served[0] if len(served) == 1 else None)
         base, adapter = find(asked.model)
         work = Relayed(asked.model, asked.n_prompt, asked.n_tokens)
         request.state.admission.reserve(work.estimate)
+        await request.state.account.hold(work.estimate)
         request.state.work = work
         lease = Lessor(fleet, base, adapter, asked.prefix, request.state.salt)
         return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, asked.is_streamed)
@@ -107,6 +114,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
     add_routes(app, functions)
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
+    app.state.request_log = request_log(options.log_requests)
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
@@ -114,8 +122,15 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
     if options.docs:
         add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
-        Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False, hosts=hosts
+        Gate,
+        door=door,
+        metrics=metrics,
+        log_format=options.log_format,
+        book=book,
+        names_requests=False,
+        hosts=hosts,
     )
+    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -153,7 +168,8 @@ def _listing(
 
     async def all_cards() -> list[dict[str, Any]]:
         runs = await fleet.runs()
-        return [{**card, "runs": runs.get(name)} for name, found in cards().items() for card in found]
+        shown = [(name, card) for name, found in cards().items() for card in found if may_use(card["id"])]
+        return [{**card, "runs": runs.get(name)} for name, card in shown]
 
     async def ollama_tags() -> Response:
         return as_json(ollama.tags(await all_cards()))

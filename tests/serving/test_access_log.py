@@ -33,10 +33,11 @@ def lines() -> Iterator[list[dict]]:
     handler = logging.Handler()
     handler.emit = lambda record: found.append(json.loads(record.getMessage()))
     log.addHandler(handler)
-    level, log.level = log.level, logging.INFO
+    level = log.level
+    log.setLevel(logging.INFO)
     yield found
     log.removeHandler(handler)
-    log.level = level
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="module")

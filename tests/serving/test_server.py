@@ -77,6 +77,52 @@ def test_sigterm_ends_what_does_not_finish_with_an_error_event(start):
     assert process.wait(30) == 0
 
 
+SECOND_FAILS = """
+import os, sys, time
+from mpt import cli
+from mpt.errors import DamagedFile
+from serving import lifecycle
+
+whole = lifecycle.open_endpoint
+
+def open_endpoint(name, *rest):
+    while name == "bad":
+        if os.path.exists(os.environ["FLAG"]):
+            raise DamagedFile("its second half is missing")
+        time.sleep(0.01)
+    return whole(name, *rest)
+
+lifecycle.open_endpoint = open_endpoint
+sys.argv[0] = "mpt"
+cli.main()
+"""
+
+
+def test_a_model_that_cannot_be_loaded_cuts_no_answer_of_another(folder, tmp_path):
+    port, flag = servers.free_port(), tmp_path / "flag"
+    models = ("--model", f"base={folder}", "--model", f"bad={folder}")
+    command = [sys.executable, "-c", SECOND_FAILS, "serve", "--port", str(port), *models]
+    with subprocess.Popen(command, env={**os.environ, "FLAG": str(flag)}) as process:
+        try:
+            while True:
+                with (
+                    contextlib.suppress(httpx.TransportError),
+                    httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+                    client.stream("POST", "/v1/completions", json=asking(200)) as response,
+                ):
+                    if response.status_code == 200:
+                        assert client.get("/health").json() == {"status": "loading"}
+                        assert client.get("/ready").status_code == 503
+                        flag.touch()
+                        assert [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+                        break
+                assert process.poll() is None
+                time.sleep(0.05)
+            assert process.wait(30) == 3
+        finally:
+            process.kill()
+
+
 PATIENT = """
 import sys, uvicorn
 from mpt import cli

@@ -24,7 +24,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from mpt.errors import MachineRefused
-from serving.cluster import haproxy_config, home
+from serving.cluster import haproxy_config, home, local
 from serving.cluster.haproxy_config import Amendments, amended, max_connections
 from serving.errors import BodyTimeout, InternalError, InvalidRequest, Unavailable
 from tests.serving.servers import free_port
@@ -49,8 +49,10 @@ class Router(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def router(port: int, certificate: tuple[Path, Path] | None) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", port), Router)
+def router(
+    port: int, certificate: tuple[Path, Path] | None, kind: type[Router] = Router
+) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", port), kind)
     server.asked, server.daemon_threads = [], True
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -102,6 +104,7 @@ def rays_config(folder: Path, port: int, routers: list[int], host: str = "127.0.
         stats_port=free_port(),
         metrics_port=free_port(),
         is_head=True,
+        retry_on=local.ENVIRONMENT["RAY_SERVE_HAPROXY_RETRY_ON"],
     )
     servers = [ServerConfig(name=f"router-{n}", host="127.0.0.1", port=each) for n, each in enumerate(routers)]
     backend = BackendConfig(name="http-mpt", path_prefix="/", app_name="mpt", servers=servers)
@@ -181,6 +184,27 @@ def test_a_port_that_a_stranger_takes_between_two_checks_gets_no_request(certifi
         with router(port, None) as stranger:
             answers = [httpx.get(f"{ours.url}/", headers={"authorization": "Bearer secret"}) for _ in range(3)]
             assert {answer.status_code for answer in answers} == {503} and stranger.asked == []
+
+
+class Doomed(Router):
+    """A router that dies with the first request, when it has read it."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.server.asked.append(dict(self.headers))
+        if len(self.server.asked) == 1:
+            self.close_connection = True
+        else:
+            self.do_GET()
+
+
+def test_a_request_whose_router_dies_before_it_answers_goes_to_the_other():
+    ports = free_port(), free_port()
+    with router(ports[0], None, Doomed) as one, router(ports[1], None, Doomed) as other, front([*ports]) as ours:
+        ours.until(200)
+        one.asked.clear(), other.asked.clear()
+        assert [httpx.post(f"{ours.url}/v1/completions", json={"n": n}).status_code for n in range(3)] == [200] * 3
+        assert one.asked and other.asked
 
 
 def test_silent_sockets_keep_nobody_out():
