@@ -73,6 +73,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # `X-Forwarded-For` is read in the gate, which takes addresses only
             timeout_graceful_shutdown=1,  # every answer has been sent by then
             h11_max_incomplete_event_size=64 << 10,
             http=timed_protocol(clocks, serving.connections),  # of h11, which bounds what it buffers of a head

@@ -316,6 +316,8 @@ class Router:
     def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
         set_up_logging()
         _stay_on_this_machine()
+        # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
+        os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._options = options
         self._fleet = RayFleet(options, models)
 
