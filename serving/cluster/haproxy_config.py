@@ -19,6 +19,11 @@ REQUEST_HEAD_S = 10
 SHARE_OF_ONE_ADDRESS = 0.75
 QUEUE_S = 30
 RETRY_AFTER_S = 2
+# What is no id of a request in `serving/gate.py` gets a new one from Ray, which would send back any other. Of two, Ray
+# takes one and the gate the other. A byte that is no UTF-8 makes Ray answer 500.
+REQUEST_ID = "^[A-Za-z0-9._-]{1,64}$"
+# Headers by which Ray lets a client choose a replica, a time-out, or that nobody sees it leave.
+RAYS_OWN = "^(serve[-_]multiplexed[-_]model[-_]id|x[-_]session[-_]id|x-request-(timeout-seconds|disconnect-disabled))$"
 # A connection between client and server takes two files; HAProxy's own (listeners, checks, logs) are below this.
 OWN_FILES = 200
 # 16 KiB of buffer each way: 640 MB if all of them are busy at once.
@@ -129,6 +134,9 @@ def _frontend(to: Amendments) -> str:
         "stick-table type ipv6 size 100k expire 5m store conn_cur",
         "tcp-request connection track-sc0 src",
         f"tcp-request connection reject if {{ sc_conn_cur(0) gt {int(SHARE_OF_ONE_ADDRESS * to.max_connections)} }}",
+        f"http-request del-header x-request-id if !{{ req.fhdr(x-request-id) -m reg {REQUEST_ID} }}",
+        "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }",
+        f"http-request del-header {RAYS_OWN} -m reg",
     )
     return "\n".join(f"    {line}" for line in lines)
 

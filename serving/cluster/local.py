@@ -16,21 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
 from mpt.memory import available_bytes
-from serving.auth import keys_of
+from serving.auth import book_of, keys_of
 from serving.cluster import guard, home
 from serving.cluster.haproxy_config import max_connections
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
+from serving.configuration import anchored, application, load
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 
 log = logging.getLogger(__name__)
 
-_IMPORT_PATH = "serving.cluster.deployment:app"
 # Read by Ray's processes when they start. HAProxy in front of the routers instead of Ray's Python proxy: 1 ms a request
 # instead of 11. Throughput optimized: gRPC between replicas instead of actor calls, no threads of its own around our
 # event loops, Ray Serve's own lines in its log files (docs/benchmarks.md).
@@ -46,6 +44,8 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
+    "RAY_ROTATION_BACKUP_COUNT": "1",
     "RAY_AUTH_MODE": "token",  # nobody without its token is answered
 }
 # Of a Ray on one machine: its address is 127.0.0.1, so it listens there only. The name is Ray's, and says what it is
@@ -59,12 +59,15 @@ _FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> None:
     """Serve until told to stop; running answers may then take drain_s more. Raises UserError before Ray starts."""
     set_up_logging()
-    application, http, logging_config = _read(config)
+    ours, http, logging_config = _read(config)
     if port is not None:
         http["port"] = port
     n_cpus = cpus or os.cpu_count() or 1
-    _settle_routers(application, n_cpus)
-    options = read_args(application["args"])
+    try:
+        _settle_routers(ours, n_cpus)
+        options = read_args(ours["args"])
+    except UserError as error:
+        raise UserError(f"`{config}`: {error}") from None
     _check(options, http, n_cpus)
     connections = max_connections()
     if elsewhere := os.environ.pop("RAY_ADDRESS", None):
@@ -78,13 +81,13 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         os.environ.update(home.environment(folder))
         log.info("HAProxy takes up to %d connections; Ray's logs are in %s/ray", connections, folder)
         behind = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}  # of the routers, which HAProxy asks
-        _serve(application, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher))
+        _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher))
     home.remove(folder)
 
 
-def _settle_routers(application: dict[str, Any], n_cpus: int) -> None:
+def _settle_routers(ours: dict[str, Any], n_cpus: int) -> None:
     """Two routers, or one where a second would crowd out the models; what the config says stays. Raises UserError."""
-    args = application["args"] = dict(application.get("args") or {})
+    args = ours["args"] = dict(ours.get("args") or {})
     if args.get("router_replicas") is not None:
         return
     options = read_args({**args, "router_replicas": 1})
@@ -155,7 +158,7 @@ def _has_ended(child: int) -> bool:
 
 
 def _serve(
-    application: Mapping[str, Any],
+    ours: Mapping[str, Any],
     http: Mapping[str, Any],
     logging_config: Mapping[str, Any],
     n_cpus: int,
@@ -177,7 +180,7 @@ def _serve(
 
     from serving.cluster.deployment import app
 
-    name, logs = application.get("name", "mpt"), LoggingConfig(**logging_config)
+    name, logs = ours.get("name", "mpt"), LoggingConfig(**logging_config)
     try:
         ray.init(
             "local",
@@ -189,8 +192,8 @@ def _serve(
         catch_signals()  # Ray has put its own in their place
         threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
         serve.start(http_options=HTTPOptions(**http), logging_config=logs)
-        route = application.get("route_prefix", "/")
-        serve.run(app(application["args"]), name=name, route_prefix=route, logging_config=logs)
+        route = ours.get("route_prefix", "/")
+        serve.run(app(ours["args"]), name=name, route_prefix=route, logging_config=logs)
         processes.is_ready = True
         log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
         stop.wait()
@@ -228,19 +231,17 @@ def _drain(name: str, timeout_s: float) -> None:
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Our application of a Serve config, its HTTP options and its logging."""
-    try:
-        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
-        applications = raw["applications"]
-        ours = [each for each in applications if each["import_path"] == _IMPORT_PATH]
-    except OSError as error:
-        raise UserError(f"`{config}` cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{config}` is no Ray Serve config; serving/config.yaml is one") from error
-    if len(ours) != 1:
-        raise UserError(f"`{config}` has {len(ours)} applications with import_path {_IMPORT_PATH}; give it one")
-    http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
-    return ours[0], http, raw.get("logging_config") or {}
+    """Our application of a Serve config, its HTTP options and its logging; or of a file of `mpt serve --config`."""
+    raw = load(config)
+    if "applications" in raw or not raw:
+        ours, listens = application(raw, config), raw.get("http_options") or {}
+    else:
+        listens = {key: raw.pop(key) for key in ("host", "port") if key in raw}
+        raw = {"logging_config": {"enable_access_log": False}, "args": raw}  # ours has tokens and latencies
+        ours = raw
+    http = {"host": "127.0.0.1", "port": 8000, **listens}
+    args = anchored(ours.get("args") or {}, config.absolute().parent)
+    return {**ours, "args": args}, http, raw.get("logging_config") or {}
 
 
 def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
@@ -253,6 +254,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
     keys = keys_of(options)
+    book_of(keys, options, several_machines=options.replica_host == "node").close()
     if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
         raise UserError(
             f"`{http['host']}` can be reached from other machines and there are no keys; give `api_key_file` in "

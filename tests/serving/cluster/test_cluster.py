@@ -210,13 +210,13 @@ class FakeFleet:
         self.n_leases += 1
         self.lost = asyncio.get_running_loop().create_future()
 
-        async def report():
-            return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop"}
-
         try:
-            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, report)
+            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, self.report)
         finally:
             self.n_ended += 1
+
+    async def report(self):
+        return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop", "charged_tokens": 7}
 
     async def runs(self):
         return {"m": {"backend": "torch"}}
