@@ -103,6 +103,28 @@ def test_the_page_keeps_what_was_not_made_again(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
+def test_the_page_says_new_scores_of_a_model_that_was_not_made_again(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "tiny.md"
+    copy = tmp_path / "tiny.md"
+    shutil.copy(page, copy)
+    failures = [{"yaml": f"n: {n}", "expected": f'{{"n": {n}}}', "answer": "{}"} for n in range(8)]
+    rates = {"documents": 8, "exact": 0.0, "equal_values": 0.25}
+    scores = {"newcomers_yaml": {"numbers": rates, "failures": failures, "seconds": 3.2}}
+    (tmp_path / "work" / "mpt-tiny-instruct").mkdir(parents=True)
+    tiny_tasks.write(scores, tmp_path / "work" / "mpt-tiny-instruct" / "scores.json")
+    tiny.write_docs(tmp_path / "work", copy)
+    before, after = page.read_text(encoding="utf-8"), copy.read_text(encoding="utf-8")
+    start, rest = before.split("\n## mpt-tiny-instruct\n")
+    made, following = rest.partition("`train evaluate")[0], "\n## mpt-tiny-chat-first\n"
+    assert after.startswith(
+        f"{start}\n## mpt-tiny-instruct\n{made}`train evaluate --model mpt-tiny-instruct --task newc"
+    )
+    assert after.endswith(following + before.partition(following)[2])
+    assert "- numbers: documents 8, exact 0, equal_values 0.25\n" in after
+    assert 'n: 5\n\nexpected: {"n": 5}\nanswered: {}\n' in after
+    assert "n: 6" not in after
+
+
 def test_an_unknown_task_is_refused(small_run: Run) -> None:
     folder = loop.fit(small_run)
     with pytest.raises(UserError, match="no task `poetry`; known: yaml_to_json"):
