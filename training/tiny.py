@@ -156,7 +156,7 @@ reached.
 def write_docs(work: Path, docs: Path) -> None:
     """Write docs/tiny.md from what the runs measured. What it says of stages that are not there, it goes on saying.
 
-    Where only a stage's `scores.json` is there, as of a model scored anew, its section says those scores.
+    Where only a stage's `scores.json` is there, as of a model scored anew, its section says those tasks' scores.
     """
     page = docs.read_text(encoding="utf-8") if docs.is_file() else ""
     rows, sections = [], []
@@ -165,7 +165,7 @@ def write_docs(work: Path, docs: Path) -> None:
         if not all((work / name / file).is_file() for file in ("run.json", "metrics.jsonl", f"model/{MANIFEST}")):
             rows += re.findall(rf"^\| `{name}` \|.*\n", page, re.MULTILINE)
             kept = re.findall(rf"^\n## {name}\n.*?(?=^\n## |\Z)", page, re.MULTILINE | re.DOTALL)
-            sections += [section.partition("`train evaluate")[0] + scored if scored else section for section in kept]
+            sections += [_without(_tasks(work / name / "scores.json"), section) + scored for section in kept]
             continue
         run = Run.read(work / name / "run.json")
         lines = (work / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -218,10 +218,22 @@ def _section(name: str, run: Run, last: dict[str, Any]) -> str:
     )
 
 
+def _tasks(path: Path) -> tiny_tasks.Scores:
+    """The scores in a file, by task; none where there is no file."""
+    scores: tiny_tasks.Scores = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return scores
+
+
+def _without(tasks: tiny_tasks.Scores, section: str) -> str:
+    """A section less what it says of these tasks."""
+    head, *parts = re.split(r"^(?=`train evaluate --model )", section, flags=re.MULTILINE)
+    return head + "".join(part for part in parts if part.partition("--task ")[2].partition("`")[0] not in tasks)
+
+
 def _scored(name: str, path: Path) -> str:
     """What a section says of the scores in a file; nothing where there is none."""
     lines = []
-    for task, values in json.loads(path.read_text("utf-8")).items() if path.is_file() else ():
+    for task, values in _tasks(path).items():
         lines.append(f"`train evaluate --model {name} --task {task}` ({values['seconds']:.0f} s):\n\n")
         lines += [f"- {key}: {_shown(value)}\n" for key, value in tiny_tasks.compact(values).items()]
         if "blog_answer" in values:

@@ -114,12 +114,14 @@ def test_the_page_says_new_scores_of_a_model_that_was_not_made_again(tmp_path: P
     tiny_tasks.write(scores, tmp_path / "work" / "mpt-tiny-instruct" / "scores.json")
     tiny.write_docs(tmp_path / "work", copy)
     before, after = page.read_text(encoding="utf-8"), copy.read_text(encoding="utf-8")
-    start, rest = before.split("\n## mpt-tiny-instruct\n")
-    made, following = rest.partition("`train evaluate")[0], "\n## mpt-tiny-chat-first\n"
-    assert after.startswith(
-        f"{start}\n## mpt-tiny-instruct\n{made}`train evaluate --model mpt-tiny-instruct --task newc"
-    )
-    assert after.endswith(following + before.partition(following)[2])
+    following = "\n## mpt-tiny-chat-first\n"
+    section = before.partition("\n## mpt-tiny-instruct\n")[2].partition(following)[0]
+    old_task = "`train evaluate --model mpt-tiny-instruct --task yaml_to_json`"
+    kept = section.partition(old_task)[0] + old_task + section.partition(old_task)[2].partition("`train evaluate")[0]
+    new_section = after.partition("\n## mpt-tiny-instruct\n")[2].partition(following)[0]
+    assert new_section.startswith(f"{kept}`train evaluate --model mpt-tiny-instruct --task newcomers_yaml` (3 s):\n")
+    assert new_section.count("--task newcomers_yaml") == 1
+    assert after.replace(new_section, section) == before
     assert "- numbers: documents 8, exact 0, equal_values 0.25\n" in after
     assert 'n: 5\n\nexpected: {"n": 5}\nanswered: {}\n' in after
     assert "n: 6" not in after
