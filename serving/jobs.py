@@ -46,7 +46,7 @@ class Job:
     cached_tokens: int = 0
     completion_tokens: int = 0  # given to the client
     read_tokens: int = 0  # of prompts that a step has begun to read
-    drawn_tokens: int = 0  # for its answers, whether or not anybody stayed to get them
+    drawn_tokens: int = 0  # for its answers; of beams, those of each step
     finish_reasons: set[str] = field(default_factory=set)
     arrived: float = field(default_factory=clock.now)
     queue_s: float | None = None
@@ -164,7 +164,7 @@ async def _in_turn(
 
 async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
     """The events of all answers as they come; closing this closes them."""
-    started, n_given, n_left = False, 0, len(answers) * job.sampling.n
+    started, n_left = False, len(answers) * job.sampling.n
     try:
         name = job.endpoint.name
         observed = [metrics.observe(name, answer) for answer in answers]
@@ -172,15 +172,11 @@ async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
             async for prompt, event in events:
                 job.note(event)
                 started |= isinstance(event, Started)
-                if isinstance(event, Delta):
-                    n_given += len(event.token_ids)
-                    n_left -= event.finish_reason is not None
+                n_left -= isinstance(event, Delta) and event.finish_reason is not None
                 yield prompt, event
     except BaseException as error:  # closing this raises GeneratorExit in it
         if n_left:
             job.ended_by(error)
-        n_drawn = sum(sample.n_generated for answer in answers for sample in answer.request.sequences)
-        job.drawn_tokens += max(0, n_drawn - n_given)  # made while nobody read, which a client may do on purpose
         if isinstance(error, EngineError):
             raise from_engine(error, started=started) from error
         raise

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from aiohttp import web
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mpt.backends.torch_backend import TorchBackend
 from serving import wire
@@ -48,9 +49,17 @@ def app(serving) -> FastAPI:
     return make_app(serving)
 
 
+class Narrow(H11Protocol):
+    """Connections that hold little of what is not read: 2.5 MB otherwise, over loopback."""
+
+    def connection_made(self, transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+
+
 @pytest.fixture(scope="module")
 def url(app) -> Iterator[str]:
-    with listening(app, log_level="critical", ws="none") as url:
+    with listening(app, log_level="critical", ws="none", http=Narrow) as url:
         yield url
 
 
@@ -108,13 +117,13 @@ def request_of(url: str, body: bytes) -> socket.socket:
 
 def test_a_stream_that_nobody_reads_costs_what_was_drawn_for_it(url, serving, settled):
     """All of it, though most never left: its client reads no byte, and leaves when it is made."""
-    body = b'{"model":"base","prompt":"ab","ignore_eos":true,"stream":true,"logprobs":20,"max_tokens":400}'
+    body = b'{"model":"base","prompt":"ab","ignore_eos":true,"stream":true,"logprobs":20,"n":3,"max_tokens":480}'
     engine = serving.endpoints["base"].engine
     n_before = engine.stats().n_steps
     with request_of(url, body):
         until(lambda: engine.stats().n_steps > n_before and not engine.stats().n_running)
     until(lambda: settled)
-    assert settled == [2 + 400]
+    assert settled == [2 + 3 * 480]
 
 
 def test_a_client_that_leaves_pays_for_the_beams_there_were(url, serving, settled):
