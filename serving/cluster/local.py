@@ -165,27 +165,22 @@ def _serve(
     drain_s: float,
     processes: _Processes,
 ) -> None:
-    started = time.perf_counter()
+    started, stop = time.perf_counter(), threading.Event()
+
+    def catch_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set() if processes.is_ready else processes.leave(0))
+
+    catch_signals()
     import ray
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from serving.cluster.deployment import ROUTER, app
+    from serving.cluster.deployment import app
 
-    name = ours.get("name", "mpt")
-    stop = threading.Event()
-
-    def on_signal(*_: object) -> None:
-        stop.set() if processes.is_ready else processes.leave(0)
-
-    def catch_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-
-    logs = f"{processes.folder}/ray/session_latest/logs"
-    catch_signals()
+    name, logs = ours.get("name", "mpt"), LoggingConfig(**logging_config)
     try:
         ray.init(
             "local",
@@ -196,32 +191,43 @@ def _serve(
         )
         catch_signals()  # Ray has put its own in their place
         threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
-        serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
-        serve.run(
-            app(ours["args"]),
-            name=name,
-            route_prefix=ours.get("route_prefix", "/"),
-            logging_config=LoggingConfig(**logging_config),
-        )
+        serve.start(http_options=HTTPOptions(**http), logging_config=logs)
+        route = ours.get("route_prefix", "/")
+        serve.run(app(ours["args"]), name=name, route_prefix=route, logging_config=logs)
+        processes.is_ready = True
+        log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+        stop.wait()
+        log.info("shutting down; running requests may take %.0f s more", drain_s)
+        processes.is_ending = True
+        _drain(name, drain_s)
+        serve.shutdown()
     except (RayError, RuntimeError, OSError) as error:
+        if processes.is_ready:
+            raise
         log.debug("Ray Serve did not start", exc_info=error)
         last = str(error).strip().splitlines()[-1]
-        raise MachineRefused(f"the models did not start: {last}; see {logs}") from None
-    processes.is_ready = True
-    log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
-    stop.wait()
-    log.info("shutting down; running requests may take %.0f s more", drain_s)
-    processes.is_ending = True
+        where = f"{processes.folder}/ray/session_latest/logs"
+        raise MachineRefused(f"the models did not start: {last}; see {where}") from None
+    except SystemExit:  # what Ray's own handler of SIGTERM does, until ours is there
+        processes.leave(0)
+    finally:
+        processes.is_ending = True
+        ray.shutdown()
+
+
+def _drain(name: str, timeout_s: float) -> None:
+    """Let running answers end, for so long."""
+    from ray import serve
+
+    from serving.cluster.deployment import ROUTER
 
     async def drain() -> None:
         routers = serve.get_deployment_handle(ROUTER, name)
-        await routers.broadcast("drain", drain_s).results_async(timeout_s=drain_s + 30)
+        await routers.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 30)
 
     loop = asyncio.new_event_loop()  # a handle wants one that runs until Ray has gone
     threading.Thread(target=loop.run_forever, daemon=True).start()
     asyncio.run_coroutine_threadsafe(drain(), loop).result()
-    serve.shutdown()
-    ray.shutdown()
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
