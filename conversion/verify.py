@@ -21,7 +21,7 @@ from conversion.running import Extend, Forward, Runner
 from conversion.source import Source
 from mpt.errors import MPTError
 from mpt.manifest import verify_manifest
-from mpt.memory import available_bytes
+from mpt.memory import memory
 from mpt.tokenizer import Tokenizer
 
 REPORT = "verification.json"
@@ -80,11 +80,11 @@ def check(source: Source, folder: Path, dtype: str, given_up: Sequence[str] = ()
     checks.append(settings)
     checks.append(_round_trip(source, target, dtype))
     needed = 2 * 4 * source.n_parameters
-    free = available_bytes()
+    free = memory()
     if given_up and "became" in settings.detail:
         checks.append(Check(3, "numbers", None, "the target is another model, as --allow says"))
-    elif needed > _MEMORY_SHARE * free:
-        detail = f"two models in float32 take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+    elif needed > _MEMORY_SHARE * free.free:
+        detail = f"two models in float32 take {needed / 1e9:.1f} GB, more than {_MEMORY_SHARE:.0%} of the {free}"
         checks.append(Check(3, "numbers", None, detail))
     else:
         checks += _numbers(source, target, folder, dtype)

@@ -10,11 +10,13 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mpt import processors
 from mpt.catalog import resolve
 from mpt.errors import MachineRefused, UserError
 from serving.auth import keys_of
@@ -49,7 +51,7 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     options = read_args(application.get("args") or {})
     if port is not None:
         http["port"] = port
-    n_cpus = cpus or os.cpu_count() or 1
+    n_cpus = cpus or processors.n_cpus()
     _check(options, http, n_cpus)
     # HAProxy's own pages are on fixed ports of Ray's otherwise, so that a machine could hold one cluster only.
     ports = {name: str(_free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
@@ -134,6 +136,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
         resolve(model.root)
         if model.adapters is not None and not Path(model.adapters).is_dir():
             raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
+    _check_memory(options)
     wanted_gpus = sum(model.n_gpus for model in options.models.values())
     if wanted_gpus:
         import torch
@@ -158,3 +161,15 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
             raise UserError(
                 f"cannot listen on {http['host']}:{http['port']}: {error.strerror}; choose another --port"
             ) from error
+
+
+def _check_memory(options: ClusterOptions) -> None:
+    """Raises MachineRefused where the first replicas on CPU do not fit into this machine's memory at once."""
+    from mpt.engine.room import Room, require, room_for
+
+    rooms: dict[str, Room] = {}
+    for name, model in options.models.items():
+        n_replicas = model.initial_replicas or model.min_replicas
+        if n_replicas and not model.num_gpus:
+            rooms[name] = room_for(name, replace(model.model, device="cpu")).of_replicas(n_replicas)
+    require(rooms, options.models)
