@@ -16,7 +16,7 @@ from mpt.backends.backend import Backend
 from mpt.backends.choose import Choice, choose
 from mpt.catalog import resolve
 from mpt.checkpoint import read_config, stored_tensors, weight_files
-from mpt.errors import MachineRefused
+from mpt.errors import DamagedFile, MachineRefused
 from mpt.memory import Memory, give_back_freed, memory
 from mpt.options import ModelOptions
 from mpt.packed.layers import packed_bytes
@@ -57,6 +57,8 @@ def room_for(name: str, options: ModelOptions) -> Room:
         return Room(None, 0, 0)
     folder = resolve(options.root)
     config, choice = read_config(folder), choose(name, folder, options)
+    if choice.backend != "onnx" and config.n_layers > len(stored_tensors(folder)):  # else the cache is what looks large
+        raise DamagedFile(f"`{folder}` misses most of its tensors: its config says n_layers {config.n_layers}")
     n_here = n_processes(choice, options)
     itemsize = 2 if choice.dtype is None else choice.dtype.itemsize
     kv_bytes = options.kv_bytes

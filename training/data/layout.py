@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from mpt.bounded import parse_yaml
 from mpt.errors import UserError
 from training.data.files import FILES, kind
 
@@ -159,7 +160,7 @@ def _configs(readme: str, where: str) -> list[dict[str, Any]]:
     if top is None:
         return []
     try:
-        metadata = yaml.safe_load(top[1])
+        metadata = parse_yaml(top[1])
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: the YAML on top of its {README} cannot be read ({reason}); mend it") from error

@@ -6,7 +6,6 @@ limits; shards here are read in place. A mixture is JSON:
 """
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import numpy as np
 
+from mpt.bounded import check_size, parse_json
 from mpt.errors import DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
 from training.data import cache, mds
@@ -59,7 +59,8 @@ def load(name: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> "Strea
         return Stream({"data": Source(name)}, {"data": 1.0}, tokenizer, max_seq_len, seed)
     path = Path(name).expanduser()
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        check_size(path)
+        described = parse_json(path.read_text(encoding="utf-8"))["sources"]
         weights = {key: float(value["weight"]) for key, value in described.items()}
         sources = {key: Source(value["path"]) for key, value in described.items()}
     except OSError as error:
