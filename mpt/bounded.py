@@ -36,6 +36,12 @@ def check_size(path: Path, most: int = JSON_BYTES) -> None:
         )
 
 
+def read_text(path: Path, most: int = JSON_BYTES, *, errors: str = "strict") -> str:
+    """A file's text, in UTF-8. Raises DamagedFile for one of more bytes, OSError, UnicodeDecodeError."""
+    check_size(path, most)
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def parse_json(text: str | bytes) -> Any:
     """A value of JSON. Raises ValueError, for what is nested too deeply too."""
     try:

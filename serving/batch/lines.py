@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import orjson
 from mpt.errors import MachineRefused, UserError
 
 URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+_LINE_BYTES = 64_000_000  # a server takes less (`max_body_bytes`)
 _MOST_PROBLEMS = 20  # more are not looked for: the file is refused anyway
 
 
@@ -88,7 +90,11 @@ def read(path: Path, but: Container[str] = ()) -> Iterator[Line]:
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        yield from ((number, raw) for number, raw in enumerate(file, 1) if raw.strip())
+        for number, raw in enumerate(iter(partial(file.readline, _LINE_BYTES + 1), b""), 1):
+            if len(raw) > _LINE_BYTES:
+                raise UserError(f"line {number} of `{path}` is longer than the {_LINE_BYTES} bytes a request may have")
+            if raw.strip():
+                yield number, raw
 
 
 def _parse(raw: bytes, endpoint: str | None) -> Line:

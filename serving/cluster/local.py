@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mpt import processors
-from mpt.bounded import parse_yaml
+from mpt.bounded import parse_yaml, read_text
 from mpt.catalog import resolve
 from mpt.errors import MachineRefused, UserError
 from serving.auth import keys_of
@@ -110,7 +110,7 @@ def _free_port() -> int:
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Our application of a Serve config, its HTTP options and its logging."""
     try:
-        raw = parse_yaml(config.read_text(encoding="utf-8"))
+        raw = parse_yaml(read_text(config))
         applications = raw["applications"]
         ours = [each for each in applications if each["import_path"] == _IMPORT_PATH]
     except OSError as error:

@@ -14,8 +14,10 @@ import pytest
 import torch
 import yaml
 
+from conversion.formats import fastertransformer
 from conversion.open import open_source
 from mpt.bounded import parse_yaml
+from mpt.chat_template import read_source
 from mpt.checkpoint import load
 from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.room import room_for
@@ -23,10 +25,12 @@ from mpt.errors import DamagedFile, MPTError, UserError
 from mpt.lora import open_lora
 from mpt.memory import Memory
 from mpt.options import ModelOptions
+from serving.batch import lines
 from serving.cluster import local
 from tests import sparse
 from tests.containers import container
-from training.data import files
+from training.data import files, mds, streams
+from training.run import Run
 
 HUGE = 5_000_000_000  # bytes, which no disk has to hold: a hole
 
@@ -172,6 +176,27 @@ def test_a_row_that_unpacks_to_more_than_a_row_may_have(tmp_path: Path, monkeypa
         file.write(b'{"text": "a"}\n{"text": "' + b"x" * 2_000_000 + b'"}\n')
     with pytest.raises(UserError, match="line 2 is longer than the 1000000 bytes that a row may have"):
         list(files.rows(str(path)))
+
+
+def test_a_line_of_a_batch_that_no_request_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_LINE_BYTES", 1000)
+    (tmp_path / "batch.jsonl").write_text("{}\n" + "x" * 2000)
+    with pytest.raises(UserError, match=r"line 2 of .* is longer than the 1000 bytes a request may have"):
+        lines.check(tmp_path / "batch.jsonl")
+
+
+def test_a_shard_of_snappy_that_claims_too_much(tmp_path: Path) -> None:
+    (tmp_path / "shard.mds.snappy").write_bytes(b"\xff\xff\xff\xff\x0f" + b"\0" * 100)
+    claims = mds.ShardInfo(1, "shard.mds.snappy", 105, {}, "snappy", (), HUGE)
+    with pytest.raises(DamagedFile, match="cannot unpack to the 5000000000 bytes that its index says"):
+        streams._decompress(tmp_path / "shard.mds.snappy", tmp_path / "shard.mds", claims)
+
+
+def test_other_files_that_are_read_whole_have_a_size(tmp_path: Path) -> None:
+    with_hole("big")(tmp_path)
+    for read in (read_source, Run.read, lambda path: fastertransformer._section(path)):
+        with pytest.raises(DamagedFile, match="has 5000000000 bytes"):
+            read(tmp_path / "big")
 
 
 def test_a_file_that_is_read_whole_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from mpt.bounded import parse_yaml
+from mpt.bounded import parse_yaml, read_text
 from mpt.errors import UserError
 from training.data.files import FILES, kind
 
@@ -55,7 +55,7 @@ def in_folder(folder: Path, parts: Sequence[str] = (), patterns: Sequence[str] =
     """What `choose` takes of a folder here."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     readme = folder / README
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    text = read_text(readme, errors="replace") if readme.is_file() else ""
     return choose(names, text, f"`{folder}`", parts, patterns)
 
 
