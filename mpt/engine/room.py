@@ -116,7 +116,7 @@ def require(rooms: Mapping[str, Room], options: Mapping[str, ModelOptions], prom
             advice = f"lower `--kv-gb`, {told / 1e9:.2f} GB in all, to at most {left / 1e9:.2f}, or leave it out"
         raise MachineRefused(
             f"{names} need{'s' * (len(here) == 1)} {needed / 1e9:.2f} GB, "
-            f"{sum(room.weight_bytes for room in here.values()) / 1e9:.2f} for weights and "
+            f"{sum(room.weight_bytes for room in here.values()) / 1e9:.2f} to load and "
             f"{sum(room.kv_bytes for room in here.values()) / 1e9:.2f} for KV cache, which is more than the "
             f"{free}{promised}; {advice}"
         )

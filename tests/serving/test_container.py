@@ -50,13 +50,13 @@ def test_a_server_lives_under_more_than_its_container_holds() -> None:
     [
         pytest.param(
             ("mpt", "serve", "--port", "0", "--model", "mpt-tiny", "--kv-gb", "8"),
-            r"`mpt-tiny` needs 8\.0\d GB, 0\.0\d for weights and 8\.00 for KV cache, .* free of the container's 0\.80 "
+            r"`mpt-tiny` needs 8\.0\d GB, 0\.0\d to load and 8\.00 for KV cache, .* free of the container's 0\.80 "
             r"GB; lower `--kv-gb`, 8\.00 GB in all, to at most 0\.[345]\d",
             id="a cache that was asked for",
         ),
         pytest.param(
             ("mpt", "serve", "--port", "0", "--model", "mpt-tiny", "--model", "l={large}"),
-            r"`mpt-tiny` and `l` need 1\.[56]\d GB, 1\.1\d for weights and 0\.4\d for KV cache",
+            r"`mpt-tiny` and `l` need 1\.[56]\d GB, 1\.1\d to load and 0\.4\d for KV cache",
             id="two models",
         ),
         pytest.param(
