@@ -61,8 +61,11 @@ def _inside(value: object) -> list[Any]:
     return [each for each in inner if isinstance(each, dict | list)]
 
 
-def parse_yaml(text: str) -> Any:
-    """A value of YAML. Raises yaml.YAMLError, for what is too long, too deep, or grows beyond bounds by its aliases."""
+def parse_yaml(text: str, loader: Any = None) -> Any:
+    """A value of YAML. loader: of yaml, by default its SafeLoader.
+
+    Raises yaml.YAMLError, for what is too long, too deep, or grows beyond bounds by its aliases.
+    """
     import yaml
 
     if len(text) > _YAML_BYTES:
@@ -71,7 +74,7 @@ def parse_yaml(text: str) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _n_nodes(node, {}) > _NODES:
             raise yaml.YAMLError(f"its aliases stand for more than {_NODES} values; write them out, or use fewer")
-        return yaml.safe_load(text)
+        return yaml.load(text, loader or yaml.SafeLoader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
 

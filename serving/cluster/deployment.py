@@ -10,6 +10,7 @@ the answer itself goes from the replica's socket to the router's, at the speed o
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import secrets
@@ -23,6 +24,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private import replica as ray_replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -34,9 +36,11 @@ from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
-from serving.cluster.relay import Lease, ReplicaLost
+from serving.cluster.relay import CHARGED, Lease, ReplicaLost
 from serving.cluster.router import make_router
+from serving.connections import Clocks, Connections, timed_protocol
 from serving.errors import Unavailable
+from serving.heads import Hosts
 from serving.limits import Limits
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
@@ -115,6 +119,7 @@ class Model:
 
     def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
+        _stay_on_this_machine()
         self._name, self._cluster = name, cluster
         self._endpoint = _open(name, _with_threads(model, cluster), cluster)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
@@ -182,7 +187,9 @@ class Model:
             docs=False,
             request_timeout_s=cluster.request_timeout_s,
             max_body_bytes=cluster.max_body_bytes,
+            max_embeddings_body_bytes=cluster.max_embeddings_body_bytes,
             keep_alive_s=cluster.keep_alive_s,
+            otel_endpoint=cluster.otel_endpoint,
         )
         serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)
         app = make_app(serving, door=_LeaseDoor(self._token))
@@ -199,7 +206,7 @@ class Model:
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                http="httptools",
+                http=timed_protocol(Clocks(), Connections(), "httptools"),
                 ws="none",
             )
             self._server = asyncio.create_task(uvicorn.Server(config).serve(sockets=[self._listener]))
@@ -231,10 +238,18 @@ class _Leased:
             await self._app(scope, receive, send)
         finally:
             if ticket is not None:
-                work = scope.get("state", {}).get("work")
-                fields = work.log_fields() if work is not None else {}
-                ticket.report = {key: value for key, value in fields.items() if key != "model"}
+                ticket.report = _report(scope.get("state", {}))
                 ticket.ended.set()
+
+
+def _report(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the router is told of a request that has ended: for its log, and what its client is charged."""
+    fields = {"error": state["error"]} if "error" in state else {}
+    work = state.get("work")
+    if work is None:
+        return {CHARGED: 0, **fields}
+    told = {key: value for key, value in work.log_fields().items() if key != "model"}
+    return {**told, CHARGED: work.n_tokens, **fields}
 
 
 def _leave_when_it_stops(endpoint: Any, leave: Callable[[int], object] = os._exit) -> None:
@@ -287,6 +302,13 @@ def _with_threads(model: ReplicaOptions, cluster: ClusterOptions) -> ReplicaOpti
     return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
+def _stay_on_this_machine() -> None:
+    """Have Ray bind the port over which a replica is called to the node's address where that is loopback."""
+    if (address := ray.util.get_node_ip_address()) == "127.0.0.1":
+        bind = ray_replica.add_port_to_grpc_server
+        ray_replica.add_port_to_grpc_server = lambda server, where: bind(server, where.replace("[::]", address))
+
+
 def _replica_id() -> str:
     return serve.get_replica_context().replica_id.unique_id
 
@@ -300,13 +322,18 @@ class Router:
 
     def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
         set_up_logging()
+        _stay_on_this_machine()
+        # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
+        os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._options = options
         self._fleet = RayFleet(options, models)
 
     def __serve_build_asgi_app__(self) -> Any:
         options = self._options
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        self._app = make_router(self._fleet, options, Keys(options.api_keys, options.api_key_file, limits))
+        keys = Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
+        is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
+        self._app = make_router(self._fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None)
         return self._app
 
     def exposition(self) -> tuple[str, str]:
@@ -339,7 +366,8 @@ class RayFleet:
             multiplexed_model_id=adapter or "",
             session_id=prefix if self._options.models[model].routing == "prefix" else "",
         )
-        stream = handle.lease.remote()
+        # Ray Serve cancels what was called in a request's context when its client goes. The lease is still wanted then.
+        stream = contextvars.Context().run(handle.lease.remote)
         rest: asyncio.Future[Any] | None = None
         try:
             try:

@@ -25,7 +25,6 @@ from mpt.errors import DamagedFile, MPTError, UserError
 from mpt.lora import open_lora
 from mpt.memory import Memory
 from mpt.options import ModelOptions
-from serving.batch import lines
 from serving.cluster import local
 from tests import sparse
 from tests.containers import container
@@ -157,7 +156,7 @@ def test_a_config_in_yaml_that_grows(tmp_path: Path, text: str) -> None:
         parse_yaml(text)
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="is no Ray Serve config"):
+    with pytest.raises(UserError, match="is no YAML"):
         local.run(path, None, None, 1.0)
 
 
@@ -176,13 +175,6 @@ def test_a_row_that_unpacks_to_more_than_a_row_may_have(tmp_path: Path, monkeypa
         file.write(b'{"text": "a"}\n{"text": "' + b"x" * 2_000_000 + b'"}\n')
     with pytest.raises(UserError, match="line 2 is longer than the 1000000 bytes that a row may have"):
         list(files.rows(str(path)))
-
-
-def test_a_line_of_a_batch_that_no_request_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "_LINE_BYTES", 1000)
-    (tmp_path / "batch.jsonl").write_text("{}\n" + "x" * 2000)
-    with pytest.raises(UserError, match=r"line 2 of .* is longer than the 1000 bytes a request may have"):
-        lines.check(tmp_path / "batch.jsonl")
 
 
 def test_a_shard_of_snappy_that_claims_too_much(tmp_path: Path) -> None:
