@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpt import processors
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
-from mpt.memory import available_bytes
+from mpt.memory import memory
 from serving.auth import book_of, keys_of
 from serving.cluster import guard, home
 from serving.cluster.haproxy_config import max_connections
@@ -62,7 +64,7 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     ours, http, logging_config = _read(config)
     if port is not None:
         http["port"] = port
-    n_cpus = cpus or os.cpu_count() or 1
+    n_cpus = cpus or processors.n_cpus()
     try:
         _settle_routers(ours, n_cpus)
         options = read_args(ours["args"])
@@ -91,7 +93,7 @@ def _settle_routers(ours: dict[str, Any], n_cpus: int) -> None:
     if args.get("router_replicas") is not None:
         return
     options = read_args({**args, "router_replicas": 1})
-    free = available_bytes()
+    free = memory().free
     wanted_cpus = sum(model.n_cpus for model in options.models.values()) + 2 * options.router_num_cpus
     args["router_replicas"] = 2
     why = "the one answers while the other is started anew"
@@ -264,6 +266,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
         resolve(model.root)
         if model.adapters is not None and not Path(model.adapters).is_dir():
             raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
+    _check_memory(options)
     wanted_gpus = sum(model.n_gpus for model in options.models.values())
     if wanted_gpus:
         import torch
@@ -288,3 +291,15 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
             raise UserError(
                 f"cannot listen on {http['host']}:{http['port']}: {error.strerror}; choose another --port"
             ) from error
+
+
+def _check_memory(options: ClusterOptions) -> None:
+    """Raises MachineRefused where the first replicas on CPU do not fit into this machine's memory at once."""
+    from mpt.engine.room import Room, require, room_for
+
+    rooms: dict[str, Room] = {}
+    for name, model in options.models.items():
+        n_replicas = model.initial_replicas or model.min_replicas
+        if n_replicas and not model.num_gpus:
+            rooms[name] = room_for(name, replace(model.model, device="cpu")).of_replicas(n_replicas)
+    require(rooms, options.models)
