@@ -24,6 +24,7 @@ from aiohttp import web
 
 import mpt
 from mpt.errors import DeviceLost, UserError
+from mpt.memory import Memory
 from mpt.options import ModelOptions
 from serving.auth import Keys
 from serving.cluster import local
@@ -79,7 +80,7 @@ def test_limits_are_shared_by_the_routers():
 )
 def test_a_second_router_runs_where_it_fits_and_what_is_given_stays(monkeypatch, caplog, cpus, gigabytes, given, n):
     """Four models of a quarter CPU and two routers of a tenth are 1.2 CPUs."""
-    monkeypatch.setattr(local, "available_bytes", lambda: gigabytes * 10**9)
+    monkeypatch.setattr(local, "memory", lambda: Memory(gigabytes * 10**9, 16 * 10**9))
     application = {"args": {"router_replicas": given}} if given else {}
     with caplog.at_level(logging.INFO, "serving.cluster.local"):
         local._settle_routers(application, cpus)
