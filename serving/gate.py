@@ -17,11 +17,14 @@ from urllib.parse import quote
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.access import limited_to
 from serving.auth import Door
 from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
+from serving.heads import Hosts, refusal_of
 from serving.limits import Admission, RateLimiter
 from serving.metrics import HttpMetrics
 from serving.options import is_loopback
+from serving.quotas import Account, QuotaBook
 from serving.wire import respond
 
 log = logging.getLogger("serving.access")
@@ -44,9 +47,10 @@ class Work(Protocol):
 
 
 class Gate:
-    """log_format None neither logs nor counts: the router that sent the request here does.
+    """log_format None neither logs nor counts: the router that sent the request here does. book: of clients' quotas.
 
-    names_requests: send x-request-id, unless something around this app does.
+    names_requests: send x-request-id, unless something around this app does. hosts: the names that it may be asked by,
+    None for any.
     """
 
     def __init__(
@@ -55,10 +59,12 @@ class Gate:
         door: Door,
         metrics: HttpMetrics,
         log_format: Literal["text", "json"] | None,
+        book: QuotaBook,
         names_requests: bool = True,
+        hosts: Hosts | None = None,
     ) -> None:
         self._app, self._door, self._metrics, self._log_format = app, door, metrics, log_format
-        self._names_requests = names_requests
+        self._names_requests, self._hosts, self._book = names_requests, hosts, book
         self._limiter = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,10 +72,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
-        given = headers.get(b"x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
+        request_id = given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex
         state: dict[str, Any] = scope.setdefault("state", {})
-        state.update(request_id=request_id, salt="", admission=None)
+        state.update(request_id=request_id, salt="", admission=None, models=None)
         started, status = time.perf_counter(), 499  # unless a response begins, the client has gone
 
         async def send_on(message: Message) -> None:
@@ -92,7 +98,8 @@ class Gate:
                 state["error"] = refusal.code
                 await respond(refusal, scope["path"])(scope, receive, send_on)
             else:
-                await self._app(scope, receive, send_on)
+                with limited_to(state["models"]):
+                    await self._app(scope, receive, send_on)
         except ClientDisconnect:
             state.setdefault("error", GONE)  # nobody to answer; logged as 499 unless the answer had begun
         except asyncio.CancelledError:  # what is around this app has seen it first
@@ -106,18 +113,23 @@ class Gate:
                 await respond(error, scope["path"])(scope, receive, send_on)
         finally:
             if state["admission"] is not None:
-                state["admission"].settle(state["work"].n_tokens if "work" in state else 0)
+                n_tokens = state["work"].n_tokens if "work" in state else 0
+                state["admission"].settle(n_tokens)
+                state["account"].settle(n_tokens)
             if self._log_format is not None:
                 self._record(scope, state, status, time.perf_counter() - started)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, str], state: dict[str, Any]) -> ApiError | None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > _MAX_HEADERS:
             return HeadersTooLarge(f"the headers are over the limit of {_MAX_HEADERS} bytes; send less")
+        if (wrong := refusal_of(scope["headers"], self._hosts)) is not None:
+            return wrong
         if scope["path"] in _OPEN:
             return None
         try:
             client = self._door.client(headers)
-            state.update(salt=client.salt, client=client.name)
+            state.update(salt=client.salt, client=client.name, models=client.models)
+            state["account"] = Account(self._book, client.name, client.quotas)
             state["admission"] = self._limiter.admit(client.salt, client.limits)
         except RateLimited as error:
             self._metrics.rate_limited.labels(error.kind).inc()
@@ -147,6 +159,7 @@ class Gate:
             "total_s": round(total_s, 4),
             "client": state.get("client", "-"),
             "peer": peer_of(scope),
+            **({} if state.get("trace") is None else {"trace_id": state["trace"].trace_id}),
         }
         text = json.dumps(fields) if self._log_format == "json" else " ".join(f"{k}={v}" for k, v in fields.items())
         log.info("%s", text)

@@ -11,6 +11,7 @@ that only fails.
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -29,10 +30,11 @@ from mpt.errors import UserError
 from mpt.extras import install
 from serving.app import make_app
 from serving.batch.service import BatchService
-from serving.connections import timed_protocol
+from serving.connections import Clocks, Connections, Crowded, most_connections, timed_protocol
 from serving.endpoints import Serving
+from serving.heads import Hosts
 from serving.logs import process_age_s, set_up_logging
-from serving.options import ServeOptions
+from serving.options import ServeOptions, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,11 @@ def serve(options: ServeOptions) -> None:
     """Serve until told to stop. Raises MPTError if a model cannot be loaded or the port is taken."""
     set_up_logging()
     gc.freeze()  # what has been imported stays: with it a collection, after an unload, stops everybody for 0.5 s
-    serving = Serving(options, loading=set(options.models))
+    connections = Connections(most_connections(options.max_connections))
+    serving = Serving(options, loading=set(options.models), connections=connections)
     listener = _listen(options.host, options.port)
-    app = make_app(serving)
+    is_open = is_loopback(options.host) and not (options.api_keys or options.api_key_file)
+    app = make_app(serving, hosts=Hosts(options.allowed_hosts) if is_open else None)
     if options.demo:
         _mount_demos(app, _url_of(listener))
     server = _Server(serving, app)
@@ -62,14 +66,18 @@ class _Server(uvicorn.Server):
     """uvicorn, but signals drain before they stop, and a model that cannot be loaded stops it."""
 
     def __init__(self, serving: Serving, app: FastAPI) -> None:
+        options = serving.options
+        clocks = Clocks(options.read_timeout_s, options.write_timeout_s)
         config = uvicorn.Config(
-            app,
+            Crowded(app, serving.connections),
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # `X-Forwarded-For` is read in the gate, which takes addresses only
             timeout_graceful_shutdown=1,  # every answer has been sent by then
             h11_max_incomplete_event_size=64 << 10,
-            http=timed_protocol(serving.options.read_timeout_s),  # of h11, which bounds what it buffers of a head
+            http=timed_protocol(clocks, serving.connections),  # of h11, which bounds what it buffers of a head
+            timeout_keep_alive=math.ceil(options.idle_timeout_s),
             ws="none",  # there is nothing to upgrade to, and the gate sees HTTP only
         )
         super().__init__(config)

@@ -24,6 +24,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private import replica as ray_replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -37,7 +38,9 @@ from serving.cards import card_of, with_adapters
 from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import CHARGED, Lease, ReplicaLost
 from serving.cluster.router import make_router
+from serving.connections import Clocks, Connections, timed_protocol
 from serving.errors import Unavailable
+from serving.heads import Hosts
 from serving.limits import Limits
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
@@ -116,6 +119,7 @@ class Model:
 
     def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
         set_up_logging()
+        _stay_on_this_machine()
         self._name, self._cluster = name, cluster
         self._endpoint = _open(name, _with_threads(model, cluster), cluster)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
@@ -183,7 +187,9 @@ class Model:
             docs=False,
             request_timeout_s=cluster.request_timeout_s,
             max_body_bytes=cluster.max_body_bytes,
+            max_embeddings_body_bytes=cluster.max_embeddings_body_bytes,
             keep_alive_s=cluster.keep_alive_s,
+            otel_endpoint=cluster.otel_endpoint,
         )
         serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)
         app = make_app(serving, door=_LeaseDoor(self._token))
@@ -200,7 +206,7 @@ class Model:
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                http="httptools",
+                http=timed_protocol(Clocks(), Connections(), "httptools"),
                 ws="none",
             )
             self._server = asyncio.create_task(uvicorn.Server(config).serve(sockets=[self._listener]))
@@ -289,6 +295,13 @@ def _with_threads(model: ReplicaOptions, cluster: ClusterOptions) -> ReplicaOpti
     return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
+def _stay_on_this_machine() -> None:
+    """Have Ray bind the port over which a replica is called to the node's address where that is loopback."""
+    if (address := ray.util.get_node_ip_address()) == "127.0.0.1":
+        bind = ray_replica.add_port_to_grpc_server
+        ray_replica.add_port_to_grpc_server = lambda server, where: bind(server, where.replace("[::]", address))
+
+
 def _replica_id() -> str:
     return serve.get_replica_context().replica_id.unique_id
 
@@ -302,13 +315,18 @@ class Router:
 
     def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
         set_up_logging()
+        _stay_on_this_machine()
+        # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
+        os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._options = options
         self._fleet = RayFleet(options, models)
 
     def __serve_build_asgi_app__(self) -> Any:
         options = self._options
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        self._app = make_router(self._fleet, options, Keys(options.api_keys, options.api_key_file, limits))
+        keys = Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
+        is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
+        self._app = make_router(self._fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None)
         return self._app
 
     def exposition(self) -> tuple[str, str]:

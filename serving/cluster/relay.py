@@ -195,6 +195,8 @@ class Relay(Response):
         self._traffic = traffic
         self._sent = {"content-type": "application/json", "x-request-id": request.state.request_id}
         self._sent["x-mpt-salt"] = lease.salt
+        if (trace := request.state.trace) is not None:
+            self._sent |= trace.headers()
         self._started = self._written = self._ended = False  # sent: a head, a byte of an answer, the last byte
         # A whole answer is silent until it is there; whether its replica lives is what the lease knows.
         silence_s = max(_SILENCE_S, 4 * options.keep_alive_s) if streamed else None

@@ -6,8 +6,10 @@ docs/benchmarks.md). Which replica, and how long it stays ours, is a lease. Noth
 needs, and `serving/cluster/deployment.py` gives it.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -23,8 +25,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
 from mpt.engine.adapters import split_name
+from serving.access import may_use, reached
 from serving.app import add_errors, versions
-from serving.auth import Door, Keys
+from serving.aside import aside
+from serving.auth import Door, Keys, book_of, keys_of
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -40,7 +44,8 @@ from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.gate import Gate
-from serving.intake import read_body
+from serving.heads import Hosts
+from serving.intake import read, read_body
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import (
@@ -51,7 +56,9 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.replies import as_json, welcome
+from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -61,13 +68,16 @@ _KEEPS_NONE = "a cluster keeps no responses, since its replicas change; send the
 _PREFIX_CHARACTERS = 1024  # characters that decide which replica's cache a prompt may be in
 
 
-def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
+def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts | None = None) -> FastAPI:
     """The ASGI app in front of a fleet; the same routes and errors as `serving.app.make_app`."""
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     metrics = RouterMetrics()
     session, traffic = _Session(), Traffic()
     cards = fleet.cards
+    keys = door if isinstance(door, Keys) else keys_of(options)
+    keys.note_unknown(cards())
+    book = book_of(keys, options, several_machines=options.replica_host == "node")
     for name in cards():
         metrics.lost.labels(name)  # 0 from the start: an alert sees the first loss only as a change
 
@@ -75,23 +85,23 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
         if traffic.draining:
             raise Unavailable("the server is shutting down; try another", code="shutting_down")
         base, adapter = split_name(model)
-        served = cards()
-        if base not in served:
+        served = reached(cards())
+        if base not in served or not may_use(model):
             known = ", ".join(f"`{name}`" for name in served)
             raise NotFound(f"no model `{model[:100]}` here; served: {known}", code="model_not_found", param="model")
         return base, adapter
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options)
-        served = [*cards()]
-        asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
+        served = reached(cards())
+        asked = await aside(request, _understood, kind, raw, served[0] if len(served) == 1 else None)
         base, adapter = find(asked.model)
-        work = Relayed(asked.model, *_tokens(asked))
+        work = Relayed(asked.model, asked.n_prompt, asked.n_tokens)
         request.state.admission.reserve(work.estimate)
+        await request.state.account.hold(work.estimate)
         request.state.work = work
-        streamed = bool(getattr(asked, "stream", False))
-        lease = Lessor(fleet, base, adapter, _prefix(asked), request.state.salt)
-        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, streamed)
+        lease = Lessor(fleet, base, adapter, asked.prefix, request.state.salt)
+        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, asked.is_streamed)
 
     def relayed(kind: type[BaseModel]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def answer(request: Request) -> Response:
@@ -104,6 +114,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     add_routes(app, functions)
     app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
     app.state.traffic = traffic
+    app.state.request_log = request_log(options.log_requests)
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
@@ -111,8 +122,15 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     if options.docs:
         add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
-        Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
+        Gate,
+        door=door,
+        metrics=metrics,
+        log_format=options.log_format,
+        book=book,
+        names_requests=False,
+        hosts=hosts,
     )
+    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -150,7 +168,8 @@ def _listing(
 
     async def all_cards() -> list[dict[str, Any]]:
         runs = await fleet.runs()
-        return [{**card, "runs": runs.get(name)} for name, found in cards().items() for card in found]
+        shown = [(name, card) for name, found in cards().items() for card in found if may_use(card["id"])]
+        return [{**card, "runs": runs.get(name)} for name, card in shown]
 
     async def ollama_tags() -> Response:
         return as_json(ollama.tags(await all_cards()))
@@ -159,7 +178,7 @@ def _listing(
         return as_json(ollama.running(await all_cards()))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, options)).model_name()
+        name = (await read(request, ShowRequest, options)).model_name()
         find(name)
         return as_json(ollama.shown(next(card for card in await all_cards() if card["id"] == name)))
 
@@ -191,7 +210,8 @@ def _listing(
 
     async def scrape() -> Response:
         """Prometheus metrics of every router and replica, told apart by the label `replica`."""
-        return Response(merged(await fleet.expositions()), headers={"content-type": CONTENT_TYPE_LATEST})
+        text = await asyncio.to_thread(merged, await fleet.expositions())
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     return {
         "models": models, "model": model, "health": health, "ready": ready, "version": version, "metrics": scrape,
@@ -253,6 +273,25 @@ def merged(expositions: Mapping[str, str]) -> bytes:
     return generate_latest(registry)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a router wants to know of a body. prefix: what decides which replica may have a prompt in its cache.
+
+    n_prompt, n_tokens: what its client is charged until a replica has counted, for its prompt and with its answer.
+    """
+
+    model: str
+    is_streamed: bool
+    n_prompt: int
+    n_tokens: int
+    prefix: str
+
+
+def _understood(kind: type[BaseModel], raw: bytes, model: str | None) -> _Asked:
+    asked = _as_openai(parse(kind, raw, model))
+    return _Asked(asked.model, bool(getattr(asked, "stream", False)), *_tokens(asked), _prefix(asked))
+
+
 def _as_openai(asked: Any) -> Any:
     """The chat, the completion or the embedding that a dialect's body asks for. Raises InvalidRequest."""
     if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
@@ -300,7 +339,7 @@ def _prefix(asked: Any) -> str:
         text = "\n".join(first)
     elif isinstance(asked, CompletionRequest):
         prompt = asked.prompt
-        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
+        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt[:_PREFIX_CHARACTERS]).decode()
     else:
         return ""
     return hashlib.sha256(text[:_PREFIX_CHARACTERS].encode("utf-8", "replace")).hexdigest()[:16]

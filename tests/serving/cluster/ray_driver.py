@@ -7,27 +7,33 @@ import json
 import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
 
-from serving.cluster import haproxy
-from serving.cluster.local import ENVIRONMENT, _free_port
+from serving.cluster import home
+from serving.cluster.local import ENVIRONMENT, LOCAL
 
 
 def main() -> None:
-    os.environ.update(ENVIRONMENT)
-    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = haproxy.command()
-    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
-        os.environ[name] = str(_free_port())
+    folder = Path(tempfile.mkdtemp(prefix="mpt-"))
+    certificate, key = home.write_certificate(folder)
+    os.environ.update(ENVIRONMENT | LOCAL | home.ports() | home.environment(folder))
     import ray
     from ray import serve
 
     from serving.cluster.deployment import app
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+    ray.init(
+        "local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        _temp_dir=f"{folder}/ray",
+    )  # fmt: skip
+    tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]), **tls})
     for line in sys.stdin:
         serve.run(app(json.loads(line)), name="mpt", route_prefix="/")
         print("deployed", flush=True)
     ray.shutdown()
+    home.remove(folder)
 
 
 if __name__ == "__main__":

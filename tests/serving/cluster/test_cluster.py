@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ import mpt
 from mpt.errors import DeviceLost, UserError
 from mpt.options import ModelOptions
 from serving.auth import Keys
+from serving.cluster import local
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router, merged
@@ -56,6 +58,7 @@ def test_without_models_it_is_the_tiny_family():
         ({"models": {"a": {"root": "x", "initial_replicas": 4}}}, "at most the next"),
         ({"models": {"a": {"root": "x", "num_gpus": 2}}}, "tensor_parallel"),
         ({"router_replicas": 0}, "router_replicas is 0"),
+        ({"router_replicas": 3, "requests_per_minute": 2}, "requests_per_minute is 2"),
         ({"log_format": "xml"}, "`json`"),
         ({"api_keys": "sk-1"}, "a list of texts"),
     ],
@@ -69,6 +72,19 @@ def test_wrong_args_are_told_by_name(args, words):
 def test_limits_are_shared_by_the_routers():
     options = ClusterOptions(models=TINY, router_replicas=3, requests_per_minute=100)
     assert options.share(options.requests_per_minute) == 33 and options.share(None) is None
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gigabytes", "given", "n"), [(4, 8, None, 2), (4, 3, None, 1), (1, 8, None, 1), (1, 3, 2, 2), (4, 8, 1, 1)]
+)
+def test_a_second_router_runs_where_it_fits_and_what_is_given_stays(monkeypatch, caplog, cpus, gigabytes, given, n):
+    """Four models of a quarter CPU and two routers of a tenth are 1.2 CPUs."""
+    monkeypatch.setattr(local, "available_bytes", lambda: gigabytes * 10**9)
+    application = {"args": {"router_replicas": given}} if given else {}
+    with caplog.at_level(logging.INFO, "serving.cluster.local"):
+        local._settle_routers(application, cpus)
+    assert application["args"]["router_replicas"] == n == read_args(application["args"]).router_replicas
+    assert len(caplog.records) == (given is None)
 
 
 def refusal(*options: str) -> tuple[int, str]:
@@ -398,11 +414,12 @@ def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
     each = {"root": str(folder), "kv_gb": 0.064, "num_cpus": 0.1, "threads": 1, "max_running": 8}
     each["graceful_shutdown_timeout_s"] = 60  # requests wait long while new replicas import torch on a busy machine
     return {
+        "router_replicas": 1,  # two are in test_deaths.py
         "models": {
             "one": each,
             "two": {**each, "min_replicas": 2, "max_replicas": 2, "routing": "prefix"},
             "zero": {**each, "min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.5, "downscale_delay_s": 600},
-        }
+        },
     }
 
 
