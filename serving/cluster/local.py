@@ -183,6 +183,8 @@ def _serve(
     def catch_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal that is closed; `nohup` ignores it
+            signal.signal(signal.SIGHUP, on_signal)
 
     logs = f"{processes.folder}/ray/session_latest/logs"
     catch_signals()
