@@ -228,7 +228,7 @@ def main() -> None:
             sizes.append(measure(name, made, given.rounds))
             if given.streams:
                 drains[name] = asyncio.run(drained(made, given.streams))
-    print(table(sizes, drains))
+            print(table(sizes[-1:], {name: drains[name]} if name in drains else {}), flush=True)
     if given.json:
         found = {"machine": here, "sizes": [asdict(each) for each in sizes]}
         found["drains"] = {name: asdict(drain) for name, drain in drains.items()}

@@ -121,6 +121,7 @@ def _defaults(to: Amendments) -> str:
         f"timeout queue {QUEUE_S}s",
         "option http-buffer-request",  # what is in a buffer (16 KiB) can be sent to another router when the first dies
         "option http-ignore-probes",  # who has said nothing gets no 408, which it could take for a later answer
+        "option forwardfor",  # the last address of X-Forwarded-For is then ours, and routers may believe it
         "option tcpka",  # the kernel notices peers that went away without a word
         *(f"errorfile {status} {to.folder}/{status}.http" for status in (400, 408, 500)),
     ]

@@ -173,7 +173,7 @@ class Relay(Response):
     """A replica's response, passed on as it comes.
 
     A replica lost before the first byte is replaced by another; afterwards the stream ends in an error event. A client
-    that goes away ends the connection to the replica, which ends the generation there.
+    that goes away ends the connection to the replica, which ends the generation there; what it cost is asked for then.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ from mpt.errors import MachineRefused
 from serving.cluster import haproxy_config, home, local
 from serving.cluster.haproxy_config import Amendments, amended, max_connections
 from serving.errors import BodyTimeout, InternalError, InvalidRequest, Unavailable
+from serving.gate import peer_of
 from tests.serving.servers import free_port
 
 
@@ -219,6 +220,22 @@ def test_silent_sockets_keep_nobody_out():
         elsewhere = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"))
         assert elsewhere.get(f"{ours.url}/health").status_code == 200
         assert 250 < sum(map(_is_open, silent)) <= 309
+
+
+def test_routers_are_told_who_asks_whatever_a_client_says():
+    class Remembering(Router):
+        def do_GET(self) -> None:
+            if self.path != "/-/healthz":
+                self.server.headers = self.headers.items()
+            super().do_GET()
+
+    port = free_port()
+    with router(port, None, Remembering) as behind, front([port]) as running:
+        running.until(200)
+        httpx.get(running.url, headers={"x-forwarded-for": "203.0.113.9"}).raise_for_status()
+        headers = [(name.lower().encode(), value.encode()) for name, value in behind.headers]
+    assert (b"x-forwarded-for", b"203.0.113.9") in headers
+    assert peer_of({"client": ("127.0.0.1", 1), "headers": headers}) == "127.0.0.1"
 
 
 def _is_open(connection: socket.socket) -> bool:
