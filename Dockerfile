@@ -9,6 +9,12 @@
 # volume. No ENTRYPOINT: KubeRay starts pods with `bash -c "ulimit ...; ray start ..."`, and its probes call wget.
 # Ports: 8000 API, 7860 demos, 8080 Ray's metrics, 8265 Ray's dashboard, 6379 GCS, 10001 Ray client.
 
+# What they stand on. A tag's content changes with each security fix, so a build that must be the same again names the
+# digest too; k8s/README.md has the command that reads it. The second needs NVIDIA's driver 580 or later on the node, as
+# all of CUDA 13 does.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG CUDA_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
+
 # Which extras of pyproject.toml go in. onnxruntime and onnxruntime-gpu are one module in two packages, so `conversion`,
 # which brings the first, stays out of the cuda image. `s3` opens s3:// for the download Job and for mirrors of checkpoints.
 ARG CPU_EXTRAS=cluster,conversion,data,demos,s3
@@ -22,7 +28,7 @@ ARG FLASH_ATTN_WHEEL=
 
 # --- build: one virtual environment per image; compilers, pip's cache and the sources stay behind ---
 
-FROM python:3.11-slim-bookworm AS build
+FROM ${PYTHON_IMAGE} AS build
 RUN apt-get update \
     && apt-get install --no-install-recommends -y gcc g++ \
     && rm -rf /var/lib/apt/lists/*
@@ -56,7 +62,7 @@ RUN if [ -n "${FLASH_ATTN_WHEEL}" ]; then pip install -c /src/constraints.txt "/
 
 # --- cpu ---
 
-FROM python:3.11-slim-bookworm AS cpu
+FROM ${PYTHON_IMAGE} AS cpu
 # No compiler: the stage above compiled the C code for all processors (hatch_build.py).
 RUN apt-get update \
     && apt-get install --no-install-recommends -y bash ca-certificates wget \
@@ -78,7 +84,7 @@ CMD ["mpt", "--help"]
 # --- cuda ---
 
 # `base`, not `runtime`: torch brings its own cuBLAS, cuDNN and NCCL, and the loader would prefer the image's to them.
-FROM nvidia/cuda:13.0.2-base-ubuntu24.04 AS cuda
+FROM ${CUDA_IMAGE} AS cuda
 # The libraries are those the copied Python (built on Debian 12) was linked with. gcc and libc6-dev, against the rule of
 # no compiler in an image: Triton compiles a small C launcher for each kernel at run time ("Failed to find C compiler"
 # otherwise), and FlexAttention, our prefill on GPUs, is made of such kernels.

@@ -1,5 +1,6 @@
 """From a checkpoint of any kind to a folder of another: refused by name, streamed, verified, there only when whole."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,11 @@ from conversion.source import Source
 from mpt.errors import DamagedFile, MachineRefused, UnsupportedConfig, UserError
 from mpt.files import whole_folder
 from mpt.manifest import write_manifest
+from mpt.memory import memory
+from mpt.processors import obey_quota
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.125, "int4": 0.625}  # scales included
+_BYTES_A_VALUE = 12  # of a tensor that is converted: as it was, in float32, as it is written
 _MARGIN_BYTES = 50_000_000  # of disk, for everything that is no weight
 
 
@@ -34,6 +38,8 @@ def convert(
     source = open_source(name_or_path, options.tokenizer, options.base)
     dtype = resolve_dtype(source, options)
     given_up = _refusals(source, options)
+    _check_memory(source)
+    obey_quota()
     total = int(source.n_parameters * _BYTES[dtype])
     done = 0
 
@@ -57,6 +63,18 @@ def convert(
             (partial / verify.REPORT).write_text(report.to_json(), encoding="utf-8")
         write_manifest(partial, _manifest(source, options, dtype, given_up, hashes), digests)
     return report
+
+
+def _check_memory(source: Source) -> None:
+    """Raises MachineRefused unless the largest tensor can be read and written in another dtype."""
+    sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed, free = sizes[largest] * _BYTES_A_VALUE, memory()
+    if needed > free.free:
+        raise MachineRefused(
+            f"converting `{largest}`, {sizes[largest]} values, needs {needed / 1e9:.2f} GB, more than the {free}; "
+            "raise the limit, or convert on a larger machine"
+        )
 
 
 def _check_space(folder: Path, n_bytes: int) -> None:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from conversion import metadata, tensors
 from conversion.source import Source, complete
 from conversion.tensors import Lazy, SafetensorsFile
+from mpt.bounded import parse_json, read_text
 from mpt.chat_template import write_template
 from mpt.checkpoint import stored_tensors, weight_files
 from mpt.checkpoint_text import find_template, token_names
@@ -162,7 +163,7 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except ValueError as error:
         raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
     return value if isinstance(value, dict) else {}

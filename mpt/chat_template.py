@@ -28,6 +28,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
+from mpt.bounded import read_text
 from mpt.errors import DamagedFile, UserError
 from mpt.files import read_optional_json
 from mpt.tokenizer import Tokenizer
@@ -447,7 +448,7 @@ def _strings(value: Any) -> Iterator[str]:
 def read_source(path: Path) -> str:
     """The text of a template's file. Raises UserError where there is none, DamagedFile where it is no text."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise DamagedFile(f"the chat template `{path}` is not UTF-8 text: {error.reason}") from error
     except OSError as error:

@@ -10,11 +10,11 @@ Not here: what a checkpoint says about text (`checkpoint_text.py`); Composer and
 (`conversion/`); training state (`training/checkpoint.py`).
 """
 
-import json
 import logging
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from mpt.bounded import parse_json
 from mpt.catalog import refuse_ctranslate2
 from mpt.config import MPTConfig
 from mpt.config_keys import READ_TYPES, extended_type, language_model
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HEADER_LIMIT = 100_000_000  # the safetensors format's own bound on its JSON header
+_HEADER_LIMIT = 16_000_000  # of 100,000 tensors; the format's own bound is 100 MB
+_PICKLE_LIMIT = 64_000_000  # MPT-30B's has 0.1 MB
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -340,7 +342,7 @@ def safetensors_entries(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES)
             (n_header,) = struct.unpack("<Q", f.read(8))
             if n_header > min(_HEADER_LIMIT, size - 8):
                 raise ValueError(f"header of {n_header} bytes")
-            header = json.loads(f.read(n_header))
+            header = parse_json(f.read(n_header))
         header.pop("__metadata__", None)
         used = 0  # entries may come in any order, their bytes must not be shared
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -353,10 +355,15 @@ def safetensors_entries(file: Path, dtypes: Mapping[str, torch.dtype] = _DTYPES)
                     f"`{name}` in `{file.name}` is {entry['dtype']}; supported: {', '.join(_DTYPES)}"
                 )
             tensor = StoredTensor(file, 8 + n_header + start, dtypes[entry["dtype"]], tuple(entry["shape"]))
-            if start < 0 or end - start != tensor.n_bytes or 8 + n_header + end > size:
+            if (
+                min(tensor.shape, default=0) < 0
+                or start < 0
+                or end - start != tensor.n_bytes
+                or 8 + n_header + end > size
+            ):
                 raise ValueError(f"`{name}` does not fit in the file")
             yield name, tensor
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OverflowError) as error:
         raise DamagedFile(f"`{file}` is not a whole safetensors file ({error}); copy it again") from error
 
 
@@ -367,6 +374,7 @@ def describe_torch_file(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    _check_archive(file)
     try:
         # The mode gives shapes and, per storage, the offset of its bytes in the file.
         with FakeTensorMode(), torch.serialization.safe_globals(list(safe_globals)):
@@ -378,6 +386,18 @@ def describe_torch_file(file: Path, safe_globals: Sequence[Any] = ()) -> Any:
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError and others for a bad file
         what = str(error).partition(".")[0].partition("\n")[0]
         raise DamagedFile(f"`{file}` is not a whole torch file ({what}); copy it again") from error
+
+
+def _check_archive(file: Path) -> None:
+    """Raises DamagedFile where what is unpickled, the names without the numbers, grows when it is unpacked."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return  # torch's format from before 1.6, or no torch file: whoever reads it says so
+    for name, size in sizes.items():
+        if name.endswith("/data.pkl") and size > _PICKLE_LIMIT:
+            raise DamagedFile(f"`{name}` in `{file}` has {size} bytes, at most {_PICKLE_LIMIT} are read; copy it again")
 
 
 def place(file: Path, state: Any) -> Iterator[tuple[str, StoredTensor]]:

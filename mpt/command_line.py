@@ -17,6 +17,7 @@ import typer
 from mpt.errors import DeviceLost, MPTError
 from mpt.files import disk_refusals, misplaced_paths
 
+_LONGEST_ERROR = 10_000  # characters: a damaged file's names may be longer
 BEGAN = time.monotonic()  # of a command: this is among the first modules that one imports
 
 Style = Literal["none", "instruct", "chatml", "template"]
@@ -81,7 +82,7 @@ def run_app(app: typer.Typer, name: str) -> None:
         with disk_refusals(Path.cwd()), misplaced_paths():
             app(prog_name=name)
     except MPTError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {str(error)[:_LONGEST_ERROR]}", file=sys.stderr)
         if isinstance(error, DeviceLost):  # what a dead CUDA context holds, let go of, may abort with another code
             sys.stdout.flush()
             sys.stderr.flush()

@@ -17,6 +17,7 @@ from typing import Any, Self
 from transformers import GenerationConfig, PreTrainedConfig
 
 from mpt import config_keys
+from mpt.bounded import shown
 from mpt.errors import UnsupportedConfig
 from mpt.packed.packing import read_packing
 
@@ -114,9 +115,11 @@ _MOSAIC_GPT_INIT = {
     "fan_mode", "init_div_is_residual", "init_gain", "init_nonlinearity", "init_std", "emb_init_std",
     "emb_init_uniform_lim",
 }  # fmt: skip
+# Far beyond every published model, and small enough that nothing which is computed of them overflows or takes long.
+_MOST = {"d_model": 1 << 18, "n_heads": 1 << 13, "n_layers": 1 << 10, "max_seq_len": 1 << 30, "vocab_size": 1 << 26}
 _TINY = 1e-12  # stands for: anything above 0
 _RANGES = {
-    "expansion_ratio": (_TINY, math.inf),
+    "expansion_ratio": (_TINY, 1024),
     "resid_pdrop": (0, 1),
     "emb_pdrop": (0, 1),
     "embedding_fraction": (_TINY, 1),
@@ -310,10 +313,12 @@ class MPTConfig(PreTrainedConfig):
                 self._drop(f"ffn_config.{key}", value, config_keys.judge(f"ffn_config.{key}", value, {}))
 
     def _check_numbers(self, head_dim: int | None) -> None:
-        for key in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
+        for key, most in _MOST.items():
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UnsupportedConfig(f"config key `{key}` must be a positive whole number, not `{value!r}`")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise UnsupportedConfig(
+                    f"config key `{key}` must be a whole number of 1 to {most}, not `{shown(value)}`"
+                )
         for key, (low, high) in _RANGES.items():
             _refuse_outside(key, getattr(self, key), low, high)
         for key in ("learned_pos_emb", "no_bias", "tie_word_embeddings", "use_cache"):
@@ -326,7 +331,9 @@ class MPTConfig(PreTrainedConfig):
         if self.attention["attn_type"] != "grouped_query_attention":
             _refuse_unless("attn_config.kv_n_heads", n_kv_heads, (None, self.n_kv_heads))
         elif isinstance(n_kv_heads, bool) or not isinstance(n_kv_heads, int) or n_kv_heads < 1:
-            raise UnsupportedConfig(f"`grouped_query_attention` needs `attn_config.kv_n_heads`, not `{n_kv_heads!r}`")
+            raise UnsupportedConfig(
+                f"`grouped_query_attention` needs `attn_config.kv_n_heads`, not `{shown(n_kv_heads)}`"
+            )
         if self.n_heads % self.n_kv_heads:
             raise UnsupportedConfig(f"n_heads {self.n_heads} is not a multiple of kv_n_heads {self.n_kv_heads}")
         if abs(self.d_model * self.expansion_ratio - self.d_ffn) > 1e-6:
@@ -435,7 +442,7 @@ def _table(key: str, value: object) -> dict[str, Any]:
     if isinstance(value, PreTrainedConfig):
         return value.to_dict()  # the in-tree class's own sub-config
     if value is not None and not isinstance(value, dict):
-        raise UnsupportedConfig(f"config key `{key}` must be an object with keys, not `{value!r}`")
+        raise UnsupportedConfig(f"config key `{key}` must be an object with keys, not `{shown(value)}`")
     return value or {}
 
 
@@ -445,10 +452,10 @@ def _refuse_outside(key: str, value: object, low: float, high: float) -> None:
         return
     least = "" if low == -math.inf else " above 0" if low == _TINY else f" of at least {low:g}"
     most = "" if high == math.inf else f" and at most {high:g}"
-    raise UnsupportedConfig(f"config key `{key}` must be a number{least}{most}, not `{value!r}`")
+    raise UnsupportedConfig(f"config key `{key}` must be a number{least}{most}, not `{shown(value)}`")
 
 
 def _refuse_unless(key: str, value: object, supported: tuple[Any, ...]) -> None:
     if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in supported):
         names = ", ".join(f"`{good!r}`" for good in supported)
-        raise UnsupportedConfig(f"config key `{key}` is `{value!r}`; supported: {names}")
+        raise UnsupportedConfig(f"config key `{key}` is `{shown(value)}`; supported: {names}")

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mpt.bounded import shown
 from mpt.errors import UnsupportedConfig
 
 Raw = Mapping[str, Any]
@@ -92,8 +93,8 @@ def judge(path: str, value: object, repeats: Raw, extends: str | None = None) ->
     if extends is not None and not set(_words(key)) & _LATER:
         return f"belongs to what {extends} adds"
     raise UnsupportedConfig(
-        f"config key `{path}` with value `{value!r}` is not one of MPT's and may change the answers; if it does not, "
-        "remove it from config.json"
+        f"config key `{path}` with value `{shown(value)}` is not one of MPT's and may change the answers; if it does "
+        "not, remove it from config.json"
     )
 
 
@@ -107,8 +108,8 @@ def _compared(path: str, value: object, ours: object, same_size: str | None) -> 
         return f"{same_size} {ours} is believed: MPT's classes read it, and the tensors must have that size"
     expected = ours[0] if isinstance(ours, tuple) else ours
     raise UnsupportedConfig(
-        f"config key `{path}` is `{value!r}`, and MPT's own keys make it `{expected!r}`; correct or remove one of them "
-        "in config.json"
+        f"config key `{path}` is `{shown(value)}`, and MPT's own keys make it `{shown(expected)}`; correct or remove "
+        "one of them in config.json"
     )
 
 

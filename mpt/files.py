@@ -4,20 +4,20 @@ Not here: what a checkpoint's files say (`mpt/checkpoint.py`).
 """
 
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mpt.bounded import parse_json, read_text
 from mpt.errors import DamagedFile, MachineRefused, UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises DamagedFile, also where there is no file."""
+    """The object in a file. Raises DamagedFile, also where there is no file, and for one beyond `bounded`'s bounds."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except (ValueError, OSError) as error:
         raise DamagedFile(f"`{path}` is not readable JSON: {error}") from error
     if not isinstance(value, dict):

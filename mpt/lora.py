@@ -6,7 +6,6 @@ weights of their base (`conversion/formats/adapter.py`).
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
+from mpt.files import read_json
 
+_MOST_RANK = 1 << 16  # as wide as no model's matrices are
 _PREFIX = "base_model.model."
 _ONLY_AT = {"bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
 
@@ -68,10 +69,10 @@ def open_lora(folder: Path) -> LoraFolder:
     if not file.is_file():
         raise CheckpointNotFound(f"`{folder}` has no adapter_config.json; give a folder that peft saved")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
         base = config.get("base_model_name_or_path")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedFile(f"`{file}` is no adapter's configuration ({error!r})") from error
     if kind != "LORA":
         raise UnsupportedConfig(f"`{folder}` is a {kind} adapter; supported: LORA")
@@ -85,8 +86,8 @@ def open_lora(folder: Path) -> LoraFolder:
             raise UnsupportedConfig(f"`{key}` of the adapter is {config[key]!r}; supported: {value!r}")
     if not (folder / "adapter_model.safetensors").is_file():
         raise DamagedFile(f"`{folder}` has no adapter_model.safetensors; a pickled adapter is not opened")
-    if rank < 1:
-        raise DamagedFile(f"`{file}` gives rank {rank}; a rank is at least 1")
+    if not 1 <= rank <= _MOST_RANK:
+        raise DamagedFile(f"`{file}` gives rank {rank}; a rank is 1 to {_MOST_RANK}")
     return LoraFolder(folder, rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, base)
 
 

@@ -11,9 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpt import cgroups
 from mpt.errors import UserError
-
-_SYSTEM = Path("/")
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Threads:
     why: str  # as a sentence fragment
 
 
-def choose_threads(asked: int | None = None, system: Path = _SYSTEM) -> Threads:
+def choose_threads(asked: int | None = None, system: Path = cgroups.SYSTEM) -> Threads:
     """asked: by the user. system: where /proc and /sys are. Raises UserError for more threads than CPUs."""
     allowed = _affinity()
     if asked is not None:
@@ -35,7 +34,7 @@ def choose_threads(asked: int | None = None, system: Path = _SYSTEM) -> Threads:
     return allowed_threads(system)
 
 
-def allowed_threads(system: Path = _SYSTEM) -> Threads:
+def allowed_threads(system: Path = cgroups.SYSTEM) -> Threads:
     """What machine and container allow, whatever was asked for."""
     allowed = _affinity()
     fast = _fast(allowed, system)
@@ -52,6 +51,19 @@ def allowed_threads(system: Path = _SYSTEM) -> Threads:
     if n_nodes > 1:  # memory of another node is slower to read
         why += f" of {n_nodes} NUMA nodes; for a process on one of them: `numactl --cpunodebind=0 --membind=0 COMMAND`"
     return Threads(n, why)
+
+
+def obey_quota() -> None:
+    """Have torch compute with no more threads in this process than `choose_threads` says."""
+    import torch  # by those who have it already
+
+    torch.set_num_threads(min(torch.get_num_threads(), choose_threads().n))
+
+
+def n_cpus(system: Path = cgroups.SYSTEM) -> int:
+    """How many processes of their own can compute at a time: the CPUs of the affinity mask, at most the quota."""
+    quota = _quota(system)
+    return len(_affinity()) if quota is None else max(1, min(len(_affinity()), int(quota)))
 
 
 def macos(name: str) -> int | None:
@@ -73,7 +85,8 @@ def _fast(allowed: set[int], system: Path) -> set[int]:
     if intel:
         return intel
     files = {cpu: system / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity" for cpu in allowed}
-    capacities = {cpu: int(line) for cpu, file in files.items() for line in _lines(file)[:1] if line.isdecimal()}
+    found = {cpu: line for cpu, file in files.items() for line in cgroups.lines(file)[:1]}
+    capacities = {cpu: int(line) for cpu, line in found.items() if line.isdecimal()}
     most = max(capacities.values(), default=0)
     return {cpu for cpu in allowed if capacities.get(cpu, most) >= 0.9 * most}
 
@@ -94,38 +107,19 @@ def _cpus(path: Path) -> set[int]:
 
 
 def _quota(system: Path) -> float | None:
-    """CPUs' worth of time that the container may use, of cgroup v2 or v1; None where nothing limits it."""
-    found = []
-    for line in _lines(system / "proc/self/cgroup"):
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        is_v2 = number == "0" and not controllers
-        if not is_v2 and "cpu" not in controllers.split(","):
-            continue
-        root = system / "sys/fs/cgroup" / ("" if is_v2 else controllers)
-        own = root / path.strip("/")
-        for folder in [own, *own.parents] if own.is_dir() else [root]:  # in a container the own path is not there
-            limit = _limit(folder)
-            if limit is not None:
-                found.append(limit)
-            if folder == root:
-                break
-    return min(found, default=None)
+    """CPUs' worth of time that the container may use; None where nothing limits it."""
+    found = (_limit(folder) for folder in cgroups.folders("cpu", system))
+    return min((each for each in found if each is not None), default=None)
 
 
 def _limit(folder: Path) -> float | None:
-    line = _lines(folder / "cpu.max")  # v2: "150000 100000", or "max 100000"
+    line = cgroups.lines(folder / "cpu.max")  # v2: "150000 100000", or "max 100000"
     both = line[0].split() if line else []
     if not both:
-        both = [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]  # v1; -1: none
+        v1 = (folder / f"cpu.cfs_{what}_us" for what in ("quota", "period"))  # a quota of -1: none
+        both = [line for file in v1 for line in cgroups.lines(file)]
     try:
         quota, period = int(both[0]), int(both[1])
     except (ValueError, IndexError):
         return None
     return quota / period if quota > 0 and period > 0 else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

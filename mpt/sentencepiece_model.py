@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
+from mpt.bounded import TOKENIZER_BYTES, check_size
 from mpt.errors import DamagedFile, UnsupportedTokenizer
 from mpt.spelling import SPACE
 
@@ -84,6 +85,7 @@ def read(path: Path) -> SentencePieceModel:
     if path.stat().st_size > MAX_BYTES:
         raise DamagedFile(f"`{path}` has {path.stat().st_size} bytes, over the limit of {MAX_BYTES}; copy it again")
     try:
+        check_size(path, TOKENIZER_BYTES)
         return _parsed(path.read_bytes(), path)
     except (ValueError, IndexError, struct.error) as error:
         raise DamagedFile(f"`{path}` is not a readable SentencePiece model ({error}); copy it again") from error

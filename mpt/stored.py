@@ -3,6 +3,7 @@
 Not here: which files a folder has (`checkpoint.py`), tensors that lie packed in integers (`packed/`).
 """
 
+import math
 import mmap
 import threading
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class StoredTensor:
 
     @property
     def n_bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * math.prod(self.shape)  # torch's own product overflows
 
     def read(self) -> Tensor:
         values = torch.empty(self.shape, dtype=self.dtype)

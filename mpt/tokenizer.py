@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from mpt import sentencepiece_model
+from mpt.bounded import TOKENIZER_BYTES, check_size
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedTokenizer, UserError
 from mpt.files import read_optional_json
 from mpt.spelling import TextStream, spelling_of
@@ -291,6 +292,7 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointNotFound(
             f"`{path}` does not exist; copy the tokenizer.json of this checkpoint's tokenizer there"
         )
+    check_size(path, TOKENIZER_BYTES)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # `tokenizers` raises Exception itself, nothing narrower

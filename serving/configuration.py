@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
+from mpt.bounded import parse_yaml, read_text
 from mpt.errors import UserError
 from mpt.options import MODEL_NAME
 
@@ -31,10 +32,10 @@ Refuse = Callable[[str], str | None]  # why a key is not for this reader, None w
 def load(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty one. Raises UserError."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = parse_yaml(read_text(path), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"`{path}` is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict | None):
         raise UserError(f"`{path}` holds {type(raw).__name__}, not options; begin with `models:`")

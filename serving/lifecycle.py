@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar
 from mpt.catalog import find_local
 from mpt.engine.adapters import available
 from mpt.engine.endpoint import Endpoint, open_endpoint
-from mpt.engine.room import Room, free_bytes, give_back_memory, room_for
+from mpt.engine.room import Room, free_memory, give_back_memory, require, room_for
 from mpt.errors import DeviceLost, MachineRefused, MPTError
 from mpt.options import ModelOptions
 from serving.cards import card_of, cards_of, with_adapters
@@ -95,6 +95,7 @@ class Lifecycle:
         self.lost: DeviceLost | None = None
         self.n_opening = 0  # in threads, now
         self._options, self._endpoints = options, endpoints
+        self._coming: dict[str, Room] = {}  # to be loaded at the start
         self._turn = asyncio.Lock()  # to load or unload
         self._changed = asyncio.Event()  # set, and replaced, when a model is let go of or nobody waits for it
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,14 +170,22 @@ class Lifecycle:
     async def check_all(self) -> None:
         """See that every model can be loaded as it is told, without loading one. Raises MPTError."""
         for model in self.models.values():
-            await _in_thread(partial(room_for, model.name, model.options))
+            room = await _in_thread(partial(room_for, model.name, model.options))
+            require({model.name: room}, {model.name: model.options})
             model.card = await _in_thread(partial(card_of, model.name, model.options))
 
-    async def load_at_start(self, name: str) -> None:
-        """Load a model that must be there. Raises MPTError."""
-        model = self.models[name]
-        async with self._turn:
-            await self._open(model, await _in_thread(partial(room_for, name, model.options)))
+    async def load_at_start(self, names: Sequence[str]) -> AsyncIterator[str]:
+        """Load models that must be there, one after another; each name once its model is. Raises MPTError.
+
+        Where all of them together find no room, none is read.
+        """
+        self._coming = {name: await _in_thread(partial(room_for, name, self.models[name].options)) for name in names}
+        require(self._coming, self._options.models)
+        for name in names:
+            room = self._coming.pop(name)
+            async with self._turn:
+                await self._open(self.models[name], room)
+            yield name
 
     def close(self) -> None:
         """Load no more: whoever waits is told that the server leaves."""
@@ -280,13 +289,14 @@ class Lifecycle:
         beside = [each for each in loaded if _device(self._endpoints[each.name]) == room.device]
         if room.device is None or not beside:
             return []
-        free = free_bytes(room.device) - self._promised_bytes(room)
+        free = free_memory(room.device).free - self._promised_bytes(room)
         log.debug("%s needs %.2f GB, %.2f GB are free", model.name, room.n_bytes / 1e9, free / 1e9)
         return [] if room.n_bytes <= free else beside
 
     def _promised_bytes(self, room: Room) -> int:
-        """What the caches of loaded models may still grow by, of the same memory."""
-        return sum(each.kv_growth_bytes for each in self._endpoints.values() if _device(each) == room.device)
+        """What the caches of loaded models may still grow by, of the same memory, and what is still to be loaded."""
+        coming = sum(each.weight_bytes for each in self._coming.values() if each.device == room.device)
+        return coming + sum(each.kv_growth_bytes for each in self._endpoints.values() if _device(each) == room.device)
 
     async def _open(self, model: Model, room: Room) -> None:
         """Open a model; it is there when it has answered once. Raises MPTError."""

@@ -98,8 +98,8 @@ class _Server(uvicorn.Server):
                 await serving.lifecycle.check_all()
                 log.info("%d models, each loaded when it is first asked for", len(serving.options.models))
                 serving.loading.clear()
-            for name in [each for each in serving.options.models if each in serving.loading]:
-                await serving.lifecycle.load_at_start(name)
+            at_start = [each for each in serving.options.models if each in serving.loading]
+            async for name in serving.lifecycle.load_at_start(at_start):
                 serving.loading.discard(name)
                 self._tasks.append(asyncio.create_task(serving.endpoints[name].grammars.prepare()))
         except BaseException as error:

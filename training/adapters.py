@@ -5,7 +5,6 @@ Dettmers et al. 2023: blocks of 64, their scales quantised again).
 """
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from mpt.chat_template import ChatTemplate
 from mpt.dropout import Dropout
 from mpt.errors import UserError
 from mpt.extras import install
-from mpt.files import whole_folder
+from mpt.files import read_json, whole_folder
 from mpt.model import Linear
 from mpt.prompts import PromptFormat, open_format
 from mpt.style_template import StyleTemplate, jinja
@@ -207,7 +206,7 @@ def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     if not path.is_file():
         raise UserError(f"`{folder}` has no adapter_config.json; give the `model` folder of a LoRA run")
     mpt.manifest.verify_manifest(folder)
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = read_json(path)["base_model_name_or_path"]
     model = mpt.checkpoint.load(base, dtype=torch.float32)
     dtype = dtype or torch.promote_types(_adapter_dtype(folder), _base_dtype(base))
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from mpt.model import MPTForCausalLM
+from mpt.processors import obey_quota
 from training.run import Run
 
 _TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others gives up, and is restarted
@@ -93,6 +94,8 @@ def join(run: Run | None = None) -> Iterator[World]:
         run.check_ranks(size)
     if has_gpu:
         torch.cuda.set_device(device)
+    else:
+        obey_quota()
     if size == 1:
         yield World(rank, size, device)
         return

@@ -86,7 +86,7 @@ def check(run: Run, resume: bool, n_ranks: int = 1) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run.check_ranks(n_ranks)
     with disk_refusals(Path(run.out)), folder.claimed(run, resume):
-        plan.check_memory(run, n_ranks, memory.available_gb(device, n_ranks))
+        plan.check_memory(run, n_ranks, memory.available(device, n_ranks))
         batches.count_steps(run, of_run(run, batches.load_tokenizer(run)).load(run.data))
 
 
@@ -147,7 +147,7 @@ class _Training:
             run, world, self.tokenizer, self.objective, self.batches.data, self.logbook, self.trackers, heartbeat.beat
         )
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        plan.check_memory(run, world.size, memory.available_gb(world.device, n_local))
+        plan.check_memory(run, world.size, memory.available(world.device, n_local, are_here=True))
         if world.device.type == "cpu":
             memory.keep_freed_memory()
         self.model = build.model(run, world)

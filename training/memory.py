@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import json
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mpt.errors import MachineRefused
+from mpt.memory import Memory, memory
 from mpt.model import MPTForCausalLM
 from training.distributed import World
 from training.logbook import Logbook
@@ -22,6 +22,7 @@ from training.run import ActivationCheckpointing, Run
 
 Result = TypeVar("Result")
 
+_PROCESS_BYTES = 300_000_000  # of a rank on CPU beside what it trains: Python, torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # What selective checkpointing keeps, since it is dear to compute again: matrix products and attention.
@@ -113,11 +114,20 @@ def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def available_gb(device: torch.device, n_local: int = 1) -> float:
-    """The memory of this process's device: of the GPU, or its share of the machine's."""
+def available(device: torch.device, n_ranks: int = 1, *, are_here: bool = False) -> Memory:
+    """What a rank may take: its whole GPU, or its share of what is free on the machine or in the container.
+
+    are_here: the ranks run already, and of several some may have taken their share before another asks, so that the
+    share is of all there is.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 1e9
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 / n_local
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Memory(total, total, "the GPU's")
+    found = memory()
+    if n_ranks == 1:
+        return found
+    share = (found.total if are_here else found.free) // n_ranks - _PROCESS_BYTES
+    return Memory(max(0, share), found.total // n_ranks, f"a rank's share of {found.whose}")
 
 
 def used_gb(device: torch.device) -> float:

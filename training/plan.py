@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpt.errors import UserError
+from mpt.memory import Memory as Available
 from training.run import Run
 
 _LOSS_CHUNK = 4096  # training/step.py
@@ -137,15 +138,15 @@ def shape_of_run(run: Run) -> Shape:
     return shape_of_model(run.model) if run.base is None else shape_of_base(run.base)
 
 
-def check_memory(run: Run, n_devices: int, available_gb: float) -> None:
+def check_memory(run: Run, n_devices: int, available: Available) -> None:
     """Raises UserError when not even one sequence at a time can fit, with the estimate."""
     run.check_ranks(n_devices)
-    needed = memory(shape_of_run(run), run, n_devices, 1).total / 1e9
-    if needed > available_gb:
+    needed = memory(shape_of_run(run), run, n_devices, 1).total
+    if needed > available.free:
         raise UserError(
-            f"one sequence of {run.max_seq_len} tokens needs about {needed:.3g} GB on each of {n_devices} devices, "
-            f"which have {available_gb:.3g}; lower --max-seq-len, or take --activation-checkpointing full, --qlora 16 "
-            "or more --gpus"
+            f"one sequence of {run.max_seq_len} tokens needs about {needed / 1e9:.3g} GB on each of {n_devices} "
+            f"devices, more than the {available}; lower --max-seq-len, or take --activation-checkpointing full, "
+            "--qlora 16 or more --gpus"
         )
 
 

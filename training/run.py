@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from mpt.bounded import parse_json, read_text
 from mpt.command_line import Style as PromptStyle  # as in mpt.prompts, which takes a second to import
 from mpt.errors import UserError
 from training.data import columns as columns_of
@@ -354,7 +355,7 @@ class Run:
     def from_json(cls, text: str) -> "Run":
         """The run that `to_json` wrote. Raises UserError for unknown or missing keys and bad values."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise UserError(f"the run's configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
@@ -373,7 +374,7 @@ class Run:
     def read(cls, path: Path) -> "Run":
         if not path.is_file():
             raise UserError(f"`{path}` does not exist; give the run.json that lies beside a run's checkpoints")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        return cls.from_json(read_text(path))
 
 
 def prompt_limit(learn_prompts: str) -> float:

@@ -18,6 +18,7 @@ from conversion.options import Options
 from conversion.running import Runner
 from conversion.source import Source, complete
 from conversion.tensors import HashedFile, Lazy
+from mpt.bounded import read_text
 from mpt.checkpoint import read_config
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UnsupportedConfig, UserError
@@ -232,7 +233,7 @@ class _Ini:
 def _section(path: Path) -> _Ini:
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        parser.read_string(read_text(path))
         return _Ini(path, dict(parser["gpt"]))
     except (configparser.Error, KeyError, UnicodeDecodeError) as error:
         raise DamagedFile(f"`{path}` is no FasterTransformer configuration: {error}") from error

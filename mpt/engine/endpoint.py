@@ -25,7 +25,7 @@ from mpt.engine.grammar import Grammars
 from mpt.engine.prefix_files import PrefixFiles
 from mpt.engine.profile import StepProfile
 from mpt.engine.remote import Address, TritonEngine
-from mpt.engine.room import kv_budget
+from mpt.engine.room import kv_budget, n_processes, require, room_for
 from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
 from mpt.errors import UserError
 from mpt.fingerprint import fingerprint
@@ -78,7 +78,7 @@ def open_endpoint(name: str, options: ModelOptions, n_sharing: int = 1, promised
     """Load one model and start its engine. Raises MPTError.
 
     n_sharing, promised_bytes: who else will want of the memory that is free, and what others may still take of it
-    (`kv_budget`).
+    (`kv_budget`). A model for which there is too little is refused before its weights are read.
 
     In a thread that ends: each thread that has used torch leaves threads of OpenMP behind, and once a process has more
     of them than cores, libgomp puts all of them to sleep at every barrier (prompts of 128 tokens took 50 % longer).
@@ -119,9 +119,11 @@ def _open(name: str, options: ModelOptions, n_sharing: int, promised_bytes: int)
         )
         memory = f"`{address.model}` of Triton at {address.server}"
     else:
+        require({name: room_for(name, options)}, {name: options}, promised_bytes)
         backend = open_backend(choice, folder, options)
         kv_bytes, why = options.kv_bytes or 0, "as told"
         if not kv_bytes:
+            n_sharing *= n_processes(choice, options)
             kv_bytes, why = kv_budget(backend, context, options.max_running, choice, n_sharing, promised_bytes)
         prefixes = None if options.prefix_cache is None else _prefix_files(name, folder, options, choice, backend)
         engine = _engine(name, backend, tokenizer, options, context, kv_bytes, prefixes)

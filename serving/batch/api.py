@@ -47,7 +47,8 @@ def batch_functions(service: BatchService | None, door: Door, options: HttpOptio
         finally:
             await form.close()
         name = (upload.filename or "file")[:255]
-        return as_json(store.show_file(owner, file_id, name, "batch").shown)
+        shown = await asyncio.to_thread(store.show_file, owner, file_id, name, "batch")  # it waits for the disk
+        return as_json(shown.shown)
 
     async def files(request: Request) -> Response:
         rows = [file.shown for file in ours().store.files(request.state.salt)]

@@ -270,13 +270,20 @@ def _open(name: str, model: ReplicaOptions, cluster: ClusterOptions) -> Any:
     options = model.model
     if options.device == "auto" and not model.num_gpus:  # Ray has given it no GPU
         options = replace(options, device="cpu")
-    endpoint = open_endpoint(name, options, len(cluster.models))
+    endpoint = open_endpoint(name, options, _n_sharing(model, cluster))
     until = time.monotonic() + model.startup_timeout_s
     while not endpoint.engine.ready:
         if endpoint.engine.failed is not None or time.monotonic() > until:
             raise UserError(f"`{name}` cannot answer: {endpoint.engine.failed or 'no first token in time'}")
         time.sleep(0.01)
     return endpoint
+
+
+def _n_sharing(model: ReplicaOptions, cluster: ClusterOptions) -> int:
+    """Replicas that may want a KV cache of the memory that this one has: of its GPU, or of the machine."""
+    if model.num_gpus:
+        return max(1, int(1 / model.num_gpus))
+    return sum(each.max_replicas for each in cluster.models.values() if not each.num_gpus)
 
 
 def _listen(host: str) -> tuple[socket.socket, str]:

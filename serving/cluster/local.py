@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpt import processors
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
-from mpt.memory import available_bytes
+from mpt.memory import memory
 from serving.auth import book_of, keys_of
 from serving.cluster import guard, home
 from serving.cluster.haproxy_config import max_connections
@@ -62,7 +64,7 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     ours, http, logging_config = _read(config)
     if port is not None:
         http["port"] = port
-    n_cpus = cpus or os.cpu_count() or 1
+    n_cpus = cpus or processors.n_cpus()
     try:
         _settle_routers(ours, n_cpus)
         options = read_args(ours["args"])
@@ -91,7 +93,7 @@ def _settle_routers(ours: dict[str, Any], n_cpus: int) -> None:
     if args.get("router_replicas") is not None:
         return
     options = read_args({**args, "router_replicas": 1})
-    free = available_bytes()
+    free = memory().free
     wanted_cpus = sum(model.n_cpus for model in options.models.values()) + 2 * options.router_num_cpus
     args["router_replicas"] = 2
     why = "the one answers while the other is started anew"
@@ -165,29 +167,25 @@ def _serve(
     drain_s: float,
     processes: _Processes,
 ) -> None:
-    started = time.perf_counter()
+    started, stop = time.perf_counter(), threading.Event()
+
+    def catch_signals() -> None:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal that is closed; `nohup` ignores it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: stop.set() if processes.is_ready else processes.leave(0))
+
+    catch_signals()
     import ray
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from serving.cluster.deployment import ROUTER, app
+    from serving.cluster.deployment import app
 
-    name = ours.get("name", "mpt")
-    stop = threading.Event()
-
-    def on_signal(*_: object) -> None:
-        stop.set() if processes.is_ready else processes.leave(0)
-
-    def catch_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal that is closed; `nohup` ignores it
-            signal.signal(signal.SIGHUP, on_signal)
-
-    logs = f"{processes.folder}/ray/session_latest/logs"
-    catch_signals()
+    name, logs = ours.get("name", "mpt"), LoggingConfig(**logging_config)
     try:
         ray.init(
             "local",
@@ -198,32 +196,43 @@ def _serve(
         )
         catch_signals()  # Ray has put its own in their place
         threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
-        serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
-        serve.run(
-            app(ours["args"]),
-            name=name,
-            route_prefix=ours.get("route_prefix", "/"),
-            logging_config=LoggingConfig(**logging_config),
-        )
+        serve.start(http_options=HTTPOptions(**http), logging_config=logs)
+        route = ours.get("route_prefix", "/")
+        serve.run(app(ours["args"]), name=name, route_prefix=route, logging_config=logs)
+        processes.is_ready = True
+        log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+        stop.wait()
+        log.info("shutting down; running requests may take %.0f s more", drain_s)
+        processes.is_ending = True
+        _drain(name, drain_s)
+        serve.shutdown()
     except (RayError, RuntimeError, OSError) as error:
+        if processes.is_ready:
+            raise
         log.debug("Ray Serve did not start", exc_info=error)
         last = str(error).strip().splitlines()[-1]
-        raise MachineRefused(f"the models did not start: {last}; see {logs}") from None
-    processes.is_ready = True
-    log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
-    stop.wait()
-    log.info("shutting down; running requests may take %.0f s more", drain_s)
-    processes.is_ending = True
+        where = f"{processes.folder}/ray/session_latest/logs"
+        raise MachineRefused(f"the models did not start: {last}; see {where}") from None
+    except SystemExit:  # what Ray's own handler of SIGTERM does, until ours is there
+        processes.leave(0)
+    finally:
+        processes.is_ending = True
+        ray.shutdown()
+
+
+def _drain(name: str, timeout_s: float) -> None:
+    """Let running answers end, for so long."""
+    from ray import serve
+
+    from serving.cluster.deployment import ROUTER
 
     async def drain() -> None:
         routers = serve.get_deployment_handle(ROUTER, name)
-        await routers.broadcast("drain", drain_s).results_async(timeout_s=drain_s + 30)
+        await routers.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 30)
 
     loop = asyncio.new_event_loop()  # a handle wants one that runs until Ray has gone
     threading.Thread(target=loop.run_forever, daemon=True).start()
     asyncio.run_coroutine_threadsafe(drain(), loop).result()
-    serve.shutdown()
-    ray.shutdown()
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -260,6 +269,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
         resolve(model.root)
         if model.adapters is not None and not Path(model.adapters).is_dir():
             raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
+    _check_memory(options)
     wanted_gpus = sum(model.n_gpus for model in options.models.values())
     if wanted_gpus:
         import torch
@@ -284,3 +294,15 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
             raise UserError(
                 f"cannot listen on {http['host']}:{http['port']}: {error.strerror}; choose another --port"
             ) from error
+
+
+def _check_memory(options: ClusterOptions) -> None:
+    """Raises MachineRefused where the first replicas on CPU do not fit into this machine's memory at once."""
+    from mpt.engine.room import Room, require, room_for
+
+    rooms: dict[str, Room] = {}
+    for name, model in options.models.items():
+        n_replicas = model.initial_replicas or model.min_replicas
+        if n_replicas and not model.num_gpus:
+            rooms[name] = room_for(name, replace(model.model, device="cpu")).of_replicas(n_replicas)
+    require(rooms, options.models)

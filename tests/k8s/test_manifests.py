@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 from ray.serve import Deployment
+from ray.serve._private.constants import RAY_SERVE_HAPROXY_METRICS_PORT
 
 from tests.k8s import serve_config
 from tests.k8s.manifests import ROOT, name_of, render, training_jobs, validate, walk
@@ -225,6 +226,30 @@ def gpus_of(container: dict) -> int:
     return int(container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu", 0))
 
 
+def test_pods_with_gpus_find_nodes_of_their_size_and_others_need_none(manifests):
+    """Nodes with GPUs carry a taint on most clouds, and nvidia.com/gpu counts GPUs of every size alike."""
+    for pod in pods(manifests):
+        n_gpus = sum(map(gpus_of, pod.spec["containers"]))
+        size = pod.spec.get("nodeSelector", {}).get("mpt-gpu-memory")
+        tolerated = [each["key"] for each in pod.spec.get("tolerations", [])]
+        assert (size in ("24", "80")) == (tolerated == ["nvidia.com/gpu"]) == bool(n_gpus), pod.labels
+        if pod.labels.get("mpt-group", "").startswith("gpu-"):
+            assert pod.labels["mpt-group"] == f"gpu-{size}"
+
+
+def test_haproxys_metrics_are_let_out_where_it_runs(manifests):
+    """Ray starts a HAProxy on every node with a router; its exporter is on Ray's default port."""
+    policies = {policy["metadata"]["name"]: policy for policy in of_kind(manifests, "NetworkPolicy")}
+    serving = [pod for pod in pods(manifests) if pod.owner["kind"] == "RayService"]
+    for pod in serving:
+        ports = {port["name"]: port["containerPort"] for one in pod.containers for port in one.get("ports", [])}
+        [rule] = policies["metrics-from-prometheus"]["spec"]["ingress"]
+        assert ports["haproxy"] == RAY_SERVE_HAPROXY_METRICS_PORT
+        assert ports["haproxy"] in {port["port"] for port in rule["ports"]}
+    for monitor in of_kind(manifests, "PodMonitor"):
+        assert "haproxy" in {each["port"] for each in monitor["spec"]["podMetricsEndpoints"]}
+
+
 def test_gateway_never_cuts_a_stream(manifests):
     """0s is Gateway API's way to say: no limit. A StoryWriter answer takes minutes."""
     for route in of_kind(manifests, "HTTPRoute"):
@@ -345,6 +370,27 @@ def test_every_image_is_pinned(manifests):
     for image in images(manifests):
         tag = image.rsplit("/", 1)[-1].partition(":")[2]
         assert "@sha256:" in image or tag not in ("", "latest"), image
+
+
+def test_the_images_stand_on_what_a_build_may_pin():
+    """By digest, through arguments that k8s/README.md names; and every package of theirs has a pin."""
+    text = (ROOT / "Dockerfile").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S*)$", text, re.MULTILINE))
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
+    bases = {base for base, _ in stages} - {stage for _, stage in stages}
+    assert bases == {"${PYTHON_IMAGE}", "${CUDA_IMAGE}"}
+    commands = (ROOT / "k8s" / "README.md").read_text()
+    for base in bases:
+        name = base.strip("${}")
+        assert re.fullmatch(r"[\w/]+:[\w.]+-[\w.-]+", arguments[name])
+        assert f'{name}="$(pinned {arguments[name]})"' in commands
+    installs = [line for line in text.splitlines() if "pip install" in line and not line.startswith("#")]
+    assert len(installs) == 5 and all("-c /src/constraints.txt" in line for line in installs)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for extra in {*arguments["CPU_EXTRAS"].split(","), *arguments["CUDA_EXTRAS"].split(",")}:
+        for requirement in extras[extra]:
+            assert re.match(r"[\w.-]+", requirement)[0] in pinned, requirement
 
 
 def test_our_images_are_of_this_version():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,12 +36,15 @@ class Server:
             return self.process.wait()
 
 
-def start(kind: str, *options: str, program: tuple[str, ...] = ("-m", "mpt")) -> Server:
-    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it. program: in place of `mpt`."""
+def start(kind: str, *options: str, program: tuple[str, ...] = ("-m", "mpt"), within: Sequence[str] = ()) -> Server:
+    """`mpt KIND OPTIONS`, ready. Its stderr is read on: a full pipe would block it. program: in place of `mpt`.
+
+    within: words that start it in a container (`Container.command`).
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, *program, kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env=environment, start_new_session=True,
+        [*within, sys.executable, *program, kind, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, env=environment, start_new_session=True,
     )  # fmt: skip
     server = Server(kind, "", process)
     assert process.stderr is not None

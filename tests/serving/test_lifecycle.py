@@ -24,6 +24,7 @@ from mpt.engine.endpoint import open_endpoint
 from mpt.engine.room import room_for
 from mpt.errors import UserError
 from mpt.generation import generate
+from mpt.memory import Memory
 from mpt.options import ModelOptions
 from serving import cli
 from serving.api import shapes
@@ -402,10 +403,11 @@ async def test_models_go_until_there_is_memory_for_the_next(serve, gate, monkeyp
     needed = room_for("a", ModelOptions(str(folders / "a"), device="cpu", kv_gb=0.01)).n_bytes
     serving = serve()
 
-    def free(device: str) -> int:
-        return (2 - len(serving.endpoints)) * needed + sum(each.kv_growth_bytes for each in serving.endpoints.values())
+    def free(device: str) -> Memory:
+        growth = sum(each.kv_growth_bytes for each in serving.endpoints.values())
+        return Memory((2 - len(serving.endpoints)) * needed + growth, 3 * needed)
 
-    monkeypatch.setattr("serving.lifecycle.free_bytes", free)
+    monkeypatch.setattr("serving.lifecycle.free_memory", free)
     async with client_of(serving) as client:
         for moment, name in enumerate(NAMES):
             serving.now = float(moment)
@@ -429,7 +431,8 @@ async def test_places_share_what_is_free_and_the_log_says_so(folders, monkeypatc
     options = ModelOptions(str(folders / "a"), device="cpu", max_running=10_000)
     models = dict.fromkeys(NAMES, options)
     serving = Serving(ServeOptions(models=models, load="on-request", max_loaded=2))
-    monkeypatch.setattr("mpt.engine.room.free_bytes", lambda device: 1_000_000_000)
+    free = Memory(1_000_000_000, 2_000_000_000, "the container's")
+    monkeypatch.setattr("mpt.engine.room.free_memory", lambda device: free)
     caplog.set_level("INFO")
     block = 256 * 2 * 2 * 64 * 4
     budgets = []
@@ -443,8 +446,8 @@ async def test_places_share_what_is_free_and_the_log_says_so(folders, monkeypatc
             endpoint.engine.close()
     assert budgets[0] == pytest.approx(0.3e9, abs=block)
     assert budgets[1] == pytest.approx(0.6 * (1e9 - budgets[0]), rel=0.01)
-    assert "KV cache 0.30 GB (60% of the 1.00 GB that are free, shared by 2 models)" in caplog.text
-    assert "(60% of the 0.70 GB that are free)" in caplog.text
+    assert "KV cache 0.30 GB (60% of the 1.00 GB that are free of the container's 2.00 GB, shared by 2)" in caplog.text
+    assert "(60% of the 0.70 GB that are free of the container's 2.00 GB)" in caplog.text
 
 
 # -- unloaded when idle, and by request --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mpt.checkpoint
 import mpt.manifest
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
+from mpt.memory import Memory
 from mpt.model import MPTMLP
 from tests.training.killing import Killed, kill_at_eight
 from training import batches, build, checkpoint, datasets, loop, memory, optimizer, step
@@ -310,10 +311,11 @@ def test_a_sequence_that_does_not_fit_is_refused(small_run: Run, monkeypatch: py
 
 
 def test_what_cannot_fit_is_refused_with_the_estimate(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_gb", lambda *_: 0.005)
+    monkeypatch.setattr(memory, "available", lambda *_, **__: Memory(5_000_000, 10_000_000, "the container's"))
     # By hand, in MB: 28,832 parameters of 16 bytes 0.46, two layers' activations of 48 x 32 x 512 bytes 1.57, and
     # 4,096 positions of 384 logits 6.29, and once more while their loss is computed.
-    with pytest.raises(UserError, match=r"512 tokens needs about 0\.0146 GB on each of 1 devices.*--max-seq-len"):
+    said = r"512 tokens needs about 0\.0146 GB on each of 1 devices, .* free of the container's 0\.01 GB.*--max-seq-len"
+    with pytest.raises(UserError, match=said):
         loop.fit(small_run)
     assert not list(Path(small_run.out).glob("step-*"))
 

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from mpt.errors import UserError
+from mpt.errors import MachineRefused, UserError
 from mpt.extras import install
+from mpt.memory import memory
 
 FILES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv", ".arrow")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 _NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside
+_LINE_BYTES = 64_000_000  # of a row; a book has 1 MB
 _HUB = "hub:"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how Python's `surrogateescape` keeps a byte that is no UTF-8
@@ -111,7 +113,7 @@ def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 f"`{path}` ends in `{path.suffix}`; supported: {', '.join(FILES)}, also with {', '.join(PACKED)}"
             )
         with closing(_opened(path)) as file:
-            yield from _text_rows(path, ending, file)
+            yield from _text_rows(path, ending, _lines(file, path))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
         raise UserError(f"`{path}` cannot be read: {error}") from error
 
@@ -148,26 +150,50 @@ def _unpacked(name: str) -> str:
     return next((name.removesuffix(ending) for ending in PACKED if name.endswith(ending)), name)
 
 
-def _text_rows(path: Path, ending: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+def _text_rows(path: Path, ending: str, lines: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
     if ending == ".txt":
-        yield f"`{path.name}`", _document(b"".join(_lines(file)))
+        yield f"`{path.name}`", _document(_joined(lines, path))
     elif ending in (".csv", ".tsv"):
-        yield from _csv_rows(path.name, _lines(file), "\t" if ending == ".tsv" else ",")
+        yield from _csv_rows(path.name, lines, "\t" if ending == ".tsv" else ",")
     elif ending == ".json":
-        yield from _json_rows(path.name, b"".join(_lines(file)))
+        yield from _json_rows(path.name, _joined(lines, path))
     else:
-        yield from _json_lines(path.name, _lines(file))
+        yield from _json_lines(path.name, lines)
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     """The lines in UTF-8, without a byte order mark; a file that begins with UTF-16's is read as that."""
-    first = file.readline()
+    lines = _bounded(file, path)
+    first = next(lines, b"")
     if first.startswith(_UTF_16):
-        rest = io.BytesIO(first + file.read())
+        rest = io.BytesIO(first + _joined(lines, path))
         yield from (line.encode() for line in io.TextIOWrapper(rest, "utf-16", newline=""))
         return
     yield first.removeprefix(b"\xef\xbb\xbf")
-    yield from file
+    yield from lines
+
+
+def _bounded(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """The lines as they are. Raises UserError for one that no row has: a packed file of 10 MB may hold one of 10 GB."""
+    n = 0
+    while line := file.readline(_LINE_BYTES + 1):
+        n += 1
+        if len(line) > _LINE_BYTES:
+            raise UserError(f"`{path}` line {n} is longer than the {_LINE_BYTES} bytes that a row may have; cut it up")
+        yield line
+
+
+def _joined(lines: Iterable[bytes], path: Path) -> bytes:
+    """All of a file that is read whole. Raises MachineRefused where a third of the free memory does not hold it."""
+    found = bytearray()
+    free = memory()
+    for line in lines:
+        found += line
+        if len(found) > free.free / 3:
+            raise MachineRefused(
+                f"`{path}` is read whole, and is more than a third of the {free}; give it as .jsonl, a row a line"
+            )
+    return bytes(found)
 
 
 def _json_lines(name: str, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:

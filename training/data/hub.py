@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mpt.bounded import read_text
 from mpt.errors import UserError
 from mpt.prompts import PromptStyle
 from training.data import files, layout
@@ -139,7 +140,7 @@ def _fetch(wanted: HubSet, parts: Sequence[str]) -> list[Path]:
         if not names:
             return in_folder(folder, parts, wanted.files)
         readme = folder / layout.README
-        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        text = read_text(readme, errors="replace") if readme.is_file() else ""
         taken = layout.choose(names, text, where, parts, wanted.files)
         _say(taken.in_words(where))
         folder = get([glob.escape(name) for name in taken.names])

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from mpt.bounded import parse_yaml, read_text
 from mpt.errors import UserError
 from training.data.files import FILES, kind
 
@@ -54,7 +55,7 @@ def in_folder(folder: Path, parts: Sequence[str] = (), patterns: Sequence[str] =
     """What `choose` takes of a folder here."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     readme = folder / README
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    text = read_text(readme, errors="replace") if readme.is_file() else ""
     return choose(names, text, f"`{folder}`", parts, patterns)
 
 
@@ -159,7 +160,7 @@ def _configs(readme: str, where: str) -> list[dict[str, Any]]:
     if top is None:
         return []
     try:
-        metadata = yaml.safe_load(top[1])
+        metadata = parse_yaml(top[1])
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: the YAML on top of its {README} cannot be read ({reason}); mend it") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mpt.bounded import parse_json
 from mpt.errors import DamagedFile, UserError
 
 INDEX = "index.json"
@@ -85,7 +86,7 @@ def read_index(text: str, where: str) -> list[ShardInfo]:
     """The shards of a folder. Raises DamagedFile for what is no MDS index."""
     try:
         found = []
-        for shard in json.loads(text)["shards"]:
+        for shard in parse_json(text)["shards"]:
             stored = shard["zip_data"] or shard["raw_data"]
             columns = zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True)
             if shard["format"] != "mds" or Path(stored["basename"]).name != stored["basename"]:

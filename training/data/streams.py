@@ -6,7 +6,6 @@ limits; shards here are read in place. A mixture is JSON:
 """
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import numpy as np
 
+from mpt.bounded import parse_json, read_text
 from mpt.errors import DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
 from training.data import cache, mds
@@ -59,7 +59,7 @@ def load(name: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> "Strea
         return Stream({"data": Source(name)}, {"data": 1.0}, tokenizer, max_seq_len, seed)
     path = Path(name).expanduser()
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        described = parse_json(read_text(path))["sources"]
         weights = {key: float(value["weight"]) for key, value in described.items()}
         sources = {key: Source(value["path"]) for key, value in described.items()}
     except OSError as error:
@@ -137,7 +137,7 @@ class Source:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remote.get(mds.INDEX, self._folder / mds.INDEX)
         index = self._folder / mds.INDEX
-        self.shards = mds.read_index(index.read_text(encoding="utf-8"), str(index))
+        self.shards = mds.read_index(read_text(index), str(index))
         self._ends = np.cumsum([shard.n_samples for shard in self.shards])
         self.n_samples = int(self._ends[-1]) if self.shards else 0
         if not self.n_samples:
@@ -242,6 +242,7 @@ class Source:
 
 
 # Each with the ending of its files and the name of pyarrow's codec. `bz2` is the standard library's.
+_SNAPPY_MOST = 22  # times as large: a copy of 64 bytes takes 3
 _COMPRESSIONS = {"zstd": "zstd", "br": "brotli", "gz": "gzip", "snappy": "snappy", "bz2": "bz2"}
 
 
@@ -264,7 +265,9 @@ def _decompress(stored: Path, plain: Path, info: mds.ShardInfo) -> None:
 
     partial = partial_name(plain)
     try:
-        if kind == "snappy":  # one block, which a stream cannot read
+        if kind == "snappy":  # one block, which a stream cannot read, and which is made whole in memory
+            if (info.n_plain_bytes or 0) > _SNAPPY_MOST * stored.stat().st_size:
+                raise DamagedFile(f"`{stored}` cannot unpack to the {info.n_plain_bytes} bytes that its index says")
             data = pyarrow.Codec("snappy").decompress(stored.read_bytes(), info.n_plain_bytes, asbytes=True)
             partial.write_bytes(data)
         else:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from mpt.errors import MachineRefused
+from mpt.processors import n_cpus
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,8 +20,8 @@ _WAITING = 4  # items a process, so that none waits for the one that reads and f
 
 
 def n_cores() -> int:
-    """Cores that this process may use; one in a process of `mapped`."""
-    return len(os.sched_getaffinity(0)) if multiprocessing.parent_process() is None else 1
+    """Processes that can compute at a time, by affinity and the container's quota; one in a process of `mapped`."""
+    return n_cpus() if multiprocessing.parent_process() is None else 1
 
 
 class Mapped(Protocol):

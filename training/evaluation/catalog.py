@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mpt.bounded import parse_yaml, read_text
 from mpt.errors import UserError
 from training.evaluation.tasks import Kind, Task, file_of, files
 
@@ -173,7 +174,7 @@ _READ = {
 def _defined(path: Path, folder: Path) -> Iterator[Chosen]:
     """The tasks of a definition. Rows lie beside it, or in the data folder."""
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        entries = parse_yaml(read_text(path))["icl_tasks"]
         for entry in entries:
             yield from _one_defined(entry, path, folder)
     except OSError as error:

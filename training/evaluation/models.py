@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,9 +14,10 @@ from mpt.backends.backend import Backend
 from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import resolve
 from mpt.checkpoint_text import open_tokenizer
+from mpt.command_line import Dtype
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
-from mpt.engine.room import free_bytes
+from mpt.engine.room import free_memory, require, room_for
 from mpt.errors import MachineRefused, UserError
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions, chunk_alone
@@ -51,6 +52,10 @@ class Local:
         none generates.
         """
         folder = resolve(name)
+        if shard is None:
+            kinds = {None: "auto", **{getattr(torch, kind): kind for kind in get_args(Dtype) if kind != "auto"}}
+            options = ModelOptions(name, device="cuda" if device.type == "cuda" else "cpu", dtype=kinds[dtype])
+            require({name: room_for(name, options)}, {name: options})
         pack = None if shard else as_it_lies
         model = mpt.checkpoint.load(folder, device=device, dtype=dtype, shard=shard, pack=pack)
         return cls(model, open_tokenizer(folder))
@@ -94,7 +99,7 @@ class Local:
         else:
             backend = TorchBackend(self.model)
         wanted = backend.bytes_per_token * backend.capacity_for(context_length) * options.max_running
-        kv_bytes = min(wanted, int(_KV_SHARE * free_bytes(self.model.device.type)))
+        kv_bytes = min(wanted, int(_KV_SHARE * free_memory(self.model.device.type).free))
         backend.allocate(kv_bytes)
         return Engine(
             backend,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mpt.errors import UserError
+from mpt.processors import n_cpus
 
 _SECONDS = 10
 _BYTES = 2 << 30  # of address space
@@ -35,7 +36,7 @@ def check(task: str, may_run: bool) -> None:
 
 def run(programs: Sequence[str]) -> list[bool]:
     """Of each program, whether it ended by itself, without an error, in time."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(n_cpus()) as pool:
         return list(pool.map(_passes, programs))
 
 

@@ -22,6 +22,7 @@ from mpt.tokenizer import Tokenizer
 Kind = Literal["choice", "schema", "language", "generation", "programs"]
 _BEYOND_A_CHAIN = 10  # tokens an answer may have beyond the longest worked one, as LLM Foundry has it
 _PROGRAM_TOKENS = 512
+_MOST_BYTES = 512_000_000  # of a task's rows, unpacked; the largest of the Gauntlet has 20 MB
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ def file_of(task: Task, folder: Path) -> Path:
 def rows(task: Task, folder: Path) -> list[dict[str, Any]]:
     """The task's rows from a .jsonl or .jsonl.gz of the folder. Raises UserError for a missing file and a bad line."""
     path = file_of(task, folder)
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        raw = file.read(_MOST_BYTES + 1)
+    if len(raw) > _MOST_BYTES:
+        raise UserError(f"`{path}` has more than {_MOST_BYTES} bytes of rows; a task's are read whole, so split it")
+    text = raw.decode("utf-8")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [_row(task, f"{path}:{n}", line) for n, line in lines]
 

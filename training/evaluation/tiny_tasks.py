@@ -1,9 +1,10 @@
 """Scores checkpoints on held-out cases: exact YAML to JSON, exact chat answers, loss by position, planted passkeys.
 
-Held out are the seeds, and every invented name: none of them is ever generated for training. Generation is greedy, in
-left-padded batches through transformers' cache.
+Held out are the seeds, and every invented name: none of them is ever generated for training. `newcomers_yaml` asks for
+documents that no generator made. Generation is greedy, in left-padded batches through transformers' cache.
 """
 
+import asyncio
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 import mpt.checkpoint
 from mpt.catalog import describe, resolve
 from mpt.checkpoint_text import open_tokenizer
+from mpt.engine.grammar import Grammar, Grammars
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.packed.layers import as_it_lies
@@ -28,6 +30,7 @@ from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
 from mpt.tokenizer import Tokenizer
 from mpt.tools import as_text
 from training.corpora import chat, novels, tool_talks, yaml_json
+from training.evaluation import newcomers
 
 Scores = dict[str, Any]
 _SEED = "held out"
@@ -42,7 +45,10 @@ def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
     tokenizer = open_tokenizer(folder)
     entry = describe(folder)
     if not tasks:
-        by_style: dict[PromptStyle, tuple[str, ...]] = {"instruct": ("yaml_to_json",), "chatml": ("chat", "tools")}
+        by_style: dict[PromptStyle, tuple[str, ...]] = {
+            "instruct": ("yaml_to_json", "newcomers_yaml"),
+            "chatml": ("chat", "tools"),
+        }
         is_long = entry.context_length > 8192
         tasks = by_style.get(entry.prompt_style, ("positions", "passkey") if is_long else ("novel",))
     scores: Scores = {}
@@ -88,6 +94,70 @@ def yaml_to_json(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle
     answer = tokenizer.decode(greedy(model, [blog], 256, tokenizer.end_ids)[0])
     is_right = _parsed(answer) == yaml_json.BLOG_VALUE
     return {**result, "blog_example": is_right, "blog_answer": answer, "failures": failures}
+
+
+def newcomers_yaml(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
+    """How often the answer to a newcomer's document is its JSON, by its shape: as values, and to the last character.
+
+    `every shape, guided` counts answers that a grammar holds to JSON, objects and arrays, as `response_format` does.
+    `refused` counts the documents that are refused in the words of `newcomers.REFUSALS`.
+    """
+    documents, refused = newcomers.documents(), newcomers.refused()
+    free = _newcomers_answers(model, tokenizer, (*documents, *refused))
+    guided = _newcomers_answers(model, tokenizer, documents, asyncio.run(_any_json(tokenizer)))
+    long = {d for d in documents if len(_newcomers_prompt(tokenizer, d)) + len(tokenizer.encode(d.answer)) > 1024}
+    result: Scores = {}
+    for shape in newcomers.SHAPES:
+        result[shape] = _newcomers_rates(free, [document for document in documents if document.shape == shape])
+    result["over 1,024 tokens"] = _newcomers_rates(free, [document for document in documents if document in long])
+    result["every shape"] = _newcomers_rates(free, documents)
+    result["every shape, guided"] = _newcomers_rates(guided, documents)
+    result["refused"] = _newcomers_rates(free, refused)
+    wrong = sorted((d for d in free if free[d] != d.answer), key=lambda document: len(document.yaml))
+    n_before: Counter[str] = Counter()  # so that the first of every shape come first, the short ones before
+    rounds = []
+    for document in wrong:
+        rounds.append((n_before[document.shape], document))
+        n_before[document.shape] += 1
+    rounds.sort(key=lambda pair: pair[0])
+    failures = [{"yaml": d.yaml, "expected": d.answer, "answer": free[d]} for _, d in rounds]
+    return {**result, "failures": failures}
+
+
+def _newcomers_prompt(tokenizer: Tokenizer, document: newcomers.Document) -> list[int]:
+    return encode_instruct(tokenizer, document.instruction)
+
+
+def _newcomers_answers(
+    model: MPTForCausalLM,
+    tokenizer: Tokenizer,
+    documents: Sequence[newcomers.Document],
+    grammar: Grammar | None = None,
+) -> dict[newcomers.Document, str]:
+    """The answers of documents, cut where one is longer than it and all those beside it may be."""
+    n_tokens = {document: len(tokenizer.encode(document.answer)) for document in documents}
+    order = sorted(documents, key=lambda document: n_tokens[document])
+    answers = {}
+    for start in range(0, len(order), _ROWS):
+        rows = order[start : start + _ROWS]
+        prompts = [_newcomers_prompt(tokenizer, document) for document in rows]
+        longest = n_tokens[rows[-1]] + 1  # one more to end it
+        for document, ids in zip(rows, greedy(model, prompts, longest, tokenizer.end_ids, grammar), strict=True):
+            answers[document] = tokenizer.decode(ids)
+    return answers
+
+
+def _newcomers_rates(
+    answers: dict[newcomers.Document, str], documents: Sequence[newcomers.Document]
+) -> dict[str, int | float]:
+    exact = sum(answers[document] == document.answer for document in documents)
+    equal = sum(newcomers.has_equal_values(answers[document], document.answer) for document in documents)
+    n = len(documents)
+    return {"documents": n, "exact": exact / max(n, 1), "equal_values": equal / max(n, 1)}
+
+
+async def _any_json(tokenizer: Tokenizer) -> Grammar:
+    return await Grammars(tokenizer).get("json", {"type": ["object", "array"]})
 
 
 def chat_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 50) -> Scores:
@@ -199,6 +269,7 @@ def passkey(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> 
 
 TASKS: dict[str, Callable[[MPTForCausalLM, Tokenizer, PromptStyle], Scores]] = {
     "yaml_to_json": yaml_to_json,
+    "newcomers_yaml": newcomers_yaml,
     "chat": chat_turns,
     "tools": tool_turns,
     "novel": novel_loss,
@@ -209,20 +280,32 @@ TASKS: dict[str, Callable[[MPTForCausalLM, Tokenizer, PromptStyle], Scores]] = {
 
 @torch.no_grad()  # not inference mode: see training/evaluation/scoring.py
 def greedy(
-    model: MPTForCausalLM, prompts: Sequence[list[int]], max_new_tokens: int, end_ids: Collection[int]
+    model: MPTForCausalLM,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    end_ids: Collection[int],
+    grammar: Grammar | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to and with its end token, in the order of the prompts."""
+    """The greedy continuation of each prompt, up to and with its end token, in the order of the prompts.
+
+    grammar: what every continuation must be.
+    """
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     results: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), _ROWS):
         rows = order[start : start + _ROWS]
-        for n, ids in zip(rows, _greedy_batch(model, [prompts[n] for n in rows], max_new_tokens, end_ids), strict=True):
+        batch = _greedy_batch(model, [prompts[n] for n in rows], max_new_tokens, end_ids, grammar)
+        for n, ids in zip(rows, batch, strict=True):
             results[n] = ids
     return results
 
 
 def _greedy_batch(
-    model: MPTForCausalLM, prompts: Sequence[list[int]], max_new_tokens: int, end_ids: Collection[int]
+    model: MPTForCausalLM,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    end_ids: Collection[int],
+    grammar: Grammar | None,
 ) -> list[list[int]]:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -236,10 +319,15 @@ def _greedy_batch(
         ).logits[:, -1]
     results: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
+    states = [grammar.begin() for _ in prompts] if grammar is not None else []
     for _ in range(max_new_tokens):
+        for n in running if states else ():
+            states[n].mask(logits[n])
         tokens = logits.argmax(-1)
         for n in list(running):
             results[n].append(int(tokens[n]))
+            if states:
+                states[n].take(results[n][-1])
             if results[n][-1] in end_ids:
                 running.discard(n)
         if not running or len(results[min(running)]) == max_new_tokens:

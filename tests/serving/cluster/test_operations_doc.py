@@ -38,3 +38,13 @@ def test_the_arithmetic_of_the_table():
             assert (int(short), int(whole)) == (n_tokens // 768, n_tokens // 2048), name
         else:
             assert whole == f"{n_tokens // 65536} book"
+
+
+def test_every_row_of_the_table_of_deaths_names_a_test_that_is_there():
+    section = TEXT.partition("### When a part dies")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    tests = Path(__file__).with_name("test_deaths.py").read_text(encoding="utf-8")
+    assert len(rows) == 10
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py::)?(test_\w+)`", row)
+        assert named and all(file or f"def {name}(" in tests for file, name in named), row

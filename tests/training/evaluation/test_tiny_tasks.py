@@ -103,6 +103,30 @@ def test_the_page_keeps_what_was_not_made_again(tmp_path: Path) -> None:
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
+def test_the_page_says_new_scores_of_a_model_that_was_not_made_again(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "tiny.md"
+    copy = tmp_path / "tiny.md"
+    shutil.copy(page, copy)
+    failures = [{"yaml": f"n: {n}", "expected": f'{{"n": {n}}}', "answer": "{}"} for n in range(8)]
+    rates = {"documents": 8, "exact": 0.0, "equal_values": 0.25}
+    scores = {"newcomers_yaml": {"numbers": rates, "failures": failures, "seconds": 3.2}}
+    (tmp_path / "work" / "mpt-tiny-instruct").mkdir(parents=True)
+    tiny_tasks.write(scores, tmp_path / "work" / "mpt-tiny-instruct" / "scores.json")
+    tiny.write_docs(tmp_path / "work", copy)
+    before, after = page.read_text(encoding="utf-8"), copy.read_text(encoding="utf-8")
+    following = "\n## mpt-tiny-chat-first\n"
+    section = before.partition("\n## mpt-tiny-instruct\n")[2].partition(following)[0]
+    old_task = "`train evaluate --model mpt-tiny-instruct --task yaml_to_json`"
+    kept = section.partition(old_task)[0] + old_task + section.partition(old_task)[2].partition("`train evaluate")[0]
+    new_section = after.partition("\n## mpt-tiny-instruct\n")[2].partition(following)[0]
+    assert new_section.startswith(f"{kept}`train evaluate --model mpt-tiny-instruct --task newcomers_yaml` (3 s):\n")
+    assert new_section.count("--task newcomers_yaml") == 1
+    assert after.replace(new_section, section) == before
+    assert "- numbers: documents 8, exact 0, equal_values 0.25\n" in after
+    assert 'n: 5\n\nexpected: {"n": 5}\nanswered: {}\n' in after
+    assert "n: 6" not in after
+
+
 def test_an_unknown_task_is_refused(small_run: Run) -> None:
     folder = loop.fit(small_run)
     with pytest.raises(UserError, match="no task `poetry`; known: yaml_to_json"):
