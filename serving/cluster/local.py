@@ -169,14 +169,12 @@ def _serve(
 ) -> None:
     started, stop = time.perf_counter(), threading.Event()
 
-    def on_signal(*_: object) -> None:
-        stop.set() if processes.is_ready else processes.leave(0)
-
     def catch_signals() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+        numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal that is closed; `nohup` ignores it
-            signal.signal(signal.SIGHUP, on_signal)
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: stop.set() if processes.is_ready else processes.leave(0))
 
     catch_signals()
     import ray
