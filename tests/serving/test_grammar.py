@@ -299,7 +299,9 @@ async def test_a_hostile_grammar_is_refused_soon_and_others_go_on(serving, name)
     ended.set()
     await other
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, f"structured_outputs.{next(iter(asked))}")
+    is_refused_unread = name in ("deep", "very deep")  # by the depth of the body
+    assert answer.status_code == 400
+    assert error["param"] == (None if is_refused_unread else f"structured_outputs.{next(iter(asked))}")
     assert words in error["message"] and len(error["message"]) < 400 and "\n" not in error["message"]
     assert took_s < 15  # 1 s of CPU time, however busy the machine that tests is
     if words == "compile":

@@ -144,9 +144,11 @@ def test_what_gets_no_answer_holds_nothing_up_when_the_terminal_is_closed(folder
     options = ("--port", "0", "--model", f"base={folder}", "--demo")
     server = servers.start("serve", *options, program=("-c", PATIENT))
     address = "127.0.0.1", int(server.url.rpartition(":")[2])
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
-    page = b"GET /demo/gradio_api/heartbeat/abc HTTP/1.1\r\nhost: x\r\n\r\n"
-    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+    )
+    page = b"GET /demo/gradio_api/heartbeat/abc HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with ExitStack() as opened:
         opened.callback(server.stop, signal.SIGKILL)
         for sent in (head, head + b"\r\n{", whole, page, page):
