@@ -51,10 +51,11 @@ class Gate:
         metrics: HttpMetrics,
         log_format: Literal["text", "json"] | None,
         names_requests: bool = True,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._app, self._door, self._metrics, self._log_format = app, door, metrics, log_format
         self._names_requests = names_requests
-        self._limiter = RateLimiter()
+        self._limiter = limiter or RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

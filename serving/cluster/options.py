@@ -15,6 +15,9 @@ from mpt.options import MODEL_NAME, ModelOptions, at_least
 from serving.options import HttpOptions
 
 Routing = Literal["least_loaded", "prefix"]
+UpdateOrder = Literal["start_first", "stop_first"]
+OWN_NAMES = ROUTER, SETTINGS = "Router", "Settings"  # of deployments that are no models
+ReplicaHost = Literal["loopback", "node"]
 NO_KEYS = (
     "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, or "
     "`no_auth: true` to serve everybody who reaches it"
@@ -45,6 +48,8 @@ class ReplicaOptions(ModelOptions):
     target_ongoing_requests: float | None = None  # None is 70 % of max_running
     upscale_delay_s: float = 30
     downscale_delay_s: float = 600
+    # When the model changes: another replica starts before one stops; `stop_first` where there is no room for it.
+    update_order: UpdateOrder = "start_first"
     graceful_shutdown_timeout_s: float = 120  # how long running answers may finish when a replica leaves
     startup_timeout_s: float = 600  # reading the weights, a first token
 
@@ -86,6 +91,16 @@ class ReplicaOptions(ModelOptions):
         return self.num_gpus * self.tensor_parallel * (self.initial_replicas or self.min_replicas)
 
 
+@dataclass(frozen=True)
+class ReplicaHttp:
+    """What every replica is told of HTTP, whatever its model."""
+
+    request_timeout_s: float
+    max_body_bytes: int
+    keep_alive_s: float
+    replica_host: ReplicaHost
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions(HttpOptions):
     """Everything `args` may say. Without models, the four of the mpt-tiny family."""
@@ -95,12 +110,16 @@ class ClusterOptions(HttpOptions):
     router_replicas: int = 1
     router_num_cpus: float = 0.1
     # Where replicas listen for routers; `node` for several nodes.
-    replica_host: Literal["loopback", "node"] = "loopback"
+    replica_host: ReplicaHost = "loopback"
     docs: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
         at_least(self, 0.1, "request_timeout_s", "keep_alive_s", "read_timeout_s")
+
+    @property
+    def replica_http(self) -> ReplicaHttp:
+        return ReplicaHttp(self.request_timeout_s, self.max_body_bytes, self.keep_alive_s, self.replica_host)
 
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""
@@ -119,6 +138,8 @@ def read_args(args: Mapping[str, Any]) -> ClusterOptions:
         for name, given in models.items():
             if not isinstance(name, str) or not MODEL_NAME.fullmatch(name):
                 raise UserError(f"`{name}` cannot be a served name: letters, digits, `.`, `_`, `-`, at most 64")
+            if name in OWN_NAMES:
+                raise UserError(f"`{name}` cannot be a served name: the cluster calls a part of itself so")
             if not isinstance(given, Mapping):
                 raise UserError(f"`models.{name}` is {given!r}; write its options: {{root: mpt-7b}}")
             found[name] = _read(ReplicaOptions, given, f"models.{name}.")

@@ -41,6 +41,7 @@ from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.gate import Gate
 from serving.intake import read_body
+from serving.limits import RateLimiter
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import (
@@ -61,12 +62,24 @@ _KEEPS_NONE = "a cluster keeps no responses, since its replicas change; send the
 _PREFIX_CHARACTERS = 1024  # characters that decide which replica's cache a prompt may be in
 
 
-def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
+class Kept:
+    """What a router keeps when its options change: counts, what is on its way through, connections, clients' limits."""
+
+    def __init__(self) -> None:
+        self.metrics, self.traffic = RouterMetrics(), Traffic()
+        self.session, self.limiter = _Session(), RateLimiter()
+
+    def exposition(self) -> str:
+        """This router's own metrics."""
+        return generate_latest(self.metrics.registry).decode()
+
+
+def make_router(fleet: Fleet, options: ClusterOptions, door: Door, kept: Kept | None = None) -> FastAPI:
     """The ASGI app in front of a fleet; the same routes and errors as `serving.app.make_app`."""
+    kept = kept or Kept()
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
-    metrics = RouterMetrics()
-    session, traffic = _Session(), Traffic()
+    metrics, traffic, session = kept.metrics, kept.traffic, kept.session
     cards = fleet.cards
 
     def find(model: str) -> tuple[str, str | None]:
@@ -100,8 +113,6 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     functions = _listing(fleet, find, options, traffic)
     functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
     add_routes(app, functions)
-    app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
-    app.state.traffic = traffic
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
@@ -109,7 +120,12 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door) -> FastAPI:
     if options.docs:
         add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
-        Gate, door=door, metrics=metrics, log_format=options.log_format, names_requests=False
+        Gate,
+        door=door,
+        metrics=metrics,
+        log_format=options.log_format,
+        names_requests=False,
+        limiter=kept.limiter,
     )
     if options.cors_origins:
         app.add_middleware(
