@@ -1,4 +1,4 @@
-"""The commands `mpt serve`, `mpt cluster` and `mpt top`."""
+"""The commands `mpt serve` and `mpt top`."""
 
 import functools
 import os
@@ -18,7 +18,6 @@ from serving.options import ServeOptions, is_loopback, seconds
 from serving.sources import adapter_folders, all_sources
 
 P = ParamSpec("P")
-CONFIG = Path(__file__).with_name("config.yaml")
 
 
 _Model = Annotated[
@@ -306,37 +305,6 @@ def serve(
     from serving import server
 
     server.serve(options)
-
-
-def cluster(
-    config: Annotated[
-        Path,
-        typer.Option(
-            help="A Ray Serve config; docs/operations.md lists what `args` may say.", show_default="the tiny four"
-        ),
-    ] = CONFIG,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="TCP port.", show_default="the config's, else 8000")
-    ] = None,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs that Ray may hand out.", show_default="as many as there are")
-    ] = None,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
-    ] = 30.0,
-) -> None:
-    """Serve checkpoints on a local Ray, each model with replicas of its own, until interrupted.
-
-    On a Ray cluster that runs already: `serve deploy serving/config.yaml`; on Kubernetes: k8s/README.md.
-
-    \b
-    Examples:
-      mpt cluster
-      mpt cluster --config my-models.yaml --port 9000
-    """
-    from serving.cluster import local
-
-    local.run(config, port, cpus, drain_seconds)
 
 
 def top(

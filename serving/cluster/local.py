@@ -3,7 +3,6 @@
 Everything a user can have got wrong is told before Ray starts, which takes seconds and hides errors in its logs.
 """
 
-import asyncio
 import logging
 import os
 import signal
@@ -20,6 +19,8 @@ from mpt.errors import MachineRefused, UserError
 from serving.auth import keys_of
 from serving.cluster import haproxy
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
+from serving.cluster.reload import Reloads, tell_room
+from serving.cluster.timeouts import Timeouts
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 
@@ -33,9 +34,6 @@ ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_worker_niceness": "0",  # 15 otherwise: behind everything else on this machine
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1800",  # how long a replaced HAProxy keeps its streams; Ray: 120
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 s is for load balancers beyond this machine
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray listens on every address; nobody without its token is answered
 }
@@ -51,9 +49,11 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         http["port"] = port
     n_cpus = cpus or os.cpu_count() or 1
     _check(options, http, n_cpus)
+    _check_port(http)
     # HAProxy's own pages are on fixed ports of Ray's otherwise, so that a machine could hold one cluster only.
     ports = {name: str(_free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
-    for variable, value in {**ENVIRONMENT, **ports, "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command()}.items():
+    ports["RAY_SERVE_HAPROXY_BINARY_PATH"] = haproxy.command()
+    for variable, value in {**ENVIRONMENT, **Timeouts.of(options).environment(), **ports}.items():
         os.environ.setdefault(variable, value)
 
     import ray
@@ -62,37 +62,28 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from serving.cluster.deployment import ROUTER, app
+    from serving.cluster.running import Running
 
-    name = application.get("name", "mpt")
     stop = threading.Event()
     ray.init(num_cpus=n_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    running = Running(application, logging_config)
     try:
         try:
             serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
-            serve.run(
-                app(application.get("args") or {}),
-                name=name,
-                route_prefix=application.get("route_prefix", "/"),
-                logging_config=LoggingConfig(**logging_config),
-            )
+            running.deploy(application.get("args") or {}, {})
         except (RayError, RuntimeError) as error:
             log.debug("Ray Serve did not start", exc_info=error)
             last = str(error).strip().splitlines()[-1]
             raise MachineRefused(f"the models did not start: {last}; see /tmp/ray/session_latest/logs/serve") from None
-        log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
-        stop.wait()
+        reloads = Reloads(config, _read, lambda changed: _check(changed, http, n_cpus), running)
+        with reloads.listening(http["port"]):
+            log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+            tell_room(options, running.free())
+            stop.wait()
         log.info("shutting down; running requests may take %.0f s more", drain_s)
-
-        async def drain() -> None:
-            routers = serve.get_deployment_handle(ROUTER, name)
-            await routers.broadcast("drain", drain_s).results_async(timeout_s=drain_s + 30)
-
-        loop = asyncio.new_event_loop()  # a handle wants one that runs until Ray has gone
-        threading.Thread(target=loop.run_forever, daemon=True).start()
-        asyncio.run_coroutine_threadsafe(drain(), loop).result()
+        running.drain(drain_s)
         serve.shutdown()
     finally:
         ray.shutdown()
@@ -150,6 +141,10 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
             f"the models and routers ask for {wanted_cpus:g} CPUs and Ray may hand out {n_cpus}; lower num_cpus or "
             "min_replicas, or give --cpus"
         )
+
+
+def _check_port(http: dict[str, Any]) -> None:
+    """Raises UserError where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import mpt
+from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.prompts import encode_chat
+from serving.cluster import reload
 from tests.serving.servers import Server, free_port, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
@@ -493,6 +495,27 @@ def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url)
     assert "client=" in hashed and "client=tester" not in hashed
     everything = "".join(server.lines)
     assert "confidential" not in everything and not any(key in everything for key in (KEY, OTHER_KEY, SLOW_KEY))
+
+
+def test_a_cluster_takes_its_changed_config_as_it_runs(server, url):
+    if server.kind == "serve":
+        pytest.skip("one process, which reads its options once")
+    path = Path(server.process.args[server.process.args.index("--config") + 1])
+    written, pages = path.read_text(), f"{url}/docs"
+    assert httpx.get(pages).status_code == 200
+    try:
+        path.write_text(written.replace("docs: true", "docs: 1"))
+        with pytest.raises(UserError, match="`docs` is 1; it takes true or false"):
+            list(reload.ask(None, httpx.URL(url).port))
+        assert httpx.get(pages).status_code == 200
+        path.write_text(written.replace("docs: true", "docs: false"))
+        told, *_ = list(reload.ask(None, httpx.URL(url).port))
+        assert told == "the routers take `docs` as they run"
+        assert httpx.get(pages, headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
+    finally:
+        path.write_text(written)
+        list(reload.ask(None, httpx.URL(url).port))
+    assert httpx.get(pages).status_code == 200
 
 
 def test_it_leaves_when_told(server):
