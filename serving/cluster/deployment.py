@@ -23,9 +23,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -318,39 +316,37 @@ class Router:
         set_up_logging()
         self._settings, self._front, self._kept = settings, _Front(), Kept()
         self._fleet: RayFleet | None = None
-        self._known = ""
+        self._heard = self._goes_by = ""  # digests of `args`
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        await self._take(await self._settings.args.remote(self._known))
+        await self._take(await self._settings.args.remote(self._heard))
         self._following = asyncio.create_task(self._follow())
         return self._front
 
     def follows(self) -> str:
         """The digest of the `args` that this router goes by."""
-        return self._known
+        return self._goes_by
 
     async def _follow(self) -> None:
         """Go by what `settings` say, for as long as this router lives."""
         while True:
             try:
-                args = await self._settings.args.remote(self._known)
-            except (RayError, RayServeException) as error:
+                args = await self._settings.args.remote(self._heard)
+                if digest_of(args) != self._heard:
+                    await self._take(args)
+            except MPTError as error:
+                log.error("settings that cannot be kept; going on with those there are: %s", error)
+            except Exception as error:  # Ray's, or of gRPC below it, while that replica is replaced
                 log.warning("no settings; going on with those there are: %r", error)
                 await asyncio.sleep(_SETTINGS_AGAIN_S)
-                continue
-            if digest_of(args) != self._known:
-                try:
-                    await self._take(args)
-                except MPTError as error:
-                    log.error("settings that cannot be kept; going on with those there are: %s", error)
-                    self._known = digest_of(args)
 
     async def _take(self, args: dict[str, Any]) -> None:
         """Serve what `args` say from the next request on; those on their way end as they began. Raises MPTError."""
+        self._heard = digest_of(args)
         options = read_args(args)
         fleet = RayFleet(options, self._fleet)
         self._front.app = await asyncio.to_thread(self._make, fleet, options)
-        self._fleet, self._known = fleet, digest_of(args)
+        self._fleet, self._goes_by = fleet, self._heard
 
     def _make(self, fleet: "RayFleet", options: ClusterOptions) -> ASGIApp:
         fleet.read_cards()

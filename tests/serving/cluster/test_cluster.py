@@ -607,7 +607,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def until(holds: Callable[[], bool], within_s: float = 60.0) -> None:
+def until(holds: Callable[[], bool], within_s: float = 100.0) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline
