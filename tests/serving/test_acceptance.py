@@ -501,21 +501,24 @@ def test_a_cluster_takes_its_changed_config_as_it_runs(server, url):
     if server.kind == "serve":
         pytest.skip("one process, which reads its options once")
     path = Path(server.process.args[server.process.args.index("--config") + 1])
-    written, pages = path.read_text(), f"{url}/docs"
-    assert httpx.get(pages).status_code == 200
+    written, port = path.read_text(), httpx.URL(url).port
+
+    def pages() -> int:
+        return httpx.get(f"{url}/docs", headers={"Authorization": f"Bearer {KEY}"}).status_code
+
+    assert pages() == 200
     try:
         path.write_text(written.replace("docs: true", "docs: 1"))
         with pytest.raises(UserError, match="`docs` is 1; it takes true or false"):
-            list(reload.ask(None, httpx.URL(url).port))
-        assert httpx.get(pages).status_code == 200
+            list(reload.ask(None, port))
+        assert pages() == 200
         path.write_text(written.replace("docs: true", "docs: false"))
-        told, *_ = list(reload.ask(None, httpx.URL(url).port))
-        assert told == "the routers take `docs` as they run"
-        assert httpx.get(pages, headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
+        told, *_ = list(reload.ask(None, port))
+        assert told == "the routers take `docs` as they run" and pages() == 404
     finally:
         path.write_text(written)
-        list(reload.ask(None, httpx.URL(url).port))
-    assert httpx.get(pages).status_code == 200
+        list(reload.ask(None, port))
+    assert pages() == 200
 
 
 def test_it_leaves_when_told(server):
