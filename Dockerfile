@@ -4,6 +4,7 @@
 #   docker build --target cpu  -t ghcr.io/mpt-home/mpt:0.1.0-cpu  .    demos, the download Job, CPU serving, conversion
 #   docker build --target cuda -t ghcr.io/mpt-home/mpt:0.1.0-cuda .    Ray pods and training pods with GPUs
 #
+# With --build-arg COMMIT=$(git rev-parse HEAD) the server says its commit (/version, mpt_build_info).
 # Both run as uid 10001 on a root file system that cannot be written; /tmp (and on Ray pods /tmp/ray, /dev/shm) must be a
 # volume. No ENTRYPOINT: KubeRay starts pods with `bash -c "ulimit ...; ray start ..."`, and its probes call wget.
 # Ports: 8000 API, 7860 demos, 8080 Ray's metrics, 8265 Ray's dashboard, 6379 GCS, 10001 Ray client.
@@ -35,6 +36,8 @@ ARG CPU_EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip \
     torch=$(grep '^torch==' /src/constraints.txt) \
     && pip install -c /src/constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu "${torch}+cpu"
+ARG COMMIT=
+ENV MPT_COMMIT=${COMMIT}
 COPY . /src/
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c /src/constraints.txt "/src[${CPU_EXTRAS}]"
@@ -43,6 +46,8 @@ FROM build AS build-cuda
 ARG CUDA_EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c /src/constraints.txt "$(grep '^torch==' /src/constraints.txt)"
+ARG COMMIT=
+ENV MPT_COMMIT=${COMMIT}
 COPY . /src/
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c /src/constraints.txt "/src[${CUDA_EXTRAS}]"

@@ -1,11 +1,14 @@
-"""The build of the package: a wheel holds the C code compiled for all processors of its platform.
+"""The build of the package: a wheel holds the commit that it is of, and the C code compiled for its platform.
 
-So a machine without a compiler is as fast as one with it. Where the build finds no compiler, or one that does not know
-all the variants, it says so; the wheel then compiles at first use, as a source checkout does.
+The commit is `$MPT_COMMIT`, or that of the checkout: the build of an image has no git. With the compiled code a machine
+without a compiler is as fast as one with it. Where the build finds no compiler, or one that does not know all the
+variants, it says so; the wheel then compiles at first use, as a source checkout does.
 """
 
 import importlib.util
+import os
 import platform
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,6 +27,11 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[misc]  # hatchling ha
         """Compile each variant and add it to the wheel. An editable install takes the checkout as it is."""
         if version != "standard":
             return
+        if commit := os.environ.get("MPT_COMMIT") or _commit(Path(self.root)):
+            noted = Path(self.directory) / "commit.txt"
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            noted.write_text(f"{commit}\n", encoding="ascii")
+            build_data["force_include"][str(noted)] = "mpt/commit.txt"
         build = _load(Path(self.root) / NATIVE / "build.py")
         compiler = build.find_compiler()
         if compiler is None:
@@ -42,6 +50,19 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[misc]  # hatchling ha
             self.app.display_info(f"compiled for {variant.instructions or 'any processor'}")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform()}"  # no Python is linked: any version loads the libraries
+
+
+def _commit(checkout: Path) -> str | None:
+    """The commit that is checked out, None where git does not say."""
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _platform() -> str:

@@ -3,6 +3,12 @@
     mpt serve --port 8123 &
     python benchmarks/chaos.py --url http://127.0.0.1:8123 --pid $! --seconds 60 --streams 100
 
+    python benchmarks/chaos.py --command "mpt cluster --port 8123" --url http://127.0.0.1:8123 --faults all
+
+With `--faults` the parts of the server die meanwhile, and more (`benchmarks/faults.py`). A connection that a fault
+broke is counted apart: `away` if there was no answer yet, `cut` if its client saw the answer break off. A stream that
+ended as if it were whole is lost, whatever happened.
+
 Every client draws its actions from a generator of its own, seeded with the run's seed and its number; what cannot be
 repeated is the timing. A well-formed request must end complete (finish_reason and [DONE], or a whole body, with the
 greedy text that the same prompt gave when it was alone), or be refused with 429 or 503 and `Retry-After`, or end in an
@@ -23,7 +29,7 @@ import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,10 +41,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.faults import BACK_WITHIN_S, NAMES, Faults, Plan, Supervisor
+
 Json = dict[str, Any]
 
-OUTCOMES = ("complete", "refused", "error event", "cancelled", "wrong", "lost")
-OVER_THE_LIMIT = bytes(33 << 20)  # mpt serve takes bodies of 32 MiB
+OUTCOMES = ("complete", "refused", "error event", "cancelled", "away", "cut", "wrong", "lost")
+OVER_THE_LIMIT = bytes(17 << 20)  # servers take 4 MiB, and 16 of embeddings
 SETTLE_S = 10.0  # until the gauges must be back at 0
 QUIET_S = 30.0  # until a connection of bytes that are not HTTP must be closed
 GAUGES = ("mpt_num_requests_running", "mpt_num_requests_waiting", "mpt_kv_cache_usage_perc")
@@ -71,6 +79,7 @@ class Run:
     n_burst: int
     patience_s: float
     tie: float
+    plan: Plan | None = None  # of a server that is started here
 
 
 @dataclass(frozen=True)
@@ -286,6 +295,7 @@ class Storm:
         self.long_cases: list[Case] = []
         key = {"authorization": f"Bearer {run.key}"} if run.key else {}
         self.headers = {"content-type": "application/json", **key}
+        self.faults: Faults | None = None
 
     async def __aenter__(self) -> "Storm":
         def narrow(address: Any) -> socket.socket:
@@ -457,6 +467,8 @@ class Storm:
             raise Ended("cancelled", "") from None
         finally:
             writer.close()
+        if not answer:
+            raise ConnectionResetError("closed before the body was complete")
         raise Ended("wrong", f"answered before the body was complete: {answer!r}")
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -471,7 +483,7 @@ class Storm:
         """Await one request and count how it ended. Returns whether it was refused for now."""
         self.tally.sent[kind] += 1
         failure = "wrong" if kind.startswith("bad: ") else "lost"
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.monotonic()
         outcome, what = "complete", ""
         try:
             async with asyncio.timeout(self.run.patience_s):
@@ -489,9 +501,13 @@ class Storm:
         except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
             # A broken connection, or an answer of another shape.
             outcome, what = failure, f"{type(error).__name__}: {error}"
+            if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | OSError) and (
+                self.faults is not None and self.faults.excuses(began)
+            ):
+                outcome = "cut" if isinstance(error, aiohttp.ClientPayloadError) else "away"
         self.tally.slowest_s = max(self.tally.slowest_s, time.perf_counter() - started)
         self.tally.add(kind, outcome, what)
-        return outcome == "refused" and what.startswith(("429", "503"))
+        return outcome == "away" or (outcome == "refused" and what.startswith(("429", "503")))
 
     async def client(self, k: int, until: float) -> None:
         """Drawn actions, one after the other until the time is up; a client that was refused waits a little."""
@@ -615,19 +631,20 @@ async def chunks_of(content: io.BytesIO) -> AsyncIterator[bytes]:
 class Memory:
     """The resident memory of processes and their children, sampled every second."""
 
-    def __init__(self, pids: tuple[int, ...]) -> None:
-        self._roots = [psutil.Process(pid) for pid in pids]
+    def __init__(self, roots: Callable[[], list[psutil.Process]]) -> None:
+        self._roots = roots
         self.samples: list[tuple[float, float]] = []  # (seconds, MB)
 
     async def watch(self) -> None:
-        while self._roots:
+        while True:
             n_bytes = 0
-            for root in self._roots:
+            for root in self._roots():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     for process in {root, *root.children(recursive=True)}:
                         with contextlib.suppress(psutil.NoSuchProcess):
                             n_bytes += process.memory_info().rss
-            self.samples.append((time.monotonic(), n_bytes / 1e6))
+            if n_bytes:
+                self.samples.append((time.monotonic(), n_bytes / 1e6))
             await asyncio.sleep(1)
 
     def summary(self) -> Json | None:
@@ -647,16 +664,26 @@ class Memory:
 
 async def storm_over(run: Run) -> Json:
     """The whole run as numbers. Raises Ended if the server does not answer before the storm."""
-    async with Storm(run) as storm:
+    async with contextlib.AsyncExitStack() as stack:
+        supervisor = None
+        if run.plan is not None:
+            supervisor = await stack.enter_async_context(Supervisor(run.plan.command, run.plan.log))
+            await ready(run.url)
+        storm = await stack.enter_async_context(Storm(run))
         await storm.prepare()
-        memory, tally = Memory(run.pids), storm.tally
+        memory, tally = Memory(lambda: roots_of(run, supervisor)), storm.tally
         watching = asyncio.create_task(memory.watch())
         started = time.monotonic()
         until = started + run.seconds
-        await asyncio.gather(storm.bursts(until), *(storm.client(k, until) for k in range(run.n_streams)))
+        if run.plan is not None and supervisor is not None and run.plan.faults:
+            names = [model.name for model in storm.models]
+            storm.faults = Faults(storm.url, storm.headers, names, supervisor, run.plan, run.seed)
+        striking = storm.faults.run(until) if storm.faults else asyncio.sleep(0)
+        await asyncio.gather(striking, storm.bursts(until), *(storm.client(k, until) for k in range(run.n_streams)))
         storm_s, n_tokens = time.monotonic() - started, tally.n_tokens
         watching.cancel()
         await storm.afterwards()
+    strikes = storm.faults.strikes if storm.faults else []
     compared = [len(case.text[: case.n_certain]) for case in storm.cases]
     ttft = sorted(tally.ttft_s)
     return {
@@ -672,7 +699,29 @@ async def storm_over(run: Run) -> Json:
         "tokens_per_s": n_tokens / storm_s,
         "text_compared": sum(compared) / sum(len(case.text) for case in storm.cases),
         "memory": memory.summary(),
+        "strikes": [asdict(strike) for strike in strikes],
+        "exit_codes": supervisor.exit_codes if supervisor is not None else [],
     }  # fmt: skip
+
+
+async def ready(url: str) -> None:
+    """Wait until the server says so. Raises Ended after BACK_WITHIN_S."""
+    deadline = time.monotonic() + BACK_WITHIN_S
+    async with aiohttp.ClientSession() as session:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(f"{url.rstrip('/')}/ready") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.5)
+    raise Ended("lost", f"not ready within {BACK_WITHIN_S:.0f} s")
+
+
+def roots_of(run: Run, supervisor: Supervisor | None) -> list[psutil.Process]:
+    """The processes whose memory counts, with their children."""
+    if supervisor is not None:
+        return [supervisor.root] if supervisor.root is not None else []
+    return [psutil.Process(pid) for pid in run.pids if psutil.pid_exists(pid)]
 
 
 def quantile(ordered: list[float], q: float) -> float | None:
@@ -703,6 +752,7 @@ def show(result: Json, console: Console) -> None:
         f"{result['tokens_per_s']:.0f} tokens/s in complete answers; "
         f"{result['text_compared']:.0%} of the reference texts lie before a tie"
     )
+    show_strikes(result["strikes"], console)
     if memory := result["memory"]:
         console.print(
             f"memory: {memory['first_mb']:.0f} MB at first, {memory['last_mb']:.0f} at last, peak "
@@ -712,6 +762,22 @@ def show(result: Json, console: Console) -> None:
         for text in texts:
             console.print(f"{name}: {text}", markup=False, highlight=False)
     console.print(f"lost {result['lost']}, wrong {result['wrong']}", style="bold")
+
+
+def show_strikes(strikes: list[Json], console: Console) -> None:
+    """Each kind of fault: how often it struck, the slowest return, what was wrong."""
+    if not strikes:
+        return
+    table = Table("fault", "struck", "all models answer, s", "the part is there, s", "worst wait, s", "wrong")
+    for name in sorted({strike["fault"] for strike in strikes}):
+        found = [strike for strike in strikes if strike["fault"] == name]
+        answers, parts = ([strike[key] for strike in found] for key in ("answers_after_s", "part_after_s"))
+        table.add_row(
+            name, str(len(found)), "never" if None in answers else f"{max(answers):.1f}",
+            "" if None in parts else f"{max(parts):.1f}", f"{max(strike['worst_wait_s'] for strike in found):.1f}",
+            "; ".join(strike["wrong"] for strike in found if strike["wrong"]),
+        )  # fmt: skip
+    console.print(table)
 
 
 def chaos(
@@ -725,20 +791,36 @@ def chaos(
     patience: float = typer.Option(120.0, min=0.1, help="Seconds after which a request counts as lost."),
     tie: float = typer.Option(0.25, min=0, help="Compare texts up to two tokens this close, in nats; 0 wholly."),
     json: Path | None = typer.Option(None, help="Also write the numbers as JSON."),
+    command: str | None = typer.Option(None, help="Start the server by this, and again whenever it ends."),
+    faults: str = typer.Option("", metavar="NAME[,NAME]", help=f"With --command: {', '.join(NAMES)}, or all."),
+    pause: float = typer.Option(10.0, min=0, help="Seconds between the end of a fault and the next."),
+    config: Path | None = typer.Option(None, help="For the fault `config`: the server's config, which is changed."),
+    reload: str | None = typer.Option(None, help="For the fault `config`: the command that applies it."),
+    log: Path | None = typer.Option(None, help="File for what the server of --command writes."),
 ) -> None:
     """Good and bad clients against a running server; exit code 1 if a request was lost or answered wrong."""
+    names = tuple(name for name in NAMES if faults == "all" or name in faults.split(","))
+    if unknown := set(filter(None, faults.split(","))) - {*NAMES, "all"}:
+        raise typer.BadParameter(f"no fault {sorted(unknown)}; known: {', '.join(NAMES)}", param_hint="--faults")
+    if names and command is None:
+        raise typer.BadParameter("a server that is to be hurt is started here; give --command", param_hint="--faults")
+    if "config" in names and (config is None or reload is None):
+        raise typer.BadParameter("`config` needs --config and --reload", param_hint="--faults")
     pids = tuple(int(each) for each in re.findall(r"\d+", pid))
     if missing := [each for each in pids if not psutil.pid_exists(each)]:
         raise typer.BadParameter(f"no process {missing}", param_hint="--pid")
     try:
-        result = asyncio.run(storm_over(Run(url, api_key, pids, seconds, seed, streams, burst, patience, tie)))
+        plan = None if command is None else Plan(command, names, pause, config, reload, log)
+        run = Run(url, api_key, pids, seconds, seed, streams, burst, patience, tie, plan)
+        result = asyncio.run(storm_over(run))
     except (Ended, aiohttp.ClientError) as error:
         typer.echo(f"chaos: {url} does not answer before the storm: {error}", err=True)
         raise typer.Exit(2) from None
     if json is not None:
         json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
     show(result, Console(width=120))
-    if result["lost"] or result["wrong"]:
+    never = [strike for strike in result["strikes"] if strike["wrong"] or strike["answers_after_s"] is None]
+    if result["lost"] or result["wrong"] or never:
         raise typer.Exit(1)
 
 

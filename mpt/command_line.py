@@ -58,8 +58,25 @@ def new_app(help: str) -> typer.Typer:
     )
 
 
+def hold_standard_streams() -> None:
+    """Open /dev/null in place of each standard stream that is closed.
+
+    Else the next file or socket gets its number, and what a library writes to stderr goes there.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # the lowest number that is free, which is this one
+            stream = open(number, mode, encoding="utf-8")  # noqa: SIM115  (as long as the process)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command line; a user's mistake is one line on stderr and an exit code."""
+    hold_standard_streams()
+    gc.set_threshold(50_000, 10, 10)  # by default looking for cycles is a sixth of the time that importing torch takes
     try:
         with disk_refusals(Path.cwd()), misplaced_paths():
             app(prog_name=name)

@@ -19,10 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import mpt
+from mpt.build import commit
 from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
-from serving.auth import Door, keys_of
+from serving.auth import Door, book_of, keys_of
 from serving.batch.api import batch_functions
 from serving.batch.service import BatchDoor, BatchService
 from serving.batch.store import Store
@@ -40,15 +41,17 @@ from serving.errors import (
 )
 from serving.gate import Gate
 from serving.generation import Generation
-from serving.intake import read_body
+from serving.heads import Hosts
+from serving.intake import read
 from serving.lifecycle import Hold
 from serving.lifecycle_metrics import LifecycleCollector
 from serving.listing import listing
 from serving.loading import model_loading
 from serving.metrics import HttpMetrics, Metrics
-from serving.protocol.body import parse
 from serving.replies import as_json
+from serving.request_log import request_log
 from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 log = logging.getLogger(__name__)
@@ -56,10 +59,11 @@ log = logging.getLogger(__name__)
 Functions = dict[str, Callable[..., Any]]  # what answers each route, by its name in `routes.py`
 
 
-def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
+def make_app(serving: Serving, door: Door | None = None, hosts: Hosts | None = None) -> FastAPI:
     """The ASGI app over these endpoints; they may still be loading.
 
-    door: who is let in; the keys of the options by default. Another one stands behind a router, which logs.
+    door: who is let in; the keys of the options by default. Another one stands behind a router, which logs. hosts: the
+    names that the server may be asked by, None for any.
     """
     options = serving.options
     log_format = options.log_format if door is None else None
@@ -67,21 +71,28 @@ def make_app(serving: Serving, door: Door | None = None) -> FastAPI:
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     app.state.serving, app.state.metrics = serving, metrics
-    door = door or keys_of(options)
+    app.state.request_log = request_log(options.log_requests)
+    keys = keys_of(options)
+    keys.note_unknown(serving.names())
+    door = door or keys
     service = None
     if options.batch_dir is not None:
         door = BatchDoor(door)
         service = BatchService(Store(options.batch_dir), app, door, serving.takes_priority)
     app.state.batches = service
     metrics.registry.register(LifecycleCollector(serving.lifecycle))
+    metrics.connections.set_function(lambda: serving.connections.n_open)
     functions = batch_functions(service, door, options)
     functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
     add_routes(app, functions | model_loading(serving) | _operations(serving, metrics))
     add_errors(app, metrics)
     if options.docs:
-        add_docs(app, needs_key=keys_of(options).required)
+        add_docs(app, needs_key=keys.required)
     app.add_middleware(Holding, serving=serving)
-    app.add_middleware(Gate, door=door, metrics=metrics, log_format=log_format)
+    app.add_middleware(
+        Gate, door=door, metrics=metrics, log_format=log_format, book=book_of(keys, options), hosts=hosts
+    )
+    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
     if options.cors_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -105,6 +116,7 @@ def _adapter_loading(serving: Serving) -> Functions:
         if not MODEL_NAME.fullmatch(name):
             message = f"`{name[:64]}` is no name for an adapter: letters, digits, `.`, `_`, `-`, at most 64"
             raise InvalidRequest(message, param="lora_name")
+        serving.check_adapter(base, name)
         adapters = (await serving.endpoint(base, hold)).adapters
         if adapters is None:
             raise InvalidRequest(f"`{base}` takes no adapters: it runs in another engine", param="lora_name")
@@ -117,11 +129,13 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def load_lora_adapter(request: Request) -> Response:
         within = allowed()
-        asked = parse(LoadAdapterRequest, await read_body(request, serving.options))
+        asked = await read(request, LoadAdapterRequest, serving.options)
         adapters, whole, name = await named(asked.lora_name, request.state.hold)
-        path = Path()
         try:
             path = await asyncio.to_thread(find_inside, within, asked.lora_path)
+        except CheckpointNotFound as error:
+            raise NotFound(str(error), code="adapter_not_found", param="lora_path") from None
+        try:
             is_new = await adapters.add(name, path)
         except CheckpointNotFound as error:
             message = without_path(error, path, asked.lora_path)
@@ -135,7 +149,7 @@ def _adapter_loading(serving: Serving) -> Functions:
 
     async def unload_lora_adapter(request: Request) -> Response:
         allowed()
-        asked = parse(UnloadAdapterRequest, await read_body(request, serving.options))
+        asked = await read(request, UnloadAdapterRequest, serving.options)
         adapters, whole, name = await named(asked.lora_name, request.state.hold)
         if not await adapters.remove(name):
             known = name in adapters.names()
@@ -150,7 +164,12 @@ def _adapter_loading(serving: Serving) -> Functions:
 def _operations(serving: Serving, metrics: Metrics) -> Functions:
     async def health() -> Response:
         failed = [name for name, endpoint in serving.endpoints.items() if endpoint.engine.failed]
-        return as_json({"status": "failed", "models": failed} if failed else {"status": "ok"}, 503 if failed else 200)
+        if failed:
+            return as_json({"status": "failed", "models": failed}, 503)
+        status = "shutting down" if serving.draining else "loading" if serving.loading else "ok"
+        places = serving.connections
+        full = {"connections": {"open": places.n_open, "limit": places.limit}} if places.are_full else {}
+        return as_json({"status": status, **full})
 
     async def ready() -> Response:
         why = serving.not_ready()
@@ -173,15 +192,19 @@ def _operations(serving: Serving, metrics: Metrics) -> Functions:
 def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
     """Answer every error with OpenAI's body, the framework's own too."""
 
+    def refusal(request: Request, error: ApiError) -> Response:
+        request.state.error = error.code  # for the access log
+        return respond(error, request.scope["path"])
+
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         if isinstance(error, RateLimited):
             metrics.rate_limited.labels(error.kind).inc()
-        return respond(error, request.scope["path"])
+        return refusal(request, error)
 
     @app.exception_handler(MPTError)
     async def user_error(request: Request, error: MPTError) -> Response:
-        return respond(adapter_damaged(error), request.scope["path"])
+        return refusal(request, adapter_damaged(error))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -193,9 +216,13 @@ def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
             refused.headers = {"Allow": ", ".join(sorted(methods_of(app, request.scope)))}
         elif error.status_code == 404:
             refused = NotFound(f"there is no `{where}` here; {nearest(path)}")
-        return respond(refused, path)
+        return refusal(request, refused)
 
 
 def versions() -> dict[str, str]:
     """What runs here, for /version."""
-    return {"version": mpt.__version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+    return {
+        "version": mpt.__version__,
+        "commit": commit(),
+        **{name: metadata.version(name) for name in ("torch", "transformers")},
+    }

@@ -50,8 +50,11 @@ async def search(
     for at, prompt in enumerate(job.prompts):
         try:
             beams = await _best(job, prompt, submit, length_penalty)
-        except EngineError as error:
-            raise from_engine(error) from error
+        except BaseException as error:
+            job.ended_by(error)
+            if isinstance(error, EngineError):
+                raise from_engine(error) from error
+            raise
         for index, beam in enumerate(beams):
             delta = _delta(job, index, beam)
             job.completion_tokens += len(delta.token_ids)
@@ -71,8 +74,10 @@ async def _best(
     def score(beam: Beam) -> float:
         return beam.score(len(prompt), length_penalty)
 
+    job.read_tokens += len(prompt)
     for _ in range(job.sampling.max_tokens):
         told = await asyncio.gather(*(_next(submit, [*prompt, *beam.tokens], step) for beam in beams))
+        job.drawn_tokens += len(told)
         grown = [
             Beam((*beam.tokens, token), beam.total + logprob, token in ends)
             for beam, following in zip(beams, told, strict=True)

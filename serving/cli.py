@@ -1,21 +1,19 @@
 """The commands `mpt serve` and `mpt top`."""
 
 import functools
+import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec, get_args
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
-from mpt.command_line import DeviceOption, DtypeOption, KeyOption, KVCacheOption, QuantizeOption, Style, ThreadsOption
+from mpt.command_line import DeviceOption, DtypeOption, KeyOption, KVCacheOption, QuantizeOption, ThreadsOption
 from mpt.errors import UserError
-from mpt.options import TRITON, ModelOptions
-from serving.options import ServeOptions, is_loopback, seconds
-from serving.sources import adapter_folders, all_sources
+from serving.flags import check_folders
 
 P = ParamSpec("P")
 
@@ -38,8 +36,17 @@ _ApiKey = Annotated[
 _ApiKeyFile = Annotated[
     Path | None,
     typer.Option(
-        help="File of keys, one per line, `[NAME:] KEY [requests_per_minute=N] [tokens_per_minute=N]`; read again "
-        "when it changes. Keys may stand in $MPT_API_KEYS too, one per line."
+        help="File of keys, one per line, `[NAME:] KEY [models=A,B] [requests_per_minute=N] [tokens_per_minute=N] "
+        "[tokens_per_day=N] [tokens_per_month=N] [tokens_total=N]`; read again when it changes. Keys may stand in "
+        "$MPT_API_KEYS too, one per line."
+    ),
+]
+_QuotaStore = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|URL",
+        help="Where keys' tokens per day, per month and in all are counted: a file of SQLite, or postgresql://...",
+        show_default="~/.local/state/mpt/quotas.sqlite",
     ),
 ]
 _RequestsPerMinute = Annotated[
@@ -180,6 +187,13 @@ _AllowModelLoading = Annotated[
 _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web page origin that may call; repeatable.")
 ]
+_AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Another name by which a server on loopback without keys may be asked, say a tunnel's; repeatable.",
+    ),
+]
 _Docs = Annotated[bool | None, typer.Option("--docs/--no-docs", help="Show /docs.", show_default="on loopback")]
 _Demo = Annotated[bool, typer.Option("--demo", help="Show the demos under /demo; without keys only.")]
 _Profile = Annotated[
@@ -187,6 +201,22 @@ _Profile = Annotated[
     typer.Option(metavar="FOLDER", help="Write a trace of 200 steps of each model there, for Perfetto, and a table."),
 ]
 _LogFormat = Annotated[Literal["text", "json"], typer.Option(help="Form of the log lines on stderr.")]
+_LogRequests = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write what clients ask there, with e-mail addresses, phone numbers and keys taken out; rotated.",
+        show_default="off",
+    ),
+]
+_OtelEndpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Send spans of OpenTelemetry there, over OTLP and HTTP; never prompts or answers.",
+        show_default="$OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+    ),
+]
 _DrainSeconds = Annotated[
     float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
 ]
@@ -202,15 +232,34 @@ _ReadTimeout = Annotated[
     ),
 ]
 
-# Options that have the same name there.
-_OF_EACH_MODEL = (
-    "device", "dtype", "quantize", "kv_cache", "speculate", "tensor_parallel", "kv_gb", "prefix_cache",
-    "prefix_cache_gb", "max_running", "max_waiting", "prefill_chunk", "threads", "profile",
-)  # fmt: skip
-_OF_THE_SERVER = (
-    "host", "port", "api_key_file", "requests_per_minute", "tokens_per_minute", "batch_dir", "load", "max_loaded",
-    "demo", "log_format",
-)  # fmt: skip
+_WriteTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="How long a client may read nothing of what waits for it before its connection is closed, in seconds.",
+    ),
+]
+_IdleTimeout = Annotated[
+    float, typer.Option(min=1.0, help="How long a connection may stay open between two requests, in seconds.")
+]
+_MaxConnections = Annotated[
+    int | None,
+    typer.Option(min=1, help="Connections at once.", show_default="three quarters of `ulimit -n`, at most 10000"),
+]
+_MaxBodyBytes = Annotated[int, typer.Option(min=1, help="The longest body of a request; more gets 413.")]
+_MaxEmbeddingsBodyBytes = Annotated[int, typer.Option(min=1, help="The same for requests of embeddings.")]
+
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Read options from a YAML file; flags beside it win. docs/operations.md lists its keys.",
+        show_default="none",
+    ),
+]
+_PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the YAML for --config that says what these flags say, and leave.")
+]
 
 
 def _ends_well(command: Callable[P, None]) -> Callable[P, None]:
@@ -229,6 +278,9 @@ def _ends_well(command: Callable[P, None]) -> Callable[P, None]:
 
 @_ends_well
 def serve(
+    context: typer.Context = None,  # type: ignore[assignment]  # typer fills it in; Python may call without
+    config: _Config = None,
+    print_config: _PrintConfig = False,
     model: _Model = None,
     models_dir: _ModelsDir = None,
     load: _Load = "at-start",
@@ -239,6 +291,7 @@ def serve(
     port: _Port = 8000,
     api_key: _ApiKey = None,
     api_key_file: _ApiKeyFile = None,
+    quota_store: _QuotaStore = None,
     requests_per_minute: _RequestsPerMinute = None,
     tokens_per_minute: _TokensPerMinute = None,
     no_auth: _NoAuth = False,
@@ -263,13 +316,21 @@ def serve(
     allow_adapter_loading: _AllowAdapterLoading = None,
     batch_dir: _BatchDir = None,
     cors_origin: _CorsOrigin = None,
+    allowed_host: _AllowedHost = None,
     docs: _Docs = None,
     demo: _Demo = False,
     profile: _Profile = None,
     log_format: _LogFormat = "text",
+    log_requests: _LogRequests = None,
+    otel_endpoint: _OtelEndpoint = None,
     drain_seconds: _DrainSeconds = 30.0,
     request_timeout: _RequestTimeout = 600.0,
     read_timeout: _ReadTimeout = 60.0,
+    write_timeout: _WriteTimeout = 60.0,
+    idle_timeout: _IdleTimeout = 75.0,
+    max_connections: _MaxConnections = None,
+    max_body_bytes: _MaxBodyBytes = 4 << 20,
+    max_embeddings_body_bytes: _MaxEmbeddingsBodyBytes = 16 << 20,
 ) -> None:
     """Serve checkpoints behind an OpenAI-style API.
 
@@ -280,31 +341,36 @@ def serve(
       mpt serve --model mpt-7b --adapter mpt-7b:mine=runs/lora/adapter
       mpt serve --models-dir /models --load on-request --idle-unload 15m --max-loaded 2
       mpt serve --model mpt-7b --host 0.0.0.0 --api-key-file keys.txt
+      mpt serve --model mpt-7b --dtype bfloat16 --print-config > serve.yaml
+      mpt serve --config serve.yaml --port 9000
     """
-    given = dict(locals())
-    sources = all_sources(model, models_dir)
-    keys = (*(api_key or ()), *os.environ.get("MPT_API_KEYS", "").splitlines())
-    _check_access(host, has_keys=bool(keys or api_key_file), no_auth=no_auth, demo=demo)
-    if tensor_parallel > 1 and len(sources) > 1:
-        raise UserError(f"--tensor-parallel {tensor_parallel} is for one model; serve one, or use `mpt cluster`")
-    _check_folders(allow_adapter_loading, profile)
-    shared = ModelOptions(root="", **{name: given[name] for name in _OF_EACH_MODEL})  # root: each has its own
-    options = ServeOptions(
-        models=_models(shared, sources, draft, context_length, prompt_style, chat_template, adapter),
-        api_keys=keys,
-        adapter_loading=allow_adapter_loading,
-        model_loading=frozenset(allow_model_loading or ()),
-        idle_unload_s=None if idle_unload is None else seconds("--idle-unload", idle_unload),
-        cors_origins=tuple(cors_origin or ()),
-        docs=is_loopback(host) if docs is None else docs,
-        drain_s=drain_seconds,
-        request_timeout_s=request_timeout,
-        read_timeout_s=read_timeout,
-        **{name: given[name] for name in _OF_THE_SERVER},
-    )
+    flags = _given(serve, context, locals())
+    from serving.serve_config import as_yaml, resolve_models, serve_options, settings_of
+
+    settings = settings_of(flags)
+    try:
+        options = serve_options(settings, os.environ.get("MPT_API_KEYS", "").splitlines())
+    except UserError as error:
+        raise UserError(f"`{config}`: {error}" if config else str(error)) from None
+    if print_config:
+        print(as_yaml(settings), end="")
+        return
+    resolve_models(options)
+    check_folders(options)
     from serving import server
 
     server.serve(options)
+
+
+def _given(command: Callable[..., None], context: typer.Context | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a command that were given, by name: on the command line, or other than their default."""
+
+    def is_given(flag: str, default: object) -> bool:
+        source = None if context is None else context.get_parameter_source(flag)
+        return (source is not None and source.name == "COMMANDLINE") or values[flag] != default
+
+    flags = {name: each.default for name, each in inspect.signature(command).parameters.items() if name != "context"}
+    return {flag: values[flag] for flag, default in flags.items() if is_given(flag, default)}
 
 
 def top(
@@ -323,91 +389,3 @@ def top(
     from serving.cluster import top
 
     top.run(url.rstrip("/").removesuffix("/v1"), api_key, every, once)
-
-
-def _check_access(host: str, *, has_keys: bool, no_auth: bool, demo: bool) -> None:
-    """Raises UserError where others would reach a server without keys, or options contradict each other."""
-    if not is_loopback(host) and not (has_keys or no_auth):
-        raise UserError(
-            f"`{host}` can be reached from other machines and there are no keys; give --api-key-file, "
-            "or --no-auth to serve everybody who reaches it"
-        )
-    if no_auth and has_keys:
-        raise UserError("--no-auth and keys contradict each other; give one of them")
-    if demo and has_keys:
-        raise UserError("--demo is for a server without keys: a browser sends none; run `mpt demo --url` beside it")
-
-
-def _models(
-    shared: ModelOptions,
-    sources: Mapping[str, str],
-    draft: list[str] | None,
-    context_length: list[str] | None,
-    prompt_style: list[str] | None,
-    chat_template: list[str] | None,
-    adapter: list[str] | None,
-) -> dict[str, ModelOptions]:
-    """What each served model is told: what all share, and the NAME=VALUE options of its own. Raises UserError."""
-    lengths = {name: _tokens(name, text) for name, text in _by_model("--context-length", context_length, sources)}
-    styles = {name: _style(name, text) for name, text in _by_model("--prompt-style", prompt_style, sources)}
-    templates = dict(_by_model("--chat-template", chat_template, sources))
-    drafts = dict(_by_model("--draft", draft, sources))
-    if drafts and not shared.speculate:
-        raise UserError("--draft and --no-speculate contradict each other; give one of them")
-    adapters, folders = adapter_folders(adapter, sources)
-    from mpt.catalog import resolve
-
-    for source in (*sources.values(), *drafts.values()):
-        if not source.startswith(TRITON):
-            resolve(source)  # a wrong name is told, and a download begun, before the seconds that importing torch takes
-    return {
-        name: replace(
-            shared,
-            root=source,
-            draft=drafts.get(name),
-            context_length=lengths.get(name),
-            prompt_style=styles.get(name),
-            chat_template=templates.get(name),
-            adapters=folders.get(name),
-            named_adapters=adapters.get(name, {}),
-        )
-        for name, source in sources.items()
-    }
-
-
-def _check_folders(adapters: Path | None, profile: Path | None) -> None:
-    """Raises UserError where adapters are to be loaded from what is no folder, or a profile cannot be written."""
-    if adapters is not None and not adapters.is_dir():
-        raise UserError(f"`--allow-adapter-loading {adapters}` is no folder")
-    try:
-        if profile is not None:
-            profile.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"`--profile {profile}` cannot be written to: {error.strerror}; choose another folder"
-        ) from error
-
-
-def _by_model(option: str, texts: list[str] | None, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Name and value of each NAME=VALUE, the names checked against the models served."""
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"`{option} {text}` names no model; write NAME=VALUE, for example {min(names)}={text}")
-        if name not in names:
-            raise UserError(f"`{option} {text}` is for `{name}`, which is not served; served: {', '.join(names)}")
-        yield name, value
-
-
-def _tokens(name: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise UserError(f"`--context-length {name}={text}` is no number of tokens; give a whole number from 1")
-    return int(text)
-
-
-def _style(name: str, text: str) -> Style:
-    styles: tuple[Style, ...] = get_args(Style)
-    for style in styles:
-        if text == style:
-            return style
-    raise UserError(f"`--prompt-style {name}={text}` is unknown; known: {', '.join(styles)}")

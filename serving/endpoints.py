@@ -10,6 +10,8 @@ from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
 from mpt.errors import MPTError
 from mpt.lora import Adapter
+from serving.access import may_reach, may_use, reached
+from serving.connections import Connections
 from serving.errors import ApiError, NotFound, Unavailable, adapter_damaged
 from serving.lifecycle import Hold, Lifecycle
 from serving.options import ServeOptions
@@ -27,19 +29,20 @@ class Serving:
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     loading: set[str] = field(default_factory=set)
     draining: bool = False
+    connections: Connections = field(default_factory=Connections)
     keeps_responses: bool = True  # False behind a router: the next request of a conversation meets another process
 
     def __post_init__(self) -> None:
         self.lifecycle = Lifecycle(self.options, self.endpoints)
 
     def names(self) -> list[str]:
-        """Every served name, whether or not its model is loaded."""
-        return list(dict.fromkeys([*self.lifecycle.models, *self.endpoints, *sorted(self.loading)]))
+        """Every served name that is there for the client, whether or not its model is loaded."""
+        return reached(dict.fromkeys([*self.lifecycle.models, *self.endpoints, *sorted(self.loading)]))
 
     def must_wait(self, model: str) -> bool:
         """Whether a request's `model` has to be loaded first. Raises like `endpoint` does before it waits."""
-        base, _ = self._split(model)
-        self.check(base)
+        base, adapter = self._split(model)
+        self.check_adapter(base, adapter)
         return self.lifecycle.must_wait(base)
 
     async def asked_for(self, model: str, request: Request) -> tuple[Endpoint, Adapter | None]:
@@ -50,6 +53,7 @@ class Serving:
     async def chosen(self, model: str, hold: Hold) -> tuple[Endpoint, Adapter | None]:
         """The endpoint, and the adapter, of a request's `model`. Raises like `endpoint`."""
         base, name = self._split(model)
+        self.check_adapter(base, name)
         endpoint = await self.endpoint(base, hold)
         if name is None:
             return endpoint, None
@@ -85,13 +89,25 @@ class Serving:
         """See that a name is served and may be asked for now. Raises NotFound and Unavailable."""
         if self.draining:
             raise Unavailable("the server is shutting down; try another replica", code="shutting_down")
+        if not may_reach(name):
+            raise self._unknown(name)
         if name in self.endpoints:
             return
         if name in self.loading:
             raise Unavailable(f"`{name}` is still loading; try again soon", code="model_loading")
         if name not in self.lifecycle.models:
-            known = ", ".join(f"`{known}`" for known in self.names())
-            raise NotFound(f"no model `{name[:100]}` here; served: {known}", code="model_not_found", param="model")
+            raise self._unknown(name)
+
+    def check_adapter(self, base: str, adapter: str | None) -> None:
+        """As `check`, for a model or for an adapter of it."""
+        self.check(base)
+        whole = base if adapter is None else f"{base}:{adapter}"
+        if not may_use(whole):
+            raise self._unknown(whole)
+
+    def _unknown(self, name: str) -> NotFound:
+        known = ", ".join(f"`{known}`" for known in self.names())
+        return NotFound(f"no model `{name[:100]}` here; served: {known}", code="model_not_found", param="model")
 
     def takes_priority(self, model: str) -> bool:
         """Whether requests for a model may have a `priority`."""

@@ -20,6 +20,7 @@ from mpt.engine.request import Sampling
 from mpt.engine.sequence import Answer
 from mpt.lora import Adapter
 from serving import answers, beam
+from serving.aside import aside
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
 from serving.dialects.ollama import (
@@ -35,11 +36,10 @@ from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import Chunks, Translation
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest
-from serving.intake import chat_tokens, check_room, make_job, may_be_read, prompt_tokens, read_body, truncated
+from serving.intake import Prompt, chat_tokens, check_room, make_job, prompts_in, read, tokenizing, truncated
 from serving.jobs import Events, Job, start
 from serving.loading import may_load
 from serving.metrics import Metrics
-from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import (
     ALL_THERE_IS,
     DEFAULT_COMPLETION_TOKENS,
@@ -114,7 +114,7 @@ class Generation:
             if is_stored and response["status"] in ("completed", "incomplete"):
                 self._kept.add(salt, response, [*before, *asked.messages(), *translation.said()])
 
-        return await self._chat(request, asked.as_chat(before), translation, keep)
+        return await self._chat(request, await aside(request, asked.as_chat, before), translation, keep)
 
     async def response(self, request: Request, response_id: str) -> Response:
         return as_json(self._kept.get(request.state.salt, response_id).response)
@@ -125,10 +125,10 @@ class Generation:
 
     async def messages(self, request: Request) -> Response:
         asked = await self._body(request, MessagesRequest)
-        return await self._chat(request, asked.as_chat(), Messages())
+        return await self._chat(request, await aside(request, asked.as_chat), Messages())
 
     async def count_tokens(self, request: Request) -> Response:
-        asked = (await self._body(request, CountRequest)).as_chat()
+        asked = await aside(request, (await self._body(request, CountRequest)).as_chat)
         endpoint, _ = await self._serving.asked_for(asked.model, request)
         return as_json({"input_tokens": len(await chat_tokens(endpoint, asked, asked.tool_use()))})
 
@@ -136,7 +136,8 @@ class Generation:
         asked = await self._body(request, OllamaChatRequest)
         if not asked.messages:
             return as_json(did(await self._load_or_unload(request, asked), asked.model, is_chat=True))
-        return await self._chat(request, asked.as_chat(), Ollama(asked.model, is_chat=True))
+        chat = await aside(request, asked.as_chat)
+        return await self._chat(request, chat, Ollama(asked.model, is_chat=True))
 
     async def ollama_generate(self, request: Request) -> Response:
         asked = await self._body(request, GenerateRequest)
@@ -145,8 +146,8 @@ class Generation:
             return as_json(did(await self._load_or_unload(request, asked), asked.model, is_chat=False))
         endpoint, _ = await self._serving.asked_for(asked.model_name(), request)
         if asked.raw or endpoint.prompt_style == "none":
-            return await self._complete(request, asked.as_completion(), translation)
-        return await self._chat(request, asked.as_chat(), translation)
+            return await self._complete(request, await aside(request, asked.as_completion), translation)
+        return await self._chat(request, await aside(request, asked.as_chat), translation)
 
     async def ollama_embed(self, request: Request) -> Response:
         asked = await self._body(request, EmbedRequest)
@@ -175,7 +176,7 @@ class Generation:
     # -- what they have in common --------------------------------------------------------------------------------
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
-        return parse(kind, await read_body(request, self._serving.options), self._serving.only_model)
+        return await read(request, kind, self._serving.options, self._serving.only_model)
 
     async def _complete(self, request: Request, asked: CompletionRequest, translation: Translation) -> Response:
         return await self._answer(request, asked, translation, partial(_completion, request, asked, translation))
@@ -195,8 +196,7 @@ class Generation:
         if not endpoint.engine.capabilities.gives_embeddings:
             message = f"`{endpoint.name}` gives no embeddings: it runs in another engine"
             raise InvalidRequest(message, code="unsupported_value", param="model")
-        texts = [may_be_read(endpoint, asked, text) for text in prompts_of(asked.input, endpoint.vocab_size, "input")]
-        prompts = [truncated(endpoint, asked, await prompt_tokens(endpoint, text, "input"), 0) for text in texts]
+        prompts = [each.ids for each in await prompts_in(request, endpoint, asked, asked.input, "input")]
         check_room(endpoint, max(map(len, prompts)), 0, "input")
         sampling = Sampling(max_tokens=0, embed=True)
         job = Job(request.state.request_id, asked.model, endpoint, adapter, prompts, sampling, n=1)
@@ -204,10 +204,11 @@ class Generation:
             request, job, lambda events: answers.embeddings(job, events, encoding=asked.encoding_format)
         )
 
-    def _start(self, request: Request, job: Job) -> Events:
+    async def _start(self, request: Request, job: Job) -> Events:
         if job.length_penalty is not None:
             beam.check(job)
         request.state.admission.reserve(job.n_tokens_at_most)
+        await request.state.account.hold(job.n_tokens_at_most)
         request.state.work = job  # for the access log and the client's account, when the last byte has been sent
         left_s = max(0.0, self._serving.options.request_timeout_s - request.state.hold.waited_s)
         salt = request.state.salt
@@ -224,7 +225,7 @@ class Generation:
         return beam.search(job, submit, job.length_penalty)
 
     async def _whole(self, request: Request, job: Job, whole: Whole) -> dict[str, Any]:
-        return await unless_disconnected(request, whole(self._start(request, job)))
+        return await unless_disconnected(request, whole(await self._start(request, job)))
 
     async def _answer(
         self,
@@ -249,7 +250,7 @@ class Generation:
                 if keep is not None:
                     keep(answer)
                 return as_json(answer)
-            events = self._events(request, translation, prepared)
+            events = await self._events(request, translation, prepared)
         return EventStream(
             events if keep is None else _kept(events, keep),
             request_id=request.state.request_id,
@@ -257,15 +258,15 @@ class Generation:
             wire=translation.wire,
         )
 
-    def _events(self, request: Request, translation: Translation, prepared: _Prepared) -> Chunks:
+    async def _events(self, request: Request, translation: Translation, prepared: _Prepared) -> Chunks:
         translation.begin(prepared.job)
-        return translation.events(prepared.chunks(self._start(request, prepared.job)))
+        return translation.events(prepared.chunks(await self._start(request, prepared.job)))
 
     async def _once_loaded(self, request: Request, model: str, translation: Translation, prepare: Prepare) -> Chunks:
         """The events of a stream that begins while its model is not there. Raises ApiError, as its last event."""
         found = await self._serving.chosen(model, request.state.hold)
         prepared = await _in_the_names_of(translation, prepare(*found))
-        async with contextlib.aclosing(self._events(request, translation, prepared)) as events:
+        async with contextlib.aclosing(await self._events(request, translation, prepared)) as events:
             async for event in events:
                 yield event
 
@@ -281,10 +282,10 @@ async def _in_the_names_of(translation: Translation, preparing: Awaitable[_Prepa
 async def _completion(
     request: Request, asked: CompletionRequest, translation: Translation, endpoint: Endpoint, adapter: Adapter | None
 ) -> _Prepared:
-    texts_or_ids = [may_be_read(endpoint, asked, each) for each in prompts_of(asked.prompt, endpoint.vocab_size)]
-    parsed = [await prompt_tokens(endpoint, each, parse_special=asked.parse_special) for each in texts_or_ids]
     wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
-    prompts = [truncated(endpoint, asked, prompt, max(wanted, 0)) for prompt in parsed]
+    special = {"parse_special": asked.parse_special}
+    given = await prompts_in(request, endpoint, asked, asked.prompt, "prompt", max(wanted, 0), **special)
+    prompts = [each.ids for each in given]
     longest = max(map(len, prompts))
     room = max(endpoint.context_length - longest, 1)
     if asked.max_tokens is None or wanted == ALL_THERE_IS or translation.shortens:
@@ -292,14 +293,19 @@ async def _completion(
     check_room(endpoint, longest, wanted, "prompt")
     job = await make_job(request, asked, endpoint, adapter, prompts, wanted)
     if asked.echo:
-        whole = asked.truncate_prompt_tokens is None
-        pairs = zip(texts_or_ids, prompts, strict=True)
-        job.echo = [p if whole and isinstance(p, str) else endpoint.tokenizer.decode(ids, False) for p, ids in pairs]
+        is_whole = asked.truncate_prompt_tokens is None
+        job.echo = await tokenizing(request, lambda: [_text_of(endpoint, each, is_whole) for each in given])
     return _Prepared(
         job,
         lambda events: answers.completion_chunks(job, events, logprobs=asked.logprobs),
         lambda events: answers.completion(job, events, logprobs=asked.logprobs),
     )
+
+
+def _text_of(endpoint: Endpoint, prompt: Prompt, is_whole: bool) -> str:
+    """What of a prompt was read, as text."""
+    given = prompt.given
+    return given if is_whole and isinstance(given, str) else endpoint.tokenizer.decode(prompt.ids, False)
 
 
 async def _chat(

@@ -3,11 +3,12 @@
 import asyncio
 import codecs
 import logging
-from collections.abc import AsyncGenerator
-from dataclasses import replace
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel
 
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.grammar import BadGrammar, Grammar
@@ -16,33 +17,47 @@ from mpt.errors import DamagedFile, UserError
 from mpt.lora import Adapter
 from mpt.prompts import encode_chat
 from mpt.tools import ToolUse, describe
+from serving.aside import SMALL, aside
 from serving.encodings import TAKEN, unpacked
 from serving.errors import BodyTimeout, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
 from serving.jobs import Job
 from serving.options import HttpOptions
+from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import ChatRequest, CompletionRequest
 from serving.protocol.messages import ChatMessage, check_messages
 from serving.protocol.sampling import sampling_of
 from serving.protocol.structure import Structure, structure_of
+from serving.request_log import note_request
 from serving.wire import OLLAMA, wire_of
 
 log = logging.getLogger(__name__)
 
-_LONG_TEXT = 2_000  # characters; a longer text is tokenized in a thread, so that the loop goes on
+Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
+
+_OF_MANY_TEXTS = frozenset({"/v1/embeddings", "/api/embed"})
 _SLOWEST = 64 << 10  # bytes a second, of a body that takes longer than the time for any body
 _MAX_SCORES = 200_000  # log-probabilities of prompt tokens in one response: about 20 MB of JSON
+
+
+async def read(request: Request, kind: type[Body], options: HttpOptions, model: str | None = None) -> Body:
+    """A request's body. model: what it means where it names none. Raises as `read_body` and `parse`."""
+    raw = await read_body(request, options)
+    return await aside(request, parse, kind, raw, model)
 
 
 async def read_body(request: Request, options: HttpOptions) -> bytes:
     """The JSON of a request's body, unpacked. Raises UnsupportedMediaType, TooLarge, BodyTimeout and InvalidRequest."""
     _check_kind(request)
     coding = _coding(request)
-    limit = options.max_body_bytes
+    limit = options.max_embeddings_body_bytes if request.scope["path"] in _OF_MANY_TEXTS else options.max_body_bytes
     too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
     raw = bytearray()
     async for piece in pieces_of(request, limit, options.read_timeout_s, too_large):
         raw += piece
     body = bytes(raw) if coding is None else await asyncio.to_thread(unpacked, bytes(raw), coding, limit)
+    note_request(request, body)
+    request.state.body_bytes = len(body)
     return body.removeprefix(codecs.BOM_UTF8)  # RFC 8259 allows to ignore one
 
 
@@ -77,7 +92,7 @@ def _check_kind(request: Request) -> None:
     Clients of Ollama need not say that they send JSON, as with Ollama itself. A web page must: what it can send to
     another origin without being asked is anything but JSON, and has an `Origin`.
     """
-    if wire_of(request.url.path) is OLLAMA and "origin" not in request.headers:
+    if wire_of(request.scope["path"]) is OLLAMA and "origin" not in request.headers:
         return
     given = request.headers.get("content-type", "")
     kind, *parameters = (part.strip().lower() for part in given.split(";"))
@@ -98,7 +113,33 @@ def _coding(request: Request) -> str | None:
     return given
 
 
-async def prompt_tokens(
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it was given, and its token ids."""
+
+    given: str | list[int]
+    ids: list[int]
+
+
+async def prompts_in(
+    request: Request, endpoint: Endpoint, asked: Any, given: Any, param: str, wanted: int = 0, **options: bool
+) -> list[Prompt]:
+    """What a field of prompts holds, cut as `asked` says. options: as of `encoded`. Raises InvalidRequest."""
+
+    def understood() -> list[Prompt]:
+        texts = [may_be_read(endpoint, asked, each) for each in prompts_of(given, endpoint.vocab_size, param)]
+        ids = [truncated(endpoint, asked, encoded(endpoint, each, param, **options), wanted) for each in texts]
+        return [Prompt(*each) for each in zip(texts, ids, strict=True)]
+
+    return await tokenizing(request, understood)
+
+
+async def tokenizing(request: Request, work: Callable[[], Result]) -> Result:
+    """In a thread of its own, since tokenizers compute without the interpreter; what is small, at once."""
+    return work() if request.state.body_bytes <= SMALL else await asyncio.to_thread(work)
+
+
+def encoded(
     endpoint: Endpoint, prompt: str | list[int], param: str = "prompt", *, parse_special: bool = False
 ) -> list[int]:
     """A prompt's token ids; an empty text begins a new one.
@@ -109,10 +150,7 @@ async def prompt_tokens(
         return prompt
     check_size(endpoint, [prompt], param)
     try:
-        if len(prompt) > _LONG_TEXT:
-            ids = await asyncio.to_thread(endpoint.tokenizer.encode, prompt, parse_special)
-        else:
-            ids = endpoint.tokenizer.encode(prompt, parse_special)
+        ids = endpoint.tokenizer.encode(prompt, parse_special)
     except UserError as error:
         raise InvalidRequest(f"`{param}`: {error}", param=param) from None
     return ids or [endpoint.tokenizer.eos_id]
@@ -120,6 +158,10 @@ async def prompt_tokens(
 
 async def chat_tokens(endpoint: Endpoint, asked: Any, tools: ToolUse | None = None) -> list[int]:
     """The token ids of a conversation. asked: `messages`, and what a ChatRequest says of the prompt."""
+    return await asyncio.to_thread(_encoded_chat, endpoint, asked, tools)
+
+
+def _encoded_chat(endpoint: Endpoint, asked: Any, tools: ToolUse | None) -> list[int]:
     messages: list[ChatMessage] = asked.messages
     check_messages(messages)
     turns = [message.as_message() for message in messages]
@@ -131,8 +173,7 @@ async def chat_tokens(endpoint: Endpoint, asked: Any, tools: ToolUse | None = No
         message = "`continue_final_message` contradicts `add_generation_prompt: true`; send one of them"
         raise InvalidRequest(message, param="continue_final_message")
     try:
-        return await asyncio.to_thread(
-            encode_chat,
+        return encode_chat(
             endpoint.tokenizer,
             endpoint.prompt_style,
             turns,
@@ -238,10 +279,10 @@ async def make_job(
     if asked.stream_options is not None and not asked.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     options = asked.stream_options
-    structure = structure_of(asked, wanted, tools)
+    structure = await aside(request, structure_of, asked, wanted, tools)
     grammar = None if structure is None else await _compiled(endpoint, structure, request.state.salt)
     sampling = replace(
-        sampling_of(asked, wanted, endpoint.vocab_size, grammar),
+        await aside(request, sampling_of, asked, wanted, endpoint.vocab_size, grammar),
         progress=options is not None and options.include_progress,
         cache_salt=asked.cache_salt or "",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from mpt.engine import clock
 from mpt.engine.endpoint import Endpoint
-from mpt.engine.request import Delta, EngineError, Event, Progress, Sampling, Started
+from mpt.engine.request import Delta, EngineError, Event, Progress, RequestTimeout, Sampling, Started
 from mpt.engine.sequence import Answer
 from mpt.lora import Adapter
 from mpt.tools import ToolUse
@@ -44,7 +44,9 @@ class Job:
     continuous_usage: bool = False
     progress: dict[int, Progress] = field(default_factory=dict)  # of each prompt
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # given to the client
+    read_tokens: int = 0  # of prompts that a step has begun to read
+    drawn_tokens: int = 0  # for its answers; of beams, those of each step
     finish_reasons: set[str] = field(default_factory=set)
     arrived: float = field(default_factory=clock.now)
     queue_s: float | None = None
@@ -59,8 +61,29 @@ class Job:
 
     @property
     def n_tokens(self) -> int:
-        """What it has come to so far."""
-        return sum(map(len, self.prompts)) + self.completion_tokens
+        """What its client's account is charged: what was computed for it, however it ended."""
+        return self.read_tokens + self.drawn_tokens
+
+    def note(self, event: Event) -> None:
+        """Count what an event tells of."""
+        if isinstance(event, Started):
+            self.cached_tokens += event.cached_tokens
+            self.read_tokens += event.prompt_tokens
+            if self.queue_s is None:
+                self.queue_s = event.at - self.arrived
+        elif isinstance(event, Delta):
+            self.completion_tokens += len(event.token_ids)
+            self.drawn_tokens += len(event.token_ids)
+            if event.token_ids:
+                self.ttft_s = event.at - self.arrived if self.ttft_s is None else self.ttft_s
+                self.decode_s = max(self.decode_s, event.at - self.arrived - self.ttft_s)
+            if event.finish_reason is not None:
+                self.finish_reasons.add(event.finish_reason)
+
+    def ended_by(self, error: BaseException) -> None:
+        """Note what ended samples that did not end by themselves: the deadline, an error, or a client that went."""
+        is_late, is_error = isinstance(error, RequestTimeout), isinstance(error, Exception)
+        self.finish_reasons.add("timeout" if is_late else "error" if is_error else "abort")
 
     def log_fields(self) -> dict[str, Any]:
         """What the access log says of it, never its text. itl_s: mean time between two tokens, of all its samples."""
@@ -141,27 +164,22 @@ async def _in_turn(
 
 async def _merged(job: Job, answers: list[Answer], metrics: Metrics) -> Events:
     """The events of all answers as they come; closing this closes them."""
-    started = False
+    started, n_left = False, len(answers) * job.sampling.n
     try:
         name = job.endpoint.name
         observed = [metrics.observe(name, answer) for answer in answers]
         async with aclosing(_interleaved(observed)) as events:
             async for prompt, event in events:
-                if isinstance(event, Started):
-                    started = True
-                    job.cached_tokens += event.cached_tokens
-                    if job.queue_s is None:
-                        job.queue_s = event.at - job.arrived
-                elif isinstance(event, Delta):
-                    job.completion_tokens += len(event.token_ids)
-                    if event.token_ids:
-                        job.ttft_s = event.at - job.arrived if job.ttft_s is None else job.ttft_s
-                        job.decode_s = max(job.decode_s, event.at - job.arrived - job.ttft_s)
-                    if event.finish_reason is not None:
-                        job.finish_reasons.add(event.finish_reason)
+                job.note(event)
+                started |= isinstance(event, Started)
+                n_left -= isinstance(event, Delta) and event.finish_reason is not None
                 yield prompt, event
-    except EngineError as error:
-        raise from_engine(error, started=started) from error
+    except BaseException as error:  # closing this raises GeneratorExit in it
+        if n_left:
+            job.ended_by(error)
+        if isinstance(error, EngineError):
+            raise from_engine(error, started=started) from error
+        raise
     finally:
         for answer in answers:
             answer.close()

@@ -8,15 +8,18 @@ from starlette.responses import Response
 
 from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
+from serving.access import may_use
 from serving.dialects import ollama
 from serving.dialects.ollama import ShowRequest
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest, NotFound
-from serving.intake import chat_tokens, prompt_tokens, read_body
-from serving.protocol.body import parse, prompts_of
+from serving.intake import chat_tokens, encoded, read, tokenizing
+from serving.protocol.body import check_ids
 from serving.protocol.messages import tool_use_of
 from serving.replies import as_json, welcome
 from serving.routes import DetokenizeRequest, TokenizeRequest
+
+_MAX_TOKENS = 65_536  # of one text to be made: 20 ms in one call
 
 
 def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
@@ -27,12 +30,13 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         for name in serving.names():
             if name in serving.lifecycle.models or name in serving.endpoints:
                 starting = {"state": "loading"} if name in serving.loading else {}
-                found += [card | starting for card in await serving.lifecycle.cards(name)]
+                shown = [card for card in await serving.lifecycle.cards(name) if may_use(card["id"])]
+                found += [card | starting for card in shown]
         return found
 
     async def card_named(model: str) -> dict[str, Any]:
-        base, _ = split_name(model)
-        serving.check(base)
+        base, adapter = split_name(model)
+        serving.check_adapter(base, adapter)
         for card in await serving.lifecycle.cards(base):
             if card["id"] == model:
                 return card
@@ -45,25 +49,34 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(await card_named(model))
 
     async def tokenize(request: Request) -> Response:
-        asked = parse(TokenizeRequest, await read_body(request, serving.options), serving.only_model)
+        asked = await read(request, TokenizeRequest, serving.options, serving.only_model)
         endpoint, _ = await serving.asked_for(asked.model, request)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequest("give `prompt` or `messages`, one of the two", param="prompt")
         if asked.messages is not None:
             ids = await chat_tokens(endpoint, asked, tool_use_of(asked.tools, None, None))
         else:
-            ids = await prompt_tokens(endpoint, asked.prompt or "", parse_special=asked.parse_special)
-            ids = ids if asked.prompt else []
+            text, is_whole = asked.prompt or "", asked.parse_special
+            ids = await tokenizing(request, lambda: encoded(endpoint, text, parse_special=is_whole) if text else [])
         answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": endpoint.context_length}
         if asked.return_token_strs:
-            answer["token_strs"] = [endpoint.tokenizer.token_text(token) for token in ids]
+            name = endpoint.tokenizer.token_text
+            answer["token_strs"] = await tokenizing(request, lambda: [name(token) for token in ids])
         return as_json(answer)
 
     async def detokenize(request: Request) -> Response:
-        asked = parse(DetokenizeRequest, await read_body(request, serving.options), serving.only_model)
+        asked = await read(request, DetokenizeRequest, serving.options, serving.only_model)
         endpoint, _ = await serving.asked_for(asked.model, request)
-        ids = prompts_of(asked.tokens, endpoint.vocab_size) if asked.tokens else [[]]
-        return as_json({"prompt": endpoint.tokenizer.decode(ids[0], False)})  # type: ignore[arg-type]
+
+        most = max(endpoint.context_length, _MAX_TOKENS)
+        if len(asked.tokens) > most:
+            message = f"`tokens` has {len(asked.tokens)} token ids, at most {most}; send them in parts"
+            raise InvalidRequest(message, param="tokens")
+
+        def text() -> str:
+            return endpoint.tokenizer.decode(check_ids(asked.tokens, endpoint.vocab_size, "tokens"), False)
+
+        return as_json({"prompt": await tokenizing(request, text)})
 
     async def tokenizer_info(request: Request, model: str | None = None) -> Response:
         return as_json(_tokenizer_of(await serving.endpoint(model or _only_model(serving), request.state.hold)))
@@ -76,7 +89,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
         return as_json(ollama.running(loaded, {name: serving.lifecycle.idle_s_left(name) for name in serving.names()}))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, serving.options)).model_name()
+        name = (await read(request, ShowRequest, serving.options)).model_name()
         return as_json(ollama.shown(await card_named(name)))
 
     async def load() -> Response:

@@ -9,9 +9,8 @@ from starlette.responses import Response
 
 from serving.endpoints import Serving
 from serving.errors import Conflict, Forbidden, InvalidRequest
-from serving.intake import read_body
+from serving.intake import read
 from serving.options import EVERYBODY
-from serving.protocol.body import parse
 from serving.replies import as_json
 from serving.routes import ModelRequest
 from serving.sse import unless_disconnected
@@ -34,7 +33,7 @@ def model_loading(serving: Serving) -> dict[str, Callable[..., Any]]:
             raise Forbidden("this server loads no models by request; start it with --allow-model-loading CLIENT")
         if not may_load(serving, request):
             raise Forbidden("this key may not load and unload models; ask who runs the server")
-        name = parse(ModelRequest, await read_body(request, options)).model
+        name = (await read(request, ModelRequest, options)).model
         serving.check(name)
         if name not in serving.lifecycle.models:
             raise InvalidRequest(f"`{name}` stays as it is: this process was given it loaded", param="model")

@@ -8,12 +8,21 @@ happened; when an event is read says how busy the reader was.
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import mpt
 from mpt.backends.compilations import KINDS
+from mpt.build import commit
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import EngineStats
 from mpt.engine.request import Delta, EngineError, Event, Sampling, Started
@@ -33,11 +42,18 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384) 
 
 
 class HttpMetrics:
-    """What the gate counts. One registry per app, so that several apps can live in one process."""
+    """What the gate counts, and what the process takes. One registry per app, so that several can live in a process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        info = Gauge(
+            "mpt_build_info", "The version and commit that run.", ["version", "commit"], registry=self.registry
+        )
+        info.labels(mpt.__version__, commit()).set(1)
         self.http = self.counter("http_requests", "HTTP responses.", ["path", "method", "code"])
+        self.cut = self.counter("stream_errors", "Answers that had begun and did not end well.", ["path", "error"])
         self.rate_limited = self.counter("rate_limited", "Requests over a client's limits.", ["kind"])
 
     def counter(self, name: str, text: str, labels: list[str]) -> Counter:
@@ -67,6 +83,7 @@ class Metrics(HttpMetrics):
     def __init__(self, endpoints: Callable[[], Iterable[Endpoint]]) -> None:
         super().__init__()
         counter, histogram = self.counter, self.histogram
+        self.connections = Gauge("mpt_http_connections", "Connections that are open.", registry=self.registry)
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN)
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sample.", _BETWEEN_TOKENS)
         self.tpot = histogram(
@@ -194,9 +211,6 @@ class _EngineCollector(Collector):
         yield _step_sizes(stats)
         yield _compilations(stats)
         yield _runs(endpoints)
-        info = GaugeMetricFamily("mpt_build_info", "The version that runs.", labels=["version"])
-        info.add_metric([mpt.__version__], 1)
-        yield info
 
 
 def _deprecated(instead: str) -> str:

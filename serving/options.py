@@ -22,15 +22,20 @@ class HttpOptions:
 
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
+    quota_store: str | None = None  # file of SQLite or URL of Postgres; None: a file in the user's state folder
     requests_per_minute: int | None = None  # of each client whose key has no limits of its own
     tokens_per_minute: int | None = None
     request_timeout_s: float = 600.0
-    max_body_bytes: int = 32 << 20  # of one that comes compressed, when it is unpacked
+    max_body_bytes: int = 4 << 20  # of one that comes compressed, when it is unpacked; 65k tokens are about 400 KB
+    max_embeddings_body_bytes: int = 16 << 20  # of 2,048 texts at once
     read_timeout_s: float = 60.0  # for the head of a request, where uvicorn reads it, and again for its body
     keep_alive_s: float = 15.0
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()  # names, beside the machine's own, of a server on loopback without keys
     docs: bool = True
     log_format: Literal["text", "json"] = "text"
+    log_requests: Path | None = None  # file for what clients ask, redacted
+    otel_endpoint: str | None = None  # takes spans over OTLP; None is what OpenTelemetry's own variables say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,9 @@ class ServeOptions(HttpOptions):
     demo: bool = False  # the Spaces of demos/ under /demo
     drain_s: float = 30.0
     load: Literal["at-start", "on-request"] = "at-start"
+    write_timeout_s: float = 60.0  # for a client to read something of what waits for it
+    idle_timeout_s: float = 75.0  # of a connection between two requests: longer than load balancers keep theirs
+    max_connections: int | None = None  # None: three quarters of the files that the process may have
     idle_unload_s: float | None = None  # models that nobody has asked for in so long are unloaded; None: never
     max_loaded: int | None = None  # models in memory at once; None: as many as fit
     model_loading: frozenset[str] = frozenset()  # clients who may load and unload by request, or EVERYBODY
@@ -78,6 +86,12 @@ def seconds(option: str, text: str) -> float:
     if value <= 0:
         raise UserError(f"`{option} {text}` is no duration; write a number above 0 with s, m or h: 90s, 15m, 2h")
     return value
+
+
+def without_password(url: str) -> str:
+    """A database's URL as logs, errors and files may show it; a path is itself."""
+    hidden = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1@", url)
+    return re.sub(r"([?&])password=[^&]*&?", r"\1", hidden).rstrip("?&")
 
 
 def is_loopback(host: str) -> bool:

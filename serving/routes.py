@@ -26,7 +26,7 @@ from serving.dialects.ollama import (
     ShowRequest,
 )
 from serving.dialects.responses import ResponsesRequest
-from serving.protocol.body import Strict, Whole
+from serving.protocol.body import Strict, Whole, few
 from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import ChatMessage, ToolDeclaration
 
@@ -36,11 +36,11 @@ class TokenizeRequest(Strict):
 
     model: str
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     parse_special: bool = True  # llama.cpp's: control tokens spelled in the prompt are control tokens
     add_special_tokens: bool | None = None  # no tokenizer of an MPT adds any by itself
     return_token_strs: bool = False
-    tools: list[ToolDeclaration] | None = None
+    tools: Annotated[list[ToolDeclaration], Field(fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -48,7 +48,7 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str
-    tokens: list[Whole]
+    tokens: Annotated[list[Whole], Field(fail_fast=True)]
 
 
 class LoadAdapterRequest(Strict):
@@ -72,7 +72,7 @@ class BatchRequest(Strict):
     input_file_id: str
     endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[_Key, _Value], few(16), Field(max_length=16)] | None = None
 
 
 class ModelRequest(Strict):

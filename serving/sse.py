@@ -48,14 +48,18 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        writer = asyncio.create_task(self._write(write))
+        writer = asyncio.create_task(self._write(write, scope.setdefault("state", {})))
         beside = [asyncio.create_task(until_disconnected(receive))]
         if self._wire.keep_alive:
             beside.append(asyncio.create_task(self._keep_alive(write)))
         beside[0].add_done_callback(lambda _: writer.cancel())
         await finish(writer, beside)
+        if writer.cancelled():
+            raise ClientDisconnect
+        writer.result()
 
-    async def _write(self, write: Callable[..., Awaitable[None]]) -> None:
+    async def _write(self, write: Callable[..., Awaitable[None]], state: dict[str, Any]) -> None:
+        """Write all events and how they end, which the access log is told in `state`."""
         wire = self._wire
         end = wire.end
         async with contextlib.aclosing(self._chunks) as chunks:
@@ -63,9 +67,11 @@ class EventStream(Response):
                 async for chunk in chunks:
                     await write(wire.event(chunk))
             except ApiError as error:
+                state["error"] = error.code
                 end = wire.failure(wire.error(error))
             except Exception:
                 log.exception("stream of request %s failed", self._request_id)
+                state["error"] = InternalError.code
                 end = wire.failure(wire.error(InternalError(f"internal error; request {self._request_id}")))
         await write(end, more=False)
 
@@ -85,7 +91,8 @@ async def finish(task: asyncio.Task[None], beside: Collection[asyncio.Task[None]
         await asyncio.wait({task})
     finally:
         for each in (task, *beside):
-            each.cancel()
+            if not each.cancelling():  # a second time would cut short what the first one made it do
+                each.cancel()
         await asyncio.gather(task, *beside, return_exceptions=True)
 
 

@@ -16,7 +16,10 @@ from serving.errors import ApiError
 
 @dataclass(frozen=True)
 class Wire:
-    """One API. end: what follows the last event of a stream that went well; keep_alive: what fills silence, if any."""
+    """One API. end: what follows the last event of a stream that went well; keep_alive: what fills silence, if any.
+
+    mark: what each event of a stream has once, behind the end of a line.
+    """
 
     media_type: str  # of streams
     event: Callable[[dict[str, Any]], bytes]
@@ -24,6 +27,7 @@ class Wire:
     failure: Callable[[dict[str, Any]], bytes]  # that body as the last event of a stream
     end: bytes = b""
     keep_alive: bytes = b": keep-alive\n\n"
+    mark: bytes = b"\ndata: "
 
 
 def _data(payload: dict[str, Any]) -> bytes:
@@ -53,7 +57,7 @@ _EVENTS = "text/event-stream; charset=utf-8"
 OPENAI = Wire(_EVENTS, _data, lambda error: error.body(), _data, end=b"data: [DONE]\n\n")
 RESPONSES = Wire(_EVENTS, _named, lambda error: error.body(), lambda body: _named({"type": "error", **body["error"]}))
 ANTHROPIC = Wire(_EVENTS, _named, _anthropic_error, _named)
-OLLAMA = Wire("application/x-ndjson", _line, lambda error: {"error": str(error)}, _line, keep_alive=b"")
+OLLAMA = Wire("application/x-ndjson", _line, lambda error: {"error": str(error)}, _line, keep_alive=b"", mark=b"\n")
 
 
 def wire_of(path: str) -> Wire:

@@ -1,5 +1,7 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -10,6 +12,7 @@ from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
 from tests import devices
+from tests.warm_ranks import Ranks
 
 torch.set_num_threads(1)  # tiny models are faster on one thread, and machines that test are busy
 
@@ -80,3 +83,10 @@ def model() -> MPTForCausalLM:
     torch.manual_seed(0)
     config = MPTConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=260, max_seq_len=2048)
     return MPTForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    warm = Ranks()
+    yield warm
+    warm.close()

@@ -26,6 +26,7 @@ from training.corpora import chat, mixture, novels, tool_talks, yaml_json
 from training.data import columns as columns_of
 from training.data import hub, layout, tokenized
 from training.data.files import RawSet
+from training.data.order import Shuffled
 from training.data.rows import Sample
 from training.data.rows import style_of as row_style
 from training.run import Learn
@@ -67,16 +68,11 @@ class Rows:
 
     def __init__(self, ids: Any, learned: Any, starts: Any, ends: Any, seed: int) -> None:
         self._ids, self._learned, self._starts, self._ends = ids, learned, starts, ends
-        self._seed = seed
         self.n_samples: int | None = len(starts)
-        self._epoch, self._order = -1, list(range(len(starts)))
+        self._order = Shuffled(len(starts), seed)
 
     def sample(self, number: int) -> Sample:
-        epoch, place = divmod(number, len(self._order))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self._order)))
-            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
-        row = self._order[place]
+        row = self._order.row(number)
         part = slice(int(self._starts[row]), int(self._ends[row]))
         return Sample(self._ids[part].tolist(), self._learned[part].tolist())
 

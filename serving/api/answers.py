@@ -225,7 +225,8 @@ ANSWERS: dict[str, Answer] = {
     "health": Answer(shapes.Health, also=(503,), example={"status": "ok"}, unavailable=shapes.Failed),
     "ready": Answer(shapes.Ready, also=(503,), example={"status": "ready"}),
     "version": Answer(
-        shapes.Versions, example={"version": "0.1.0", "torch": "2.13.0", "transformers": "5.18.0"}
+        shapes.Versions,
+        example={"version": "0.1.0", "commit": "unknown", "torch": "2.13.0", "transformers": "5.18.0"}
     ),
     "metrics": Answer("text/plain"),
 }  # fmt: skip

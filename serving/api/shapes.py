@@ -281,8 +281,18 @@ class Loaded(Shape):
     loaded: bool
 
 
+class Places(Shape):
+    """How many connections are open, and may be."""
+
+    open: int
+    limit: int
+
+
 class Health(Shape):
+    """connections: where all that may be are open."""
+
     status: Literal["ok"]
+    connections: Places | None = None
 
 
 class Failed(Shape):
@@ -298,6 +308,7 @@ class Ready(Shape):
 
 class Versions(Shape):
     version: str
+    commit: str
     torch: str
     transformers: str
 

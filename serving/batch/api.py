@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Request
@@ -15,9 +16,8 @@ from serving.batch.lines import new_id
 from serving.batch.service import BatchService
 from serving.batch.store import MAX_FILE_BYTES, StoredBatch
 from serving.errors import Forbidden, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
-from serving.intake import pieces_of, read_body
+from serving.intake import pieces_of, read
 from serving.options import HttpOptions
-from serving.protocol.body import parse
 from serving.replies import as_json
 from serving.routes import BatchRequest
 
@@ -72,11 +72,12 @@ def batch_functions(service: BatchService | None, door: Door, options: HttpOptio
 
     async def create_batch(request: Request) -> Response:
         work, owner = ours(), request.state.salt
-        asked = parse(BatchRequest, await read_body(request, options))
+        asked = await read(request, BatchRequest, options)
         work.store.file(owner, asked.input_file_id)
         client = door.client({name: value.decode("latin-1") for name, value in request.headers.raw})
         limits = client.limits.requests_per_minute, client.limits.tokens_per_minute
-        batch = StoredBatch(owner, client.name, limits, _new_batch(asked))
+        models = None if client.models is None else sorted(client.models)
+        batch = StoredBatch(owner, client.name, limits, _new_batch(asked), models, asdict(client.quotas))
         work.store.add_batch(batch)
         work.begin(batch)
         return as_json(batch.shown)

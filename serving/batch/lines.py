@@ -19,8 +19,11 @@ from typing import Any
 import orjson
 
 from mpt.errors import MachineRefused, UserError
+from serving.errors import ApiError
+from serving.protocol.shape import check_shape
 
 URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+MAX_LINE_BYTES = 16 << 20  # what a body may have at most, of embeddings
 _MOST_PROBLEMS = 20  # more are not looked for: the file is refused anyway
 
 
@@ -87,13 +90,25 @@ def read(path: Path, but: Container[str] = ()) -> Iterator[Line]:
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not empty; of one that is too long, its beginning."""
     with path.open("rb") as file:
-        yield from ((number, raw) for number, raw in enumerate(file, 1) if raw.strip())
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if raw.strip():
+                yield number, raw
+            while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):  # the rest of a long line
+                raw = file.readline(MAX_LINE_BYTES + 1)
 
 
 def _parse(raw: bytes, endpoint: str | None) -> Line:
+    if len(raw) > MAX_LINE_BYTES:
+        raise _Wrong("line_too_long", f"the line is over the limit of {MAX_LINE_BYTES} bytes; split its request")
     try:
+        check_shape(raw)
         value = orjson.loads(raw)
+    except ApiError as error:
+        raise _Wrong("line_too_long", str(error)) from None
     except orjson.JSONDecodeError as error:
         raise _Wrong("invalid_json_line", f"this is no JSON: {error}") from None
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
+import orjson
 
 from serving.batch.lines import Line, answered, new_id
 
@@ -54,7 +55,9 @@ class Sender:
     async def _post(self, line: Line, headers: dict[str, str]) -> tuple[httpx.Response | None, str]:
         """The response, or none; and what is to be said of it where it is none that stays."""
         try:
-            response = await self._client.post(line.url.removeprefix("/v1"), json=line.body, headers=headers)
+            body = orjson.dumps(line.body)
+            headers = {**headers, "content-type": "application/json"}
+            response = await self._client.post(line.url.removeprefix("/v1"), content=body, headers=headers)
         except httpx.HTTPError as error:
             return None, f"{type(error).__name__}: {error}".rstrip(": ")
         return response, f"{response.status_code} {response.text[:200]}"
@@ -88,10 +91,18 @@ async def send_all(
     done: Callable[[dict[str, Any]], None],
     n_at_once: int,
 ) -> None:
-    """Send lines, so many at once, and tell `done` of each result as it comes. Raises what either raises, alone."""
+    """Send lines, so many at once, and tell `done` of each result as it comes. Raises what either raises, alone.
+
+    lines: read in a thread, since they may be long, and many of them skipped.
+    """
+    reading = asyncio.Lock()  # one iterator for all workers: each takes what comes next
 
     async def work() -> None:
-        for line in lines:  # one iterator for all workers: each takes what comes next
+        while True:
+            async with reading:
+                line = await asyncio.to_thread(next, lines, None)
+            if line is None:
+                return
             done(await send(line))
 
     try:

@@ -26,6 +26,7 @@ from serving.batch.lines import Line, Problem, Results, check, is_good, read, un
 from serving.batch.sending import Sender, send_all
 from serving.batch.store import MAX_REQUESTS, Store, StoredBatch
 from serving.limits import Limits
+from serving.quotas import Quotas
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class BatchDoor:
 
     def headers(self, batch: StoredBatch) -> dict[str, str]:
         """What a request of a batch must carry."""
-        self._clients[batch.id] = Client(batch.client, batch.owner, Limits(*batch.limits))
+        models = None if batch.models is None else frozenset(batch.models)
+        limits, quotas = Limits(*batch.limits), Quotas(**batch.quotas)
+        self._clients[batch.id] = Client(batch.client, batch.owner, limits, models, quotas)
         return {"authorization": self._authorization, "x-batch-id": batch.id}
 
     @property
@@ -63,7 +66,7 @@ class BatchService:
         self.store = store
         self._door, self._takes_priority = door, takes_priority
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://batch/v1", timeout=None)
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost/v1", timeout=None)
         self._sender = Sender(self._client, gives_up=False)
         self._free = asyncio.Semaphore(_AT_ONCE)  # whoever waits longest goes first, so batches take turns
         self._tasks: dict[str, asyncio.Task[None]] = {}

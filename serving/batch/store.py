@@ -50,14 +50,16 @@ class StoredFile:
 class StoredBatch:
     """One batch. shown: OpenAI's `batch` object. client: the name of its key in logs.
 
-    limits: requests and tokens a minute. results: the ids that its files of answers and of failures have, or will have
-    once it is over.
+    limits: requests and tokens a minute. models, quotas: what else its key's line said. results: the ids that its files
+    of answers and of failures have, or will have once it is over.
     """
 
     owner: str
     client: str
     limits: tuple[int | None, int | None]
     shown: dict[str, Any]
+    models: list[str] | None = None
+    quotas: dict[str, int | None] = field(default_factory=dict)
     results: tuple[str, str] = field(default_factory=lambda: (new_id("file-"), new_id("file-")))
 
     @property

@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private import replica as ray_replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
@@ -34,10 +35,13 @@ from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cluster.fleet import RayFleet, replica_id
 from serving.cluster.options import NO_KEYS, ROUTER, SETTINGS, ClusterOptions, ReplicaHttp, ReplicaOptions, read_args
+from serving.cluster.relay import CHARGED
 from serving.cluster.router import Kept, make_router
 from serving.cluster.settings import Settings, digest_of
 from serving.cluster.timeouts import HEALTH_CHECK_S, Timeouts
 from serving.cluster.versions import version_of, with_version
+from serving.connections import Clocks, Connections, timed_protocol
+from serving.heads import Hosts
 from serving.limits import Limits
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
@@ -139,6 +143,7 @@ class Model:
 
     def __init__(self, name: str, model: ReplicaOptions, http: ReplicaHttp, n_models: int) -> None:
         set_up_logging()
+        _stay_on_this_machine()
         self._name, self._http = name, http
         self._endpoint = _open(name, _with_threads(model, n_models), n_models)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
@@ -206,7 +211,9 @@ class Model:
             docs=False,
             request_timeout_s=http.request_timeout_s,
             max_body_bytes=http.max_body_bytes,
+            max_embeddings_body_bytes=http.max_embeddings_body_bytes,
             keep_alive_s=http.keep_alive_s,
+            otel_endpoint=http.otel_endpoint,
         )
         serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)
         app = make_app(serving, door=_LeaseDoor(self._token))
@@ -223,7 +230,7 @@ class Model:
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                http="httptools",
+                http=timed_protocol(Clocks(), Connections(), "httptools"),
                 ws="none",
             )
             self._server = asyncio.create_task(uvicorn.Server(config).serve(sockets=[self._listener]))
@@ -255,10 +262,18 @@ class _Leased:
             await self._app(scope, receive, send)
         finally:
             if ticket is not None:
-                work = scope.get("state", {}).get("work")
-                fields = work.log_fields() if work is not None else {}
-                ticket.report = {key: value for key, value in fields.items() if key != "model"}
+                ticket.report = _report(scope.get("state", {}))
                 ticket.ended.set()
+
+
+def _report(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the router is told of a request that has ended: for its log, and what its client is charged."""
+    fields = {"error": state["error"]} if "error" in state else {}
+    work = state.get("work")
+    if work is None:
+        return {CHARGED: 0, **fields}
+    told = {key: value for key, value in work.log_fields().items() if key != "model"}
+    return {**told, CHARGED: work.n_tokens, **fields}
 
 
 def _leave_when_it_stops(endpoint: Any, leave: Callable[[int], object] = os._exit) -> None:
@@ -304,6 +319,13 @@ def _with_threads(model: ReplicaOptions, n_models: int) -> ReplicaOptions:
     return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
+def _stay_on_this_machine() -> None:
+    """Have Ray bind the port over which a replica is called to the node's address where that is loopback."""
+    if (address := ray.util.get_node_ip_address()) == "127.0.0.1":
+        bind = ray_replica.add_port_to_grpc_server
+        ray_replica.add_port_to_grpc_server = lambda server, where: bind(server, where.replace("[::]", address))
+
+
 # -- the front -----------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +336,9 @@ class Router:
     def __init__(self, settings: DeploymentHandle, models: Mapping[str, DeploymentHandle]) -> None:
         """models: makes them part of the application; who is served is what `settings` say."""
         set_up_logging()
+        _stay_on_this_machine()
+        # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
+        os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._settings, self._front, self._kept = settings, _Front(), Kept()
         self._fleet: RayFleet | None = None
         self._heard = self._goes_by = ""  # digests of `args`
@@ -351,7 +376,9 @@ class Router:
     def _make(self, fleet: "RayFleet", options: ClusterOptions) -> ASGIApp:
         fleet.read_cards()
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        return make_router(fleet, options, Keys(options.api_keys, options.api_key_file, limits), self._kept)
+        keys = Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
+        is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
+        return make_router(fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None, self._kept)
 
     def exposition(self) -> tuple[str, str]:
         """This router's name and its metrics."""

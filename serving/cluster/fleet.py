@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
@@ -62,7 +63,8 @@ class RayFleet:
             multiplexed_model_id=adapter or "",
             session_id=prefix if self._options.models[model].routing == "prefix" else "",
         )
-        stream = handle.lease.remote()
+        # Ray Serve cancels what was called in a request's context when its client goes. The lease is still wanted then.
+        stream = contextvars.Context().run(handle.lease.remote)
         rest: asyncio.Future[Any] | None = None
         try:
             try:

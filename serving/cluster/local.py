@@ -1,32 +1,35 @@
 """`mpt cluster`: a local Ray and the application of a Serve config on it, from checking to a clean exit.
 
-Everything a user can have got wrong is told before Ray starts, which takes seconds and hides errors in its logs.
+Everything a user can have got wrong is told before Ray starts, which takes seconds and hides errors in its logs. The
+Ray is one of its own, whatever else runs here (`home.py`), and all of it ends with this process (`guard.py`).
 """
 
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, NoReturn
 
 from mpt.catalog import resolve
-from mpt.errors import MachineRefused, UserError
-from serving.auth import keys_of
-from serving.cluster import haproxy
+from mpt.errors import EngineStopped, MachineRefused, UserError
+from mpt.memory import available_bytes
+from serving.auth import book_of, keys_of
+from serving.cluster import guard, home
+from serving.cluster.haproxy_config import max_connections
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
 from serving.cluster.reload import Reloads, tell_room
 from serving.cluster.timeouts import Timeouts
+from serving.configuration import anchored, application, load
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 
 log = logging.getLogger(__name__)
 
-_IMPORT_PATH = "serving.cluster.deployment:app"
 # Read by Ray's processes when they start. HAProxy in front of the routers instead of Ray's Python proxy: 1 ms a request
 # instead of 11. Throughput optimized: gRPC between replicas instead of actor calls, no threads of its own around our
 # event loops, Ray Serve's own lines in its log files (docs/benchmarks.md).
@@ -34,28 +37,142 @@ ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_worker_niceness": "0",  # 15 otherwise: behind everything else on this machine
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",  # a client that neither sends nor reads; Ray: an hour
+    # A request whose router dies before it answers goes to the other one; computing an answer twice harms nobody.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # Ray listens on every address; nobody without its token is answered
+    "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+    "RAY_AUTH_MODE": "token",  # nobody without its token is answered
 }
+# Of a Ray on one machine: its address is 127.0.0.1, so it listens there only. The name is Ray's, and says what it is
+# otherwise for: to stay off the network on desktops.
+LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_WATCH_S = 0.5
+# A router takes 0.42 GB, which is mostly Ray's and torch's code (2026-11-27).
+_FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 
 
 def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> None:
     """Serve until told to stop; running answers may then take drain_s more. Raises UserError before Ray starts."""
     set_up_logging()
-    started = time.perf_counter()
-    application, http, logging_config = _read(config)
-    options = read_args(application.get("args") or {})
+    ours, http, logging_config = _read(config)
     if port is not None:
         http["port"] = port
     n_cpus = cpus or os.cpu_count() or 1
+    try:
+        _settle_routers(ours, n_cpus)
+        options = read_args(ours["args"])
+    except UserError as error:
+        raise UserError(f"`{config}`: {error}") from None
     _check(options, http, n_cpus)
     _check_port(http)
-    # HAProxy's own pages are on fixed ports of Ray's otherwise, so that a machine could hold one cluster only.
-    ports = {name: str(_free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
-    ports["RAY_SERVE_HAPROXY_BINARY_PATH"] = haproxy.command()
-    for variable, value in {**ENVIRONMENT, **Timeouts.of(options).environment(), **ports}.items():
-        os.environ.setdefault(variable, value)
+    connections = max_connections()
+    if elsewhere := os.environ.pop("RAY_ADDRESS", None):
+        log.info("this is a Ray of its own, not the one at %s; `serve deploy %s` is for that one", elsewhere, config)
+    home.keep_token_private()
+    folder = home.make()
+    with guard.watching(str(folder)) as watcher:
+        certificate, key = home.write_certificate(folder)
+        for variable, value in {**ENVIRONMENT, **Timeouts.of(options).environment(), **LOCAL, **home.ports()}.items():
+            os.environ.setdefault(variable, value)  # what the user has set stays
+        os.environ.update(home.environment(folder))
+        log.info("HAProxy takes up to %d connections; Ray's logs are in %s/ray", connections, folder)
+        behind = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}  # of the routers, which HAProxy asks
 
+        def read(changed: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+            again, *rest = _read(changed)
+            again["args"] = {"router_replicas": options.router_replicas, **again["args"]}  # as was settled
+            return again, rest[0], rest[1]
+
+        reloads = Reloads(config, read, lambda changed: _check(changed, http, n_cpus))
+        _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher), reloads)
+    home.remove(folder)
+
+
+def _settle_routers(ours: dict[str, Any], n_cpus: int) -> None:
+    """Two routers, or one where a second would crowd out the models; what the config says stays. Raises UserError."""
+    args = ours["args"] = dict(ours.get("args") or {})
+    if args.get("router_replicas") is not None:
+        return
+    options = read_args({**args, "router_replicas": 1})
+    free = available_bytes()
+    wanted_cpus = sum(model.n_cpus for model in options.models.values()) + 2 * options.router_num_cpus
+    args["router_replicas"] = 2
+    why = "the one answers while the other is started anew"
+    if free < _FREE_FOR_A_SECOND_BYTES or wanted_cpus > n_cpus:
+        args["router_replicas"] = 1
+        why = f"for a second, {wanted_cpus:g} of {n_cpus} CPUs and {_FREE_FOR_A_SECOND_BYTES / 1e9:g} GB must be there"
+        why += f", of which {free / 1e9:.1f} are"
+    log.info("%d of `router_replicas`: %s", args["router_replicas"], why)
+
+
+class _Processes:
+    """What runs of this cluster, so that it ends as a whole."""
+
+    def __init__(self, folder: Path, watcher: int) -> None:
+        self.folder, self._watcher = folder, watcher
+        self.is_ready = self.is_ending = False
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process and all others at once."""
+        guard.end(str(self.folder), but=frozenset({self._watcher}))
+        if code == 0:
+            home.remove(self.folder)
+        os._exit(code)
+
+    def watch(self, drain_s: float) -> None:
+        """Leave when Ray's own processes have died: nothing restarts them, and what they started would stay.
+
+        Without the GCS, routers and replicas still answer: what runs may end. Without the raylet nothing is left.
+        """
+        own = {pid: name for pid in guard.members(str(self.folder)) if (name := _name(pid)) in ("gcs_server", "raylet")}
+        while (dead := next((pid for pid in own if _has_ended(pid)), None)) is None:
+            time.sleep(_WATCH_S)
+        if self.is_ending:
+            return
+        self.is_ending = True
+        print(f"mpt: Ray's {own[dead]} has died, and with it this cluster; run the same command again", file=sys.stderr)
+        if own[dead] == "gcs_server":
+            self._let_answers_end(drain_s)
+        self.leave(EngineStopped.exit_code)
+
+    def _let_answers_end(self, drain_s: float) -> None:
+        """HAProxy closes its port at SIGUSR1, and ends with its last answer."""
+        until = time.monotonic() + drain_s
+        while (proxies := [pid for pid in guard.members(str(self.folder)) if _name(pid) == "haproxy"]) and (
+            time.monotonic() < until
+        ):
+            for pid in proxies:
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(_WATCH_S)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # waited for already
+        return True
+
+
+def _serve(
+    ours: Mapping[str, Any],
+    http: Mapping[str, Any],
+    logging_config: Mapping[str, Any],
+    n_cpus: int,
+    drain_s: float,
+    processes: _Processes,
+    reloads: Reloads,
+) -> None:
+    started = time.perf_counter()
     import ray
     from ray import serve
     from ray.exceptions import RayError
@@ -64,58 +181,71 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
 
     from serving.cluster.running import Running
 
+    running = Running(ours, logging_config)
     stop = threading.Event()
-    ray.init(num_cpus=n_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    running = Running(application, logging_config)
+
+    def on_signal(*_: object) -> None:
+        stop.set() if processes.is_ready else processes.leave(0)
+
+    def catch_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+
+    logs = f"{processes.folder}/ray/session_latest/logs"
+    catch_signals()
     try:
-        try:
-            serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
-            running.deploy(application.get("args") or {}, {})
-        except (RayError, RuntimeError) as error:
-            log.debug("Ray Serve did not start", exc_info=error)
-            last = str(error).strip().splitlines()[-1]
-            raise MachineRefused(f"the models did not start: {last}; see /tmp/ray/session_latest/logs/serve") from None
-        reloads = Reloads(config, _read, lambda changed: _check(changed, http, n_cpus), running)
-        with reloads.listening(http["port"]):
-            log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
-            tell_room(options, running.free())
-            stop.wait()
-        log.info("shutting down; running requests may take %.0f s more", drain_s)
-        running.drain(drain_s)
-        serve.shutdown()
-    finally:
-        ray.shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        ray.init(
+            "local",
+            num_cpus=n_cpus,
+            include_dashboard=False,
+            _temp_dir=f"{processes.folder}/ray",
+            logging_level=logging.WARNING,
+        )
+        catch_signals()  # Ray has put its own in their place
+        threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
+        serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
+        running.deploy(ours["args"], {})
+    except (RayError, RuntimeError, OSError) as error:
+        log.debug("Ray Serve did not start", exc_info=error)
+        last = str(error).strip().splitlines()[-1]
+        raise MachineRefused(f"the models did not start: {last}; see {logs}") from None
+    processes.is_ready = True
+    with reloads.listening(http["port"], ours["args"], running):
+        log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+        tell_room(read_args(ours["args"]), running.free())
+        stop.wait()
+    log.info("shutting down; running requests may take %.0f s more", drain_s)
+    processes.is_ending = True
+    running.drain(drain_s)
+    serve.shutdown()
+    ray.shutdown()
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Our application of a Serve config, its HTTP options and its logging."""
-    try:
-        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
-        applications = raw["applications"]
-        ours = [each for each in applications if each["import_path"] == _IMPORT_PATH]
-    except OSError as error:
-        raise UserError(f"`{config}` cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{config}` is no Ray Serve config; serving/config.yaml is one") from error
-    if len(ours) != 1:
-        raise UserError(f"`{config}` has {len(ours)} applications with import_path {_IMPORT_PATH}; give it one")
-    http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
-    return ours[0], http, raw.get("logging_config") or {}
+    """Our application of a Serve config, its HTTP options and its logging; or of a file of `mpt serve --config`."""
+    raw = load(config)
+    if "applications" in raw or not raw:
+        ours, listens = application(raw, config), raw.get("http_options") or {}
+    else:
+        listens = {key: raw.pop(key) for key in ("host", "port") if key in raw}
+        raw = {"logging_config": {"enable_access_log": False}, "args": raw}  # ours has tokens and latencies
+        ours = raw
+    http = {"host": "127.0.0.1", "port": 8000, **listens}
+    args = anchored(ours.get("args") or {}, config.absolute().parent)
+    return {**ours, "args": args}, http, raw.get("logging_config") or {}
 
 
 def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
     """Everything that would fail later and less clearly. Raises UserError."""
+    if given := sorted(key for key in http if key.startswith("ssl_")):
+        raise UserError(
+            f"`http_options` has `{given[0]}`, and HAProxy does not speak TLS to clients; put a gateway that does in "
+            "front of it"
+        )
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
     keys = keys_of(options)
+    book_of(keys, options, several_machines=options.replica_host == "node").close()
     if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
         raise UserError(
             f"`{http['host']}` can be reached from other machines and there are no keys; give `api_key_file` in "
@@ -143,7 +273,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
         )
 
 
-def _check_port(http: dict[str, Any]) -> None:
+def _check_port(http: Mapping[str, Any]) -> None:
     """Raises UserError where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

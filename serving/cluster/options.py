@@ -3,33 +3,41 @@
 Light enough to read before torch and ray are imported. Not here: how it runs (`serving/cluster/deployment.py`).
 """
 
-import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from mpt.errors import UserError
-from mpt.options import MODEL_NAME, ModelOptions, at_least
+from mpt.options import ModelOptions, at_least
+from serving.configuration import read_models, read_options, read_values
 from serving.options import HttpOptions
 
 Routing = Literal["least_loaded", "prefix"]
 UpdateOrder = Literal["start_first", "stop_first"]
-OWN_NAMES = ROUTER, SETTINGS = "Router", "Settings"  # of deployments that are no models
+ROUTER, SETTINGS = "Router", "Settings"
+OWN_NAMES = {ROUTER, SETTINGS}  # of deployments that are no models
 ReplicaHost = Literal["loopback", "node"]
 NO_KEYS = (
     "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, or "
     "`no_auth: true` to serve everybody who reaches it"
 )
-# Options of `mpt serve` about which models are in its one process, and what does the same here.
 SCALES = "its replicas follow the requests: give the model `min_replicas: 0`, and `downscale_delay_s` before it goes"
+# Options that only `mpt serve` has, and what does the same here.
 _OF_ONE_PROCESS = {
     "load": SCALES,
     "idle_unload": SCALES,
     "max_loaded": "the cluster runs what has room: give each model `num_cpus`, `num_gpus` and `max_replicas`",
     "models_dir": "write each model under `models`, with its `root`",
     "allow_model_loading": SCALES,
+    "allow_adapter_loading": "put the adapters into the folder `adapters` of their model; it is read for each request",
+    "batch_dir": "answer the file with `mpt run-batch requests.jsonl results.jsonl --url` and the cluster's URL",
+    "demo": "run `mpt demo --url` beside it",
+    "drain_s": "give the model `graceful_shutdown_timeout_s`, and `mpt cluster --drain-seconds`",
+    "write_timeout_s": "HAProxy closes such connections after its own time",
+    "idle_timeout_s": "HAProxy closes such connections after its own time",
+    "max_connections": "HAProxy counts them; the limit is three quarters of `ulimit -n`",
+    "host": "Ray listens: write it under `http_options`",
+    "port": "Ray listens: write it under `http_options`",
 }
 
 
@@ -97,7 +105,9 @@ class ReplicaHttp:
 
     request_timeout_s: float
     max_body_bytes: int
+    max_embeddings_body_bytes: int
     keep_alive_s: float
+    otel_endpoint: str | None
     replica_host: ReplicaHost
 
 
@@ -107,105 +117,55 @@ class ClusterOptions(HttpOptions):
 
     models: Mapping[str, ReplicaOptions]
     no_auth: bool = False  # serve without keys, also beyond this machine
-    router_replicas: int = 1
+    router_replicas: int = 2  # one that dies takes its own answers with it, and no other
     router_num_cpus: float = 0.1
     # Where replicas listen for routers; `node` for several nodes.
     replica_host: ReplicaHost = "loopback"
     docs: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "router_replicas", "max_body_bytes", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 1, "router_replicas", "requests_per_minute", "tokens_per_minute")
+        at_least(self, 1, "max_body_bytes", "max_embeddings_body_bytes")
         at_least(self, 0.1, "request_timeout_s", "keep_alive_s", "read_timeout_s")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if (limit := getattr(self, name)) is not None and limit < self.router_replicas:
+                raise UserError(
+                    f"{name} is {limit}, and each of {self.router_replicas} routers lets through its share; give at "
+                    f"least {self.router_replicas}, or `router_replicas: 1`"
+                )
 
     @property
     def replica_http(self) -> ReplicaHttp:
-        return ReplicaHttp(self.request_timeout_s, self.max_body_bytes, self.keep_alive_s, self.replica_host)
+        return ReplicaHttp(**{each.name: getattr(self, each.name) for each in fields(ReplicaHttp)})
 
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""
-        return None if limit is None else max(1, math.floor(limit / self.router_replicas))
+        return None if limit is None else limit // self.router_replicas
 
 
 def read_args(args: Mapping[str, Any]) -> ClusterOptions:
     """The options in the `args` of an application. Raises UserError that names the key, its value and what it takes."""
     raw = dict(args)
-    models = raw.pop("models", None)
-    if models is not None and (not isinstance(models, Mapping) or not models):
-        raise UserError("`models` maps each served name to its options; give at least one: {chat: {root: mpt-7b-chat}}")
-    found: dict[str, ReplicaOptions] = dict(TINY)
-    if models is not None:
-        found = {}
-        for name, given in models.items():
-            if not isinstance(name, str) or not MODEL_NAME.fullmatch(name):
-                raise UserError(f"`{name}` cannot be a served name: letters, digits, `.`, `_`, `-`, at most 64")
-            if name in OWN_NAMES:
-                raise UserError(f"`{name}` cannot be a served name: the cluster calls a part of itself so")
-            if not isinstance(given, Mapping):
-                raise UserError(f"`models.{name}` is {given!r}; write its options: {{root: mpt-7b}}")
-            found[name] = _read(ReplicaOptions, given, f"models.{name}.")
-    return _read(ClusterOptions, {**raw, "models": found}, "")
-
-
-def _read(kind: Any, given: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        if (instead := _OF_ONE_PROCESS.get(str(key).replace("-", "_"))) is not None:
-            raise UserError(f"`{where}{key}` is an option of `mpt serve`, not of a cluster; {instead}")
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            raise UserError(
-                f"`{where}{key}` is no option"
-                + (f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(hints)}")
-            )
-        values[key] = _convert(hints[key], value, f"{where}{key}")
-    for each in fields(kind):
-        if each.name == "root" and "root" not in values:
-            raise UserError(f"`{where}root` is missing; give a catalog name or a folder of a checkpoint")
-    try:
-        return kind(**values)
-    except UserError as error:
-        raise UserError(f"`{where.rstrip('.')}`: {error}" if where else str(error)) from None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """A value of JSON or YAML as its field's type, nothing guessed: no numbers from text, no booleans for numbers."""
-    options = get_args(hint) if get_origin(hint) is not Literal else ()
-    if type(None) in options:
-        if value is None:
-            return None
-        rest = [option for option in options if option is not type(None)]
-        return _convert(rest[0], value, where)
-    wanted = ""
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        wanted = " or ".join(f"`{choice}`" for choice in get_args(hint))
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-        wanted = "true or false"
-    elif hint in (int, float):
-        if isinstance(value, int | float) and not isinstance(value, bool) and (hint is float or value == int(value)):
-            return hint(value)
-        wanted = "a whole number" if hint is int else "a number"
-    elif hint is str or hint is Path:
-        if isinstance(value, str) and value:
-            return hint(value)
-        wanted = "text"
-    elif get_origin(hint) is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        wanted = "a list of texts"
+    models, defaults = raw.pop("models", None), raw.pop("defaults", {})
+    shared = read_values(_OF_A_MODEL, defaults, "defaults.", _refuse)
+    if models is None:
+        found = {name: read_options(ReplicaOptions, {**vars(own), **shared}, "defaults") for name, own in TINY.items()}
     else:
-        if isinstance(value, Mapping):
-            kind = get_args(hint)[1]
-            is_plain = kind in (float, Path)  # the others are models, read already
-            return {name: _convert(kind, item, f"{where}.{name}") if is_plain else item for name, item in value.items()}
-        wanted = "a mapping"
-    raise UserError(f"`{where}` is {value!r}; it takes {wanted}")
+        given = read_models(_OF_A_MODEL, models, _refuse)
+        for name in OWN_NAMES & given.keys():
+            raise UserError(f"`{name}` cannot be a served name: the cluster calls a part of itself so")
+        found = {name: read_options(ReplicaOptions, {**shared, **own}, f"models.{name}") for name, own in given.items()}
+    known = {**get_type_hints(ClusterOptions), "defaults": Mapping[str, Any]}
+    return read_options(ClusterOptions, {**read_values(known, raw, "", _refuse), "models": found}, "")
 
 
+def _refuse(key: str) -> str | None:
+    """What does the same as an option of `mpt serve`, with whose it is."""
+    instead = _OF_ONE_PROCESS.get(key)
+    return None if instead is None else f"is an option of `mpt serve`, not of a cluster; {instead}"
+
+
+_OF_A_MODEL = get_type_hints(ReplicaOptions)
 TINY = {
     "mpt-tiny": ReplicaOptions("mpt-tiny"),
     "mpt-tiny-instruct": ReplicaOptions("mpt-tiny-instruct"),

@@ -26,12 +26,16 @@ from serving.wire import wire_of
 
 log = logging.getLogger(__name__)
 
+CHARGED = "charged_tokens"  # in a replica's report: what its client's account is charged
 _ATTEMPTS = 3  # replicas tried before a client is told that they are lost; none after the first byte
 _SILENCE_S = 60.0  # a replica fills its streams with comments; one that says nothing for this long is lost
 
 
 class ReplicaLost(Exception):
     """A replica, or the way to it, has gone."""
+
+
+_LOST = (ReplicaLost, aiohttp.ClientError, TimeoutError, OSError)  # what says so
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Lease:
     headers: Mapping[str, str]
     replica: str
     lost: "asyncio.Future[None]"  # raises ReplicaLost as soon as Ray knows
-    report: Callable[[], Any]  # awaited after the answer: what it cost, as the replica's log would say
+    report: Callable[[], Any]  # awaited after the answer: what it cost, in the words of the log; {} if unknown
 
 
 class Fleet(Protocol):
@@ -69,22 +73,45 @@ class Fleet(Protocol):
 
 @dataclass
 class Relayed:
-    """One request's way through, for the access log and its client's account."""
+    """One request's way through, for the access log and its client's account.
+
+    What it cost is what its replica reports, also where the client left. Without a report it is what passed here: the
+    prompt as it was estimated, and a token for each event, which has one or a few.
+    """
 
     model: str
-    estimate: int  # tokens, until the replica has counted
+    n_prompt: int  # tokens, estimated
+    estimate: int  # with those of the answer, at most
     report: dict[str, Any] = field(default_factory=dict)
+    n_events: int = 0  # of a stream, passed on
+    is_served: bool = False  # a whole answer was
     replica: str = "-"
     arrived: float = field(default_factory=time.perf_counter)
     lease_s: float = 0.0  # until a replica took it; the replica's own times come on top
 
     @property
     def n_tokens(self) -> int:
-        counted = [self.report.get(key) for key in ("prompt_tokens", "completion_tokens")]
-        return sum(value for value in counted if isinstance(value, int)) if self.report else 0
+        if CHARGED in self.report:
+            return int(self.report[CHARGED])
+        return self.estimate if self.is_served else self.n_prompt + self.n_events if self.n_events else 0
 
     def log_fields(self) -> dict[str, Any]:
-        return {"model": self.model, "replica": self.replica, "lease_s": round(self.lease_s, 4), **self.report}
+        told = {key: value for key, value in self.report.items() if key not in (CHARGED, "error")}
+        if not told and (self.is_served or self.n_events):
+            told = {"finish_reason": "error"}
+        return {"model": self.model, "replica": self.replica, "lease_s": round(self.lease_s, 4), **told}
+
+
+class _Events:
+    """Counts the events of a stream, however its bytes are cut."""
+
+    def __init__(self, mark: bytes) -> None:
+        self._mark, self._tail = mark, b"\n"[: len(mark) - 1]  # as if a line had ended before the first
+
+    def count(self, piece: bytes) -> int:
+        seen = self._tail + piece
+        self._tail = seen[max(0, len(seen) - len(self._mark) + 1) :]
+        return seen.count(self._mark)
 
 
 class RouterMetrics(HttpMetrics):
@@ -168,14 +195,16 @@ class Relay(Response):
         self._traffic = traffic
         self._sent = {"content-type": "application/json", "x-request-id": request.state.request_id}
         self._sent["x-mpt-salt"] = lease.salt
-        self._started = self._written = self._ended = False  # sent: a head, a byte of a replica's, the last byte
+        if (trace := request.state.trace) is not None:
+            self._sent |= trace.headers()
+        self._started = self._written = self._ended = False  # sent: a head, a byte of an answer, the last byte
         # A whole answer is silent until it is there; whether its replica lives is what the lease knows.
         silence_s = max(_SILENCE_S, 4 * options.keep_alive_s) if streamed else None
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=silence_s)
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._send = send
+        self._send, self._state = send, scope.setdefault("state", {})
         relay = asyncio.create_task(self._traffic.through(self._relay()))
         beside = [asyncio.create_task(until_disconnected(receive))]
         if self._streamed and self._wire.keep_alive:
@@ -184,9 +213,13 @@ class Relay(Response):
         await finish(relay, beside)
         if relay.cancelled():
             raise ClientDisconnect
-        if (error := relay.exception()) is not None:
+        error = relay.exception()
+        if error is None and (told := self._work.report.get("error")):
+            self._state["error"] = told
+        if error is not None:
             if not isinstance(error, ApiError) or not self._started:
                 raise error
+            self._state["error"] = error.code
             await self._write(self._wire.failure(self._wire.error(error)), more=False)
 
     async def _relay(self) -> None:
@@ -194,7 +227,7 @@ class Relay(Response):
             try:
                 await self._attempt()
                 return
-            except (ReplicaLost, aiohttp.ClientError, TimeoutError, OSError) as error:
+            except _LOST as error:
                 self._metrics.lost.labels(self._lease.model).inc()
                 log.warning(
                     "replica %s of %s lost in attempt %d: %r", self._work.replica, self._lease.model, attempt, error
@@ -209,17 +242,7 @@ class Relay(Response):
                 waiting.reschedule(None)  # from here on the replica keeps the deadline
                 self._work.replica, self._work.lease_s = lease.replica, time.perf_counter() - self._work.arrived
                 self._metrics.lease.labels(self._lease.model).observe(self._work.lease_s)
-                answer = asyncio.ensure_future(self._pass_on(lease))
-                try:
-                    await asyncio.wait({answer, lease.lost}, return_when=asyncio.FIRST_COMPLETED)
-                    if not answer.done():
-                        lease.lost.result()
-                        raise ReplicaLost("its lease has ended")
-                    answer.result()
-                finally:
-                    answer.cancel()
-                    await asyncio.gather(answer, return_exceptions=True)
-                self._work.report = await lease.report()
+                await self._answer(lease)
         except TimeoutError as error:
             if self._work.replica == "-":
                 raise Unavailable("no replica was free before the deadline", code="queue_timeout") from error
@@ -228,14 +251,35 @@ class Relay(Response):
             self._metrics.rejected.labels(self._lease.model).inc()
             raise
 
+    async def _answer(self, lease: Lease) -> None:
+        """Pass an answer on, and note what it cost, also when the client goes, which cancels this."""
+        answer = asyncio.ensure_future(self._pass_on(lease))
+        is_lost = False
+        try:
+            await asyncio.wait({answer, lease.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                lease.lost.result()
+                raise ReplicaLost("its lease has ended")
+            answer.result()
+        except _LOST:
+            is_lost = True
+            raise
+        finally:
+            answer.cancel()  # before the report: the replica makes it when it sees that nobody is there
+            await asyncio.gather(answer, return_exceptions=True)
+            if not is_lost:
+                self._work.report = await lease.report()
+
     async def _pass_on(self, lease: Lease) -> None:
         headers = {**self._sent, **lease.headers}
         url = lease.url + self._path
         async with self._session.post(url, data=self._body, headers=headers, timeout=self._timeout) as answer:
             if self._wire.media_type.startswith(answer.content_type):
                 await self._begin(200, self._stream_headers())
+                events = _Events(self._wire.mark)
                 async for piece in answer.content.iter_any():
                     self._written = True
+                    self._work.n_events += events.count(piece)
                     await self._write(piece)
                 await self._write(b"", more=False)
                 return
@@ -244,6 +288,7 @@ class Relay(Response):
             await self._write(self._wire.failure(orjson.loads(body)), more=False)
             return
         kept = ("content-type", "retry-after", "x-should-retry")
+        self._work.is_served = self._written = answer.status == 200
         await self._begin(answer.status, {name: answer.headers[name] for name in kept if name in answer.headers})
         await self._write(body, more=False)
 

@@ -137,12 +137,12 @@ class Application(Protocol):
 class Reloads:
     """Takes changed configs into a running cluster, one after the other."""
 
-    def __init__(
-        self, config: Path, read: Read, check: Callable[[ClusterOptions], None], cluster: "Application"
-    ) -> None:
-        self._config, self._read, self._check, self._cluster = config, read, check, cluster
+    _args: Mapping[str, Any]  # these two once it listens: what runs, and on what
+    _cluster: Application
+
+    def __init__(self, config: Path, read: Read, check: Callable[[ClusterOptions], None]) -> None:
+        self._config, self._read, self._check = config, read, check
         application, *self._fixed = read(config)
-        self._args = application.get("args") or {}
         self._name = {key: value for key, value in application.items() if key != "args"}
         self._one_at_a_time = threading.Lock()
 
@@ -201,8 +201,9 @@ class Reloads:
         self._args = args
 
     @contextmanager
-    def listening(self, port: int) -> Iterator[None]:
-        """Do as `mpt cluster reload` asks. port: the cluster's, by which it is found."""
+    def listening(self, port: int, args: Mapping[str, Any], cluster: Application) -> Iterator[None]:
+        """Do as `mpt cluster reload` asks. port: the cluster's, by which it is found; args: what runs on it."""
+        self._args, self._cluster = args, cluster
         path = _socket_of(port)
         path.unlink(missing_ok=True)  # of a cluster that was killed: the port is ours now
         handler = type("Handler", (_Handler,), {"reloads": self})

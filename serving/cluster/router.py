@@ -6,8 +6,10 @@ docs/benchmarks.md). Which replica, and how long it stays ours, is a lease. Noth
 needs, and `serving/cluster/deployment.py` gives it.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -23,8 +25,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
 from mpt.engine.adapters import split_name
+from serving.access import may_use, reached
 from serving.app import add_errors, versions
-from serving.auth import Door, Keys
+from serving.aside import aside
+from serving.auth import Door, Keys, book_of, keys_of
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -40,7 +44,8 @@ from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.gate import Gate
-from serving.intake import read_body
+from serving.heads import Hosts
+from serving.intake import read, read_body
 from serving.limits import RateLimiter
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
@@ -52,7 +57,9 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.replies import as_json, welcome
+from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes
+from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
 _BYTES_PER_TOKEN = 4  # OpenAI's rule of thumb; what a client is charged until the replica has counted
@@ -68,41 +75,57 @@ class Kept:
     def __init__(self) -> None:
         self.metrics, self.traffic = RouterMetrics(), Traffic()
         self.session, self.limiter = _Session(), RateLimiter()
+        self._made: dict[str, tuple[object, Any]] = {}
+
+    def made(self, what: str, told: object, make: Callable[[], Any]) -> Any:
+        """What was made, unless it is told something else now; requests on their way still use the one before."""
+        if what not in self._made or self._made[what][0] != told:
+            self._made[what] = told, make()
+        return self._made[what][1]
 
     def exposition(self) -> str:
         """This router's own metrics."""
         return generate_latest(self.metrics.registry).decode()
 
 
-def make_router(fleet: Fleet, options: ClusterOptions, door: Door, kept: Kept | None = None) -> FastAPI:
+def make_router(
+    fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts | None = None, kept: Kept | None = None
+) -> FastAPI:
     """The ASGI app in front of a fleet; the same routes and errors as `serving.app.make_app`."""
     kept = kept or Kept()
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
     metrics, traffic, session = kept.metrics, kept.traffic, kept.session
     cards = fleet.cards
+    keys = door if isinstance(door, Keys) else keys_of(options)
+    keys.note_unknown(cards())
+    several = options.replica_host == "node"
+    told = (options.quota_store, options.request_timeout_s, keys.have_quotas, several)
+    book = kept.made("book", told, lambda: book_of(keys, options, several_machines=several))
+    for name in cards():
+        metrics.lost.labels(name)  # 0 from the start: an alert sees the first loss only as a change
 
     def find(model: str) -> tuple[str, str | None]:
         if traffic.draining:
             raise Unavailable("the server is shutting down; try another", code="shutting_down")
         base, adapter = split_name(model)
-        served = cards()
-        if base not in served:
+        served = reached(cards())
+        if base not in served or not may_use(model):
             known = ", ".join(f"`{name}`" for name in served)
             raise NotFound(f"no model `{model[:100]}` here; served: {known}", code="model_not_found", param="model")
         return base, adapter
 
     async def relay(request: Request, kind: type[BaseModel]) -> Response:
         raw = await read_body(request, options)
-        served = [*cards()]
-        asked = _as_openai(parse(kind, raw, served[0] if len(served) == 1 else None))
+        served = reached(cards())
+        asked = await aside(request, _understood, kind, raw, served[0] if len(served) == 1 else None)
         base, adapter = find(asked.model)
-        work = Relayed(asked.model, _tokens(asked))
+        work = Relayed(asked.model, asked.n_prompt, asked.n_tokens)
         request.state.admission.reserve(work.estimate)
+        await request.state.account.hold(work.estimate)
         request.state.work = work
-        streamed = bool(getattr(asked, "stream", False))
-        lease = Lessor(fleet, base, adapter, _prefix(asked), request.state.salt)
-        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, streamed)
+        lease = Lessor(fleet, base, adapter, asked.prefix, request.state.salt)
+        return Relay(request, raw, work, lease, await session.get(), metrics, options, traffic, asked.is_streamed)
 
     def relayed(kind: type[BaseModel]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def answer(request: Request) -> Response:
@@ -113,6 +136,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, kept: Kept | 
     functions = _listing(fleet, find, options, traffic)
     functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
     add_routes(app, functions)
+    app.state.request_log = kept.made("log", options.log_requests, lambda: request_log(options.log_requests))
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
@@ -124,9 +148,13 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, kept: Kept | 
         door=door,
         metrics=metrics,
         log_format=options.log_format,
+        book=book,
         names_requests=False,
+        hosts=hosts,
         limiter=kept.limiter,
     )
+    spans = kept.made("spans", options.otel_endpoint, lambda: spans_to(options.otel_endpoint))
+    app.add_middleware(Traced, spans=spans)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -164,7 +192,8 @@ def _listing(
 
     async def all_cards() -> list[dict[str, Any]]:
         runs = await fleet.runs()
-        return [{**card, "runs": runs.get(name)} for name, found in cards().items() for card in found]
+        shown = [(name, card) for name, found in cards().items() for card in found if may_use(card["id"])]
+        return [{**card, "runs": runs.get(name)} for name, card in shown]
 
     async def ollama_tags() -> Response:
         return as_json(ollama.tags(await all_cards()))
@@ -173,7 +202,7 @@ def _listing(
         return as_json(ollama.running(await all_cards()))
 
     async def ollama_show(request: Request) -> Response:
-        name = parse(ShowRequest, await read_body(request, options)).model_name()
+        name = (await read(request, ShowRequest, options)).model_name()
         find(name)
         return as_json(ollama.shown(next(card for card in await all_cards() if card["id"] == name)))
 
@@ -190,9 +219,11 @@ def _listing(
         return as_json({"server_load": traffic.n})
 
     async def health() -> Response:
-        return as_json({"status": "ok"})
+        return as_json({"status": "shutting down" if traffic.draining else "ok"})
 
     async def ready() -> Response:
+        if traffic.draining:
+            return respond(Unavailable("shutting down", code="shutting_down"), "/ready")
         why = await fleet.not_ready()
         if why is None:
             return as_json({"status": "ready"})
@@ -203,7 +234,8 @@ def _listing(
 
     async def scrape() -> Response:
         """Prometheus metrics of every router and replica, told apart by the label `replica`."""
-        return Response(merged(await fleet.expositions()), headers={"content-type": CONTENT_TYPE_LATEST})
+        text = await asyncio.to_thread(merged, await fleet.expositions())
+        return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     return {
         "models": models, "model": model, "health": health, "ready": ready, "version": version, "metrics": scrape,
@@ -265,6 +297,25 @@ def merged(expositions: Mapping[str, str]) -> bytes:
     return generate_latest(registry)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a router wants to know of a body. prefix: what decides which replica may have a prompt in its cache.
+
+    n_prompt, n_tokens: what its client is charged until a replica has counted, for its prompt and with its answer.
+    """
+
+    model: str
+    is_streamed: bool
+    n_prompt: int
+    n_tokens: int
+    prefix: str
+
+
+def _understood(kind: type[BaseModel], raw: bytes, model: str | None) -> _Asked:
+    asked = _as_openai(parse(kind, raw, model))
+    return _Asked(asked.model, bool(getattr(asked, "stream", False)), *_tokens(asked), _prefix(asked))
+
+
 def _as_openai(asked: Any) -> Any:
     """The chat, the completion or the embedding that a dialect's body asks for. Raises InvalidRequest."""
     if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
@@ -279,19 +330,22 @@ def _as_openai(asked: Any) -> Any:
     return asked
 
 
-def _tokens(asked: Any) -> int:
-    """What a client is charged for a request until a replica has counted."""
+def _tokens(asked: Any) -> tuple[int, int]:
+    """What a client is charged for a request until a replica has counted: for its prompt, and with its answer."""
     if isinstance(asked, ChatRequest):
         wanted = asked.wanted_tokens() or _UNKNOWN_LENGTH
-        return sum(_text_tokens(message.text()) for message in asked.messages) + (asked.n or 1) * wanted
+        n_prompt = sum(_text_tokens(message.text()) for message in asked.messages)
+        return n_prompt, n_prompt + (asked.n or 1) * wanted
     if isinstance(asked, CompletionRequest):
         prompts = prompts_of(asked.prompt, _ANY_TOKEN)
         wanted = DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         wanted = _UNKNOWN_LENGTH if wanted == ALL_THERE_IS else wanted
-        return _prompt_tokens(prompts) + len(prompts) * (asked.best_of or asked.n or 1) * wanted
+        n_prompt = _prompt_tokens(prompts)
+        return n_prompt, n_prompt + len(prompts) * (asked.best_of or asked.n or 1) * wanted
     if isinstance(asked, EmbeddingRequest):
-        return _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
-    return 0
+        n_prompt = _prompt_tokens(prompts_of(asked.input, _ANY_TOKEN, "input"))
+        return n_prompt, n_prompt
+    return 0, 0
 
 
 def _prompt_tokens(prompts: list[str | list[int]]) -> int:
@@ -309,7 +363,7 @@ def _prefix(asked: Any) -> str:
         text = "\n".join(first)
     elif isinstance(asked, CompletionRequest):
         prompt = asked.prompt
-        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
+        text = prompt if isinstance(prompt, str) else orjson.dumps(prompt[:_PREFIX_CHARACTERS]).decode()
     else:
         return ""
     return hashlib.sha256(text[:_PREFIX_CHARACTERS].encode("utf-8", "replace")).hexdigest()[:16]

@@ -18,7 +18,7 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 class Turn(Lenient):
     role: Literal["user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class AnthropicTool(Lenient):
@@ -49,9 +49,9 @@ class CountRequest(Strict):
     """What is counted: everything of a request that the model reads."""
 
     model: str
-    messages: Annotated[list[Turn], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[AnthropicTool] | None = None
+    messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1)]
+    system: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[AnthropicTool], Field(fail_fast=True)] | None = None
     tool_choice: AnthropicChoice | None = None
 
     def as_fields(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class MessagesRequest(CountRequest):
     """Anthropic's request. `max_tokens` is required there."""
 
     max_tokens: Annotated[Whole, Field(ge=1)]
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Whole, Field(ge=0)] | None = None

@@ -42,7 +42,7 @@ class Options(Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Whole | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -107,7 +107,7 @@ class OllamaMessage(Lenient):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     images: NoImages | None = None
-    tool_calls: list[OllamaCall] | None = None
+    tool_calls: Annotated[list[OllamaCall], Field(fail_fast=True)] | None = None
 
     def as_message(self) -> dict[str, Any]:
         calls = [
@@ -141,8 +141,8 @@ class _Asked(Strict):
 class OllamaChatRequest(_Asked):
     """`POST /api/chat`."""
 
-    messages: Annotated[list[OllamaMessage], Field(default_factory=list)]
-    tools: list[ToolDeclaration] | None = None
+    messages: Annotated[list[OllamaMessage], Field(fail_fast=True, default_factory=list)]
+    tools: Annotated[list[ToolDeclaration], Field(fail_fast=True)] | None = None
 
     def as_chat(self) -> ChatRequest:
         messages = [message.as_message() for message in self.messages] or [{"role": "user", "content": ""}]
@@ -179,7 +179,7 @@ class EmbedRequest(Strict):
     """`POST /api/embed`."""
 
     model: str
-    input: str | list[str]
+    input: str | Annotated[list[str], Field(fail_fast=True)]
     truncate: bool = True
     options: Options | None = None  # of sampling, which vectors are not, and of caches
 

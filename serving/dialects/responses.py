@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 
 from serving.dialects.translation import Chunks, Translation, given, with_usage
 from serving.errors import ApiError, InternalError, InvalidRequest
-from serving.protocol.body import Strict, Whole, translated
+from serving.protocol.body import Strict, Whole, few, translated
 from serving.protocol.generation import MAX_TOP_LOGPROBS, ChatRequest, drawn_fields
 from serving.protocol.messages import TOOL_NAME, Lenient
 from serving.wire import RESPONSES
@@ -53,7 +53,7 @@ class StreamShape(Strict):
 
 class _Given(Strict):
     model: str
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     previous_response_id: str | None = None
@@ -61,14 +61,14 @@ class _Given(Strict):
     stream: bool = False
     stream_options: StreamShape | None = None
     text: TextOptions | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], Field(fail_fast=True)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
-    metadata: dict[str, str] | None = None
-    stop: str | list[str] | None = None  # ours, with those of `Sampling`
+    metadata: Annotated[dict[str, str], few(64)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None  # ours, with those of `Sampling`
 
 
 _Drawn: Any = create_model("_Drawn", __base__=_Given, **drawn_fields())

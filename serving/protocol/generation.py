@@ -6,11 +6,12 @@ Sources: OpenAI's API reference; vLLM's names for the extensions that clients se
 from dataclasses import fields
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, create_model
+from pydantic import BeforeValidator, Field, create_model
+from pydantic_core import PydanticCustomError
 
 from mpt.engine.request import Sampling
 from mpt.tools import ToolUse
-from serving.protocol.body import WHOLE, Strict, Whole, accept_defaults_of
+from serving.protocol.body import WHOLE, Strict, Whole, accept_defaults_of, short
 from serving.protocol.messages import ChatMessage, ToolChoice, ToolDeclaration, tool_use_of
 from serving.protocol.structure import ResponseFormat, StructuredOutputs
 
@@ -20,6 +21,15 @@ MAX_BEST_OF = 20  # OpenAI's
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_IDS = 1024  # of one list of them
 ALL_THERE_IS = -1  # max_tokens: up to the end of the context
+
+
+def _of_numbers(bias: Any) -> Any:
+    """Tells of one wrong value, where pydantic would tell of all: there may be as many as tokens."""
+    for name, value in bias.items() if isinstance(bias, dict) else ():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            told = {"name": short(name), "value": short(value)}
+            raise PydanticCustomError("number_type", "the value of `{name}` should be a number, not {value}", told)
+    return bias
 
 
 class StreamOptions(Strict):
@@ -48,11 +58,11 @@ class _Given(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[Whole, Field(ge=1, le=MAX_SAMPLES)] = 1
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
-    stop_token_ids: Annotated[list[Whole], Field(max_length=64)] | None = None
-    allowed_token_ids: Annotated[list[Whole], Field(min_length=1)] | None = None
-    logprob_token_ids: Annotated[list[Whole], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_of_numbers)] | None = None
+    stop_token_ids: Annotated[list[Whole], Field(fail_fast=True, max_length=64)] | None = None
+    allowed_token_ids: Annotated[list[Whole], Field(fail_fast=True, min_length=1)] | None = None
+    logprob_token_ids: Annotated[list[Whole], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -97,12 +107,12 @@ class EmbeddingRequest(Strict):
 
 
 class ChatRequest(_Generation):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_tokens: Annotated[Whole, Field(ge=ALL_THERE_IS)] | None = None
     max_completion_tokens: Annotated[Whole, Field(ge=ALL_THERE_IS)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[ToolDeclaration] | None = None
+    tools: Annotated[list[ToolDeclaration], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     echo: bool = False  # the answer begins with what the last message says

@@ -33,7 +33,7 @@ class StructuredOutputs(Strict):
 
     json_schema: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, min_length=1)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,22 +13,37 @@ import pytest
 from aiohttp import web
 
 from benchmarks import chaos
-from tests.serving.servers import running
+from benchmarks.faults import Faults, Plan, Supervisor
+from tests.serving.servers import free_port
 
 CHAOS = Path(chaos.__file__)
 
 
-def test_a_server_loses_nothing_in_a_storm(tmp_path):
-    path = tmp_path / "chaos.json"
-    with running("serve", "--port", "0", "--model", "mpt-tiny") as server:
-        command = [sys.executable, str(CHAOS), "--url", server.url, "--seconds", "5", "--streams", "12"]
-        command += ["--burst", "40", "--json", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+def test_a_server_loses_nothing_in_a_storm_though_it_is_killed(tmp_path):
+    path, port = tmp_path / "chaos.json", free_port()
+    server = f"{sys.executable} -m mpt serve --port {port} --model mpt-tiny"
+    command = [sys.executable, str(CHAOS), "--url", f"http://127.0.0.1:{port}", "--seconds", "5", "--streams", "12"]
+    command += ["--burst", "40", "--json", str(path), "--command", server, "--faults", "server", "--pause", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert (result["lost"], result["wrong"]) == (0, 0)
     assert result["kinds"]["stream"]["complete"] > 0
     assert result["kinds"]["after: gauges at 0"]["complete"] == 1
+    (strike,) = result["strikes"]
+    assert strike["answers_after_s"] > 0
+    assert sum(kind["away"] for kind in result["kinds"].values()) > 0  # nobody was there for a while
+    assert result["exit_codes"] == [-signal.SIGKILL, 0]
+
+
+def test_a_fault_excuses_only_what_it_broke() -> None:
+    """Between the strike and a second after its end; a connection that began later broke for another reason."""
+    faults = Faults("http://127.0.0.1:1", {}, ["fake"], Supervisor("true"), Plan("true"), 0)
+    assert not faults.excuses(time.monotonic())
+    faults._since, faults._until = 100.0, -1.0
+    assert faults.excuses(90.0) and faults.excuses(110.0)
+    faults._until = 120.0
+    assert faults.excuses(121.0) and not faults.excuses(121.1)
 
 
 def chunk(text: str, finish_reason: str | None) -> bytes:

@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from conversion.open import open_source
 from conversion.options import Options
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
 from tests.conversion.conftest import have_equal_weights, make
+from tests.warm_ranks import Ranks
 
-ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -119,16 +117,11 @@ dist.destroy_process_group()
 """
 
 
-def test_a_sharded_checkpoint_of_two_ranks(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_of_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
     source = make(tmp_path / "source", "mpt-7b", n_layers=1)
     script = tmp_path / "save.py"
     script.write_text(_TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(source), str(tmp_path / "ep0-ba1")], env=env, capture_output=True, text=True, timeout=110
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks.run(script, str(source), str(tmp_path / "ep0-ba1"))
     assert len(list((tmp_path / "ep0-ba1").glob("*.distcp"))) == 2
     convert(tmp_path / "ep0-ba1", tmp_path / "out", Options(to="hf"))
     assert have_equal_weights(source, tmp_path / "out")

@@ -263,6 +263,8 @@ def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp
         *("--cors-origin", "https://a", "--cors-origin", "https://b", "--log-format", "json"),
         *("--prefix-cache", "kept", "--prefix-cache-gb", "2.5"),
         *("--drain-seconds", "5", "--request-timeout", "7.5", "--read-timeout", "2.5"),
+        *("--write-timeout", "1.5", "--idle-timeout", "3.5", "--max-connections", "9", "--max-body-bytes", "1000"),
+        *("--max-embeddings-body-bytes", "2000", "--allowed-host", "a.example"),
     )
     assert (options.host, options.port, options.docs) == ("0.0.0.0", 0, False)
     assert (options.api_keys, options.api_key_file) == ((), keys)
@@ -274,6 +276,9 @@ def test_serve_options_reach_the_server(served: Callable[..., ServeOptions], tmp
     assert options.models["base"].prefix_cache_bytes == 2_500_000_000
     assert (options.cors_origins, options.log_format) == (("https://a", "https://b"), "json")
     assert (options.drain_s, options.request_timeout_s, options.read_timeout_s) == (5, 7.5, 2.5)
+    assert (options.write_timeout_s, options.idle_timeout_s, options.max_connections) == (1.5, 3.5, 9)
+    assert (options.max_body_bytes, options.max_embeddings_body_bytes) == (1000, 2000)
+    assert options.allowed_hosts == ("a.example",)
     assert served("--model", "base", "--host", "0.0.0.0", "--no-auth", "--docs").docs
     assert served("--model", "base", "--api-key", "k", "--host", "10.1.2.3", "--no-docs").api_keys == ("k",)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,19 @@ from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.prompts import encode_chat
 from serving.cluster import reload
+from tests.serving.otlp import Receiver, attributes, receiving
 from tests.serving.servers import Server, free_port, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
-KEYS = f"""# three clients
+NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"
+LEAVING_KEY, LEAVING_LIMIT = "sk-test-of-one-who-leaves", 20_000  # tokens a minute
+KEYS = f"""# six clients
 tester: {KEY}
 {OTHER_KEY}
 slow: {SLOW_KEY} requests_per_minute=5 tokens_per_minute=1000
+leaving: {LEAVING_KEY} tokens_per_minute={LEAVING_LIMIT}
+narrow: {NARROW_KEY} models=chat,base:loud
+poor: {POOR_KEY} tokens_per_month=60
 """
 
 
@@ -51,9 +58,17 @@ def adapters(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """Takes the spans of the servers, of routers and replicas too."""
+    with pytest.MonkeyPatch.context() as patch, receiving() as found:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds
+        yield found
+
+
 @pytest.fixture(scope="module", params=["serve", "cluster"])
-def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
-    """`base` and `chat` on the random model: byte tokens, 2,048 of context; three keys."""
+def server(request, checkpoint, adapters, receiver, tmp_path_factory) -> Iterator[Server]:
+    """`base` and `chat` on the random model: byte tokens, 2,048 of context; five keys; spans go to the receiver."""
     folder = tmp_path_factory.mktemp(request.param)
     keys = folder / "keys"
     keys.write_text(KEYS)
@@ -63,7 +78,8 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             *("--prompt-style", "base=none"),
             *("--adapter", f"base={adapters}", "--max-running", "8", "--max-waiting", "24", "--kv-gb", "0.064"),
             *("--api-key-file", str(keys), "--port", "0", "--docs"),
-            *("--allow-adapter-loading", str(adapters)),
+            *("--allow-adapter-loading", str(adapters), "--quota-store", str(folder / "quotas.sqlite")),
+            *("--otel-endpoint", receiver.url),
         ]
     else:
         each = {
@@ -78,7 +94,15 @@ def server(request, checkpoint, adapters, tmp_path_factory) -> Iterator[Server]:
             "base": {**each, "adapters": str(adapters), "prompt_style": "none"},
             "chat": {**each, "prompt_style": "chatml"},
         }
-        config = serve_config(folder, models, api_key_file=str(keys), docs=True)
+        config = serve_config(
+            folder,
+            models,
+            api_key_file=str(keys),
+            docs=True,
+            router_replicas=1,
+            quota_store=str(folder / "quotas.sqlite"),
+            otel_endpoint=receiver.url,
+        )
         options = ["--config", str(config), "--port", str(free_port())]
     with running(request.param, *options) as server:
         yield server
@@ -315,6 +339,53 @@ def test_a_good_request_id_is_echoed_once(url):
     assert httpx.get(f"{url}/nowhere").headers["x-request-id"]
 
 
+def raw(url: str, *lines: bytes, body: bytes = b"") -> bytes:
+    """What comes, until the server closes, for a head as it is."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection:
+        connection.sendall(b"\r\n".join([*lines, b"connection: close", b"", body]))
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+BEARER = f"authorization: Bearer {KEY}".encode()
+
+
+@pytest.mark.parametrize("given", [b"a b", b"\xe9", b"\xff", b"x" * 1024, b"a\tb", b"", b"ok-1\r\nx-request-id: ok-2"])
+def test_what_is_no_request_id_is_replaced_by_one(url, given):
+    said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, b"x-request-id: " + given)
+    assert said.startswith(b"HTTP/1.1 200 ")
+    (request_id,) = re.findall(rb"(?im)^x-request-id: (.*)\r$", said)
+    assert re.fullmatch(rb"[A-Za-z0-9._-]{8,64}", request_id)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["authorization", "host", "content-type", "x-unknown", "traceparent", "x-forwarded-for", "x-session-id",
+     "serve_multiplexed_model_id", "x-request-timeout-seconds", "x-request-disconnect-disabled"],
+)  # fmt: skip
+def test_no_byte_of_a_header_makes_a_bug(url, name):
+    for value in (b"\xff", b"\xe9 \xe9", b"-1", b"?1"):
+        said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, name.encode() + b": " + value)
+        assert re.match(rb"HTTP/1.1 (200|400|401) ", said), said[:200]
+
+
+def test_two_keys_are_none(url):
+    said = raw(url, b"GET /v1/models HTTP/1.1", b"host: localhost", BEARER, b"authorization: Bearer other")
+    assert said.startswith(b"HTTP/1.1 400 ") and b"duplicate_header" in said
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/v1/models", "/v1/models/base", "/"])
+def test_head_is_get_without_its_body(url, path):
+    heads = []
+    for method in ("GET", "HEAD"):
+        head, _, body = raw(url, f"{method} {path} HTTP/1.1".encode(), b"host: localhost", BEARER).partition(
+            b"\r\n\r\n"
+        )
+        lines = [line.lower() for line in head.split(b"\r\n")]
+        heads.append(sorted(line for line in lines if not line.startswith((b"date:", b"x-request-id:"))))
+        assert bool(body) == (method == "GET")
+    assert heads[0] == heads[1]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_go_away_stop_their_generation(url, stream):
     """Eight of them: HAProxy with splicing misses one in four."""
@@ -394,8 +465,9 @@ def test_other_kinds_of_bodies_paths_and_methods(url):
     assert (slash.status_code, slash.json()["error"]["code"]) == (404, "unknown_url")
     padding = {f"x-padding-{k}": "p" * 8000 for k in range(5)}
     assert post(url, {"model": "base", "prompt": "a"}, **padding).status_code in (400, 431)  # HAProxy's, ours
-    large = post(url, b'{"model":"base","prompt":"' + b"a" * (33 << 20) + b'"}')
-    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    for body in (b'{"model":"base","prompt":"' + b"a" * (4 << 20) + b'"}', b"[" + b"{}," * 30_000 + b"{}]"):
+        large = post(url, body)
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_tokens_there_and_back(url):
@@ -478,23 +550,160 @@ def test_a_clients_limits_are_told_and_kept(url):
     assert post(url, ask).status_code == 200  # another client's minute is its own
 
 
+def served(url: str) -> float:
+    """Tokens read and drawn, as the engines count them, once nothing runs any more."""
+    while sum(total(url, "mpt_num_requests_running", model) for model in ("base", "chat")):
+        time.sleep(0.02)
+    counted = "mpt_prompt_tokens_total", "mpt_generation_tokens_total"
+    return sum(total(url, metric, model) for metric in counted for model in ("base", "chat"))
+
+
+def lines_of(server: Server, words: str, n: int) -> list[str]:
+    """So many lines of the log that have these words, when they are there."""
+    until = time.monotonic() + 30
+    while len(found := [line for line in list(server.lines) if words in line]) < n and time.monotonic() < until:
+        time.sleep(0.02)
+    return found
+
+
+def test_clients_that_leave_early_pay_for_what_was_computed(server, url):
+    """Whatever they ask for and however they leave. Nothing else asks meanwhile, so that the engines count theirs."""
+    headers = {"Authorization": f"Bearer {LEAVING_KEY}"}
+    before = served(url)
+    body = {"model": "base", "prompt": "abc", "max_tokens": 2000, "best_of": 8, "n": 1, **ignoring_eos()}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.2)
+    said = [{"role": "user", "content": "Hi"}]
+    streams = [
+        ("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1500, "n": 2, **ignoring_eos()}),
+        ("/v1/chat/completions", {"model": "chat", "messages": said, "max_tokens": 1500, **ignoring_eos()}),
+        ("/v1/messages", {"model": "chat", "messages": said, "max_tokens": 1500}),
+        ("/api/chat", {"model": "chat", "messages": said, "options": {"num_predict": 1500}}),
+    ]
+    for path, more in streams:
+        with httpx.stream("POST", url + path, json={"stream": True, **more}, headers=headers, timeout=30) as answer:
+            assert answer.status_code == 200
+            for _ in zip(range(60), answer.iter_lines(), strict=False):
+                pass
+    lines = lines_of(server, "client=leaving", 5)
+    charged = [int(re.search(r"charged_tokens=(\d+)", line)[1]) for line in lines]
+    assert len(charged) == 5 and min(charged[1:]) > 20 and sum(charged) >= served(url) - before, lines
+    assert all("finish_reason=abort" in line and "error=client_disconnected" in line for line in lines[:3]), lines
+    left = httpx.get(f"{url}/v1/models", headers=headers).headers["x-ratelimit-remaining-tokens"]
+    assert int(left) < LEAVING_LIMIT
+
+
 def test_the_access_log_has_names_and_costs_but_no_keys_and_no_text(server, url):
     ask = {"model": "base", "prompt": "confidential", "max_tokens": 3, **ignoring_eos()}
     post(url, ask, **{"x-request-id": "logged-1"})
     post(url, ask, key=OTHER_KEY, **{"x-request-id": "logged-2"})
-    for _ in range(200):
-        found = [line for line in list(server.lines) if "request_id=logged-" in line]
-        if len(found) == 2:
-            break
-        time.sleep(0.02)
-    named, hashed = found
+    named, hashed = lines_of(server, "request_id=logged-", 2)
     for part in ("client=tester", "model=base", "prompt_tokens=12", "completion_tokens=3", "finish_reason=length"):
         assert part in named
     assert "ttft_s=0." in named and "status=200" in named
     assert re.search(r"itl_s=(0\.|\de-05 )", named)  # 1e-05 where all its tokens were read at once
     assert "client=" in hashed and "client=tester" not in hashed
     everything = "".join(server.lines)
-    assert "confidential" not in everything and not any(key in everything for key in (KEY, OTHER_KEY, SLOW_KEY))
+    assert "confidential" not in everything and not any(
+        key in everything for key in (KEY, OTHER_KEY, SLOW_KEY, POOR_KEY)
+    )
+
+
+def test_a_key_uses_its_models_and_sees_no_others(url):
+    """`narrow` has `chat`, and of `base` its adapter alone. The others are to it as models that are not there."""
+
+    def ask(path: str, body: dict[str, object] | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {NARROW_KEY}"}
+        return httpx.request("GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=60)
+
+    hello = [{"role": "user", "content": "Hi"}]
+    assert [card["id"] for card in ask("/v1/models").json()["data"]] == ["base:loud", "chat"]
+    assert [card["model"] for card in ask("/api/tags").json()["models"]] == ["base:loud", "chat"]
+    assert ask("/v1/models/base:loud").status_code == ask("/v1/models/chat").status_code == 200
+    completion = {"prompt": "a", "max_tokens": 1, "model": "base:loud"}
+    assert ask("/v1/completions", completion).status_code == 200
+    assert ask("/v1/chat/completions", {"model": "chat", "messages": hello, "max_tokens": 1}).status_code == 200
+    of_base = {
+        "/v1/models/base": None,
+        "/api/show": {"model": "base"},
+        "/v1/completions": {**completion, "model": "base"},
+        "/v1/chat/completions": {"model": "base", "messages": hello, "stream": True},
+        "/v1/embeddings": {"model": "base", "input": "a"},
+        "/v1/responses": {"model": "base", "input": "a"},
+        "/v1/messages": {"model": "base", "messages": hello, "max_tokens": 1},
+        "/v1/messages/count_tokens": {"model": "base", "messages": hello},
+        "/api/chat": {"model": "base", "messages": hello},
+        "/api/generate": {"model": "base", "prompt": "a"},
+        "/api/embed": {"model": "base", "input": "a"},
+        "/api/embeddings": {"model": "base", "prompt": "a"},
+        "/tokenize": {"model": "base", "prompt": "a"},
+        "/detokenize": {"model": "base", "tokens": [10]},
+    }
+    for path, body in of_base.items():
+        refused = ask(path, body)
+        unknown = ask(path.replace("/base", "/none"), None if body is None else {**body, "model": "none"})
+        assert refused.status_code == unknown.status_code == 404, (path, refused.text)
+        assert refused.text.replace("`base`", "`none`", 1) == unknown.text, path
+    assert ask("/v1/completions", {**completion, "model": "base:quiet"}).status_code == 404
+    assert post(url, {"model": "base", "prompt": "a", "max_tokens": 1}).status_code == 200  # another key's are its own
+
+
+def test_a_budget_of_tokens_is_kept_in_a_file(server, url):
+    """10 tokens of prompt and 20 of answer are 30; in a cluster a router holds what the text may come to."""
+    ask = {"model": "base", "prompt": "1234567890", "max_tokens": 20, **ignoring_eos()}
+    assert post(url, ask, key=POOR_KEY).status_code == 200
+    for _ in range(200):
+        metrics = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {POOR_KEY}"}, timeout=30)
+        assert metrics.status_code == 200  # nothing is charged for it
+        refused = post(url, {**ask, "max_tokens": 100}, key=POOR_KEY)
+        assert refused.status_code == 429
+        if "30 are left" in refused.json()["error"]["message"]:
+            break
+        time.sleep(0.02)
+    assert "30 are left of your tokens_per_month of 60" in refused.json()["error"]["message"]
+    assert (refused.json()["error"]["code"], refused.headers["x-should-retry"]) == ("insufficient_quota", "false")
+    assert 'mpt_rate_limited_total{kind="tokens_per_month"' in httpx.get(
+        f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+    ).text  # fmt: skip
+    assert post(url, {**ask, "max_tokens": 5}).status_code == 200
+
+
+def test_every_process_says_what_it_takes(server, url):
+    """The one of `mpt serve`; the router and both replicas of a cluster, told apart by `replica`."""
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).text
+    commit = httpx.get(f"{url}/version", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).json()["commit"]
+    memory = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
+    builds = [line for line in text.splitlines() if line.startswith("mpt_build_info{")]
+    assert len(memory) == len(builds) == (1 if server.kind == "serve" else 3)
+    assert all(float(line.split()[-1]) > 10e6 for line in memory)
+    assert all(f'commit="{commit}"' in line for line in builds)
+    assert len({line.partition('replica="')[2] for line in memory}) == len(memory)
+
+
+def test_a_trace_goes_through_to_the_replica(server, url, receiver):
+    """W3C's example. In a cluster the replica's span is the child of the router's, which is its client's."""
+    trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    ask = {"model": "base", "prompt": "confidential", "max_tokens": 3, **ignoring_eos()}
+    sent = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": f"traced-{server.kind}"}
+    assert post(url, ask, **sent).status_code == 200
+
+    def is_ours(span) -> bool:
+        return span.trace_id.hex() == trace and attributes(span)["mpt.request_id"] == sent["x-request-id"]
+
+    spans = receiver.wait_for(is_ours, 2 if server.kind == "cluster" else 1)
+    parents = {span.span_id.hex(): span.parent_span_id.hex() for span in spans}
+    outermost = [span for span in spans if span.parent_span_id.hex() == parent]
+    assert len(outermost) == 1 and all(each == parent or each in parents for each in parents.values())
+    for span in spans:
+        said = attributes(span)
+        assert (span.name, said["gen_ai.usage.input_tokens"]) == ("text_completion base", 12)
+        assert said["gen_ai.usage.output_tokens"] == 3
+    for _ in range(200):
+        if found := [line for line in list(server.lines) if f"request_id=traced-{server.kind}" in line]:
+            break
+        time.sleep(0.02)
+    assert f"trace_id={trace}" in found[0]
+    assert b"confidential" not in b"".join(receiver.raw)
 
 
 def test_a_cluster_takes_its_changed_config_as_it_runs(server, url):
@@ -522,13 +731,18 @@ def test_a_cluster_takes_its_changed_config_as_it_runs(server, url):
 
 
 def test_it_leaves_when_told(server):
-    """Last: running answers end, the exit code is 0."""
-    body = {"model": "base", "prompt": "a", "max_tokens": 300, "stream": True, **ignoring_eos()}
+    """Last: running answers end, meanwhile it is not ready, the exit code is 0."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 1900, "stream": True, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{server.url}/ready", timeout=30)).status_code == 200:
+            pass
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
+        alive = httpx.get(f"{server.url}/health", timeout=30)
+        assert (alive.status_code, alive.json()["status"]) == (200, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(60) == 0

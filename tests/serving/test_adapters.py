@@ -232,7 +232,7 @@ async def test_an_adapter_unloaded_in_the_middle_finishes_its_requests(loading, 
     [
         ("../inside-not", 404), ("..", 404), (".", 404), ("", 404), ("a1/../../inside-not", 404), ("/etc", 404),
         ("out", 404), ("half", 404), ("loop", 404), ("empty", 404), ("nowhere", 404), ("a\x001", 404),
-        ("a" * 5000, 404), ("wrong", 400),
+        ("a" * 5000, 404), ("no.such", 404), ("\n./x", 404), ("wrong", 400),
     ],
 )  # fmt: skip
 async def test_what_is_not_inside_or_does_not_fit_is_refused_and_changes_nothing(loading, tmp_path, path, status):
@@ -241,6 +241,8 @@ async def test_what_is_not_inside_or_does_not_fit_is_refused_and_changes_nothing
         refused = await load(loading, "base:mine", each)
         error = refused.json()["error"]
         assert (refused.status_code, error["param"]) == (status, "lora_path")
+        if status == 404:  # the client's own words, once and as they were
+            assert error["message"].startswith(f"`{each[:200]}` is no adapter inside the folder that")
         assert "inside/" not in error["message"] and str(tmp_path) not in error["message"].replace(each, "")
     assert await served(loading) == ["base", "base:given", "other"]
     assert (await text(loading, "base:mine")).status_code == 404

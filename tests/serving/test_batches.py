@@ -30,7 +30,8 @@ from tests.in_process import listening, running_engine
 from tests.serving.cluster.test_cluster import FakeFleet
 
 ALICE, BOB = "sk-alice-of-the-test", "sk-bob-of-the-test"
-KEYS = (f"alice: {ALICE}", f"bob: {BOB} tokens_per_minute=60")
+CAROL = "sk-carol-of-the-test"
+KEYS = (f"alice: {ALICE}", f"bob: {BOB} tokens_per_minute=60", f"carol: {CAROL} models=base:mine tokens_total=100")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def endpoint(engine, model, tokenizer) -> Endpoint:
 
 
 def app_over(endpoint: Endpoint, folder: Path | None) -> FastAPI:
-    options = ServeOptions(models={}, api_keys=KEYS, batch_dir=folder, docs=True)
+    store = None if folder is None else str(folder / "quotas.sqlite")
+    keys = KEYS if folder is not None else KEYS[:2]
+    options = ServeOptions(models={}, api_keys=keys, batch_dir=folder, docs=True, quota_store=store)
     return make_app(Serving(options, endpoints={"base": endpoint}))
 
 
@@ -253,6 +256,22 @@ def test_a_batch_that_asks_for_what_is_not_offered_is_refused(url, alice, body, 
     headers = {"authorization": f"Bearer {ALICE}"}
     answer = httpx.post(f"{url}/v1/batches", headers=headers, json={"input_file_id": "file-x", **body})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == code
+
+
+def test_a_batch_uses_the_models_and_the_budget_of_its_key(url, endpoint, monkeypatch) -> None:
+    """Its key has an adapter only, whose requests are answered by the base here: 10 prompt tokens and 20 more each."""
+    carol = client_of(url, CAROL)
+    assert [card.id for card in carol.models.list()] == []
+    batch = over(carol, begin(carol, upload(carol, row("of-another"))))
+    failed = results(carol.files.content(batch.error_file_id).text)["of-another"]
+    assert (failed["response"]["status_code"], failed["response"]["body"]["error"]["code"]) == (404, "model_not_found")
+    monkeypatch.setattr("serving.endpoints.may_use", lambda _: True)
+    monkeypatch.setattr("serving.endpoints.may_reach", lambda _: True)
+    body = {"model": "base", "prompt": "0123456789", "max_tokens": 20, "ignore_eos": True}
+    batch = over(carol, begin(carol, upload(carol, *(row(str(n), **body) for n in range(6)))))
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 3)  # 90 tokens of 100
+    refused = results(carol.files.content(batch.error_file_id).text)
+    assert {each["response"]["body"]["error"]["code"] for each in refused.values()} == {"insufficient_quota"}
 
 
 def test_sizes_and_numbers_have_limits(alice, url, monkeypatch) -> None:

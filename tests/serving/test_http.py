@@ -15,11 +15,15 @@ import pytest
 import zstandard
 from fastapi import FastAPI
 
+from serving import intake, listing
 from serving.app import make_app
+from serving.aside import SMALL
 from serving.auth import Keys
+from serving.cluster import router as router_module
 from serving.cluster.options import TINY, ClusterOptions
 from serving.cluster.router import make_router
-from serving.connections import timed_protocol
+from serving.connections import Clocks, Connections, timed_protocol
+from serving.dialects import anthropic, responses
 from serving.encodings import unpacked
 from serving.endpoints import Serving
 from serving.errors import TooLarge
@@ -46,7 +50,7 @@ def app(serving) -> FastAPI:
 
 @pytest.fixture(scope="module")
 def url(app) -> Iterator[str]:
-    with listening(app, http=timed_protocol(0.3), timeout_keep_alive=1) as found:
+    with listening(app, http=timed_protocol(Clocks(0.3), Connections()), timeout_keep_alive=1) as found:
         yield found
 
 
@@ -233,6 +237,59 @@ def test_a_body_in_chunks_needs_no_length(url):
         connection.sendall(head + b"9\r\n" + GOOD[:9] + b"\r\n")
         connection.sendall(b"%x\r\n" % len(GOOD[9:]) + GOOD[9:] + b"\r\n0\r\n\r\n")
         assert rest(connection).startswith(b"HTTP/1.1 200 ")
+
+
+# -- beside the event loop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "n_steps"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}, 3),
+        ("/v1/completions", {"prompt": ["a", [1, 2]], "max_tokens": 1}, 4),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}, 2),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1}, 3),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}, 3),
+        ("/v1/embeddings", {"input": ["a", "b"]}, 3),
+        ("/tokenize", {"prompt": "a"}, 2),
+        ("/detokenize", {"tokens": [1, 2]}, 2),
+    ],
+)
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_a_large_body_is_understood_beside_the_event_loop(app, monkeypatch, path, fields, n_steps, is_large):
+    """Each step that grows with a body is followed to the thread it runs in: parsing, translating, tokenizing."""
+    here, steps = threading.get_ident(), list[tuple[str, bool]]()
+
+    def followed(name, function):
+        def call(*args, **options):
+            steps.append((name, threading.get_ident() == here))
+            return function(*args, **options)
+
+        return call
+
+    endpoint = app.state.serving.endpoints["base"]
+    for where, name in (
+        (intake, "parse"), (intake, "prompts_of"), (intake, "sampling_of"), (listing, "check_ids"),
+        (responses, "translated"), (anthropic, "translated"), (endpoint.tokenizer, "encode"),
+    ):  # fmt: skip
+        monkeypatch.setattr(where, name, followed(name, getattr(where, name)))
+    body = json.dumps({"model": "base", **fields}).encode()
+    answer = await ask(app, "POST", path, body + b" " * (SMALL if is_large else 0), content_type=JSON)
+    assert answer.status_code == 200 and len(steps) >= n_steps
+    for name, is_here in steps:  # a chat is always made tokens of in a thread: its template may be slow
+        assert is_here == (not is_large) or (name == "encode" and not is_here), name
+
+
+async def test_a_router_understands_large_bodies_beside_its_event_loop(monkeypatch):
+    """It refuses this one before it asks for a replica."""
+    router = make_router(FakeFleet([]), ClusterOptions(models=TINY, replica_host="node"), Keys([], None))
+    here, threads = threading.get_ident(), list[int]()
+    whole = router_module.parse
+    monkeypatch.setattr(router_module, "parse", lambda *args: threads.append(threading.get_ident()) or whole(*args))
+    for n_more in (0, SMALL):
+        body = b'{"model":"mpt-tiny","prompt":3}' + b" " * n_more
+        assert (await ask(router, "POST", "/v1/completions", body, content_type=JSON)).status_code == 400
+    assert [each == here for each in threads] == [True, False]
 
 
 # -- methods and paths -----------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 import pytest
 
 from mpt.errors import UserError
+from serving.access import limited_to, may_use, reached
 from serving.auth import Keys
 from serving.errors import RateLimited, Unauthorized
 from serving.limits import Limits, RateLimiter
+from serving.quotas import Quotas
 
 
 class Clock:
@@ -31,6 +33,42 @@ def test_a_key_has_a_name_and_limits():
     for wrong in ("", "sk-", "sk-plain2", "alice:", "alice: sk-a"):
         with pytest.raises(Unauthorized):
             keys.client(headers(wrong))
+
+
+def test_a_key_has_models_and_budgets(caplog):
+    lines = ["narrow: sk-n models=a,b:mine tokens_per_day=7 requests_per_minute=2 tokens_total=9", "sk-all"]
+    keys = Keys(lines, None, Limits(10, 1000))
+    narrow, everything = keys.client(headers("sk-n")), keys.client(headers("sk-all"))
+    assert narrow.models == {"a", "b:mine"} and everything.models is None
+    assert (narrow.limits, narrow.quotas) == (Limits(2, 1000), Quotas(tokens_per_day=7, tokens_total=9))
+    assert keys.have_quotas and not everything.quotas
+    keys.note_unknown(["a", "c"])
+    assert "the key of narrow names `b:mine`, and served are: a, c" in caplog.text
+    with limited_to(narrow.models):
+        assert may_use("a") and may_use("a:any") and may_use("b:mine")
+        assert not (may_use("b") or may_use("b:other") or may_use("mine") or may_use("aa"))
+        assert reached(["c", "b", "a"]) == ["b", "a"]
+    assert may_use("c")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["models=", "models=a,,b", "models=a models=b", "models=../x", "tokens_per_day=0", "tokens_per_year=5",
+     "tokens_total=1 tokens_total=2"],
+)  # fmt: skip
+def test_a_wrong_list_or_budget_is_told(words):
+    with pytest.raises(UserError, match="line 1") as wrong:
+        Keys([f"sk-a {words}"], None)
+    assert "sk-" not in str(wrong.value)
+
+
+def test_servers_that_share_a_clients_limits_have_its_part_each():
+    keys = Keys(["alice: sk-a requests_per_minute=5", "sk-b tokens_per_minute=1"], None, Limits(7, 70), n_servers=1)
+    assert keys.client({b"authorization": "Bearer sk-a"}).limits == Limits(5, 70)
+    keys = Keys(["alice: sk-a requests_per_minute=5"], None, Limits(7, 70), n_servers=2)  # 7 and 70 are parts already
+    assert keys.client({b"authorization": "Bearer sk-a"}).limits == Limits(2, 70)
+    with pytest.raises(UserError, match="line 1 of a key given: tokens_per_minute is 1, and each of 2 routers"):
+        Keys(["sk-b tokens_per_minute=1"], None, n_servers=2)
 
 
 @pytest.mark.parametrize("line", ["sk-a sk-b", "a: sk-secret rpm=3", "sk-secret requests_per_minute=-1"])

@@ -1,18 +1,25 @@
 """Metrics mean what they say: times are those of the engine's events, by a clock that the test moves."""
 
 import asyncio
+import platform
+import resource
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
 
+import mpt
 from mpt.backends.backend import Work
 from mpt.backends.torch_backend import TorchBackend
+from mpt.build import commit
 from mpt.engine import clock
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Event, RequestTimeout, Sampling, Started
 from mpt.engine.sequence import Answer
+from serving.cluster.relay import RouterMetrics
 from serving.metrics import Metrics
 
 STEP_S = 10.0
@@ -48,6 +55,20 @@ def engine(hands, model, tokenizer) -> Engine:
     backend.hands = hands
     made = Engine(backend, tokenizer, context_length=2048, kv_bytes=4096 * backend.bytes_per_token, prefill_chunk=16)
     return made
+
+
+def test_every_process_says_what_it_takes_and_which_commit_it_is_of():
+    """The router's registry too. The truth about memory is the kernel's, in pages."""
+    for made in (Metrics(list), RouterMetrics()):
+        read_now = made.registry.get_sample_value
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        memory = read_now("process_resident_memory_bytes")
+        assert memory is not None and abs(memory / resource.getpagesize() - pages) < 0.2 * pages
+        parts = dict(zip(("major", "minor", "patchlevel"), map(str, sys.version_info[:3]), strict=True))
+        about = {"implementation": platform.python_implementation(), "version": platform.python_version(), **parts}
+        assert read_now("python_info", about) == 1
+        assert read_now("python_gc_collections_total", {"generation": "2"}) is not None
+        assert read_now("mpt_build_info", {"version": mpt.__version__, "commit": commit()}) == 1
 
 
 def ask(engine: Engine, n_prompt: int, n_tokens: int, **options) -> Answer:

@@ -1,12 +1,17 @@
 """`mpt serve` as a process: ready, asked, told to stop, and what it says when it cannot start."""
 
+import contextlib
 import json
+import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -70,6 +75,112 @@ def test_sigterm_ends_what_does_not_finish_with_an_error_event(start):
     assert '"code":"shutting_down"' in rest[-1]
     assert "data: [DONE]" not in rest
     assert process.wait(30) == 0
+
+
+SECOND_FAILS = """
+import os, sys, time
+from mpt import cli
+from mpt.errors import DamagedFile
+from serving import lifecycle
+
+whole = lifecycle.open_endpoint
+
+def open_endpoint(name, *rest):
+    while name == "bad":
+        if os.path.exists(os.environ["FLAG"]):
+            raise DamagedFile("its second half is missing")
+        time.sleep(0.01)
+    return whole(name, *rest)
+
+lifecycle.open_endpoint = open_endpoint
+sys.argv[0] = "mpt"
+cli.main()
+"""
+
+
+def test_a_model_that_cannot_be_loaded_cuts_no_answer_of_another(folder, tmp_path):
+    port, flag = servers.free_port(), tmp_path / "flag"
+    models = ("--model", f"base={folder}", "--model", f"bad={folder}")
+    command = [sys.executable, "-c", SECOND_FAILS, "serve", "--port", str(port), *models]
+    with subprocess.Popen(command, env={**os.environ, "FLAG": str(flag)}) as process:
+        try:
+            while True:
+                with (
+                    contextlib.suppress(httpx.TransportError),
+                    httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+                    client.stream("POST", "/v1/completions", json=asking(200)) as response,
+                ):
+                    if response.status_code == 200:
+                        assert client.get("/health").json() == {"status": "loading"}
+                        assert client.get("/ready").status_code == 503
+                        flag.touch()
+                        assert [line for line in response.iter_lines() if line][-1] == "data: [DONE]"
+                        break
+                assert process.poll() is None
+                time.sleep(0.05)
+            assert process.wait(30) == 3
+        finally:
+            process.kill()
+
+
+PATIENT = """
+import sys, uvicorn
+from mpt import cli
+from serving import server
+
+make = uvicorn.Config
+
+def patient(*arguments, **options):
+    return make(*arguments, **{**options, "timeout_graceful_shutdown": 1000})
+
+uvicorn.Config = patient
+sys.argv[0] = "mpt"
+cli.main()
+"""
+
+
+def test_what_gets_no_answer_holds_nothing_up_when_the_terminal_is_closed(folder):
+    """Idle connections, half a head, half a body, a demo's page that listens. It would wait for them for long."""
+    options = ("--port", "0", "--model", f"base={folder}", "--demo")
+    server = servers.start("serve", *options, program=("-c", PATIENT))
+    address = "127.0.0.1", int(server.url.rpartition(":")[2])
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+    page = b"GET /demo/gradio_api/heartbeat/abc HTTP/1.1\r\nhost: x\r\n\r\n"
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with ExitStack() as opened:
+        opened.callback(server.stop, signal.SIGKILL)
+        for sent in (head, head + b"\r\n{", whole, page, page):
+            connection = opened.enter_context(socket.create_connection(address, timeout=60))
+            connection.sendall(sent)
+            if sent in (whole, page):
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=asking(400), timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGHUP)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert server.process.wait(30) == 0
+
+
+def test_standard_streams_that_are_closed_are_nobody_elses(folder):
+    """Else the server's sockets get their numbers, and what libraries write to stderr."""
+    port = servers.free_port()
+    options = ("serve", "--port", str(port), "--model", f"base={folder}")
+    command = f"exec {sys.executable} -m mpt {shlex.join(options)} 0<&- 1>&- 2>&-"
+    with subprocess.Popen(command, shell=True) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/ready").status_code == 200:
+                        break
+                time.sleep(0.05)
+            assert client.post("/v1/completions", json=asking(4) | {"stream": False}).status_code == 200
+            opened = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+            assert opened == [os.devnull] * 3
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def refusal(*options: str) -> tuple[int, str]:

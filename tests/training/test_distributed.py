@@ -15,6 +15,7 @@ import torch
 import mpt.checkpoint
 from tests.training import one_step
 from tests.training.killing import Killed, kill_at_eight
+from tests.warm_ranks import Ranks
 from training import loop
 from training.logbook import Logbook
 from training.run import ActivationCheckpointing, Lora, Run
@@ -54,19 +55,12 @@ loop.fit(run)
 """
 
 
-def torchrun(run: Run, script: str = _FIT, n_ranks: int = 2, **environment: str) -> None:
-    """The run on so many ranks, each with one thread, restarted once if a rank dies."""
-    folder = Path(run.out).parent
-    (folder / f"{Path(run.out).name}.json").write_text(run.to_json())
-    program = folder / f"{Path(run.out).name}.py"
+def torchrun(ranks: Ranks, run: Run, script: str = _FIT, n_ranks: int = 2, **environment: str) -> None:
+    """The run on so many ranks, restarted once if a rank dies."""
+    described, program = (Path(f"{run.out}{suffix}") for suffix in (".json", ".py"))
+    described.write_text(run.to_json())
     program.write_text(script)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
-        "--max-restarts", "1", str(program), str(folder / f"{Path(run.out).name}.json"),
-    ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.run(program, str(described), n_ranks=n_ranks, **environment)
 
 
 def elsewhere(run: Run, name: str) -> Run:
@@ -87,7 +81,7 @@ def three_rows(small_run: Run) -> Run:
     return dataclasses.replace(small_run, global_batch=6, microbatch_tokens=512)
 
 
-def test_two_ranks_with_four_bit_matrices_give_the_curve_of_one(three_rows: Run, tmp_path: Path) -> None:
+def test_two_ranks_with_four_bit_matrices_give_the_curve_of_one(ranks: Ranks, three_rows: Run, tmp_path: Path) -> None:
     model = {**three_rows.model, "d_model": 64}
     base = loop.fit(dataclasses.replace(three_rows, model=model, out=str(tmp_path / "base"), steps=2))
     one = dataclasses.replace(
@@ -95,20 +89,20 @@ def test_two_ranks_with_four_bit_matrices_give_the_curve_of_one(three_rows: Run,
     )
     loop.fit(one)
     two = elsewhere(one, "two")
-    torchrun(two)
+    torchrun(ranks, two)
     assert losses(two) == pytest.approx(losses(one), rel=2e-4)
 
 
-def test_two_ranks_give_the_curve_of_one_and_survive_kill_9(three_rows: Run) -> None:
+def test_two_ranks_give_the_curve_of_one_and_survive_kill_9(ranks: Ranks, three_rows: Run) -> None:
     loop.fit(three_rows)
     two, killed = elsewhere(three_rows, "two"), elsewhere(three_rows, "killed")
-    torchrun(two)
+    torchrun(ranks, two)
     # The same sums in another order: float32's rounding, through 12 steps of AdamW.
     assert losses(two) == pytest.approx(losses(three_rows), rel=2e-5)
     one = weights(three_rows)
     for name, tensor in weights(two).items():
         torch.testing.assert_close(tensor, one[name], rtol=0, atol=2e-4)
-    torchrun(killed, _DIE_ON_THE_OTHER)
+    torchrun(ranks, killed, _DIE_ON_THE_OTHER)
     assert losses(killed) == losses(two)
     assert all(torch.equal(tensor, weights(two)[name]) for name, tensor in weights(killed).items())
     entries = Logbook(Path(killed.out)).entries()
@@ -136,49 +130,51 @@ _ATTENTION = {"alibi": True, "qk_ln": True, "attn_pdrop": 0.1}
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_in_bf16_two_ranks_compute_what_one_does_dropout_included(
-    three_rows: Run, checkpointing: ActivationCheckpointing
+    ranks: Ranks, three_rows: Run, checkpointing: ActivationCheckpointing
 ) -> None:
     run = dataclasses.replace(
         three_rows, precision="bf16", activation_checkpointing=checkpointing,
         model={**three_rows.model, **_DROPOUT, "attn_config": _ATTENTION, "no_bias": False},
     )  # fmt: skip
-    two_ranks_are_one(run)
+    two_ranks_are_one(ranks, run)
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_in_bf16_two_ranks_with_adapters_compute_what_one_does(three_rows: Run, tmp_path: Path, dora: bool) -> None:
+def test_in_bf16_two_ranks_with_adapters_compute_what_one_does(
+    ranks: Ranks, three_rows: Run, tmp_path: Path, dora: bool
+) -> None:
     base = loop.fit(dataclasses.replace(three_rows, out=str(tmp_path / "base"), steps=2))
     lora = Lora(rank=4, dropout=0.3, dora=dora)
     run = dataclasses.replace(three_rows, base=str(base), tokenizer=None, model={}, lora=lora, precision="bf16")
-    two_ranks_are_one(run)
+    two_ranks_are_one(ranks, run)
 
 
 @pytest.mark.parametrize(("alibi", "checkpointing"), [(True, "full"), (False, "none")])
 def test_ranks_that_share_each_row_compute_what_one_does(
-    three_rows: Run, alibi: bool, checkpointing: ActivationCheckpointing
+    ranks: Ranks, three_rows: Run, alibi: bool, checkpointing: ActivationCheckpointing
 ) -> None:
     model = {**three_rows.model, **_DROPOUT, "max_seq_len": 512, "attn_config": {"alibi": alibi}}
     run = dataclasses.replace(three_rows, model=model, max_seq_len=511, activation_checkpointing=checkpointing)
-    two_ranks_are_one(run, context_parallel=2)
+    two_ranks_are_one(ranks, run, context_parallel=2)
 
 
-def test_replicas_of_a_split_model_give_the_curve_of_one_also_after_kill_9(three_rows: Run) -> None:
+def test_replicas_of_a_split_model_give_the_curve_of_one_also_after_kill_9(ranks: Ranks, three_rows: Run) -> None:
     run = dataclasses.replace(
         three_rows, model={**three_rows.model, **_DROPOUT}, eval_data="yaml_to_json", eval_every=5, steps=8
     )
     loop.fit(run)
     four = dataclasses.replace(elsewhere(run, "four"), replicas=2)
-    torchrun(four, n_ranks=4, DIE_AT="7")
+    torchrun(ranks, four, n_ranks=4, DIE_AT="7")
     assert losses(four) == pytest.approx(losses(run), rel=2e-5)  # float32's rounding, through 8 steps of AdamW
     resumed = next(entry for entry in Logbook(Path(four.out)).entries() if entry["event"] == "resume")
     assert resumed["step"] == 5
 
 
-def two_ranks_are_one(run: Run, **how: int) -> None:
+def two_ranks_are_one(ranks: Ranks, run: Run, **how: int) -> None:
     """In loss and in every gradient. Each microbatch is a row, so the same products are rounded in the same way; what
     is added in another order is float32: a few of its epsilons of the largest element."""
     two = dataclasses.replace(elsewhere(run, "two"), **how)
-    torchrun(two, _STEP)
+    torchrun(ranks, two, _STEP)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each rank has: others would cut a product's sums in other pieces
     try:
@@ -192,12 +188,12 @@ def two_ranks_are_one(run: Run, **how: int) -> None:
         torch.testing.assert_close(found[name], expected, rtol=0, atol=close, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(three_rows: Run) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(ranks: Ranks, three_rows: Run) -> None:
     whole, run = elsewhere(three_rows, "whole"), three_rows
     loop.fit(whole)
     with pytest.raises(Killed):
         loop.fit(run, kill_at_eight)
-    torchrun(run)
+    torchrun(ranks, run)
     assert losses(run)[:5] == losses(whole)[:5]
     assert losses(run) == pytest.approx(losses(whole), rel=2e-5)
 

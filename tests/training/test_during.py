@@ -13,6 +13,7 @@ from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.prompts import INSTRUCT_TEMPLATE
 from tests.training.test_distributed import torchrun
+from tests.warm_ranks import Ranks
 from training import batches, loop
 from training.distributed import World
 from training.evaluation import models, suite
@@ -68,10 +69,10 @@ def test_samples_and_tasks_are_the_models_and_change_no_step(watched: Run) -> No
     assert scores[1] == (12, round(expected.headline, 4), 3)
 
 
-def test_two_ranks_sample_and_examine_what_one_does(watched: Run) -> None:
+def test_two_ranks_sample_and_examine_what_one_does(ranks: Ranks, watched: Run) -> None:
     loop.fit(watched)
     two = dataclasses.replace(watched, out=watched.out + "-two", global_batch=4)
-    torchrun(two)
+    torchrun(ranks, two)
     assert losses(two) == pytest.approx(losses(watched), rel=2e-5)
     for event in ("sample", "task"):
         assert [{**e, "time": ""} for e in of(two, event)] == [{**e, "time": ""} for e in of(watched, event)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.test_distributed import losses, torchrun
+from tests.warm_ranks import Ranks
 from training import loop
 from training.heartbeat import Sign, ended_without_a_word, hanging, slowest_over_median
 from training.logbook import Logbook
@@ -51,11 +52,11 @@ def test_the_slowest_is_held_against_the_median() -> None:
     assert slowest_over_median([1.0, 1.0, 3.0, 1.5]) == (3.0 / 1.25, 2)
 
 
-def test_a_slow_rank_shows_and_a_stopped_one_is_named_and_the_run_goes_on(small_run: Run) -> None:
+def test_a_slow_rank_shows_and_a_stopped_one_is_named_and_the_run_goes_on(ranks: Ranks, small_run: Run) -> None:
     run = dataclasses.replace(small_run, global_batch=6, microbatch_tokens=512, hang_timeout=3)
     whole = dataclasses.replace(run, out=run.out + "-whole")
     loop.fit(whole)
-    torchrun(run, _STOPS)
+    torchrun(ranks, run, _STOPS)
     assert losses(run) == pytest.approx(losses(whole), rel=2e-5)
     entries = Logbook(Path(run.out)).entries()
     (hang,) = [entry for entry in entries if entry["event"] == "hang"]

@@ -28,6 +28,21 @@ class Place:
     number: int
 
 
+class Shuffled:
+    """Which of n rows, all at hand, stands at a place of an endless walk over them, each epoch in its own order."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self._n, self._seed = n, seed
+        self._epoch, self._rows = -1, list(range(n))
+
+    def row(self, number: int) -> int:
+        epoch, place = divmod(number, self._n)
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, list(range(self._n))
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._rows)
+        return self._rows[place]
+
+
 class Order:
     """The order of a mixture. shards: the samples of each shard of each source; weights: positive, in any unit."""
 

@@ -41,7 +41,7 @@ _ABOUT = "about.json"
 _DEFAULT_GB = 20.0  # of all sets together
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 18  # a worker's share
 _BYTES_A_PROCESS = 4 << 20  # of files: less is read before another process has started
-_BAD_ROWS_SHOWN = 5
+BAD_ROWS_SHOWN = 5
 _NEVER = np.iinfo(np.int32).max  # where nothing is learned
 # What decides a sample beside a set and its settings.
 _CODE = (
@@ -159,7 +159,7 @@ class _Build:
             is_document += part.is_document
             story.n_rows += part.n_rows
             story.n_bad += len(part.bad)
-            story.bad += part.bad[: _BAD_ROWS_SHOWN - len(story.bad)]
+            story.bad += part.bad[: BAD_ROWS_SHOWN - len(story.bad)]
             self.report(story.n_rows, time.monotonic() - began)
         ends = np.cumsum(lengths, dtype=np.int64)
         return ends, np.array(first, np.int32), np.array(is_document, np.bool_), story

@@ -1,7 +1,6 @@
 """Preference sets as pairs or judged answers, visited in a new order each epoch as every set is."""
 
 import logging
-import random
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -12,6 +11,8 @@ from mpt.errors import MPTError, UserError
 from mpt.prompts import PROMPT_STYLES, PromptFormat, PromptStyle
 from mpt.tokenizer import Tokenizer
 from training import datasets
+from training.data import tokenized
+from training.data.order import Shuffled
 from training.data.rows import Sample
 from training.preferences import rows
 from training.preferences.rows import Judged, Pair
@@ -19,7 +20,6 @@ from training.run import PreferenceLoss
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 5  # rows that cannot be read
 _ALLOWED = 0.01  # of all rows; more look like a mistake about the file
 _BETWEEN_NEWS = 10_000  # rows
 _LOOKED_AT = 100  # rows, to know what a set is made for
@@ -50,7 +50,7 @@ class Pairs:
             self._chosen.add(pair.chosen)
             self._rejected.add(pair.rejected)
             n += 1
-        self.n_samples, self._order = n, _Order(n, seed)
+        self.n_samples, self._order = n, Shuffled(n, seed)
 
     def sample(self, number: int) -> Pair:
         row = self._order.row(number)
@@ -65,26 +65,11 @@ class Judgements:
         for each in judged:
             self._answers.add(each.answer)
             self._labels.append(each.is_desirable)
-        self.n_samples, self._order = len(self._labels), _Order(len(self._labels), seed)
+        self.n_samples, self._order = len(self._labels), Shuffled(len(self._labels), seed)
 
     def sample(self, number: int) -> Judged:
         row = self._order.row(number)
         return Judged(self._answers[row], bool(self._labels[row]))
-
-
-class _Order:
-    """Which of n rows stands at a place of an endless walk over them, each epoch in an order of its own."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self._n, self._seed = n, seed
-        self._epoch, self._rows = -1, list(range(n))
-
-    def row(self, number: int) -> int:
-        epoch, place = divmod(number, self._n)
-        if epoch != self._epoch:
-            self._epoch, self._rows = epoch, list(range(self._n))
-            random.Random(f"{self._seed}/{epoch}").shuffle(self._rows)
-        return self._rows[place]
 
 
 def load(
@@ -118,16 +103,17 @@ def style_of(name: str) -> tuple[PromptStyle, str]:
 
 def _kept(name: str, max_seq_len: int, read: Any) -> Iterator[Any]:
     """What `read` makes of the rows, cut, where every answer still has something to learn."""
-    n_rows = n_made = n_kept = n_cut = n_alike = 0
-    bad: list[str] = []
+    n_made = n_kept = n_cut = n_alike = 0
+    story = tokenized.Story()
     for where, row in datasets.rows_of(name):
-        n_rows += 1
-        if n_rows % _BETWEEN_NEWS == 0:
-            log.info("`%s`: %d rows read", Path(name).name, n_rows)
+        story.n_rows += 1
+        if story.n_rows % _BETWEEN_NEWS == 0:
+            log.info("`%s`: %d rows read", Path(name).name, story.n_rows)
         try:
             found = read(row)
         except MPTError as error:
-            bad.append(f"{where}: {error}")
+            story.n_bad += 1
+            story.bad += [f"{where}: {error}"] if len(story.bad) < tokenized.BAD_ROWS_SHOWN else []
             continue
         n_alike += not found
         for example in found:
@@ -137,26 +123,23 @@ def _kept(name: str, max_seq_len: int, read: Any) -> Iterator[Any]:
                 n_kept += 1
                 n_cut += cut != example
                 yield cut
-    _judge(name, n_rows, bad)
+    _judge(name, story)
     if n_alike or n_cut or n_kept < n_made:
         log.warning(
             "`%s`: of %d rows, %d have two equal answers and are left out; of %d examples, %d are cut at %d tokens and "
             "%d left out, since nothing to learn remains of them",
-            *(Path(name).name, n_rows, n_alike, n_made, n_cut, max_seq_len, n_made - n_kept),
+            *(Path(name).name, story.n_rows, n_alike, n_made, n_cut, max_seq_len, n_made - n_kept),
         )
     if not n_kept:
         raise UserError(f"`{name}` has no answers to compare within {max_seq_len} tokens; give another --data")
 
 
-def _judge(name: str, n_rows: int, bad: list[str]) -> None:
+def _judge(name: str, story: tokenized.Story) -> None:
     """Say which rows cannot be read. Raises UserError for too many of them."""
-    if not bad:
-        return
-    more = f" (and {len(bad) - _SHOWN} more)" if len(bad) > _SHOWN else ""
-    story = f"`{name}`: {len(bad)} of {n_rows} rows cannot be read: {'; '.join(bad[:_SHOWN])}{more}"
-    if len(bad) > _ALLOWED * n_rows:
-        raise UserError(f"{story}; mend them, or look at --data")
-    log.warning("%s; they are left out", story)
+    if story.n_bad > _ALLOWED * story.n_rows:
+        raise UserError(f"`{name}`: {tokenized.shown(story)}; mend them, or look at --data")
+    if story.n_bad:
+        log.warning("`%s`: %s; they are left out", name, tokenized.shown(story))
 
 
 def _cut(sample: Sample, max_seq_len: int) -> Sample:

@@ -3,7 +3,7 @@
 python tests/serving/cluster/ray_driver.py PORT FOLDER < lines of `args`
 
 On stdout: the address of its GCS, then `deployed` after each line. It deploys as `serve deploy` does, which calls the
-same of Ray's controller over the dashboard. FOLDER is Ray's own, and has a short name.
+same of Ray's controller over the dashboard. FOLDER is its own, and has a short name.
 """
 
 import json
@@ -11,33 +11,36 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
-from serving.cluster import haproxy
-from serving.cluster.local import ENVIRONMENT, _free_port
+from serving.cluster import home
+from serving.cluster.local import ENVIRONMENT, LOCAL
 from serving.cluster.options import read_args
 from serving.cluster.timeouts import Timeouts
 
 
-def environment() -> dict[str, str]:
-    """What every node of it is started with."""
-    ports = {name: str(_free_port()) for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")}
-    own = {"RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.command()}
-    return ENVIRONMENT | Timeouts.of(read_args({})).environment() | ports | own
+def environment(folder: Path) -> dict[str, str]:
+    """What every node of the Ray in this folder is started with."""
+    timeouts = Timeouts.of(read_args({})).environment()
+    return ENVIRONMENT | timeouts | LOCAL | home.ports() | home.environment(folder)
 
 
 def main() -> None:
-    os.environ.update(environment())
+    port, folder = int(sys.argv[1]), Path(sys.argv[2])
+    certificate, key = home.write_certificate(folder)
+    os.environ.update(environment(folder))
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    port, folder = int(sys.argv[1]), sys.argv[2]
     ray.init(
-        "local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, _temp_dir=folder
-    )
+        "local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        _temp_dir=f"{folder}/ray",
+    )  # fmt: skip
     print(ray.get_runtime_context().gcs_address, flush=True)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+    serve.start(http_options={"host": "127.0.0.1", "port": port, **tls})
     for line in sys.stdin:
         application = {"name": "mpt", "import_path": "serving.cluster.deployment:app", "args": json.loads(line)}
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))

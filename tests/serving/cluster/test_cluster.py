@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ import mpt
 from mpt.errors import DeviceLost, UserError
 from mpt.options import ModelOptions
 from serving.auth import Keys
+from serving.cluster import local
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router, merged
@@ -61,6 +63,7 @@ def test_without_models_it_is_the_tiny_family():
         ({"models": {"a": {"root": "x", "initial_replicas": 4}}}, "at most the next"),
         ({"models": {"a": {"root": "x", "num_gpus": 2}}}, "tensor_parallel"),
         ({"router_replicas": 0}, "router_replicas is 0"),
+        ({"router_replicas": 3, "requests_per_minute": 2}, "requests_per_minute is 2"),
         ({"log_format": "xml"}, "`json`"),
         ({"api_keys": "sk-1"}, "a list of texts"),
     ],
@@ -74,6 +77,19 @@ def test_wrong_args_are_told_by_name(args, words):
 def test_limits_are_shared_by_the_routers():
     options = ClusterOptions(models=TINY, router_replicas=3, requests_per_minute=100)
     assert options.share(options.requests_per_minute) == 33 and options.share(None) is None
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gigabytes", "given", "n"), [(4, 8, None, 2), (4, 3, None, 1), (1, 8, None, 1), (1, 3, 2, 2), (4, 8, 1, 1)]
+)
+def test_a_second_router_runs_where_it_fits_and_what_is_given_stays(monkeypatch, caplog, cpus, gigabytes, given, n):
+    """Four models of a quarter CPU and two routers of a tenth are 1.2 CPUs."""
+    monkeypatch.setattr(local, "available_bytes", lambda: gigabytes * 10**9)
+    application = {"args": {"router_replicas": given}} if given else {}
+    with caplog.at_level(logging.INFO, "serving.cluster.local"):
+        local._settle_routers(application, cpus)
+    assert application["args"]["router_replicas"] == n == read_args(application["args"]).router_replicas
+    assert len(caplog.records) == (given is None)
 
 
 def refusal(*options: str) -> tuple[int, str]:
@@ -199,13 +215,13 @@ class FakeFleet:
         self.n_leases += 1
         self.lost = asyncio.get_running_loop().create_future()
 
-        async def report():
-            return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop"}
-
         try:
-            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, report)
+            yield Lease(url, {"authorization": "Bearer t"}, f"r{self.n_leases}", self.lost, self.report)
         finally:
             self.n_ended += 1
+
+    async def report(self):
+        return {"prompt_tokens": 3, "completion_tokens": 4, "finish_reason": "stop", "charged_tokens": 7}
 
     async def runs(self):
         return {"m": {"backend": "torch"}}
@@ -386,11 +402,15 @@ class Cluster:
         """Another node, with the resource `second`, as `ray start --block` makes it, and the URL of its HAProxy."""
         port = free_port()
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", self._address]
-        own = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+        shared = environment(Path(self._folder))
+        files = {name for name in shared if name.startswith("RAY_SERVE_HAPROXY_") and self._folder in shared[name]}
+        own = {name: shared[name].replace(self._folder, f"{self._folder}/second") for name in files}
+        own |= {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+        Path(self._folder, "second").mkdir()
         self._node = subprocess.Popen(
-            [*ray, "--temp-dir", self._folder, "--num-cpus", "1", "--resources", '{"second": 1}'],
+            [*ray, "--temp-dir", f"{self._folder}/ray", "--num-cpus", "1", "--resources", '{"second": 1}'],
             stdout=self._log, stderr=self._log, start_new_session=True,
-            env={**os.environ, **environment(), **own, **drain},
+            env={**os.environ, **shared, **own, **drain},
         )  # fmt: skip
         return self._node, f"http://127.0.0.1:{port}"
 
@@ -433,6 +453,7 @@ def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
     return {
         "replica_host": "node",  # a second node joins
         "no_auth": True,
+        "router_replicas": 1,  # two are in test_deaths.py
         "models": {
             "one": each,
             "two": {**each, "min_replicas": 2, "max_replicas": 2, "routing": "prefix"},

@@ -112,7 +112,7 @@ def cluster(tmp_path, monkeypatch) -> Iterator[tuple[FakeCluster, Callable[..., 
     def check(options: ClusterOptions) -> None:
         local._check(options, {"host": "127.0.0.1", "port": 1}, 4)
 
-    with Reloads(path, local._read, check, fake).listening(4321):
+    with Reloads(path, local._read, check).listening(4321, {"models": {"a": {"root": "mpt-tiny"}}}, fake):
         yield fake, changed_to, 4321
 
 
@@ -130,7 +130,7 @@ def test_a_changed_file_is_deployed_and_a_model_that_goes_is_forgotten_first(clu
     [
         ({"root": "mpt-tiny", "prefil_chunk": 256}, {}, "did you mean `prefill_chunk`"),
         ({"root": "mpt-8b"}, {}, "mpt-8b"),
-        ({"root": "mpt-tiny", "num_cpus": 64}, {}, "64.1 CPUs"),
+        ({"root": "mpt-tiny", "num_cpus": 64}, {}, "64.2 CPUs"),
         ({"root": "mpt-tiny"}, {"api_key_file": "/nowhere/keys"}, "/nowhere/keys"),
     ],
 )

@@ -18,6 +18,7 @@ from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
 from tests.training.killing import Killed, kill_at_eight
 from tests.training.test_distributed import torchrun
+from tests.warm_ranks import Ranks
 from training import adapters, cli, loop, recipes
 from training.run import Lora, Preference, Run
 
@@ -151,12 +152,12 @@ def test_a_killed_run_ends_bitwise_equal(run: Run, how: dict[str, Any], tmp_path
     assert (found / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_two_ranks_give_the_curve_of_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_give_the_curve_of_one(ranks: Ranks, run: Run, tmp_path: Path) -> None:
     """Rows that two ranks cannot share evenly; each computes its share of what the base thought."""
     one = dataclasses.replace(run, steps=6, microbatch_tokens=256, preference=Preference("kto"))
     loop.fit(one)
     two = dataclasses.replace(one, out=str(tmp_path / "two"))
-    torchrun(two, MPT_HOME=str(tmp_path / "other"))
+    torchrun(ranks, two, MPT_HOME=str(tmp_path / "other"))
     for ours, theirs in zip(numbers(one), numbers(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
