@@ -573,8 +573,7 @@ def test_models_that_come_and_go_keys_and_limits_restart_nothing(cluster, args, 
     (tmp_path / "keys").write_text(f"asking: {KEY}\nfew: sk-2 requests_per_minute=2\n")
     before = pids(cluster, "one", "two", "Router", "Settings")
     with Asking(cluster, ("one", "two")) as asking:
-        models = {**args["models"], "new": {**args["models"]["one"], "min_replicas": 0}}
-        cluster.deploy({**args, "models": models})
+        cluster.deploy({**args, "models": {**args["models"], "new": args["models"]["one"]}})
         until(lambda: cluster.post(model="new").status_code == 200)
         cluster.deploy({**args, "api_key_file": str(tmp_path / "keys")})
         until(lambda: cluster.post(model="new").status_code == 404)
