@@ -401,7 +401,16 @@ class Cluster:
     def join(self, drain: Mapping[str, str]) -> tuple[subprocess.Popen, str]:
         """Another node, with the resource `second`, as `ray start --block` makes it, and the URL of its HAProxy."""
         port = free_port()
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", self._address]
+        ray = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--address",
+            self._address,
+            "--node-ip-address=127.0.0.1",
+        ]
         shared = environment(Path(self._folder))
         files = {name for name in shared if name.startswith("RAY_SERVE_HAPROXY_") and self._folder in shared[name]}
         own = {name: shared[name].replace(self._folder, f"{self._folder}/second") for name in files}
