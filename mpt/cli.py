@@ -27,7 +27,8 @@ from mpt.errors import UserError
 from mpt.options import ModelOptions
 from serving.batch.cli import run_batch
 from serving.bench.cli import bench
-from serving.cli import cluster, serve, top
+from serving.cli import serve, top
+from serving.cluster.cli import cluster
 
 if TYPE_CHECKING:
     from mpt.engine.local import LocalModel

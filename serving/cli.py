@@ -1,4 +1,4 @@
-"""The commands `mpt serve`, `mpt cluster` and `mpt top`."""
+"""The commands `mpt serve` and `mpt top`."""
 
 import functools
 import inspect
@@ -16,7 +16,6 @@ from mpt.errors import UserError
 from serving.flags import check_folders
 
 P = ParamSpec("P")
-CONFIG = Path(__file__).with_name("config.yaml")
 
 
 _Model = Annotated[
@@ -372,37 +371,6 @@ def _given(command: Callable[..., None], context: typer.Context | None, values: 
 
     flags = {name: each.default for name, each in inspect.signature(command).parameters.items() if name != "context"}
     return {flag: values[flag] for flag, default in flags.items() if is_given(flag, default)}
-
-
-def cluster(
-    config: Annotated[
-        Path,
-        typer.Option(
-            help="A Ray Serve config; docs/operations.md lists what `args` may say.", show_default="the tiny four"
-        ),
-    ] = CONFIG,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="TCP port.", show_default="the config's, else 8000")
-    ] = None,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs that Ray may hand out.", show_default="as many as there are")
-    ] = None,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long running requests may finish after SIGTERM, in seconds.")
-    ] = 30.0,
-) -> None:
-    """Serve checkpoints on a local Ray, each model with replicas of its own, until interrupted.
-
-    On a Ray cluster that runs already: `serve deploy serving/config.yaml`; on Kubernetes: k8s/README.md.
-
-    \b
-    Examples:
-      mpt cluster
-      mpt cluster --config my-models.yaml --port 9000
-    """
-    from serving.cluster import local
-
-    local.run(config, port, cpus, drain_seconds)
 
 
 def top(

@@ -62,10 +62,11 @@ class Gate:
         book: QuotaBook,
         names_requests: bool = True,
         hosts: Hosts | None = None,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self._app, self._door, self._metrics, self._log_format = app, door, metrics, log_format
         self._names_requests, self._hosts, self._book = names_requests, hosts, book
-        self._limiter = RateLimiter()
+        self._limiter = limiter or RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -10,36 +10,37 @@ the answer itself goes from the replica's socket to the router's, at the speed o
 
 import asyncio
 import contextlib
-import contextvars
+import json
 import logging
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve._private import replica as ray_replica
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mpt.engine.adapters import MAX_LOADED, available
+from mpt.engine.adapters import MAX_LOADED
 from mpt.errors import MPTError, UserError
 from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
-from serving.cards import card_of, with_adapters
-from serving.cluster.options import NO_KEYS, ClusterOptions, ReplicaOptions, read_args
-from serving.cluster.relay import CHARGED, Lease, ReplicaLost
-from serving.cluster.router import make_router
+from serving.cluster.fleet import RayFleet, replica_id
+from serving.cluster.options import NO_KEYS, ROUTER, SETTINGS, ClusterOptions, ReplicaHttp, ReplicaOptions, read_args
+from serving.cluster.relay import CHARGED
+from serving.cluster.router import Kept, make_router
+from serving.cluster.settings import Settings, digest_of
+from serving.cluster.timeouts import HEALTH_CHECK_S, Timeouts
+from serving.cluster.versions import version_of, with_version
 from serving.connections import Clocks, Connections, timed_protocol
-from serving.errors import Unavailable
 from serving.heads import Hosts
 from serving.limits import Limits
 from serving.logs import set_up_logging
@@ -47,32 +48,53 @@ from serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
 
-ROUTER = "Router"
 _UNUSED_S = 30.0  # a lease whose request never came is over
-_REPORT_S = 2.0  # for what an answer cost, after its last byte
+_SETTINGS_AGAIN_S = 1.0
 _LAST_EVENTS_S = 1.0  # for errors on their way to the routers, before a replica without an engine leaves
 _AFFINE = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+_ONE_MORE = 1  # per cent of the replicas, which Ray rounds up: one starts before one of the others stops
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
-    """The application for the `args` of a Serve config (`serving.cluster.options.ClusterOptions`). Raises UserError."""
+    """The application for the `args` of a Serve config (`serving.cluster.options.ClusterOptions`). Raises UserError.
+
+    Deployed over another, it restarts the replicas of the models whose options changed, and no other. The routers go
+    on with the new `args`, which they hear of through `Settings`.
+    """
+    return application(args, {})
+
+
+def application(args: Mapping[str, Any], leaving: Mapping[str, ReplicaOptions]) -> serve.Application:
+    """`app`, and models that the routers do not know any more but whose replicas stay. Raises UserError."""
     options = read_args(args)
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
+    http, n_models = options.replica_http, len(options.models)
     models = {
-        name: _deployment(name, model, options).bind(name, model, options) for name, model in options.models.items()
+        name: _deployment(name, model, http).bind(name, model, http, n_models, _n_sharing(model, options))
+        for name, model in {**leaving, **options.models}.items()
     }
+    settings = serve.deployment(Settings).options(
+        name=SETTINGS,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=1,
+        max_surge_percent=_ONE_MORE,
+        user_config=json.loads(json.dumps(args)),
+    )
     router = serve.deployment(Router).options(
         name=ROUTER,
         max_ongoing_requests=10_000,
         num_replicas=options.router_replicas,
         ray_actor_options={"num_cpus": options.router_num_cpus},
-        graceful_shutdown_timeout_s=max(model.graceful_shutdown_timeout_s for model in options.models.values()),
+        graceful_shutdown_timeout_s=Timeouts.of(options).router_s,
+        max_surge_percent=_ONE_MORE,
     )
-    return router.bind(options, models)
+    bound = with_version(settings, version_of(SETTINGS)).bind()
+    return with_version(router, version_of(ROUTER)).bind(bound, models)
 
 
-def _deployment(name: str, model: ReplicaOptions, options: ClusterOptions) -> serve.Deployment:
+def _deployment(name: str, model: ReplicaOptions, http: ReplicaHttp) -> serve.Deployment:
     """How Ray runs one model."""
     max_running = model.sized(is_paged=model.num_gpus > 0 and model.tensor_parallel == 1).max_running
     assert max_running is not None
@@ -85,8 +107,9 @@ def _deployment(name: str, model: ReplicaOptions, options: ClusterOptions) -> se
         "max_ongoing_requests": max_running,
         "max_queued_requests": model.max_waiting,
         "graceful_shutdown_timeout_s": model.graceful_shutdown_timeout_s,
-        "health_check_period_s": 5,
+        "health_check_period_s": HEALTH_CHECK_S,
         "request_router_config": routing,
+        "max_surge_percent": _ONE_MORE if model.update_order == "start_first" else 0,
     }
     if model.min_replicas == model.max_replicas:
         settings["num_replicas"] = model.min_replicas
@@ -99,7 +122,8 @@ def _deployment(name: str, model: ReplicaOptions, options: ClusterOptions) -> se
             "upscale_delay_s": model.upscale_delay_s,
             "downscale_delay_s": model.downscale_delay_s,
         }
-    return serve.deployment(Model).options(**settings)
+    version = version_of(name, asdict(model.model), asdict(http))
+    return with_version(serve.deployment(Model).options(**settings), version)
 
 
 # -- a model's replica ---------------------------------------------------------------------------------------------
@@ -117,15 +141,15 @@ class _Ticket:
 class Model:
     """One replica of one model: its engine, and its HTTP app for those who hold a lease."""
 
-    def __init__(self, name: str, model: ReplicaOptions, cluster: ClusterOptions) -> None:
+    def __init__(self, name: str, model: ReplicaOptions, http: ReplicaHttp, n_models: int, n_sharing: int) -> None:
         set_up_logging()
         _stay_on_this_machine()
-        self._name, self._cluster = name, cluster
-        self._endpoint = _open(name, _with_threads(model, cluster), cluster)
+        self._name, self._http = name, http
+        self._endpoint = _open(name, _with_threads(model, n_models), n_sharing)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
         self._tickets: dict[str, _Ticket] = {}
         self._token = secrets.token_hex(16)
-        self._listener, self._url = _listen(cluster.replica_host)
+        self._listener, self._url = _listen(http.replica_host)
         self._app: ASGIApp = self._make_app()
         self._server: asyncio.Task[None] | None = None
 
@@ -138,7 +162,7 @@ class Model:
         number, ticket = secrets.token_hex(8), _Ticket()
         self._tickets[number] = ticket
         try:
-            yield {"url": self._url, "token": self._token, "lease": number, "replica": _replica_id()}
+            yield {"url": self._url, "token": self._token, "lease": number, "replica": replica_id()}
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ticket.ended.wait(), None if ticket.begun else _UNUSED_S)
             if ticket.begun:
@@ -159,7 +183,7 @@ class Model:
         """This replica's name and its metrics."""
         from prometheus_client import generate_latest
 
-        return _replica_id(), generate_latest(self._metrics.registry).decode()
+        return replica_id(), generate_latest(self._metrics.registry).decode()
 
     def runs(self) -> tuple[str, dict[str, Any]]:
         """The model's name, and what computes it here."""
@@ -181,15 +205,15 @@ class Model:
         from serving.app import make_app
         from serving.endpoints import Serving
 
-        cluster = self._cluster
+        http = self._http
         options = ServeOptions(
             models={},
             docs=False,
-            request_timeout_s=cluster.request_timeout_s,
-            max_body_bytes=cluster.max_body_bytes,
-            max_embeddings_body_bytes=cluster.max_embeddings_body_bytes,
-            keep_alive_s=cluster.keep_alive_s,
-            otel_endpoint=cluster.otel_endpoint,
+            request_timeout_s=http.request_timeout_s,
+            max_body_bytes=http.max_body_bytes,
+            max_embeddings_body_bytes=http.max_embeddings_body_bytes,
+            keep_alive_s=http.keep_alive_s,
+            otel_endpoint=http.otel_endpoint,
         )
         serving = Serving(options, endpoints={self._name: self._endpoint}, keeps_responses=False)
         app = make_app(serving, door=_LeaseDoor(self._token))
@@ -263,14 +287,14 @@ def _leave_when_it_stops(endpoint: Any, leave: Callable[[int], object] = os._exi
     leave(endpoint.engine.failed.exit_code)
 
 
-def _open(name: str, model: ReplicaOptions, cluster: ClusterOptions) -> Any:
-    """The endpoint of a replica, ready. Raises MPTError."""
+def _open(name: str, model: ReplicaOptions, n_sharing: int) -> Any:
+    """The endpoint of a replica, ready. n_sharing: replicas that share its memory. Raises MPTError."""
     from mpt.engine.endpoint import open_endpoint
 
     options = model.model
     if options.device == "auto" and not model.num_gpus:  # Ray has given it no GPU
         options = replace(options, device="cpu")
-    endpoint = open_endpoint(name, options, _n_sharing(model, cluster))
+    endpoint = open_endpoint(name, options, n_sharing)
     until = time.monotonic() + model.startup_timeout_s
     while not endpoint.engine.ready:
         if endpoint.engine.failed is not None or time.monotonic() > until:
@@ -296,9 +320,9 @@ def _listen(host: str) -> tuple[socket.socket, str]:
     return listener, f"http://{address}:{listener.getsockname()[1]}"
 
 
-def _with_threads(model: ReplicaOptions, cluster: ClusterOptions) -> ReplicaOptions:
+def _with_threads(model: ReplicaOptions, n_models: int) -> ReplicaOptions:
     """Ray sets one thread for a share of a CPU; more threads than cores would wait for each other at every product."""
-    share = max(1, allowed_threads().n // len(cluster.models))
+    share = max(1, allowed_threads().n // n_models)
     return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
@@ -309,10 +333,6 @@ def _stay_on_this_machine() -> None:
         ray_replica.add_port_to_grpc_server = lambda server, where: bind(server, where.replace("[::]", address))
 
 
-def _replica_id() -> str:
-    return serve.get_replica_context().replica_id.unique_id
-
-
 # -- the front -----------------------------------------------------------------------------------------------------
 
 
@@ -320,115 +340,67 @@ def _replica_id() -> str:
 class Router:
     """The ingress: `serving.cluster.router` over this application's handles."""
 
-    def __init__(self, options: ClusterOptions, models: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, settings: DeploymentHandle, models: Mapping[str, DeploymentHandle]) -> None:
+        """models: makes them part of the application; who is served is what `settings` say."""
         set_up_logging()
         _stay_on_this_machine()
         # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
         os.environ["FORWARDED_ALLOW_IPS"] = ""
-        self._options = options
-        self._fleet = RayFleet(options, models)
+        self._settings, self._front, self._kept = settings, _Front(), Kept()
+        self._fleet: RayFleet | None = None
+        self._heard = self._goes_by = ""  # digests of `args`
 
-    def __serve_build_asgi_app__(self) -> Any:
-        options = self._options
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        await self._take(await self._settings.args.remote(self._heard))
+        self._following = asyncio.create_task(self._follow())
+        return self._front
+
+    def follows(self) -> str:
+        """The digest of the `args` that this router goes by."""
+        return self._goes_by
+
+    async def _follow(self) -> None:
+        """Go by what `settings` say, for as long as this router lives."""
+        while True:
+            try:
+                args = await self._settings.args.remote(self._heard)
+                if digest_of(args) != self._heard:
+                    await self._take(args)
+            except MPTError as error:
+                log.error("settings that cannot be kept; going on with those there are: %s", error)
+            except Exception as error:  # Ray's, or of gRPC below it, while that replica is replaced
+                log.warning("no settings; going on with those there are: %r", error)
+                await asyncio.sleep(_SETTINGS_AGAIN_S)
+
+    async def _take(self, args: dict[str, Any]) -> None:
+        """Serve what `args` say from the next request on; those on their way end as they began. Raises MPTError."""
+        self._heard = digest_of(args)
+        options = read_args(args)
+        fleet = RayFleet(options, self._fleet)
+        self._front.app = await asyncio.to_thread(self._make, fleet, options)
+        self._fleet, self._goes_by = fleet, self._heard
+
+    def _make(self, fleet: "RayFleet", options: ClusterOptions) -> ASGIApp:
+        fleet.read_cards()
         limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
         keys = Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
         is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
-        self._app = make_router(self._fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None)
-        return self._app
+        return make_router(fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None, self._kept)
 
     def exposition(self) -> tuple[str, str]:
         """This router's name and its metrics."""
-        return _replica_id(), self._app.state.own_metrics()
+        return replica_id(), self._kept.exposition()
 
     async def drain(self, timeout_s: float) -> None:
         """Let running answers end before everything is shut down."""
-        await self._app.state.traffic.drain(timeout_s)
+        await self._kept.traffic.drain(timeout_s)
 
 
-class RayFleet:
-    """The replicas of every model, by way of Ray Serve's handles."""
+class _Front:
+    """The app that a router is now."""
 
-    def __init__(self, options: ClusterOptions, handles: Mapping[str, DeploymentHandle]) -> None:
-        self._options, self._handles = options, handles
-        self._cards = {name: card_of(name, model) for name, model in options.models.items()}
+    def __init__(self) -> None:
+        self.app: ASGIApp = Starlette()
 
-    def cards(self) -> dict[str, list[dict[str, Any]]]:
-        found = {}
-        for name, card in self._cards.items():
-            model = self._options.models[name]
-            found[name] = with_adapters(card, list(available(model.named_adapters, model.adapters)))
-        return found
-
-    @contextlib.asynccontextmanager
-    async def lease(self, model: str, adapter: str | None, prefix: str) -> AsyncIterator[Lease]:
-        handle = self._handles[model].options(
-            stream=True,
-            multiplexed_model_id=adapter or "",
-            session_id=prefix if self._options.models[model].routing == "prefix" else "",
-        )
-        # Ray Serve cancels what was called in a request's context when its client goes. The lease is still wanted then.
-        stream = contextvars.Context().run(handle.lease.remote)
-        rest: asyncio.Future[Any] | None = None
-        try:
-            try:
-                first = await stream.__anext__()
-            except BackPressureError as error:
-                raise Unavailable("every replica is busy and the queue is full; try again later") from error
-            except (RayError, RayServeException, StopAsyncIteration) as error:
-                raise ReplicaLost(f"no lease: {type(error).__name__}") from error
-            rest = asyncio.ensure_future(_next(stream))
-
-            async def report() -> dict[str, Any]:
-                with contextlib.suppress(TimeoutError, ReplicaLost):
-                    return await asyncio.wait_for(asyncio.shield(rest), _REPORT_S)
-                return {}
-
-            headers = {"authorization": f"Bearer {first['token']}", "x-mpt-lease": first["lease"]}
-            lost = asyncio.get_running_loop().create_future()
-            rest.add_done_callback(lambda done: _tell(lost, done))
-            yield Lease(first["url"], headers, first["replica"], lost, report)
-        finally:
-            if rest is not None:  # else there is nothing to cancel, and cancelling would raise the error again
-                stream.cancel()
-                rest.cancel()
-                await asyncio.gather(rest, return_exceptions=True)
-
-    async def runs(self) -> dict[str, dict[str, Any]]:
-        return dict(await self._ask(self._handles.values(), "runs"))
-
-    async def expositions(self) -> dict[str, str]:
-        own = serve.get_deployment_handle(ROUTER, serve.get_replica_context().app_name)
-        return dict(await self._ask((own, *self._handles.values()), "exposition"))
-
-    async def _ask(self, handles: Iterable[DeploymentHandle], method: str) -> list[tuple[str, Any]]:
-        """What a method of every replica says; those that do not answer are left out."""
-        asked = [handle.broadcast(method) for handle in handles]
-        answers = await asyncio.gather(*(each.results_async(timeout_s=5) for each in asked), return_exceptions=True)
-        found: list[tuple[str, Any]] = []
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                log.warning("no %s of a deployment: %r", method, answer)
-                continue
-            found += [each for each in answer if not isinstance(each, BaseException)]
-        return found
-
-    async def not_ready(self) -> str | None:
-        status = await asyncio.to_thread(serve.status)
-        deployments = status.applications[serve.get_replica_context().app_name].deployments
-        wanted = [name for name, model in self._options.models.items() if model.min_replicas]
-        waiting = [name for name in wanted if not deployments[name].replica_states.get("RUNNING")]
-        return f"no replica of {', '.join(waiting)}" if waiting else None
-
-
-async def _next(stream: Any) -> dict[str, Any]:
-    """The end of a lease: what its answer cost. Raises ReplicaLost when its replica died."""
-    try:
-        return await stream.__anext__()
-    except (RayError, RayServeException, StopAsyncIteration) as error:
-        raise ReplicaLost(type(error).__name__) from error
-
-
-def _tell(lost: "asyncio.Future[None]", done: "asyncio.Future[Any]") -> None:
-    if not lost.done() and not done.cancelled() and (error := done.exception()) is not None:
-        lost.set_exception(error)
-        lost.exception()  # it may be that nobody waits any more
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)

@@ -4,7 +4,6 @@ Everything a user can have got wrong is told before Ray starts, which takes seco
 Ray is one of its own, whatever else runs here (`home.py`), and all of it ends with this process (`guard.py`).
 """
 
-import asyncio
 import logging
 import os
 import signal
@@ -25,6 +24,8 @@ from serving.auth import book_of, keys_of
 from serving.cluster import guard, home
 from serving.cluster.haproxy_config import max_connections
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
+from serving.cluster.reload import Reloads, tell_room
+from serving.cluster.timeouts import Timeouts
 from serving.configuration import anchored, application, load
 from serving.logs import set_up_logging
 from serving.options import is_loopback
@@ -38,12 +39,9 @@ ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_worker_niceness": "0",  # 15 otherwise: behind everything else on this machine
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "1800",  # how long a replaced HAProxy keeps its streams; Ray: 120
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",  # a client that neither sends nor reads; Ray: an hour
     # A request whose router dies before it answers goes to the other one; computing an answer twice harms nobody.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # 30 s is for load balancers beyond this machine
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
@@ -71,6 +69,7 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     except UserError as error:
         raise UserError(f"`{config}`: {error}") from None
     _check(options, http, n_cpus)
+    _check_port(http)
     connections = max_connections()
     if elsewhere := os.environ.pop("RAY_ADDRESS", None):
         log.info("this is a Ray of its own, not the one at %s; `serve deploy %s` is for that one", elsewhere, config)
@@ -78,12 +77,19 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
     folder = home.make()
     with guard.watching(str(folder)) as watcher:
         certificate, key = home.write_certificate(folder)
-        for variable, value in {**ENVIRONMENT, **LOCAL, **home.ports()}.items():
+        for variable, value in {**ENVIRONMENT, **Timeouts.of(options).environment(), **LOCAL, **home.ports()}.items():
             os.environ.setdefault(variable, value)  # what the user has set stays
         os.environ.update(home.environment(folder))
         log.info("HAProxy takes up to %d connections; Ray's logs are in %s/ray", connections, folder)
         behind = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}  # of the routers, which HAProxy asks
-        _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher))
+
+        def read(changed: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+            again, *rest = _read(changed)
+            again["args"] = {"router_replicas": options.router_replicas, **again["args"]}  # as was settled
+            return again, rest[0], rest[1]
+
+        reloads = Reloads(config, read, lambda changed: _check(changed, http, n_cpus))
+        _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher), reloads)
     home.remove(folder)
 
 
@@ -166,6 +172,7 @@ def _serve(
     n_cpus: int,
     drain_s: float,
     processes: _Processes,
+    reloads: Reloads,
 ) -> None:
     started, stop = time.perf_counter(), threading.Event()
 
@@ -183,9 +190,9 @@ def _serve(
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    from serving.cluster.deployment import app
+    from serving.cluster.running import Running
 
-    name, logs = ours.get("name", "mpt"), LoggingConfig(**logging_config)
+    running = Running(ours, logging_config)
     try:
         ray.init(
             "local",
@@ -196,15 +203,16 @@ def _serve(
         )
         catch_signals()  # Ray has put its own in their place
         threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
-        serve.start(http_options=HTTPOptions(**http), logging_config=logs)
-        route = ours.get("route_prefix", "/")
-        serve.run(app(ours["args"]), name=name, route_prefix=route, logging_config=logs)
+        serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
+        running.deploy(ours["args"], {})
         processes.is_ready = True
-        log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
-        stop.wait()
+        with reloads.listening(http["port"], ours["args"], running):
+            log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+            tell_room(read_args(ours["args"]), running.free())
+            stop.wait()
         log.info("shutting down; running requests may take %.0f s more", drain_s)
         processes.is_ending = True
-        _drain(name, drain_s)
+        running.drain(drain_s)
         serve.shutdown()
     except (RayError, RuntimeError, OSError) as error:
         if processes.is_ready:
@@ -218,21 +226,6 @@ def _serve(
     finally:
         processes.is_ending = True
         ray.shutdown()
-
-
-def _drain(name: str, timeout_s: float) -> None:
-    """Let running answers end, for so long."""
-    from ray import serve
-
-    from serving.cluster.deployment import ROUTER
-
-    async def drain() -> None:
-        routers = serve.get_deployment_handle(ROUTER, name)
-        await routers.broadcast("drain", timeout_s).results_async(timeout_s=timeout_s + 30)
-
-    loop = asyncio.new_event_loop()  # a handle wants one that runs until Ray has gone
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    asyncio.run_coroutine_threadsafe(drain(), loop).result()
 
 
 def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -286,6 +279,10 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
             f"the models and routers ask for {wanted_cpus:g} CPUs and Ray may hand out {n_cpus}; lower num_cpus or "
             "min_replicas, or give --cpus"
         )
+
+
+def _check_port(http: Mapping[str, Any]) -> None:
+    """Raises UserError where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -13,6 +13,10 @@ from serving.configuration import read_models, read_options, read_values
 from serving.options import HttpOptions
 
 Routing = Literal["least_loaded", "prefix"]
+UpdateOrder = Literal["start_first", "stop_first"]
+ROUTER, SETTINGS = "Router", "Settings"
+OWN_NAMES = {ROUTER, SETTINGS}  # of deployments that are no models
+ReplicaHost = Literal["loopback", "node"]
 NO_KEYS = (
     "replica_host is `node`, so other machines reach this cluster, and there are no keys; give `api_key_file`, or "
     "`no_auth: true` to serve everybody who reaches it"
@@ -52,6 +56,8 @@ class ReplicaOptions(ModelOptions):
     target_ongoing_requests: float | None = None  # None is 70 % of max_running
     upscale_delay_s: float = 30
     downscale_delay_s: float = 600
+    # When the model changes: another replica starts before one stops; `stop_first` where there is no room for it.
+    update_order: UpdateOrder = "start_first"
     graceful_shutdown_timeout_s: float = 120  # how long running answers may finish when a replica leaves
     startup_timeout_s: float = 600  # reading the weights, a first token
 
@@ -93,6 +99,18 @@ class ReplicaOptions(ModelOptions):
         return self.num_gpus * self.tensor_parallel * (self.initial_replicas or self.min_replicas)
 
 
+@dataclass(frozen=True)
+class ReplicaHttp:
+    """What every replica is told of HTTP, whatever its model."""
+
+    request_timeout_s: float
+    max_body_bytes: int
+    max_embeddings_body_bytes: int
+    keep_alive_s: float
+    otel_endpoint: str | None
+    replica_host: ReplicaHost
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions(HttpOptions):
     """Everything `args` may say. Without models, the four of the mpt-tiny family."""
@@ -102,7 +120,7 @@ class ClusterOptions(HttpOptions):
     router_replicas: int = 2  # one that dies takes its own answers with it, and no other
     router_num_cpus: float = 0.1
     # Where replicas listen for routers; `node` for several nodes.
-    replica_host: Literal["loopback", "node"] = "loopback"
+    replica_host: ReplicaHost = "loopback"
     docs: bool = False
 
     def __post_init__(self) -> None:
@@ -115,6 +133,10 @@ class ClusterOptions(HttpOptions):
                     f"{name} is {limit}, and each of {self.router_replicas} routers lets through its share; give at "
                     f"least {self.router_replicas}, or `router_replicas: 1`"
                 )
+
+    @property
+    def replica_http(self) -> ReplicaHttp:
+        return ReplicaHttp(**{each.name: getattr(self, each.name) for each in fields(ReplicaHttp)})
 
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""
@@ -130,6 +152,8 @@ def read_args(args: Mapping[str, Any]) -> ClusterOptions:
         found = {name: read_options(ReplicaOptions, {**vars(own), **shared}, "defaults") for name, own in TINY.items()}
     else:
         given = read_models(_OF_A_MODEL, models, _refuse)
+        for name in OWN_NAMES & given.keys():
+            raise UserError(f"`{name}` cannot be a served name: the cluster calls a part of itself so")
         found = {name: read_options(ReplicaOptions, {**shared, **own}, f"models.{name}") for name, own in given.items()}
     known = {**get_type_hints(ClusterOptions), "defaults": Mapping[str, Any]}
     return read_options(ClusterOptions, {**read_values(known, raw, "", _refuse), "models": found}, "")

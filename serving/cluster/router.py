@@ -46,6 +46,7 @@ from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.gate import Gate
 from serving.heads import Hosts
 from serving.intake import read, read_body
+from serving.limits import RateLimiter
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
 from serving.protocol.generation import (
@@ -68,16 +69,39 @@ _KEEPS_NONE = "a cluster keeps no responses, since its replicas change; send the
 _PREFIX_CHARACTERS = 1024  # characters that decide which replica's cache a prompt may be in
 
 
-def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts | None = None) -> FastAPI:
+class Kept:
+    """What a router keeps when its options change: counts, what is on its way through, connections, clients' limits."""
+
+    def __init__(self) -> None:
+        self.metrics, self.traffic = RouterMetrics(), Traffic()
+        self.session, self.limiter = _Session(), RateLimiter()
+        self._made: dict[str, tuple[object, Any]] = {}
+
+    def made(self, what: str, told: object, make: Callable[[], Any]) -> Any:
+        """What was made, unless it is told something else now; requests on their way still use the one before."""
+        if what not in self._made or self._made[what][0] != told:
+            self._made[what] = told, make()
+        return self._made[what][1]
+
+    def exposition(self) -> str:
+        """This router's own metrics."""
+        return generate_latest(self.metrics.registry).decode()
+
+
+def make_router(
+    fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts | None = None, kept: Kept | None = None
+) -> FastAPI:
     """The ASGI app in front of a fleet; the same routes and errors as `serving.app.make_app`."""
+    kept = kept or Kept()
     app = FastAPI(title="MPT", version=mpt.__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.router.redirect_slashes = False  # the redirect's host would be whatever the client's Host header says
-    metrics = RouterMetrics()
-    session, traffic = _Session(), Traffic()
+    metrics, traffic, session = kept.metrics, kept.traffic, kept.session
     cards = fleet.cards
     keys = door if isinstance(door, Keys) else keys_of(options)
     keys.note_unknown(cards())
-    book = book_of(keys, options, several_machines=options.replica_host == "node")
+    several = options.replica_host == "node"
+    told = (options.quota_store, options.request_timeout_s, keys.have_quotas, several)
+    book = kept.made("book", told, lambda: book_of(keys, options, several_machines=several))
     for name in cards():
         metrics.lost.labels(name)  # 0 from the start: an alert sees the first loss only as a change
 
@@ -112,9 +136,7 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
     functions = _listing(fleet, find, options, traffic)
     functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
     add_routes(app, functions)
-    app.state.own_metrics = lambda: generate_latest(metrics.registry).decode()
-    app.state.traffic = traffic
-    app.state.request_log = request_log(options.log_requests)
+    app.state.request_log = kept.made("log", options.log_requests, lambda: request_log(options.log_requests))
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
@@ -129,8 +151,10 @@ def make_router(fleet: Fleet, options: ClusterOptions, door: Door, hosts: Hosts 
         book=book,
         names_requests=False,
         hosts=hosts,
+        limiter=kept.limiter,
     )
-    app.add_middleware(Traced, spans=spans_to(options.otel_endpoint))
+    spans = kept.made("spans", options.otel_endpoint, lambda: spans_to(options.otel_endpoint))
+    app.add_middleware(Traced, spans=spans)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]

@@ -14,6 +14,8 @@ import yaml
 from ray.serve import Deployment
 from ray.serve._private.constants import RAY_SERVE_HAPROXY_METRICS_PORT
 
+from serving.cluster.options import read_args
+from serving.cluster.timeouts import HEAD_S, PRE_STOP_S, REPLACEMENT_S, Timeouts
 from tests.k8s import serve_config
 from tests.k8s.manifests import ROOT, name_of, render, training_jobs, validate, walk
 
@@ -164,17 +166,32 @@ def test_groups_grow_as_far_as_their_models(manifests):
         assert asked <= offered, name_of(service)
 
 
-def test_a_pod_outlives_the_answers_it_is_giving(manifests):
-    """preStop sleep, then Serve's drain, then the kubelet's patience; the old cluster stays for the longest of them."""
+def test_time_outs_are_those_of_the_chain(manifests):
+    """Each part outlasts the one inside it: the preStop hook, then Ray's drain of the node, then the kubelet."""
     for service in of_kind(manifests, "RayService"):
-        longest = 0
+        (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+        chain = Timeouts.of(read_args(application["args"]))
+        assert chain.deletion_s <= service["spec"]["rayClusterDeletionDelaySeconds"], name_of(service)
+        (environment,) = (
+            one["data"] for one in of_kind(manifests, "ConfigMap") if one["metadata"]["name"].startswith("mpt-ray-env")
+        )
+        assert chain.environment().items() <= environment.items()
+        for pod in pods_of(service):
+            (container,) = pod.spec["containers"]
+            own = {one["name"]: one["value"] for one in container.get("env", [])}
+            node_s = int((environment | own)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+            assert (node_s, pre_stop_s(pod)) == (HEAD_S if pod.role == "head" else chain.node_s, PRE_STOP_S), str(pod)
+            assert grace_s(pod) == node_s + chain.pod_s - chain.node_s, str(pod)
+
+
+def test_a_node_outlives_the_answers_of_its_replicas(manifests):
+    """By what Ray does: a draining node's replica is stopped at the latest its own time-out before the node's."""
+    for service in of_kind(manifests, "RayService"):
         for deployment in serve_config.deployments(service["spec"]["serveConfigV2"]):
             drain_s = deployment._deployment_config.graceful_shutdown_timeout_s
-            longest = max(longest, drain_s)
             for pod in nodes_for(deployment, service):
-                needed = pre_stop_s(pod) + drain_s
-                assert needed < grace_s(pod), f"`{deployment.name}` needs {needed} s on {pod}, which has {grace_s(pod)}"
-        assert longest < service["spec"].get("rayClusterDeletionDelaySeconds", 60), name_of(service)
+                if pod.role != "head":
+                    assert pre_stop_s(pod) + REPLACEMENT_S + drain_s < grace_s(pod), f"`{deployment.name}` on {pod}"
 
 
 def test_a_pod_outlives_its_prestop_hook(manifests):

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import mpt
+from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.prompts import encode_chat
+from serving.cluster import reload
 from tests.serving.otlp import Receiver, attributes, receiving
 from tests.serving.servers import Server, free_port, running, serve_config
 
@@ -702,6 +704,30 @@ def test_a_trace_goes_through_to_the_replica(server, url, receiver):
         time.sleep(0.02)
     assert f"trace_id={trace}" in found[0]
     assert b"confidential" not in b"".join(receiver.raw)
+
+
+def test_a_cluster_takes_its_changed_config_as_it_runs(server, url):
+    if server.kind == "serve":
+        pytest.skip("one process, which reads its options once")
+    path = Path(server.process.args[server.process.args.index("--config") + 1])
+    written, port = path.read_text(), httpx.URL(url).port
+
+    def pages() -> int:
+        return httpx.get(f"{url}/docs", headers={"Authorization": f"Bearer {KEY}"}).status_code
+
+    assert pages() == 200
+    try:
+        path.write_text(written.replace("docs: true", "docs: 1"))
+        with pytest.raises(UserError, match="`docs` is 1; it takes true or false"):
+            list(reload.ask(None, port))
+        assert pages() == 200
+        path.write_text(written.replace("docs: true", "docs: false"))
+        told, *_ = list(reload.ask(None, port))
+        assert told == "the routers take `docs` as they run" and pages() == 404
+    finally:
+        path.write_text(written)
+        list(reload.ask(None, port))
+    assert pages() == 200
 
 
 def test_it_leaves_when_told(server):

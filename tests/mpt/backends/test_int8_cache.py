@@ -279,7 +279,7 @@ def test_a_model_the_c_step_is_not_made_for_is_refused():
 
 def test_a_clusters_model_gets_it_too(folder):
     options = read_args({"models": {"base": {"root": str(folder), "kv_cache": "int8", "kv_gb": 0.004}}})
-    endpoint = deployment._open("base", options.models["base"], options)
+    endpoint = deployment._open("base", options.models["base"], 1)
     endpoint.engine.close()
     assert endpoint.engine._backend.bytes_per_token == 8 * 68
     with pytest.raises(UserError, match=r"`models.base.kv_cache` is 'int4'; it takes `auto` or `int8`"):

@@ -5,13 +5,15 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from serving.cluster import local
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router, merged
+from serving.cluster.timeouts import Timeouts
+from tests.serving.cluster.ray_driver import environment
 from tests.serving.servers import free_port, serve_config
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -47,6 +51,7 @@ def test_without_models_it_is_the_tiny_family():
         ({"model": {}}, "did you mean `models`"),
         ({"models": {}}, "at least one"),
         ({"models": {"a b": {"root": "x"}}}, "a b"),
+        ({"models": {"Router": {"root": "x"}}}, "a part of itself"),
         ({"models": {"a": "mpt-7b"}}, "root: mpt-7b"),
         ({"models": {"a": {}}}, "models.a.root"),
         ({"models": {"a": {"root": "x", "min_replica": 1}}}, "did you mean `min_replicas`"),
@@ -374,17 +379,50 @@ def test_a_replica_whose_engine_has_stopped_gives_no_lease_and_leaves(monkeypatc
 # -- on Ray --------------------------------------------------------------------------------------------------------
 
 
+KEY = "sk-1"
+WITH_KEY = {"authorization": f"Bearer {KEY}"}
+
+
 class Cluster:
     """A Ray of this test's own; `deploy` runs our application on it, anew if there is one."""
 
     def __init__(self, folder: Path) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self._log = (folder / "driver.log").open("w")
+        self._folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets need short names
         driver = Path(__file__).with_name("ray_driver.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(driver), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=self._log, env={**os.environ, "PYTHONPATH": str(driver.parents[3]), "HF_HUB_OFFLINE": "1"},
+            [sys.executable, str(driver), str(port), self._folder],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=self._log,
+            env={**os.environ, "PYTHONPATH": str(driver.parents[3]), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
+        self._address = self._process.stdout.readline().strip()
+        self._node: subprocess.Popen | None = None
+
+    def join(self, drain: Mapping[str, str]) -> tuple[subprocess.Popen, str]:
+        """Another node, with the resource `second`, as `ray start --block` makes it, and the URL of its HAProxy."""
+        port = free_port()
+        ray = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--address",
+            self._address,
+            "--node-ip-address=127.0.0.1",
+        ]
+        shared = environment(Path(self._folder))
+        files = {name for name in shared if name.startswith("RAY_SERVE_HAPROXY_") and self._folder in shared[name]}
+        own = {name: shared[name].replace(self._folder, f"{self._folder}/second") for name in files}
+        own |= {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+        Path(self._folder, "second").mkdir()
+        self._node = subprocess.Popen(
+            [*ray, "--temp-dir", f"{self._folder}/ray", "--num-cpus", "1", "--resources", '{"second": 1}'],
+            stdout=self._log, stderr=self._log, start_new_session=True,
+            env={**os.environ, **shared, **own, **drain},
+        )  # fmt: skip
+        return self._node, f"http://127.0.0.1:{port}"
 
     def deploy(self, args: dict[str, object]) -> None:
         self._process.stdin.write(json.dumps(args) + "\n")
@@ -393,20 +431,28 @@ class Cluster:
             assert line, Path(self._log.name).read_text()[-3000:]
 
     def replicas(self, model: str) -> list[psutil.Process]:
-        family = psutil.Process(self._process.pid).children(recursive=True)
+        nodes = [each.pid for each in (self._process, self._node) if each is not None]
+        family = [process for pid in nodes for process in psutil.Process(pid).children(recursive=True)]
         wanted = f"ray::ServeReplica:mpt:{model}"
         return [process for process in family if " ".join(process.cmdline()).strip().startswith(wanted)]
 
     def stop(self) -> None:
+        if self._node is not None:
+            os.killpg(self._node.pid, signal.SIGKILL)
+            self._node.wait()
         self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def post(self, timeout: float = 60, **body) -> httpx.Response:
         body = {"prompt": "a", "max_tokens": 8, "temperature": 0, "ignore_eos": True, **body}
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout, headers=WITH_KEY)
+
+    def get(self, path: str) -> dict[str, object]:
+        return httpx.get(self.url + path, headers=WITH_KEY).json()
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +461,8 @@ def args(model, tokenizer, tmp_path_factory) -> dict[str, object]:
     each = {"root": str(folder), "kv_gb": 0.064, "num_cpus": 0.1, "threads": 1, "max_running": 8}
     each["graceful_shutdown_timeout_s"] = 60  # requests wait long while new replicas import torch on a busy machine
     return {
+        "replica_host": "node",  # a second node joins
+        "no_auth": True,
         "router_replicas": 1,  # two are in test_deaths.py
         "models": {
             "one": each,
@@ -432,10 +480,13 @@ def cluster(args, tmp_path_factory) -> Iterator[Cluster]:
     cluster.stop()
 
 
-def events(cluster: Cluster, model: str, n_tokens: int, begun: threading.Event | None = None) -> list[str]:
+def events(
+    cluster: Cluster, model: str, n_tokens: int, begun: threading.Event | None = None, url: str | None = None
+) -> list[str]:
     body = {"model": model, "prompt": "a", "max_tokens": n_tokens, "stream": True, "ignore_eos": True}
     found = []
-    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as answer:
+    asked = f"{url or cluster.url}/v1/completions"
+    with httpx.stream("POST", asked, json=body, timeout=60, headers=WITH_KEY) as answer:
         for line in answer.iter_lines():
             if line:
                 found.append(line)
@@ -483,32 +534,111 @@ def test_a_killed_replica_loses_its_own_streams_only_and_comes_back(cluster):
     assert cluster.replicas("one")[0].pid != victim.pid
 
 
-def test_an_upgrade_fails_no_request(cluster, args):
-    """Every replica is replaced, the router too, while eight clients ask without a pause."""
-    before = {process.pid for name in ("one", "Router") for process in cluster.replicas(name)}
-    stop, failures, answers = threading.Event(), [], []
+class Asking:
+    """Eight clients that never pause: half of them stream, half of them wait for whole answers."""
 
-    def ask_on(k: int) -> None:
-        while not stop.is_set():
-            try:
-                if k % 2:
-                    lines = events(cluster, "one", 60)
-                    (answers if lines[-1] == "data: [DONE]" else failures).append(lines[-1])
-                else:
-                    answer = cluster.post(model="one", max_tokens=60)
-                    (answers if answer.status_code == 200 else failures).append(answer.text)
-            except httpx.HTTPError as error:
-                failures.append(repr(error))
+    def __init__(self, cluster: Cluster, models: tuple[str, ...]) -> None:
+        self.failures: list[str] = []
+        self.waits: list[float] = []  # of the requests that were answered, in seconds
+        self._cluster, self._models, self._stop = cluster, models, threading.Event()
 
-    with ThreadPoolExecutor(8) as pool:
-        asking = [pool.submit(ask_on, k) for k in range(8)]
-        time.sleep(1)
-        changed = {**args["models"], "one": {**args["models"]["one"], "prefill_chunk": 256}}
-        cluster.deploy({**args, "models": changed})
-        time.sleep(2)
-        stop.set()
-        for each in asking:
+    def __enter__(self) -> "Asking":
+        self._pool = ThreadPoolExecutor(8)
+        self._asking = [self._pool.submit(self._ask_on, k) for k in range(8)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for each in self._asking:
             each.result()
-    after = {process.pid for name in ("one", "Router") for process in cluster.replicas(name)}
-    assert failures == [] and len(answers) > 50
-    assert len(before) == 2 and before.isdisjoint(after)
+        self._pool.shutdown()
+
+    def _ask_on(self, k: int) -> None:
+        model = self._models[k // 2 % len(self._models)]
+        while not self._stop.is_set():
+            begun = time.monotonic()
+            try:
+                end = self._ask(model, streams=k % 2 == 1)
+            except httpx.HTTPError as error:
+                end = repr(error)
+            if end is not None:
+                self.failures.append(end)
+            self.waits.append(time.monotonic() - begun)
+
+    def _ask(self, model: str, streams: bool) -> str | None:
+        """What went wrong."""
+        if streams:
+            last = events(self._cluster, model, 60)[-1]
+            return None if last == "data: [DONE]" else last
+        answer = self._cluster.post(model=model, max_tokens=60)
+        return None if answer.status_code == 200 else answer.text
+
+
+def pids(cluster: Cluster, *models: str) -> set[int]:
+    return {process.pid for model in models for process in cluster.replicas(model)}
+
+
+@pytest.mark.timeout(300)
+def test_models_that_come_and_go_keys_and_limits_restart_nothing(cluster, args, tmp_path):
+    (tmp_path / "keys").write_text(f"asking: {KEY}\nfew: sk-2 requests_per_minute=2\n")
+    before = pids(cluster, "one", "two", "Router", "Settings")
+    with Asking(cluster, ("one", "two")) as asking:
+        cluster.deploy({**args, "models": {**args["models"], "new": args["models"]["one"]}})
+        until(lambda: cluster.post(model="new").status_code == 200)
+        cluster.deploy({**args, "api_key_file": str(tmp_path / "keys")})
+        until(lambda: cluster.post(model="new").status_code == 404)
+    assert asking.failures == []
+    assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
+    few = [httpx.get(f"{cluster.url}/v1/models", headers={"authorization": "Bearer sk-2"}) for _ in range(3)]
+    assert [answer.status_code for answer in few] == [200, 200, 429]
+    assert before == pids(cluster, "one", "two", "Router", "Settings") and len(before) == 5
+
+
+@pytest.mark.timeout(300)
+def test_a_changed_model_restarts_itself_only_and_a_node_that_must_go_ends_its_streams(cluster, args):
+    """The new replica fits on a node only that joins later, so the old one answers meanwhile.
+
+    Then that node gets SIGTERM, as `ray start --block` does in a pod that is deleted. Ray's own time-out, 30 s, is half
+    a second here. The node's HAProxy passes one of the streams on.
+    """
+    one, others = pids(cluster, "one"), pids(cluster, "two", "Router", "Settings")
+    moved = {**args["models"]["one"], "resources": {"second": 0.1}, "context_length": 16_000}
+    changed = {**args, "models": {**args["models"], "one": moved}}
+    rays_s = 0.5
+    drain = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(rays_s), **Timeouts.of(read_args(changed)).environment()}
+    with ThreadPoolExecutor(3) as pool:
+        with Asking(cluster, ("one", "two")) as asking:
+            deployed = pool.submit(cluster.deploy, changed)
+            until(lambda: cluster.get("/v1/models/one").get("context_length") == 16_000)
+            assert [cluster.post(model="one", timeout=20).status_code for _ in range(3)] == [200] * 3
+            assert one == pids(cluster, "one")
+            node, its_url = cluster.join(drain)
+            deployed.result(100)
+        assert asking.failures == [] and one.isdisjoint(pids(cluster, "one"))
+        assert others == pids(cluster, "two", "Router", "Settings") and len(others) == 4
+        until(lambda: answers(f"{its_url}/health"))
+        begun = [threading.Event(), threading.Event()]
+        streams = [
+            pool.submit(events, cluster, "one", 10_000, each, url)
+            for each, url in zip(begun, (cluster.url, its_url), strict=True)
+        ]
+        assert all(each.wait(30) for each in begun)
+        told = time.monotonic()
+        node.send_signal(signal.SIGTERM)
+        time.sleep(rays_s)
+        assert cluster.post(model="one").status_code == 200
+        ends = [stream_.result(60)[-1] for stream_ in streams]
+        assert ends == ["data: [DONE]"] * 2 and time.monotonic() - told > 2 * rays_s
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url).status_code == 200
+    return False
+
+
+def until(holds: Callable[[], bool], within_s: float = 100.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
