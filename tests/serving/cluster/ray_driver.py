@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 
 from serving.cluster import home
-from serving.cluster.local import ENVIRONMENT
+from serving.cluster.local import ENVIRONMENT, LOCAL
 from serving.cluster.options import read_args
 from serving.cluster.timeouts import Timeouts
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What every node of the Ray in this folder is started with; `LOCAL` allows one only."""
+    """What every node of the Ray in this folder is started with."""
     timeouts = Timeouts.of(read_args({})).environment()
-    return ENVIRONMENT | timeouts | home.ports() | home.environment(folder)
+    return ENVIRONMENT | timeouts | LOCAL | home.ports() | home.environment(folder)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 
     ray.init(
         "local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
-        _temp_dir=f"{folder}/ray", _node_ip_address="127.0.0.1",
+        _temp_dir=f"{folder}/ray",
     )  # fmt: skip
     print(ray.get_runtime_context().gcs_address, flush=True)
     tls = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}

@@ -30,6 +30,7 @@ from mpt.memory import Memory
 from mpt.options import ModelOptions
 from serving.auth import Keys
 from serving.cluster import local
+from serving.cluster.local import LOCAL
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router, merged
@@ -416,6 +417,7 @@ class Cluster:
         files = {name for name in shared if name.startswith("RAY_SERVE_HAPROXY_") and self._folder in shared[name]}
         own = {name: shared[name].replace(self._folder, f"{self._folder}/second") for name in files}
         own |= {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+        own |= dict.fromkeys(LOCAL, "1")  # else `ray start` joins nobody
         Path(self._folder, "second").mkdir()
         self._node = subprocess.Popen(
             [*ray, "--temp-dir", f"{self._folder}/ray", "--num-cpus", "1", "--resources", '{"second": 1}'],
