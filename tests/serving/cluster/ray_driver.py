@@ -14,15 +14,16 @@ import time
 from pathlib import Path
 
 from serving.cluster import home
-from serving.cluster.local import ENVIRONMENT, LOCAL
+from serving.cluster.local import ENVIRONMENT
 from serving.cluster.options import read_args
 from serving.cluster.timeouts import Timeouts
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What every node of the Ray in this folder is started with."""
+    """What every node of the Ray in this folder is started with. It may have several, unlike that of `mpt cluster`."""
     timeouts = Timeouts.of(read_args({})).environment()
-    return ENVIRONMENT | timeouts | LOCAL | home.ports() | home.environment(folder)
+    own = {name: value for name, value in home.environment(folder).items() if "TLS" not in name}
+    return ENVIRONMENT | timeouts | home.ports() | own
 
 
 def main() -> None:
