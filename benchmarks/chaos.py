@@ -458,7 +458,9 @@ class Storm:
         reader, writer = await self._connect()
         head = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
         raw = orjson.dumps({"model": self.models[0].name, "prompt": "a" * rng.randrange(10, 10_000)})
-        writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}Content-Length: {len(raw)}\r\n\r\n".encode())
+        writer.write(
+            f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(self.url).netloc}\r\n{head}Content-Length: {len(raw)}\r\n\r\n".encode()
+        )
         writer.write(raw[: rng.randrange(len(raw))])
         try:
             async with asyncio.timeout(rng.uniform(0, 3)):

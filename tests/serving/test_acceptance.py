@@ -401,7 +401,8 @@ def test_clients_that_go_away_stop_their_generation(url, stream):
                     next(answer.iter_lines())
             else:
                 with pytest.raises(httpx.ReadTimeout):
-                    impatient.post(f"{url}/v1/completions", json=body, headers=headers)
+                    answer = impatient.post(f"{url}/v1/completions", json=body, headers=headers)
+                    pytest.fail(f"{answer.status_code} {answer.text[:300]}")
     for _ in range(500):
         if total(url, "mpt_requests_cancelled_total", "base") == before + 8:
             break

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from serving.app import make_app
 from serving.auth import Keys
 from serving.cluster.options import TINY, ClusterOptions
-from serving.cluster.router import make_router
+from serving.cluster.router import Kept, make_router
 from serving.endpoints import Serving
 from serving.gate import peer_of
 from serving.options import ServeOptions
@@ -52,8 +52,8 @@ def app(serving) -> FastAPI:
     return make_app(serving)
 
 
-def router(fleet: FakeFleet) -> FastAPI:
-    return make_router(fleet, ClusterOptions(models=TINY, log_format="json"), Keys(["sk-1"], None))
+def router(fleet: FakeFleet, kept: Kept | None = None) -> FastAPI:
+    return make_router(fleet, ClusterOptions(models=TINY, log_format="json"), Keys(["sk-1"], None), kept=kept)
 
 
 async def ask(app: FastAPI, path: str = "/v1/completions", headers: dict | None = KEY, **body) -> httpx.Response:
@@ -129,13 +129,13 @@ async def test_answers_that_a_leaving_router_ends_are_told(lines):
         await asyncio.sleep(60)
         return answer
 
-    replica = Replica(endless)
-    app = router(FakeFleet([await replica.start()]))
+    replica, kept = Replica(endless), Kept()
+    app = router(FakeFleet([await replica.start()]), kept)
     asked = asyncio.create_task(ask(app, model="m", stream=True))
     while not replica.n_asked:
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
-    await app.state.traffic.drain(0.0)
+    await kept.traffic.drain(0.0)
     assert "shutting_down" in (await asked).text and lines[0]["error"] == "shutting_down"
     await replica.stop()
 
@@ -175,6 +175,6 @@ def test_only_a_proxy_on_this_machine_says_who_asks(peer, forwarded, expected):
 
 async def test_an_alert_sees_the_first_replica_that_is_lost():
     """As a change: the series is there before."""
-    app = router(FakeFleet([]))
-    text = app.state.own_metrics()
-    assert 'mpt_replica_lost_total{model_name="m"} 0.0' in text
+    kept = Kept()
+    router(FakeFleet([]), kept)
+    assert 'mpt_replica_lost_total{model_name="m"} 0.0' in kept.exposition()
