@@ -1,5 +1,6 @@
 """What both servers must do, asked over HTTP alone: `mpt serve`, and `mpt cluster` on a local Ray."""
 
+import contextlib
 import json
 import re
 import signal
@@ -391,7 +392,7 @@ def test_clients_that_go_away_stop_their_generation(url, stream):
     """Eight of them: HAProxy with splicing misses one in four."""
     body = {"model": "base", "prompt": "a", "max_tokens": 2000, "stream": stream, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
-    before = total(url, "mpt_requests_cancelled_total", "base")
+    before, answered = total(url, "mpt_requests_cancelled_total", "base"), []
     for _ in range(8):
         with httpx.Client(timeout=0.15) as impatient:
             if stream:
@@ -400,9 +401,9 @@ def test_clients_that_go_away_stop_their_generation(url, stream):
                 ) as answer:
                     next(answer.iter_lines())
             else:
-                with pytest.raises(httpx.ReadTimeout):
-                    answer = impatient.post(f"{url}/v1/completions", json=body, headers=headers)
-                    pytest.fail(f"{answer.status_code} {answer.text[:300]}")
+                with contextlib.suppress(httpx.ReadTimeout):
+                    answered.append(impatient.post(f"{url}/v1/completions", json=body, headers=headers).text)
+    assert not answered
     for _ in range(500):
         if total(url, "mpt_requests_cancelled_total", "base") == before + 8:
             break
