@@ -31,8 +31,8 @@ Json = dict[str, Any]
 
 # How the command lines of the processes begin that a fault kills.
 PARTS = {
-    "replica": r"ray::SERVE_REPLICA::\w+#(?!Router#)",
-    "router": r"ray::SERVE_REPLICA::\w+#Router#",
+    "replica": r"ray::ServeReplica:\w+:(?!Router|Settings)",
+    "router": r"ray::ServeReplica:\w+:Router",
     "controller": r"ray::ServeController",
     "haproxy": r"\S+/haproxy ",
     "haproxy manager": r"ray::HAProxyManager",
@@ -185,7 +185,9 @@ class Faults:
         if root := self._supervisor.root:
             strike.victim = f"SIGTERM to {root.pid}"
             root.terminate()
-            await asyncio.to_thread(root.wait, BACK_WITHIN_S)
+            until = time.monotonic() + BACK_WITHIN_S
+            while self._supervisor.root == root and time.monotonic() < until:
+                await asyncio.sleep(0.1)
 
     async def _silent(self, strike: Strike) -> None:
         """Sockets that say nothing, as many as this process may open; /health answers all the same."""
