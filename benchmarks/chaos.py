@@ -417,7 +417,19 @@ class Storm:
         self.tally.n_tokens += 8
 
     async def refused(self, bad: Malformed) -> None:
-        """Send what must be refused. Raises Ended: refused, or wrong."""
+        """Send what must be refused. Raises Ended: refused, or wrong.
+
+        A server may also close the connection over which too much comes (RFC 9110, 15.5.14), which can reach a client
+        that goes on sending before the answer does.
+        """
+        try:
+            await self._refused(bad)
+        except aiohttp.ClientOSError:
+            if bad.status == 413:
+                raise Ended("refused", "413, or closed while it was sent") from None
+            raise
+
+    async def _refused(self, bad: Malformed) -> None:
         headers, content = {**self.headers, **bad.headers}, io.BytesIO(bad.content)
         data: Any = content
         if headers.pop("te", None):
