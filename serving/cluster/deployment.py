@@ -23,7 +23,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve._private import replica as ray_replica
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
@@ -35,6 +34,7 @@ from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cluster.fleet import RayFleet, replica_id
 from serving.cluster.options import NO_KEYS, ROUTER, SETTINGS, ClusterOptions, ReplicaHttp, ReplicaOptions, read_args
+from serving.cluster.own_address import stay_on_this_machine
 from serving.cluster.relay import CHARGED
 from serving.cluster.router import Kept, make_router
 from serving.cluster.settings import Settings, digest_of
@@ -143,7 +143,7 @@ class Model:
 
     def __init__(self, name: str, model: ReplicaOptions, http: ReplicaHttp, n_models: int, n_sharing: int) -> None:
         set_up_logging()
-        _stay_on_this_machine()
+        stay_on_this_machine()
         self._name, self._http = name, http
         self._endpoint = _open(name, _with_threads(model, n_models), n_sharing)
         threading.Thread(target=_leave_when_it_stops, args=(self._endpoint,), name="engine watch", daemon=True).start()
@@ -326,13 +326,6 @@ def _with_threads(model: ReplicaOptions, n_models: int) -> ReplicaOptions:
     return replace(model, threads=model.threads or (int(model.num_cpus) if model.num_cpus >= 1 else share))
 
 
-def _stay_on_this_machine() -> None:
-    """Have Ray bind the port over which a replica is called to the node's address where that is loopback."""
-    if (address := ray.util.get_node_ip_address()) == "127.0.0.1":
-        bind = ray_replica.add_port_to_grpc_server
-        ray_replica.add_port_to_grpc_server = lambda server, where: bind(server, where.replace("[::]", address))
-
-
 # -- the front -----------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +336,7 @@ class Router:
     def __init__(self, settings: DeploymentHandle, models: Mapping[str, DeploymentHandle]) -> None:
         """models: makes them part of the application; who is served is what `settings` say."""
         set_up_logging()
-        _stay_on_this_machine()
+        stay_on_this_machine()
         # Ray's uvicorn would take what any client writes into `X-Forwarded-For` for the address that it comes from.
         os.environ["FORWARDED_ALLOW_IPS"] = ""
         self._settings, self._front, self._kept = settings, _Front(), Kept()

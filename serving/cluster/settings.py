@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from serving.cluster.own_address import stay_on_this_machine
+
 _ASK_AGAIN_S = 10.0  # an answer at the latest: a call that never ends would hold up the end of this replica
 
 
@@ -23,6 +25,7 @@ class Settings:
     """Keeps the `args`, and tells routers when they are others."""
 
     def __init__(self) -> None:
+        stay_on_this_machine()
         self._args: dict[str, Any] = {}
         self._changed = asyncio.Condition()
 
