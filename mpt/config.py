@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from mpt import config_keys
 from mpt.bounded import shown
-from mpt.errors import UnsupportedConfig
+from mpt.errors import ImpossibleConfig, UnsupportedConfig
 from mpt.packed.packing import read_packing
 
 log = logging.getLogger(__name__)
@@ -316,7 +316,8 @@ class MPTConfig(PreTrainedConfig):
         for key, most in _MOST.items():
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise UnsupportedConfig(
+                is_too_large = isinstance(value, int) and value > most
+                raise (ImpossibleConfig if is_too_large else UnsupportedConfig)(
                     f"config key `{key}` must be a whole number of 1 to {most}, not `{shown(value)}`"
                 )
         for key, (low, high) in _RANGES.items():

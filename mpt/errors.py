@@ -19,6 +19,12 @@ class UnsupportedConfig(UserError):
     """A checkpoint's config asks for something this implementation does not compute."""
 
 
+class ImpossibleConfig(UnsupportedConfig):
+    """A config names a size that no model has: its file is damaged, or made to take all memory."""
+
+    exit_code = 3
+
+
 class UnsupportedTokenizer(UnsupportedConfig):
     """A tokenizer of a kind that is not read here; the weights beside it may be."""
 

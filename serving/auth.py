@@ -117,7 +117,8 @@ class Keys:
             if first and isinstance(error, UserError):
                 raise
             if first:
-                raise UserError(f"the key file `{self._file}` cannot be read: {error}") from error
+                why = getattr(error, "strerror", None) or error
+                raise UserError(f"the key file `{self._file}` cannot be read: {why}") from error
             log.warning("keys stay as they were: %s", error)  # being replaced, or wrong: those read last stay valid
             return
         if first and not self._from_file:

@@ -107,6 +107,9 @@ BOMBS = {
 }  # fmt: skip
 
 
+OF_NO_USE_HERE = ("ratio", "a long value")  # what a file says that is whole, but not computed here
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_checkpoint_is_refused_in_one_line_of_its_own(name: str, folder: Path) -> None:
     change, said = BOMBS[name]
@@ -115,7 +118,7 @@ def test_a_checkpoint_is_refused_in_one_line_of_its_own(name: str, folder: Path)
     for read in (lambda: (open_tokenizer(folder), load(folder)), lambda: open_source(folder), lambda: open_all(served)):
         with pytest.raises(MPTError) as caught:
             read()
-        assert caught.value.exit_code in (2, 3)
+        assert caught.value.exit_code == (2 if name in OF_NO_USE_HERE else 3)
         assert re.search(said, str(caught.value)) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
