@@ -1,10 +1,10 @@
 """Which commit this copy of the package was made from: what a wheel's build noted, pip, or the checkout itself."""
 
-import json
 import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from mpt import extras
 
 _NOTED = Path(__file__).with_name("commit.txt")  # written by hatch_build.py into wheels
 _CHECKOUT = Path(__file__).resolve().parents[1]
@@ -37,10 +37,5 @@ def _of_checkout(folder: Path) -> str | None:
 
 def _of_pip() -> str | None:
     """What pip noted of an installation from a repository (PEP 610)."""
-    try:
-        text = distribution("mpt-home").read_text("direct_url.json")
-    except PackageNotFoundError:
-        return None
-    found = {} if text is None else json.loads(text)
-    noted: str | None = found.get("vcs_info", {}).get("commit_id")
+    noted: str | None = (extras.origin() or {}).get("vcs_info", {}).get("commit_id")
     return noted

@@ -11,18 +11,18 @@ _NAME = "mpt-home"  # on no index: a bare name would install a stranger's packag
 
 def install(extra: str) -> str:
     """The command that brings an extra of pyproject.toml, `qlora` for example, in backticks."""
-    origin = _origin()
-    if origin is None:
+    found = origin()
+    if found is None:
         return f"`pip install {shlex.quote(f'{_NAME}[{extra}]')}`"
-    url = origin["url"]
+    url = found["url"]
     path = unquote(urlparse(url).path)
-    if "dir_info" in origin:
-        flag = "-e " if origin["dir_info"].get("editable") else ""
+    if "dir_info" in found:
+        flag = "-e " if found["dir_info"].get("editable") else ""
         return f"`pip install {flag}{shlex.quote(f'{path}[{extra}]')}`"
     return f"`pip install {shlex.quote(f'{_NAME}[{extra}] @ {url}')}`"
 
 
-def _origin() -> dict[str, Any] | None:
+def origin() -> dict[str, Any] | None:
     """What pip noted of where this package came from (PEP 610); None for an index."""
     try:
         text = distribution(_NAME).read_text("direct_url.json")

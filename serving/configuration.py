@@ -8,7 +8,6 @@ and Ray's own settings around them. What `mpt serve` makes of it: `serving/serve
 
 import difflib
 import math
-import reprlib
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,19 +15,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from mpt.bounded import parse_yaml, read_text
+from mpt.bounded import parse_yaml, read_text, shown
 from mpt.errors import UserError
 from mpt.options import MODEL_NAME
 
 IMPORT_PATH = "serving.cluster.deployment:app"
 # Keys whose values are folders or files; those of `named_adapters` are too.
 PATHS = frozenset({"api_key_file", "models_dir", "batch_dir", "allow_adapter_loading", "prefix_cache", "profile",
-                   "log_requests",                   "adapters"})  # fmt: skip
+                   "log_requests", "adapters"})  # fmt: skip
 _STYLES = frozenset({"none", "instruct", "chatml", "template"})
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 80
-_shown = _SHORT.repr  # of a few items: aliases of YAML can be a value of any size
 
 Options = TypeVar("Options")
 Refuse = Callable[[str], str | None]  # why a key is not for this reader, None where it may be
@@ -117,7 +112,7 @@ def read_models(hints: Mapping[str, Any], models: Any, refuse: Refuse) -> dict[s
         if not isinstance(name, str) or not MODEL_NAME.fullmatch(name):
             raise UserError(f"`{name}` cannot be a served name: letters, digits, `.`, `_`, `-`, at most 64")
         if not isinstance(given, Mapping):
-            raise UserError(f"`models.{name}` is {_shown(given)}; write its options: {{root: mpt-7b}}")
+            raise UserError(f"`models.{name}` is {shown(given)}; write its options: {{root: mpt-7b}}")
         found[name] = read_values(hints, given, f"models.{name}.", refuse)
     return found
 
@@ -125,7 +120,7 @@ def read_models(hints: Mapping[str, Any], models: Any, refuse: Refuse) -> dict[s
 def read_values(hints: Mapping[str, Any], given: Any, where: str, refuse: Refuse) -> dict[str, Any]:
     """Values of keys that are known, each of the type that is. Raises UserError: the key, its value, what it takes."""
     if not isinstance(given, Mapping):
-        raise UserError(f"`{where.rstrip('.')}` is {_shown(given)}; it takes a mapping of options")
+        raise UserError(f"`{where.rstrip('.')}` is {shown(given)}; it takes a mapping of options")
     values: dict[str, Any] = {}
     for key, value in given.items():
         if (why := refuse(str(key).replace("-", "_"))) is not None:
@@ -187,4 +182,4 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             kind = get_args(hint)[1]
             return {name: convert(kind, item, f"{where}.{name}") for name, item in value.items()}
         wanted = "a mapping"
-    raise UserError(f"`{where}` is {_shown(value)}; it takes {wanted}")
+    raise UserError(f"`{where}` is {shown(value)}; it takes {wanted}")

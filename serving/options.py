@@ -90,7 +90,7 @@ def seconds(option: str, text: str) -> float:
 
 def without_password(url: str) -> str:
     """A database's URL as logs, errors and files may show it; a path is itself."""
-    hidden = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1@", url)
+    hidden = re.sub(r"(://[^/@:]*):[^@]*@", r"\1@", url)
     return re.sub(r"([?&])password=[^&]*&?", r"\1", hidden).rstrip("?&")
 
 

@@ -33,6 +33,15 @@ _MOST_WAITING = 64 << 20  # bytes of bodies that wait to be written; more reques
 _COMPLAIN_S = 60.0  # between two warnings about requests that are left out
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError where the file cannot be written; makes it, for its user alone."""
+    try:
+        os.close(_open(Path(f"{path}.lock")))
+        os.close(_open(path))
+    except OSError as error:
+        raise UserError(f"`--log-requests {path}` cannot be written: {error.strerror}; give another file") from error
+
+
 class RequestLog:
     """The file. Raises UserError where it cannot be written."""
 
@@ -40,12 +49,7 @@ class RequestLog:
         self._path = path
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
         self._n_waiting, self._complained, self._lock = 0, float("-inf"), threading.Lock()
-        try:
-            with self._alone() as file:
-                os.fstat(file)
-        except OSError as error:
-            message = f"`--log-requests {path}` cannot be written: {error.strerror}; give another file"
-            raise UserError(message) from error
+        check_writable(path)
         log.warning(
             "WHAT CLIENTS ASK IS WRITTEN to %s (--log-requests): prompts, without addresses, phone numbers and keys of "
             "known forms; tell your users",

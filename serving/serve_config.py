@@ -48,6 +48,7 @@ _OF_A_CLUSTER = {
     "upscale_delay_s": _REPLICAS,
     "downscale_delay_s": _STARTS,
     "graceful_shutdown_timeout_s": "give `drain_s` beside `models`",
+    "update_order": "starting the server anew is the update; leave it out",
     "startup_timeout_s": "the server waits for its models as long as they take; leave it out",
 }
 
@@ -65,7 +66,11 @@ def read_file(path: Path) -> dict[str, Any]:
     """The settings in a file: this schema, or the `args` of a Ray Serve config. Raises UserError, which names it."""
     raw = load(path)
     if "applications" in raw:
-        listens = {key: value for key, value in (raw.get("http_options") or {}).items() if key in ("host", "port")}
+        http = raw.get("http_options") or {}
+        if given := sorted(key for key in http if str(key).startswith("ssl_")):
+            why = "this server speaks no TLS; put a gateway that does in front of it"
+            raise UserError(f"`{path}`: `http_options` has `{given[0]}`, and {why}")
+        listens = {key: value for key, value in http.items() if key in ("host", "port")}
         raw = {**(application(raw, path).get("args") or {}), **listens}
     raw = anchored(raw, path.absolute().parent)
     try:

@@ -200,12 +200,17 @@ def _said_by(fields: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_endpoint(endpoint: str | None) -> None:
+    """Raises UserError for what is no URL."""
+    if endpoint is not None and not re.fullmatch(r"https?://\S+", endpoint):
+        raise UserError(f"--otel-endpoint {endpoint} is no URL; give http://HOST:4318, where OTLP is taken over HTTP")
+
+
 def spans_to(endpoint: str | None) -> Spans | None:
     """What makes spans, None where nobody asked for them. Raises UserError where they were asked for and cannot be."""
     if endpoint is None and not any(os.environ.get(name) for name in _VARIABLES):
         return None
-    if endpoint is not None and not re.fullmatch(r"https?://\S+", endpoint):
-        raise UserError(f"--otel-endpoint {endpoint} is no URL; give http://HOST:4318, where OTLP is taken over HTTP")
+    check_endpoint(endpoint)
     try:
         return Spans(endpoint)
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from mpt.errors import MachineRefused, UserError
-from serving.errors import ApiError
+from serving.errors import ApiError, TooLarge
 from serving.protocol.shape import check_shape
 
 URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
@@ -108,7 +108,7 @@ def _parse(raw: bytes, endpoint: str | None) -> Line:
         check_shape(raw)
         value = orjson.loads(raw)
     except ApiError as error:
-        raise _Wrong("line_too_long", str(error)) from None
+        raise _Wrong("line_too_long" if isinstance(error, TooLarge) else "invalid_json_line", str(error)) from None
     except orjson.JSONDecodeError as error:
         raise _Wrong("invalid_json_line", f"this is no JSON: {error}") from None
     if not isinstance(value, dict):

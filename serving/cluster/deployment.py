@@ -33,7 +33,16 @@ from mpt.errors import MPTError, UserError
 from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys
 from serving.cluster.fleet import RayFleet, replica_id
-from serving.cluster.options import NO_KEYS, ROUTER, SETTINGS, ClusterOptions, ReplicaHttp, ReplicaOptions, read_args
+from serving.cluster.options import (
+    NO_KEYS,
+    ROUTER,
+    SETTINGS,
+    ClusterOptions,
+    ReplicaHttp,
+    ReplicaOptions,
+    read_args,
+    router_keys,
+)
 from serving.cluster.own_address import stay_on_this_machine
 from serving.cluster.relay import CHARGED
 from serving.cluster.router import Kept, make_router
@@ -42,7 +51,6 @@ from serving.cluster.timeouts import HEALTH_CHECK_S, Timeouts
 from serving.cluster.versions import version_of, with_version
 from serving.connections import Clocks, Connections, timed_protocol
 from serving.heads import Hosts
-from serving.limits import Limits
 from serving.logs import set_up_logging
 from serving.options import ServeOptions
 
@@ -375,8 +383,7 @@ class Router:
 
     def _make(self, fleet: "RayFleet", options: ClusterOptions) -> ASGIApp:
         fleet.read_cards()
-        limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
-        keys = Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
+        keys = router_keys(options)
         is_open = options.replica_host == "loopback" and not (keys.required or options.no_auth)
         return make_router(fleet, options, keys, Hosts(options.allowed_hosts) if is_open else None, self._kept)
 

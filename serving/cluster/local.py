@@ -20,15 +20,17 @@ from mpt import processors
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
 from mpt.memory import memory
-from serving.auth import book_of, keys_of
+from serving.auth import book_of
 from serving.cluster import guard, home
 from serving.cluster.haproxy_config import max_connections
-from serving.cluster.options import NO_KEYS, ClusterOptions, read_args
+from serving.cluster.options import NO_KEYS, ClusterOptions, read_args, router_keys
 from serving.cluster.reload import Reloads, tell_room
 from serving.cluster.timeouts import Timeouts
 from serving.configuration import anchored, application, load
 from serving.logs import set_up_logging
 from serving.options import is_loopback
+from serving.request_log import check_writable
+from serving.tracing import check_endpoint
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +87,15 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
 
         def read(changed: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
             again, *rest = _read(changed)
-            again["args"] = {"router_replicas": options.router_replicas, **again["args"]}  # as was settled
+            if again["args"].get("router_replicas") is None:
+                again["args"]["router_replicas"] = options.router_replicas  # as was settled
             return again, rest[0], rest[1]
 
-        reloads = Reloads(config, read, lambda changed: _check(changed, http, n_cpus))
+        def check(changed: ClusterOptions, starting: Mapping[str, int]) -> None:
+            _check(changed, http, n_cpus, starting)
+            _check_timeouts(changed)
+
+        reloads = Reloads(config, read, check)
         _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher), reloads)
     home.remove(folder)
 
@@ -242,8 +249,13 @@ def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     return {**ours, "args": args}, http, raw.get("logging_config") or {}
 
 
-def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
-    """Everything that would fail later and less clearly. Raises UserError."""
+def _check(
+    options: ClusterOptions, http: dict[str, Any], n_cpus: int, starting: Mapping[str, int] | None = None
+) -> None:
+    """Everything that would fail later and less clearly. Raises UserError.
+
+    starting: replicas of each model that are to start now; by default the first ones of all.
+    """
     if given := sorted(key for key in http if key.startswith("ssl_")):
         raise UserError(
             f"`http_options` has `{given[0]}`, and HAProxy does not speak TLS to clients; put a gateway that does in "
@@ -251,7 +263,7 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
         )
     if options.replica_host == "node" and not (options.api_keys or options.api_key_file or options.no_auth):
         raise UserError(NO_KEYS)
-    keys = keys_of(options)
+    keys = router_keys(options)
     book_of(keys, options, several_machines=options.replica_host == "node").close()
     if not is_loopback(http["host"]) and not (keys.required or options.no_auth):
         raise UserError(
@@ -262,7 +274,10 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
         resolve(model.root)
         if model.adapters is not None and not Path(model.adapters).is_dir():
             raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
-    _check_memory(options)
+    check_endpoint(options.otel_endpoint)
+    if options.log_requests is not None:
+        check_writable(options.log_requests)
+    _check_memory(options, starting)
     wanted_gpus = sum(model.n_gpus for model in options.models.values())
     if wanted_gpus:
         import torch
@@ -283,23 +298,33 @@ def _check(options: ClusterOptions, http: dict[str, Any], n_cpus: int) -> None:
 
 def _check_port(http: Mapping[str, Any]) -> None:
     """Raises UserError where it is taken."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in http["host"] else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((http["host"], http["port"]))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot listen on {http['host']}:{http['port']}: {why}; choose another --port") from error
+
+
+def _check_timeouts(options: ClusterOptions) -> None:
+    """Raises UserError where a changed config needs longer time-outs than Ray was started with."""
+    for variable, value in Timeouts.of(options).environment().items():
+        if float(value) > float(os.environ[variable]):
             raise UserError(
-                f"cannot listen on {http['host']}:{http['port']}: {error.strerror}; choose another --port"
-            ) from error
+                f"the changed time-outs need {variable} to be {value} s, and this cluster was started with "
+                f"{os.environ[variable]}; start `mpt cluster` anew"
+            )
 
 
-def _check_memory(options: ClusterOptions) -> None:
-    """Raises MachineRefused where the first replicas on CPU do not fit into this machine's memory at once."""
+def _check_memory(options: ClusterOptions, starting: Mapping[str, int] | None) -> None:
+    """Raises MachineRefused where the replicas on CPU that start do not fit into this machine's memory at once."""
     from mpt.engine.room import Room, require, room_for
 
     rooms: dict[str, Room] = {}
     for name, model in options.models.items():
         n_replicas = model.initial_replicas or model.min_replicas
+        n_replicas = n_replicas if starting is None else starting.get(name, 0)
         if n_replicas and not model.num_gpus:
             rooms[name] = room_for(name, replace(model.model, device="cpu")).of_replicas(n_replicas)
     require(rooms, options.models)

@@ -9,7 +9,9 @@ from typing import Any, Literal, get_type_hints
 
 from mpt.errors import UserError
 from mpt.options import ModelOptions, at_least
+from serving.auth import Keys
 from serving.configuration import read_models, read_options, read_values
+from serving.limits import Limits
 from serving.options import HttpOptions
 
 Routing = Literal["least_loaded", "prefix"]
@@ -35,7 +37,7 @@ _OF_ONE_PROCESS = {
     "drain_s": "give the model `graceful_shutdown_timeout_s`, and `mpt cluster --drain-seconds`",
     "write_timeout_s": "HAProxy closes such connections after its own time",
     "idle_timeout_s": "HAProxy closes such connections after its own time",
-    "max_connections": "HAProxy counts them; the limit is three quarters of `ulimit -n`",
+    "max_connections": "HAProxy counts them, up to what `ulimit -Hn` leaves it; `mpt cluster` says how many",
     "host": "Ray listens: write it under `http_options`",
     "port": "Ray listens: write it under `http_options`",
 }
@@ -127,6 +129,8 @@ class ClusterOptions(HttpOptions):
         at_least(self, 1, "router_replicas", "requests_per_minute", "tokens_per_minute")
         at_least(self, 1, "max_body_bytes", "max_embeddings_body_bytes")
         at_least(self, 0.1, "request_timeout_s", "keep_alive_s", "read_timeout_s")
+        if self.no_auth and (self.api_keys or self.api_key_file):
+            raise UserError("`no_auth` and keys contradict each other; give one of them")
         for name in ("requests_per_minute", "tokens_per_minute"):
             if (limit := getattr(self, name)) is not None and limit < self.router_replicas:
                 raise UserError(
@@ -141,6 +145,12 @@ class ClusterOptions(HttpOptions):
     def share(self, limit: int | None) -> int | None:
         """One router's part of a limit of the whole cluster."""
         return None if limit is None else limit // self.router_replicas
+
+
+def router_keys(options: ClusterOptions) -> Keys:
+    """The keys that each router takes, with its share of their limits. Raises UserError."""
+    limits = Limits(options.share(options.requests_per_minute), options.share(options.tokens_per_minute))
+    return Keys(options.api_keys, options.api_key_file, limits, options.router_replicas)
 
 
 def read_args(args: Mapping[str, Any]) -> ClusterOptions:

@@ -35,6 +35,7 @@ RESTARTING = frozenset(each.name for each in fields(ModelOptions)) - {"max_waiti
 }
 _OF_ALL_REPLICAS = frozenset(each.name for each in fields(ReplicaHttp))
 
+Check = Callable[[ClusterOptions, Mapping[str, int]], None]  # the new options, and the replicas that start
 Read = Callable[[Path], tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]  # application, HTTP, logging
 
 
@@ -140,7 +141,7 @@ class Reloads:
     _args: Mapping[str, Any]  # these two once it listens: what runs, and on what
     _cluster: Application
 
-    def __init__(self, config: Path, read: Read, check: Callable[[ClusterOptions], None]) -> None:
+    def __init__(self, config: Path, read: Read, check: Check) -> None:
         self._config, self._read, self._check = config, read, check
         application, *self._fixed = read(config)
         self._name = {key: value for key, value in application.items() if key != "args"}
@@ -161,13 +162,22 @@ class Reloads:
                     "are for a new `mpt cluster`"
                 )
             old, new = read_args(self._args), read_args(args)
-            self._check(new)
             changes = plan(old, new)
+            self._check(new, self._starting(new, changes))
             self._check_room(new, changes)
             yield from changes.lines or ("nothing changed",)
             begun = time.monotonic()
             self._take(args, {name: old.models[name] for name in changes.removed})
             yield f"done after {time.monotonic() - begun:.1f} s"
+
+    def _starting(self, new: ClusterOptions, changes: Plan) -> dict[str, int]:
+        """How many replicas of each model start while those that run are there too."""
+        running = self._cluster.running()
+        twice = [
+            name for name in changes.restarted if name in running and new.models[name].update_order != "stop_first"
+        ]
+        first = {name: new.models[name].initial_replicas or new.models[name].min_replicas for name in changes.added}
+        return first | dict.fromkeys(twice, 1)
 
     def _check_room(self, new: ClusterOptions, changes: Plan) -> None:
         """Raises UserError where a replica would wait for ever for its place."""
@@ -188,17 +198,24 @@ class Reloads:
             self._cluster.deploy(args, leaving)
         except RuntimeError as error:
             log.debug("the changed application did not start", exc_info=error)
-            self._cluster.deploy(self._args, {})
-            last = str(error).strip().splitlines()[-1]
-            raise MachineRefused(f"what changed did not start, so the config from before runs on: {last}") from None
+            raise self._taken_back(f"what changed did not start: {str(error).strip().splitlines()[-1]}") from None
         until = time.monotonic() + _FOLLOW_S
         while not self._cluster.follows(args):
             if time.monotonic() > until:
-                raise MachineRefused("the routers do not take what changed; `mpt cluster`'s log says why")
+                raise self._taken_back("the routers do not take what changed; `mpt cluster`'s log says why")
             time.sleep(0.05)
         if leaving:
             self._cluster.deploy(args, {})
         self._args = args
+
+    def _taken_back(self, why: str) -> MachineRefused:
+        """The error of a change that failed, once the config from before runs again."""
+        try:
+            self._cluster.deploy(self._args, {})
+        except RuntimeError as error:
+            log.debug("the config from before did not start again", exc_info=error)
+            return MachineRefused(f"{why}; nor does the config from before start again: run `mpt cluster` anew")
+        return MachineRefused(f"{why}; the config from before runs on")
 
     @contextmanager
     def listening(self, port: int, args: Mapping[str, Any], cluster: Application) -> Iterator[None]:

@@ -163,6 +163,7 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
             open_store(place)
         assert "secret" not in str(wrong.value)
     assert without_password("postgresql://a:b@c/d?password=e&sslmode=require") == "postgresql://a@c/d?sslmode=require"
+    assert without_password("postgresql://a:b/w@c/d") == "postgresql://a@c/d"  # SQLAlchemy takes `/` in one
     keys = Keys(["alice: sk-a tokens_total=5"], None)
     with pytest.raises(UserError, match="routers of several machines"):
         book_of(keys, ClusterOptions(models=TINY, replica_host="node"), several_machines=True)

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from ray.serve._private.version import DeploymentVersion
 
+from mpt.engine import room
 from mpt.errors import MachineRefused, UserError
+from mpt.memory import Memory
 from serving.cluster import deployment, local, reload
 from serving.cluster.options import ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.reload import Reloads, plan, without_room
+from serving.cluster.timeouts import Timeouts
 from tests.serving.servers import serve_config
 
 # Another value than the default, for each option of a model.
@@ -109,8 +112,8 @@ def cluster(tmp_path, monkeypatch) -> Iterator[tuple[FakeCluster, Callable[..., 
         serve_config(tmp_path, models, **args)
         return list(reload.ask(None, None))
 
-    def check(options: ClusterOptions) -> None:
-        local._check(options, {"host": "127.0.0.1", "port": 1}, 4)
+    def check(options: ClusterOptions, starting: Mapping[str, int]) -> None:
+        local._check(options, {"host": "127.0.0.1", "port": 1}, 4, starting)
 
     with Reloads(path, local._read, check).listening(4321, {"models": {"a": {"root": "mpt-tiny"}}}, fake):
         yield fake, changed_to, 4321
@@ -132,6 +135,9 @@ def test_a_changed_file_is_deployed_and_a_model_that_goes_is_forgotten_first(clu
         ({"root": "mpt-8b"}, {}, "mpt-8b"),
         ({"root": "mpt-tiny", "num_cpus": 64}, {}, "64.2 CPUs"),
         ({"root": "mpt-tiny"}, {"api_key_file": "/nowhere/keys"}, "/nowhere/keys"),
+        ({"root": "mpt-tiny"}, {"otel_endpoint": "localhost"}, "localhost is no URL"),
+        ({"root": "mpt-tiny"}, {"log_requests": "/nowhere/log"}, "/nowhere/log"),
+        ({"root": "mpt-tiny"}, {"no_auth": True, "api_keys": ["sk-1"]}, "contradict"),
     ],
 )
 def test_a_config_that_is_wrong_changes_nothing(cluster, model, args, words):
@@ -155,9 +161,49 @@ def test_what_there_is_no_room_for_is_refused(cluster):
     changed_to({"a": changed, "b": {**changed, **idle}})
 
 
+def test_a_limit_of_the_key_file_that_two_routers_cannot_share_is_refused(cluster, tmp_path):
+    fake, changed_to, _ = cluster
+    keys = tmp_path / "keys"
+    keys.write_text("alice: sk-1 requests_per_minute=1\n")
+    with pytest.raises(UserError, match="each of 2 routers"):
+        changed_to({"a": {"root": "mpt-tiny"}}, api_key_file=str(keys))
+    assert fake.deployed == []
+
+
+def test_only_what_starts_must_find_memory(cluster, monkeypatch):
+    """A model and its KV cache are there already when nothing of it starts."""
+    fake, changed_to, _ = cluster
+    monkeypatch.setattr(room, "memory", lambda: Memory(10**6, 10**9))
+    tiny = {"root": "mpt-tiny"}
+    assert changed_to({"a": tiny}, api_keys=["sk-1"])[0] == "the routers take `api_keys` as they run"
+    with pytest.raises(MachineRefused, match=r"0.00 GB that are free"):
+        changed_to({"a": tiny, "b": tiny})
+    with pytest.raises(MachineRefused, match=r"0.00 GB that are free"):
+        changed_to({"a": {**tiny, "prefill_chunk": 256}}, api_keys=["sk-1"])
+    assert fake.deployed == [{"a"}]
+
+
+def test_what_the_routers_do_not_take_is_taken_back(cluster, monkeypatch):
+    fake, changed_to, _ = cluster
+    monkeypatch.setattr(reload, "_FOLLOW_S", 0.1)
+    monkeypatch.setattr(fake, "follows", lambda args: False)
+    with pytest.raises(MachineRefused, match=r"the routers do not take.*from before runs on"):
+        changed_to({"a": {"root": "mpt-tiny"}, "b": {"root": "mpt-tiny"}})
+    assert fake.deployed == [{"a", "b"}, {"a"}]
+
+
+def test_longer_time_outs_than_ray_was_started_with_are_refused(monkeypatch):
+    small, large = ({"models": {"a": {"root": "mpt-tiny", "graceful_shutdown_timeout_s": s}}} for s in (7, 3600))
+    for variable, value in Timeouts.of(read_args(small)).environment().items():
+        monkeypatch.setenv(variable, value)
+    local._check_timeouts(read_args(small))
+    with pytest.raises(UserError, match=r"and this cluster was started with \d+"):
+        local._check_timeouts(read_args(large))
+
+
 def test_what_does_not_start_leaves_what_ran(cluster):
     fake, changed_to, _ = cluster
-    with pytest.raises(MachineRefused, match="from before runs on: no first token in time"):
+    with pytest.raises(MachineRefused, match="no first token in time; the config from before runs on"):
         changed_to({"broken": {"root": "mpt-tiny"}})
     assert fake.deployed == [{"a", "broken"}, {"a"}]
     assert changed_to({"a": {"root": "mpt-tiny"}})[0] == "nothing changed"
