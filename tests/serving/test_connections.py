@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from unittest.mock import Mock
 
 import pytest
 
@@ -119,6 +120,25 @@ def test_silent_connections_make_room_for_others_the_oldest_first(places, caplog
             each.sendall(HEALTH)
             assert each.recv(1000).startswith(b"HTTP/1.1 200 ")
     until(lambda: places.n_open == 0)
+
+
+def test_beyond_what_can_be_told_so_a_connection_is_closed():
+    """Where all work, eight above the limit may still be told; the next is aborted."""
+    places = Connections(LIMIT)
+    made = [Mock() for _ in range(LIMIT + 9)]
+    for each in made:
+        places.opened(each)
+        places.works(each)
+    assert [each.transport.abort.called for each in made] == [False] * (LIMIT + 8) + [True]
+
+
+def test_a_silent_connection_ends_by_itself(app):
+    places = Connections(LIMIT)
+    protocol = timed_protocol(Clocks(read_s=0.3), places)
+    with listening(Crowded(app, places), http=protocol, lifespan="off", log_level="critical") as url:
+        places.port = int(url.rpartition(":")[2])
+        with connected(places) as silent:
+            assert is_closed(silent)
 
 
 def test_a_connection_between_two_requests_makes_room_too_and_one_at_work_never(places, app):

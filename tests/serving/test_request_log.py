@@ -162,9 +162,18 @@ def test_two_processes_share_a_file_that_is_rotated(tmp_path, monkeypatch):
     assert sorted(each["request_id"] for each in lines) == sorted(f"r-{n}" for n in range(200))
     assert len(files) > 5 and all(file.stat().st_size <= 2000 for file in files)
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+
+
+def test_old_files_go_and_a_long_text_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(request_log, "MAX_FILE_BYTES", 20_000)
     monkeypatch.setattr(request_log, "N_OLD_FILES", 2)
-    logs[0].note(Noted(1), b"{}" * 600)
-    logs[0].flush()
+    log = RequestLog(tmp_path / "r.jsonl")
+    for n in range(6):
+        log.note(Noted(n), json.dumps({"prompt": "x " * 10_000}).encode())
+    log.flush()
+    assert {each.name for each in tmp_path.iterdir()} == {"r.jsonl", "r.jsonl.1", "r.jsonl.2", "r.jsonl.lock"}
+    (line,) = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert json.loads(line)["body"]["prompt"].count("x") == 16_384 // 2
 
 
 def test_what_is_no_json_or_too_long_is_named_by_its_size(tmp_path, monkeypatch):
@@ -194,6 +203,22 @@ def test_a_disk_that_is_full_or_slow_loses_lines_and_no_requests(tmp_path, monke
     released.set()
     log.flush()
     assert "requests are missing in the request log: more is asked" in caplog.text
+
+
+def test_a_full_disk_is_told_and_what_comes_later_is_written(tmp_path, monkeypatch, caplog):
+    log = RequestLog(tmp_path / "r.jsonl")
+
+    def full(line: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as away:
+        away.setattr(log, "_write", full)
+        log.note(Noted(0), b'{"a": 1}')
+        log.flush()
+    assert "requests are missing in the request log" in caplog.text and "No space left" in caplog.text
+    log.note(Noted(1), b'{"a": 1}')
+    log.flush()
+    assert [json.loads(line)["request_id"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == ["r-1"]
 
 
 def test_a_file_that_cannot_be_written_is_told_at_start(tmp_path):
