@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 NAMES = ("chat", "instruct", "storywriter", "base", "compare")
-SHARED = ("mpt_space.py", "mpt_page.py")  # what each Space needs beside its own folder
+SHARED = ("mpt_space.py", "mpt_page.py", "mpt_text.py", "favicon.png")  # what each Space needs beside its own folder
 LOAD_S = 120.0  # for the four tiny models, which take about 6
 
 
@@ -79,9 +79,9 @@ def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tupl
     try:
         from demos import mpt_page, mpt_space, server
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if (error.name or "demos").startswith("demos"):
             raise
-        _refuse("Gradio is not installed; install it with `pip install 'mpt-home[demos]'`")
+        _refuse(f"`{error.name}` is not installed; install what the demos need with `pip install 'mpt-home[demos]'`")
     source = mpt_space.Server(url, key)
     blocks = server.site(source) if what == "all" else server.page(what, source)
     try:
