@@ -86,18 +86,18 @@ def _take_back_and_empty(layout: Layout, runs: list[Any]) -> None:
     quick, thread = mpt_page.QUICK, layout.thread
     undone = thread.undo(presenter.undo, [thread], [thread, layout.message, layout.numbers], **quick)
     _save_after(undone, layout)
-    blank = [thread, layout.conversation_id, layout.chosen, layout.numbers, layout.send, layout.stop]
-    conversation = [thread, layout.conversation_id, layout.system]
-    remembered = layout.delete.click(None, conversation, [layout.deleted], js=scripts.REMEMBER, cancels=runs, **quick)
-    emptied = remembered.then(list, None, [thread], **quick)
-    _save_after(emptied, layout)
-    emptied.then(presenter.start_new, None, blank, **quick)
+    conversation, line = [thread, layout.conversation_id, layout.system], [layout.numbers, layout.send, layout.stop]
+    blank = [thread, layout.conversation_id, layout.chosen, *line]
+    layout.new.click(None, None, blank, js=scripts.START_NEW, cancels=runs, **quick)
+    emptied = [layout.deleted, layout.saved, *blank]
+    deleted = layout.delete.click(None, conversation, emptied, js=scripts.DELETE, cancels=runs, **quick)
+    deleted.then(presenter.listed, [layout.saved, layout.conversation_id], [layout.chosen], **quick)
     layout.deleted.change(presenter.can_be_brought_back, [layout.deleted], [layout.bring_back], **quick)
-    opened = [*conversation, layout.numbers, layout.send, layout.stop]
-    back = layout.bring_back.click(presenter.bring_back, [layout.deleted], opened, cancels=runs, **quick)
+    back = layout.bring_back.click(
+        presenter.bring_back, [layout.deleted], [*conversation, *line], cancels=runs, **quick
+    )
     back.then(lambda: None, None, [layout.deleted], **quick)
     _save_after(back, layout)
-    layout.new.click(presenter.start_new, None, blank, cancels=runs, **quick)
 
 
 def _open_and_export(layout: Layout, runs: list[Any]) -> None:

@@ -124,10 +124,6 @@ def open_saved(conversation: str, saved: list[dict[str, Any]]) -> tuple[Any, ...
     return turns, found["id"], found["system"], under(turns), *mpt_page.idle()
 
 
-def start_new() -> tuple[Any, ...]:
-    return [], "", gr.Radio(value=None), "", *mpt_page.idle()
-
-
 def bring_back(deleted: dict[str, Any]) -> tuple[Any, ...]:
     """The conversation that was deleted last, as `open_saved` gives it."""
     return open_saved(deleted["id"], [deleted])

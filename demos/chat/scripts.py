@@ -44,9 +44,15 @@ addEventListener("pagehide", () => {{
     }}
 }});
 """
-# Before a conversation is deleted: so that it can be brought back while the page is open.
-REMEMBER = f"""(turns, conversation, system) => {{{STORE}
-    return [{{ id: conversation, system, turns: plain(turns) }}];
+# An empty conversation: the turns, their id, the choice among the saved ones, the line below, Send and Stop.
+_BLANK = """[[], "", { __type__: "update", value: null }, "",
+        { __type__: "update", visible: true, interactive: true }, { __type__: "update", visible: false }]"""
+START_NEW = f"() => {_BLANK}"
+# What was deleted is handed to the page, which can bring it back as long as it is open.
+DELETE = f"""(turns, conversation, system) => {{{STORE}
+    const kept = read().filter((each) => each.id !== conversation);
+    write(kept);
+    return [{{ id: conversation, system, turns: plain(turns) }}, kept, ...{_BLANK}];
 }}"""
 # After an answer, also a cancelled one. In the browser, because a function of this process could come back after "New
 # conversation" has emptied the page, and bring the old one back.
