@@ -142,11 +142,13 @@ def _url_of(process: "subprocess.Popen[str]") -> str:
 
 
 def _pass_on(process: "subprocess.Popen[str]") -> None:
-    """Keep reading, as a full pipe would block the server; show only what is not one of its requests."""
+    """Keep reading, as a full pipe would block the server; show only what is not one of its requests, and its end."""
     assert process.stderr is not None
     for line in process.stderr:
         if " INFO " not in line:
             print(line, end="", file=sys.stderr, flush=True)
+    if (code := process.wait()) not in (0, -signal.SIGTERM):
+        _say(f"the server has ended (exit code {code}), so the pages cannot answer; start `mpt demo` again")
 
 
 def _copy(name: str | None, folder: Path | None) -> None:

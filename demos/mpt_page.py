@@ -243,10 +243,10 @@ CSS = """
 .mpt-header h1 {font-size: 1.375rem; font-weight: 700; margin: 0; line-height: 1.3; color: var(--text)}
 .mpt-header h1 + p {margin: 0; color: var(--soft)}
 .mpt-header .form {flex-direction: row; flex-wrap: wrap; gap: 0.5rem; border: 0; background: none; box-shadow: none;
-  justify-content: flex-end; overflow: visible}
-.mpt-header .form .block {padding: 0; border: 0; background: none; box-shadow: none; overflow: visible}
+  justify-content: flex-end; overflow: visible; flex: 0 1 auto !important; width: auto; min-width: 0 !important}
+.mpt-header .form .block {padding: 0; flex: none !important; width: max-content; border: 0; background: none; box-shadow: none; overflow: visible}
 .mpt-header .form .container {display: flex; align-items: center; gap: 0.5rem}
-.mpt-header .form .container > .wrap {width: min(16rem, 62vw)} .mpt-header .form span {margin: 0; white-space: nowrap}
+.mpt-header .form .container > .wrap {width: min(15.5rem, 56vw)} .mpt-header .form span {margin: 0; white-space: nowrap}
 .mpt-state, .mpt-quiet {font-size: 0.875rem; line-height: 1.5; color: var(--soft); overflow-wrap: anywhere; margin: 0}
 .mpt-state::before {content: ""; display: inline-block; width: 0.6rem; height: 0.6rem; border-radius: 50%;
   margin-right: 0.45rem; background: #15803d}
@@ -268,6 +268,13 @@ CSS = """
 .markdown :is(th, td) {border: 1px solid var(--border-color-primary); padding: 0.2rem 0.5rem}
 .markdown blockquote {border-left: 3px solid var(--border-color-primary); padding-left: 0.75rem}
 .gradio-container :is(button.lg, button.md, button.sm, .gallery-item) {min-height: 40px}
+@media (max-width: 600px), (pointer: coarse) {
+  .gradio-container :is(.icon-button, .reset-button, .toggle-button, .download-link) {min-width: 40px; min-height: 40px;
+    justify-content: center; align-items: center}
+  .gradio-container :is(.label-wrap, input[type="number"]) {min-height: 40px}
+  .gradio-container .label-wrap {align-items: center}
+  .gradio-container input[type="checkbox"] {width: 24px; height: 24px}
+}
 @media (max-width: 600px) {
   .gradio-container .main.fillable {padding: 0.5rem 0.75rem}
   .gradio-container nav.fillable {padding: 0.2rem 0.25rem; flex-wrap: nowrap !important; gap: 0; overflow-x: auto;
@@ -301,6 +308,7 @@ def theme() -> gr.themes.Base:
         "block_info_text_color",
         "block_label_text_color",
         "block_title_text_color",
+        "input_placeholder_color",
     ):
         quiet_text |= {name: "#4b5563", f"{name}_dark": "#cbd5e1"}
     blue, darker = "#1d4ed8", "#1e40af"

@@ -31,7 +31,7 @@ main:has(#conversation) > .column {gap: 0.6rem}
   flex-direction: column; gap: 0.25rem; border: 1px solid var(--border-color-primary); border-radius: 8px;
   overscroll-behavior: contain}
 .turn {max-width: min(46rem, 94%); color: var(--text)}
-.turn.user {align-self: flex-end}
+.turn {align-self: flex-start} .turn.user {align-self: flex-end}
 .turn .said {padding: 0.5rem 0.85rem; border-radius: 12px; line-height: 1.55; overflow-wrap: anywhere;
   border: 1px solid var(--border-color-primary)}
 .turn.user .said {background: color-mix(in srgb, #1d4ed8 14%, var(--background-fill-primary))}

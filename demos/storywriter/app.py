@@ -12,13 +12,13 @@ import gradio as gr
 
 try:
     from demos import mpt_page, mpt_space
-    from demos.storywriter.layout import EXPORT, Layout
+    from demos.storywriter.layout import EXPORT, SHOW_STORY, Layout
     from demos.storywriter.presenter import StoryWriterPresenter
     from demos.storywriter.story import storywriters_first
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
-    from layout import EXPORT, Layout  # type: ignore[no-redef]
+    from layout import EXPORT, SHOW_STORY, Layout  # type: ignore[no-redef]
     from presenter import StoryWriterPresenter  # type: ignore[no-redef]
     from story import storywriters_first  # type: ignore[no-redef]
 
@@ -59,6 +59,7 @@ def _write_when_asked(layout: Layout, presenter: StoryWriterPresenter) -> None:
     )  # fmt: skip
     # Only once the event has ended: what it had sent before it was cancelled would come after the word "stopped".
     running.then(presenter.rest, [layout.story, layout.is_writing], [layout.status, *buttons], **QUIETLY)
+    layout.write.click(None, None, None, js=SHOW_STORY)
     layout.stop.click(None, None, None, cancels=[running])
     taken_back = [layout.story, layout.paper, layout.status, *buttons]
     layout.undo.click(presenter.take_back, [layout.book, layout.story], taken_back, **QUIETLY)

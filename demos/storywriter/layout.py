@@ -52,6 +52,10 @@ EXPORT = """() => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
+# On a phone it lies below the book.
+SHOW_STORY = """() => {
+  if (innerWidth <= 600) document.getElementById("story").scrollIntoView({block: "center", behavior: "smooth"});
+}"""
 FOLLOW = """
 const follow = () => {
   const paper = element.querySelector(".paper");
