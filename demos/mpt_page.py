@@ -4,6 +4,7 @@ It is not about the server (that is `mpt_space.py`), and no page's own layout is
 Space's `app.py`.
 """
 
+import base64
 import html
 import os
 import re
@@ -300,6 +301,12 @@ addEventListener("keydown", (event) => {
 ENTER = "Enter sends it, Shift+Enter begins a new line"  # said below each box
 
 
+def _icon() -> str:
+    """The icon of the tab. A browser asks for Gradio's `favicon_path` at the root, where another server may be."""
+    data = base64.b64encode((Path(__file__).parent / "favicon.png").read_bytes()).decode()
+    return f'<link rel="icon" type="image/png" href="data:image/png;base64,{data}">'
+
+
 def theme() -> gr.themes.Base:
     """Gradio's own, where it has them: the machine's fonts, and colours whose contrast is enough."""
     quiet_text: dict[str, Any] = {}
@@ -332,8 +339,7 @@ def theme() -> gr.themes.Base:
 def page_options() -> dict[str, Any]:
     """What a server gives to Gradio's `mount_gradio_app`, and each Space to `launch`."""
     return {
-        "head": f"<style>{CSS}</style>{HEAD}",  # as `css`, Gradio lets rules for phones reach its main column only
-        "favicon_path": str(Path(__file__).parent / "favicon.png"),
+        "head": f"<style>{CSS}</style>{_icon()}{HEAD}",  # as `css`, Gradio lets rules for phones reach its main column only
         "theme": theme(),
         "show_error": False,  # tracebacks are for the log
         "footer_links": [],

@@ -69,12 +69,19 @@ def yaml_of(instruction: str) -> tuple[bool, Any]:
     fenced = re.search(r"```[\w-]*\n(.*?)```", instruction, re.DOTALL)
     first, _, rest = instruction.partition("\n")
     parts = [instruction.partition("\n\n")[2], rest]
-    whole = [instruction] if rest.strip() and not _ASKS.fullmatch(first.strip()) else []
-    for text in [fenced[1]] if fenced else [*whole, *parts]:
+    for text in [fenced[1]] if fenced else [instruction, *parts]:
         value = _parsed(text)
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list) and not (text is instruction and _is_sentence(first, rest, value)):
             return True, _as_json(value)
     return False, None
+
+
+def _is_sentence(first: str, rest: str, value: Any) -> bool:
+    """Whether the first line asks for something, though to YAML it is a name: `Convert this to JSON:`."""
+    if not rest.strip() or _ASKS.fullmatch(first.strip()):
+        return True
+    name = first.strip().removesuffix(":")
+    return isinstance(value, dict) and " " in name and value.get(name, "") is None
 
 
 def _parsed(text: str) -> Any:

@@ -117,6 +117,8 @@ def test_an_answer_is_checked_against_json_and_the_yaml(answer: str, verdict: st
         ("server:\n  host: a\n\nclient:\n  port: 1", {"server": {"host": "a"}, "client": {"port": 1}}),
         ("Convert the following YAML to JSON:\nserver:\n  host: a", {"server": {"host": "a"}}),
         ("Turn this into JSON:\n- a\n- b", ["a", "b"]),
+        ("Here is my config:\nname: x\nport: 3", {"name": "x", "port": 3}),
+        ("name:\nport: 3", {"name": None, "port": 3}),
         ("Please convert to JSON\n\na: 1\n\nb: 2", {"a": 1, "b": 2}),
         ("Convert this:\n\n```yaml\na: 1\n```\nThank you", {"a": 1}),
     ],
