@@ -269,6 +269,7 @@ CSS = """
 .markdown :is(th, td) {border: 1px solid var(--border-color-primary); padding: 0.2rem 0.5rem}
 .markdown blockquote {border-left: 3px solid var(--border-color-primary); padding-left: 0.75rem}
 .gradio-container :is(button.lg, button.md, button.sm, .gallery-item) {min-height: 40px}
+@media (pointer: coarse) {.mpt-keys, #instruction .info-text, #prompt .info-text {display: none}}
 @media (max-width: 600px), (pointer: coarse) {
   .gradio-container :is(.icon-button, .reset-button, .toggle-button, .download-link) {min-width: 40px; min-height: 40px;
     justify-content: center; align-items: center}
@@ -292,7 +293,7 @@ HEAD = """
 <meta http-equiv="Content-Security-Policy" content="img-src 'self' data: blob:; media-src 'self' blob:; frame-src 'none'; object-src 'none'">
 <meta http-equiv="x-dns-prefetch-control" content="off">
 <script>
-addEventListener("keydown", (event) => {
+for (const press of ["keydown", "keypress"]) addEventListener(press, (event) => {
   if (event.key === "Enter" && event.target.tagName === "TEXTAREA" && matchMedia("(pointer: coarse)").matches)
     event.stopImmediatePropagation();
 }, true);
@@ -344,6 +345,7 @@ def page_options() -> dict[str, Any]:
         "show_error": False,  # tracebacks are for the log
         "footer_links": [],
         "run_history": False,
+        "ssr_mode": False,  # or Gradio warns that it has none for several pages
         "max_file_size": "8mb",
     }
 

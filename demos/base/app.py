@@ -35,7 +35,7 @@ class Layout:
         self.text = coloured_text(
             EXAMPLES[0],
             "Text",
-            f"Darker: the model was surer. Tap a token for what else it thought of. {mpt_page.ENTER}.",
+            f"Darker: the model was surer. Tap a token for what else it thought of. <span class='mpt-keys'>{mpt_page.ENTER}.</span>",
         )
         with gr.Row():
             self.go = gr.Button("Continue", variant="primary", scale=3, min_width=110)

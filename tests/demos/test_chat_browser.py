@@ -125,6 +125,18 @@ def test_who_scrolls_up_stays_there_while_an_answer_grows(scripted: Any, show: A
     idle(page)
 
 
+def test_enter_sends_but_on_a_touch_keyboard(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show("compare", scripted.url))
+    box = page.get_by_role("textbox", name="Prompt")
+    for is_touch, text, after in ((True, "one", "one\n"), (False, "two", "two")):
+        page.context.new_cdp_session(page).send("Emulation.setTouchEmulationEnabled", {"enabled": is_touch})
+        box.fill(text)
+        box.press("Enter")
+        assert box.input_value() == after
+    page.get_by_text("2 tokens, first after").or_(page.get_by_text("1 token, first after")).first.wait_for()
+    assert [body["messages"][0]["content"] for body in scripted.bodies] == ["two", "two"]
+
+
 def test_two_tabs_keep_each_others_conversations(scripted: Any, show: Any, open_page: Any) -> None:
     first = open_page(show("chat", scripted.url))
     second = first.context.new_page()  # of the same browser, opened before the first saves anything
