@@ -15,7 +15,13 @@ from typing import Annotated, NoReturn
 import typer
 
 NAMES = ("chat", "instruct", "storywriter", "base", "compare")
-SHARED = ("mpt_space.py", "mpt_page.py", "mpt_text.py", "favicon.png")  # what each Space needs beside its own folder
+SHARED = (
+    "mpt_space.py",
+    "mpt_page.py",
+    "mpt_looks.py",
+    "mpt_text.py",
+    "favicon.png",
+)  # what each Space needs beside its own folder
 LOAD_S = 120.0  # for the four tiny models, which take about 6
 
 
