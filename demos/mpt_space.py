@@ -85,11 +85,6 @@ class Server:
             raise SpaceError(f"The server at {self.url} serves no model.", None, "no_server")
         return cards
 
-    @staticmethod
-    def find(models: list[Card], style: str) -> Card | None:
-        """The first model with a prompt style: none, instruct or chatml."""
-        return next((card for card in models if card.get("prompt_style") == style), None)
-
     def chat(self, model: str, messages: list[Message], **parameters: Any) -> AsyncGenerator[Piece, None]:
         """Stream the answer to a conversation. Closing the generator frees the server at once. Raises SpaceError."""
         return self._stream("/v1/chat/completions", {"model": model, "messages": messages, **parameters})

@@ -50,7 +50,10 @@ main:has(.turn) #suggestions {display: none}
 #numbers:not(:has(p)) {display: none}
 #composer {align-items: flex-end; flex-wrap: nowrap; gap: 0.5rem}
 #composer button {max-width: 7rem}
-@media (max-width: 900px) {.gradio-container:has(#conversation) nav.fillable {padding-left: 2.2rem !important}}
+@media (max-width: 900px) {  /* where the list of conversations is opened */
+  .gradio-container:has(#conversation) nav.fillable {padding-left: 2.2rem !important}
+  .gradio-container:not(:has(.nav-holder)) main:has(#conversation) .mpt-header {padding-left: 2.2rem}
+}
 """
 
 

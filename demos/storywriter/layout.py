@@ -25,7 +25,7 @@ CSS = """
 @keyframes mpt-waits {to {margin-left: 75%}}
 @media (prefers-reduced-motion: reduce) {.mpt-bar .waits {animation: none}}
 .paper {background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); border-radius: 8px;
-  padding: 1.25rem 1.5rem; min-height: 16rem; max-height: 32rem; overflow-y: auto; white-space: pre-wrap;
+  padding: 1.25rem 1.5rem; min-height: 16rem; max-height: min(32rem, 48vh); overflow-y: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; font: 1.05rem/1.65 Georgia, "Iowan Old Style", "DejaVu Serif", serif;
   color: var(--body-text-color)}
 .paper .before {opacity: 0.7}

@@ -364,7 +364,9 @@ def test_base_writes_in_place_and_tells_probabilities(
     after = box.input_value()
     assert after.startswith(before) and len(after) > len(before)
     tokens = page.locator("#text .behind span")
-    assert "".join(tokens.all_text_contents()) == after.removeprefix(before)
+    assert page.locator("#text .behind").text_content() == after + "\u200b"  # the same letters at the same places
+    coloured = "".join(tokens.all_text_contents())
+    assert len(coloured) > 0.9 * len(after.removeprefix(before))  # all but tokens of half a character
     place = tokens.nth(2).bounding_box()
     page.mouse.click(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
     odds = page.locator("#text .odds")
