@@ -8,7 +8,7 @@ Not here: adapters, which are a change to a checkpoint and no format of one (`fo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -208,3 +208,16 @@ def export(name: str) -> ExportFormat:
     if name not in known:
         raise UserError(f"`--to {name}` does not exist; take one of {', '.join(known)}")
     return known[name]
+
+
+def check_options(options: Options) -> None:
+    """Raises UserError for a dtype that the target does not have, and for an option that only other targets have."""
+    target = export(options.to)
+    if options.dtype not in ("auto", *target.dtypes):
+        raise UserError(f"`--dtype {options.dtype}` does not exist for {options.to}; it has {', '.join(target.dtypes)}")
+    defaults = {field.name: field.default for field in fields(Options) if field.default is not MISSING}
+    for name, row in exports().items():
+        for option in set(row.options) - set(target.options):
+            if getattr(options, option) != defaults[option]:
+                flag = option.replace("_", "-")
+                raise UserError(f"`--{flag}` goes with --to {name}, not {options.to}")

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -66,12 +67,23 @@ def demo(
         _refuse("--auth takes USER:PASSWORD")
     if host not in ("127.0.0.1", "localhost", "::1") and not auth:
         _say(f"warning: everybody who reaches {host} can use the page; --auth USER:PASSWORD asks them for a password")
+    _check_port(host, port)  # before the seconds that Gradio and a server's models take
     with _stopped_by_sigterm():
         if url is not None:
             _show(what, url, api_key, host, port, (user, password) if auth else None)
             return
         with _tiny_server() as started:
             _show(what, started, None, host, port, (user, password) if auth else None)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that is taken, or an address that is not this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            _refuse(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host")
 
 
 def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tuple[str, str] | None) -> None:
@@ -93,8 +105,8 @@ def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tupl
             prevent_thread_lock=True,
             **mpt_page.launch_options(),
         )
-    except OSError as error:
-        _refuse(f"port {port} cannot be used ({error}); choose another with --port")
+    except OSError as error:  # somebody has taken it meanwhile
+        _refuse(f"cannot listen on {host}:{port}: {error}; choose another --port")
     _say(f"ready on http://{host}:{port}, with the server at {source.url}; Ctrl-C ends it")
     try:
         threading.Event().wait()

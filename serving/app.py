@@ -20,9 +20,9 @@ from starlette.responses import Response
 
 import mpt
 from mpt.build import commit
-from mpt.engine.adapters import AdapterExists, Adapters, find_inside, split_name, without_path
+from mpt.engine.adapters import AdapterExists, Adapters, find_inside, without_path
 from mpt.errors import CheckpointNotFound, MPTError
-from mpt.options import MODEL_NAME
+from mpt.options import MODEL_NAME, split_name
 from serving.auth import Door, book_of, keys_of
 from serving.batch.api import batch_functions
 from serving.batch.service import BatchDoor, BatchService

@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
+from mpt.options import split_name
 from serving.access import may_use
 from serving.dialects import ollama
 from serving.dialects.ollama import ShowRequest

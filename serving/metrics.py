@@ -25,7 +25,8 @@ from mpt.backends.compilations import KINDS
 from mpt.build import commit
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import EngineStats
-from mpt.engine.request import Delta, EngineError, Event, Sampling, Started
+from mpt.engine.errors import EngineError
+from mpt.engine.request import Delta, Event, Sampling, Started
 from mpt.engine.sequence import Answer
 
 # vLLM's buckets. Ours are the lowest of each list, which models of this size need, and 2 and 60 s of the first token:

@@ -133,9 +133,3 @@ def find_inside(folder: Path, asked: str) -> Path:
 def without_path(error: MPTError, path: Path, asked: str) -> str:
     """What an error says, the client's own words in place of this machine's path."""
     return str(error).replace(f"{path}{os.sep}", "").replace(str(path), asked[:200])
-
-
-def split_name(model: str) -> tuple[str, str | None]:
-    """The base and the adapter of a request's `model`."""
-    base, colon, adapter = model.partition(":")
-    return base, adapter if colon else None

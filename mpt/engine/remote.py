@@ -19,18 +19,16 @@ import numpy as np
 
 from mpt.backends import capabilities
 from mpt.engine.engine import EngineStats
-from mpt.engine.request import (
+from mpt.engine.errors import (
     EngineError,
     EngineFailed,
-    Event,
     Overloaded,
     PromptTooLong,
     RequestTimeout,
-    Sampling,
     ShuttingDown,
-    Started,
     Unsupported,
 )
+from mpt.engine.request import Event, Sampling, Started
 from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.errors import MachineRefused, UserError
 from mpt.extras import install

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mpt.backends.backend import Row
 from mpt.engine import clock
+from mpt.engine.errors import EngineError, Unsupported
 from mpt.engine.grammar import BadGrammar
 from mpt.engine.prefix_transfers import Loading, Lookup, Trail
-from mpt.engine.request import Delta, EngineError, Event, FinishReason, Sampling, TokenLogprob, Unsupported
+from mpt.engine.request import Delta, Event, FinishReason, Sampling, TokenLogprob
 from mpt.lora import Adapter
 from mpt.sampling import Penalties, TokenCounts
 from mpt.tokenizer import DetokenizeStream, Tokenizer

@@ -7,7 +7,6 @@ Ray is one of its own, whatever else runs here (`home.py`), and all of it ends w
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpt import processors
+from mpt.architecture import read_architecture
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
 from mpt.memory import memory
@@ -27,6 +27,7 @@ from serving.cluster.options import NO_KEYS, ClusterOptions, read_args, router_k
 from serving.cluster.reload import Reloads, tell_room
 from serving.cluster.timeouts import Timeouts
 from serving.configuration import anchored, application, load
+from serving.listening import listen
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 from serving.request_log import check_writable
@@ -73,8 +74,8 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         options = read_args(ours["args"])
     except UserError as error:
         raise UserError(f"`{config}`: {error}") from None
+    listen(http["host"], http["port"], "choose another --port").close()  # Ray binds it later
     _check(options, http, n_cpus)
-    _check_port(http)
     connections = max_connections()
     if elsewhere := os.environ.pop("RAY_ADDRESS", None):
         log.info("this is a Ray of its own, not the one at %s; `serve deploy %s` is for that one", elsewhere, config)
@@ -274,7 +275,7 @@ def _check(
             "`args`, or `no_auth: true` to serve everybody who reaches it"
         )
     for model in options.models.values():
-        resolve(model.root)
+        read_architecture(resolve(model.root))
         if model.adapters is not None and not Path(model.adapters).is_dir():
             raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
     check_endpoint(options.otel_endpoint)
@@ -297,17 +298,6 @@ def _check(
             f"the models and routers ask for {wanted_cpus:g} CPUs and Ray may hand out {n_cpus}; lower num_cpus or "
             "min_replicas, or give --cpus"
         )
-
-
-def _check_port(http: Mapping[str, Any]) -> None:
-    """Raises UserError where it is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in http["host"] else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http["host"], http["port"]))
-        except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot listen on {http['host']}:{http['port']}: {why}; choose another --port") from error
 
 
 def _check_timeouts(options: ClusterOptions) -> None:

@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
-from mpt.engine.adapters import split_name
+from mpt.options import split_name
 from serving.access import may_use, reached
 from serving.app import add_errors, versions
 from serving.aside import aside

@@ -21,8 +21,9 @@ from mpt.catalog import find_local
 from mpt.config import MPTConfig
 from mpt.engine import grammar as grammars
 from mpt.engine.endpoint import open_endpoint
+from mpt.engine.errors import EngineError, Unsupported
 from mpt.engine.grammar import BadGrammar, Grammars
-from mpt.engine.request import Delta, EngineError, Sampling, Unsupported
+from mpt.engine.request import Delta, Sampling
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
