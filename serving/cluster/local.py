@@ -58,7 +58,7 @@ ENVIRONMENT = {
 # otherwise for: to stay off the network on desktops.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _WATCH_S = 0.5
-# A router takes 0.42 GB, which is mostly Ray's and torch's code (2026-11-27).
+# A router takes 0.26 GB, which is mostly Ray's code (2026-11-27).
 _FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 
 
