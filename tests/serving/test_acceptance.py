@@ -745,7 +745,7 @@ def test_it_leaves_when_told(server):
             pass
         assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
         alive = httpx.get(f"{server.url}/health", timeout=30)
-        assert (alive.status_code, alive.json()["status"]) == (200, "shutting down")
+        assert (alive.status_code, alive.json()["status"]) == (503, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(60) == 0
