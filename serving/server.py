@@ -26,8 +26,6 @@ from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mpt.errors import UserError
-from mpt.extras import install
 from serving.app import make_app
 from serving.batch.service import BatchService
 from serving.connections import Clocks, Connections, Crowded, most_connections, timed_protocol
@@ -197,10 +195,8 @@ def _leave_at_once() -> None:
 
 
 def _mount_demos(app: FastAPI, url: str) -> None:
-    """The Spaces under /demo, asking this server over HTTP as anybody would. Raises UserError without Gradio."""
-    try:
-        from demos import server as demos  # the command line's stage may compose others
-    except ModuleNotFoundError as error:
-        raise UserError(f"--demo needs `{error.name}`; {install('demos')}") from error
+    """The Spaces under /demo, asking this server over HTTP as anybody would."""
+    from demos import server as demos  # the command line's stage may compose others
+
     app.add_route("/demo", lambda _: RedirectResponse("/demo/"), include_in_schema=False)
     demos.mount(app, url)

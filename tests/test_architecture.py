@@ -22,6 +22,7 @@ MAY_IMPORT = {
 MEETS = {
     "mpt/cli.py": {"conversion", "demos", "serving", "training"},
     "serving/server.py": {"demos"},  # `mpt serve --demo`
+    "demos/cli.py": {"mpt"},  # `mpt demo`; the Spaces themselves stand alone
 }
 # Inside `mpt`: a checkpoint is known without what computes it, which is known without what runs requests on it.
 LAYERS = ("mpt", "mpt.backends", "mpt.engine")
