@@ -107,6 +107,8 @@ class _Server(uvicorn.Server):
         if (batches := self._batches) is not None:
             batches.resume()
         log.info("ready after %.1f s on %s, %s", process_age_s(), url, auth)
+        demos = f"; the demos are at {url}/demo/" if serving.options.demo else ""
+        log.info("to look at it and try it, open %s/ in a browser%s", url, demos)
         self._tasks.append(asyncio.create_task(self._unload_idle()))
         await self._leave_when_one_stops()
 
