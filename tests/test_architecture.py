@@ -21,6 +21,7 @@ MAY_IMPORT = {
 # The command lines, where the stages come together.
 MEETS = {
     "mpt/cli.py": {"conversion", "demos", "serving", "training"},
+    "mpt/entry.py": {"serving", "training"},
     "serving/server.py": {"demos"},  # `mpt serve --demo`
     "demos/cli.py": {"mpt"},  # `mpt demo`; the Spaces themselves stand alone
 }
