@@ -15,6 +15,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from mpt.extras import require  # the one of `mpt` that is needed: which command installs them, this copy knows
+
 NAMES = ("chat", "instruct", "storywriter", "base", "compare")
 SHARED = ("mpt_space.py", "mpt_page.py")  # what each Space needs beside its own folder
 LOAD_S = 120.0  # for the four tiny models, which take about 6
@@ -67,6 +69,7 @@ def demo(
         _refuse("--auth takes USER:PASSWORD")
     if host not in ("127.0.0.1", "localhost", "::1") and not auth:
         _say(f"warning: everybody who reaches {host} can use the page; --auth USER:PASSWORD asks them for a password")
+    require("`mpt demo`", "demos", "gradio")
     _check_port(host, port)  # before the seconds that Gradio and a server's models take
     with _stopped_by_sigterm():
         if url is not None:
@@ -88,12 +91,8 @@ def _check_port(host: str, port: int) -> None:
 
 def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tuple[str, str] | None) -> None:
     """Serve the page until interrupted."""
-    try:
-        from demos import mpt_page, mpt_space, server
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        _refuse("Gradio is not installed; install it with `pip install 'mpt-home[demos]'`")
+    from demos import mpt_page, mpt_space, server
+
     source = mpt_space.Server(url, key)
     blocks = server.site(source) if what == "all" else server.page(what, source)
     try:

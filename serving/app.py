@@ -35,6 +35,7 @@ from serving.errors import (
     NotFound,
     Unavailable,
 )
+from serving.front import root
 from serving.gate import Gate
 from serving.generation import Generation
 from serving.heads import Hosts
@@ -80,7 +81,9 @@ def make_app(serving: Serving, door: Door | None = None, hosts: Hosts | None = N
     metrics.connections.set_function(lambda: serving.connections.n_open)
     functions = batch_functions(service, door, options)
     functions |= Generation(serving, metrics).functions() | listing(serving) | _adapter_loading(serving)
-    add_routes(app, functions | model_loading(serving) | _operations(serving, metrics))
+    functions |= model_loading(serving) | _operations(serving, metrics)
+    front = root(needs_key=keys.required, docs=options.docs, demo=options.demo)
+    add_routes(app, functions | {"root": front})
     add_errors(app, metrics)
     if options.docs:
         add_docs(app, needs_key=keys.required)

@@ -13,6 +13,7 @@ import typer
 
 from mpt.command_line import DeviceOption, DtypeOption, KeyOption, KVCacheOption, QuantizeOption, ThreadsOption
 from mpt.errors import UserError
+from mpt.extras import require
 from serving.flags import check_folders
 from serving.listening import listen
 
@@ -357,6 +358,8 @@ def serve(
         print(as_yaml(settings), end="")
         return
     check_folders(options)
+    if options.demo:
+        require("--demo", "demos", "gradio")
     with listen(options.host, options.port) as listener:
         resolve_models(options)
         from serving import server

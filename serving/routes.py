@@ -130,7 +130,7 @@ ROUTES = (
     Route("ollama_show", "/api/show", "What Ollama tells of a model.", ShowRequest),
     Route("ollama_tags", "/api/tags", "The models served here, as Ollama lists them."),
     Route("ollama_ps", "/api/ps", "The models that are loaded, as Ollama lists them."),
-    Route("root", "/", "200: clients of Ollama ask here whether there is a server."),
+    Route("root", "/", "200: clients of Ollama ask here whether there is a server. Asked for `text/html`, a page."),
     Route("ollama_version", "/api/version", "The version of this server, where Ollama has its own."),
     Route("tokenize", "/tokenize", "The token ids of a text, or of messages in the model's prompt style.",
           TokenizeRequest, is_relayed=True),

@@ -26,8 +26,6 @@ from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mpt.errors import UserError
-from mpt.extras import install
 from serving.app import make_app
 from serving.batch.service import BatchService
 from serving.connections import Clocks, Connections, Crowded, most_connections, timed_protocol
@@ -109,6 +107,8 @@ class _Server(uvicorn.Server):
         if (batches := self._batches) is not None:
             batches.resume()
         log.info("ready after %.1f s on %s, %s", process_age_s(), url, auth)
+        demos = f"; the demos are at {url}/demo/" if serving.options.demo else ""
+        log.info("to look at it and try it, open %s/ in a browser%s", url, demos)
         self._tasks.append(asyncio.create_task(self._unload_idle()))
         await self._leave_when_one_stops()
 
@@ -197,10 +197,8 @@ def _leave_at_once() -> None:
 
 
 def _mount_demos(app: FastAPI, url: str) -> None:
-    """The Spaces under /demo, asking this server over HTTP as anybody would. Raises UserError without Gradio."""
-    try:
-        from demos import server as demos  # the command line's stage may compose others
-    except ModuleNotFoundError as error:
-        raise UserError(f"--demo needs `{error.name}`; {install('demos')}") from error
+    """The Spaces under /demo, asking this server over HTTP as anybody would."""
+    from demos import server as demos  # the command line's stage may compose others
+
     app.add_route("/demo", lambda _: RedirectResponse("/demo/"), include_in_schema=False)
     demos.mount(app, url)

@@ -218,7 +218,9 @@ def _serve(
         running.deploy(ours["args"], {})
         processes.is_ready = True
         with reloads.listening(http["port"], ours["args"], running):
-            log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+            url = f"http://{http['host']}:{http['port']}"
+            log.info("ready after %.1f s on %s", time.perf_counter() - started, url)
+            log.info("to look at it and try it, open %s/ in a browser", url)
             tell_room(read_args(ours["args"]), running.free())
             stop.wait()
         log.info("shutting down; running requests may take %.0f s more", drain_s)

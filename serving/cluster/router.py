@@ -44,6 +44,7 @@ from serving.dialects.ollama import (
 from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
+from serving.front import root
 from serving.gate import Gate
 from serving.heads import Hosts
 from serving.limits import RateLimiter
@@ -57,7 +58,7 @@ from serving.protocol.generation import (
     EmbeddingRequest,
 )
 from serving.refusals import add_errors
-from serving.replies import as_json, welcome
+from serving.replies import as_json
 from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes
 from serving.tracing import Traced, spans_to
@@ -136,14 +137,15 @@ def make_router(
 
     functions = _listing(fleet, find, options, traffic)
     functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
-    add_routes(app, functions)
+    needs_key = not isinstance(door, Keys) or door.required
+    add_routes(app, functions | {"root": root(needs_key=needs_key, docs=options.docs, demo=False)})
     app.state.request_log = kept.made("log", options.log_requests, lambda: request_log(options.log_requests))
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
+        add_docs(app, needs_key=needs_key, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate,
         door=door,
@@ -244,7 +246,7 @@ def _listing(
         "load_model": model_loading, "unload_model": model_loading,
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
-        "ollama_version": ollama_version, "root": welcome,
+        "ollama_version": ollama_version,
         **{route.name: batches for route in ROUTES if route.path.startswith(("/v1/files", "/v1/batches"))},
     }  # fmt: skip
 
