@@ -83,14 +83,19 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def check_target(folder: Path) -> None:
+    """Raises UserError unless a folder can be made here: there is nothing, or an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"`{folder}` exists and is not an empty folder; choose another one or remove it")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which gets its name at the end; after an error nothing is left.
 
     Raises UserError if `folder` exists and is not empty, MachineRefused when it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"`{folder}` exists and is not an empty folder; choose another one or remove it")
+    check_target(folder)
     final = folder.absolute()
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

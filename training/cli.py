@@ -15,7 +15,7 @@ import typer
 
 from mpt.command_line import Dtype, new_app, run_app
 from mpt.errors import UserError
-from training import flags, recipes, run_cli
+from training import checks, flags, recipes, run_cli
 from training import plan as planning
 from training.data.cli import app as data_app
 from training.evaluation.cli import evaluate
@@ -81,11 +81,12 @@ def finetune(
 
     From an old state: train finetune --from runs/a --lr 2e-6 --out runs/b
     """
-    from mpt.catalog import describe
-    from training import folder, prompt_style
     from training.data import files
 
     changes = flags.changes(given)
+    checks.check_run(changes)
+    from training import folder, prompt_style
+
     prompt_style.settle(changes)
     if (whole := folder.whole_run(config, changes, recipe)) is not None:
         run, origin = whole
@@ -97,7 +98,6 @@ def finetune(
                 example = "train finetune --base mpt-tiny --data dolly_hhrlhf"
                 raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
         base, data = changes.pop("base"), changes.pop("data")
-        describe(base)  # a name nobody knows is refused before anything is made
         out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}"
         run = recipes.make_finetune(recipe, base, data, out, **changes)
         style, decided_by = prompt_style.choose(run, recipe, changes.get("prompt_style"))
@@ -123,9 +123,10 @@ def pretrain(
 
     Example: train pretrain --data novel.txt --tokenizer mpt-tiny --steps 100
     """
+    changes = flags.changes(given)
+    checks.check_run(changes)
     from training import folder
 
-    changes = flags.changes(given)
     if (whole := folder.whole_run(config, changes, recipe)) is not None:
         run, _ = whole
     else:
@@ -192,22 +193,22 @@ def export(
 
     Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
     """
+    if out.exists():
+        raise UserError(f"`{out}` exists; choose another --out")
+    is_run = (source / "run.json").is_file()
+    if not (merge or is_run):
+        raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
     import torch
 
     from training import adapters
     from training import export as writer
 
-    if out.exists():
-        raise UserError(f"`{out}` exists; choose another --out")
-    is_run = (source / "run.json").is_file()
     wanted: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
     if merge:
         folder = source / "model" if is_run else source
         print(adapters.merge(folder, out, wanted))
-    elif is_run:
-        print(writer.latest(source, out, wanted))
     else:
-        raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
+        print(writer.latest(source, out, wanted))
 
 
 @app.command()

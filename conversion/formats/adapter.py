@@ -14,10 +14,6 @@ from mpt.lora import open_lora
 MARKER = "adapter_config.json"
 
 
-def is_at(path: Path) -> bool:
-    return (path / MARKER).is_file()
-
-
 def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> Source:
     """The base with the adapter's products added, W + alpha / r B A, in float32 before it is rounded to W's dtype.
 

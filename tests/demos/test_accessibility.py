@@ -13,7 +13,7 @@ axe = pytest.importorskip(
 from demos.mpt_page import launch_options  # noqa: E402
 from demos.mpt_space import Server  # noqa: E402
 from demos.server import PAGES, site  # noqa: E402
-from tests.serving.servers import free_port  # noqa: E402
+from serving.ports import free_port  # noqa: E402
 
 pytestmark = pytest.mark.browser
 TITLES = {"chat": "MPT chat", "instruct": "MPT instruct", "storywriter": "MPT StoryWriter",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mpt.errors import UserError
-from training import flags, recipes
+from training import checks, flags, recipes
 from training.run import Preference, PreferenceLoss, Run
 
 # run, resume, dry run, as JSON, gpus, what was chosen for the user
@@ -42,9 +42,10 @@ def add_to(app: typer.Typer, train: Train) -> None:
         Examples: train prefer --base mpt-7b-instruct --data hh_rlhf;
         train prefer --base mpt-tiny-chat --data pairs.jsonl --loss ipo --beta 0.2 --lora 16
         """
+        changes = flags.changes(given)
+        checks.check_run(changes)
         from training import folder, prompt_style
 
-        changes = flags.changes(given)
         prompt_style.settle(changes)
         if (whole := folder.whole_run(config, changes)) is None:
             run, decided_by = _new_run(changes, loss or "dpo", beta)
@@ -60,7 +61,6 @@ def add_to(app: typer.Typer, train: Train) -> None:
 
 def _new_run(changes: dict[str, Any], loss: PreferenceLoss, beta: float | None) -> tuple[Run, str]:
     """The run of a loss's recipe, and what decided its prompt style. Raises UserError."""
-    from mpt.catalog import describe
     from training import prompt_style
     from training.data import files
     from training.preferences import pairs
@@ -70,7 +70,6 @@ def _new_run(changes: dict[str, Any], loss: PreferenceLoss, beta: float | None) 
             example = "train prefer --base mpt-tiny-chat --data pairs.jsonl"
             raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
     base, data = changes.pop("base"), changes.pop("data")
-    describe(base)  # a name nobody knows is refused before anything is made
     out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}-{loss}"
     preference = Preference(loss) if beta is None else Preference(loss, beta)
     run = recipes.prefer(base, data, out, loss, preference=preference, **changes)
