@@ -359,7 +359,7 @@ def serve(
         return
     check_folders(options)
     if options.demo:
-        require("--demo", "demos", "gradio")
+        require("--demo", "demos", "gradio", "markdown_it", "mdit_py_plugins", "latex2mathml")
     with listen(options.host, options.port) as listener:
         resolve_models(options)
         from serving import server

@@ -126,8 +126,11 @@ def test_who_scrolls_up_stays_there_while_an_answer_grows(scripted: Any, show: A
 
 
 def test_enter_sends_but_on_a_touch_keyboard(scripted: Any, show: Any, open_page: Any) -> None:
-    page = open_page(show("compare", scripted.url))
+    url = show("compare", scripted.url)
+    page = open_page(url).context.new_page()  # of its own: the tab stays a touch screen to its end
+    page.goto(url)
     box = page.get_by_role("textbox", name="Prompt")
+    page.get_by_text("Server ready").wait_for()
     for is_touch, text, after in ((True, "one", "one\n"), (False, "two", "two")):
         page.context.new_cdp_session(page).send("Emulation.setTouchEmulationEnabled", {"enabled": is_touch})
         box.fill(text)
