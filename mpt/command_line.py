@@ -6,10 +6,12 @@ Light to import, so that `--help` answers at once.
 """
 
 import gc
+import logging
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import typer
@@ -74,12 +76,32 @@ def hold_standard_streams() -> None:
             setattr(sys, f"__{name}__", stream)
 
 
+@contextmanager
+def _all_written() -> Iterator[None]:
+    """Write what was printed before the command ends. Raises OSError; a reader that has gone ends the command with 1.
+
+    What is refused is let go of, for the exit would fail on it again.
+    """
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                sys.exit(1)
+            raise
+
+
 def run_app(app: typer.Typer, name: str) -> None:
     """Run a command line; a user's mistake is one line on stderr and an exit code."""
     hold_standard_streams()
+    for library in ("matplotlib", "bitsandbytes"):  # which say where they keep fonts, and which kernels they do without
+        logging.getLogger(library).setLevel(logging.ERROR)
     gc.set_threshold(50_000, 10, 10)  # by default looking for cycles is a sixth of the time that importing torch takes
     try:
-        with disk_refusals(Path.cwd()), misplaced_paths():
+        with disk_refusals(), misplaced_paths(), _all_written():
             app(prog_name=name)
     except MPTError as error:
         print(f"{name}: {str(error)[:_LONGEST_ERROR]}", file=sys.stderr)

@@ -7,6 +7,7 @@ Dettmers et al. 2023: blocks of 64, their scales quantised again).
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -42,7 +43,6 @@ def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
 
     Raises UserError when 4 bits are asked for and bitsandbytes is not installed.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it names kernels it does without
     from peft import LoraConfig, inject_adapter_in_model
 
     for parameter in model.parameters():
@@ -209,7 +209,9 @@ def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     base = read_json(path)["base_model_name_or_path"]
     model = mpt.checkpoint.load(base, dtype=torch.float32)
     dtype = dtype or torch.promote_types(_adapter_dtype(folder), _base_dtype(base))
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with warnings.catch_warnings():  # peft asks transformers for a name that goes with its version 6
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     entries = {k: v for k, v in (mpt.manifest.read_manifest(folder) or {}).items() if k != "files"}
     tokenizer = Tokenizer.from_folder(folder)
     template = chat_template(open_format(folder, entries.get("prompt_style", "none"), tokenizer))

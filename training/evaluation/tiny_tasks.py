@@ -24,6 +24,7 @@ from mpt.catalog import describe, resolve
 from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.grammar import Grammar, Grammars
 from mpt.errors import UserError
+from mpt.files import write_whole
 from mpt.model import MPTForCausalLM
 from mpt.packed.layers import as_it_lies
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
@@ -375,4 +376,4 @@ def compact(scores: Scores) -> Scores:
 
 
 def write(scores: Scores, path: Path) -> None:
-    path.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
