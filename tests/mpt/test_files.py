@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> 
             partial.write_text("ha")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
 
-    with pytest.raises(OSError, match="a.txt'$"):  # the name that was asked for
+    with pytest.raises(OSError, match=r"a\.txt'$"):  # the name that was asked for
         write_half()
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 

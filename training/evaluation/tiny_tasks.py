@@ -39,8 +39,16 @@ _ROWS = 25  # generated together
 _CHUNK = 4096  # tokens of a long prompt read at a time
 
 
-def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
-    """Scores of a checkpoint on these tasks, by default those its prompt style is made for."""
+def evaluate(
+    model_name: str, tasks: Sequence[str] = (), report: Callable[[str, int, int], None] = lambda name, n, of: None
+) -> Scores:
+    """Scores of a checkpoint on these tasks, by default those its prompt style is made for.
+
+    report: called with each task's name, its number and how many there are, before it is run. Raises UserError.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"no task `{unknown[0]}`; known: {', '.join(TASKS)}")
     folder = resolve(model_name)
     model = mpt.checkpoint.load(folder, pack=as_it_lies)
     tokenizer = open_tokenizer(folder)
@@ -53,9 +61,8 @@ def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
         is_long = entry.context_length > 8192
         tasks = by_style.get(entry.prompt_style, ("positions", "passkey") if is_long else ("novel",))
     scores: Scores = {}
-    for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"no task `{task}`; known: {', '.join(TASKS)}")
+    for n, task in enumerate(tasks, 1):
+        report(task, n, len(tasks))
         started = time.monotonic()
         scores[task] = TASKS[task](model, tokenizer, entry.prompt_style)
         scores[task]["seconds"] = round(time.monotonic() - started, 1)
