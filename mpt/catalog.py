@@ -9,6 +9,9 @@ beside a checkpoint is neither downloaded nor run.
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -136,6 +139,19 @@ def descendant(path: Path, shape: tuple[int, int, int, int]) -> tuple[Descendant
     return next(((known, "width, layers, heads and vocabulary are the same") for known in by_shape), None)
 
 
+is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
+
+
+@contextmanager
+def offline(is_wanted: bool = True) -> Iterator[None]:
+    """Download nothing: a checkpoint, or a set of rows, is on this machine or not found."""
+    before = is_offline.set(is_wanted)
+    try:
+        yield
+    finally:
+        is_offline.reset(before)
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """The place of a checkpoint, downloaded if need be (gigabytes, into the Hugging Face cache).
 
@@ -147,6 +163,8 @@ def resolve(name_or_path: str | Path) -> Path:
         return place
     entry = _known(given)
     repo_id = entry.repo_id if entry else given if _REPO_ID.fullmatch(given) else None
+    if repo_id is not None and is_offline.get():
+        raise CheckpointNotFound(f"`{given}` is not on this machine, and --dry-run downloads nothing")
     if repo_id is not None:
         return _download(given, repo_id)
     if entry is not None:
