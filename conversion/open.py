@@ -9,7 +9,7 @@ from pathlib import Path
 from conversion.format_table import FORMATS, Format, exports
 from conversion.formats import adapter
 from conversion.source import Source
-from mpt.catalog import find_local, refuse_ctranslate2
+from mpt.catalog import ADAPTER_CONFIG, find_local, is_adapter, refuse_ctranslate2
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
 
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip", ".tar.zst", ".7z")
@@ -28,7 +28,7 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
             raise CheckpointNotFound(f"`{name_or_path}` does not exist; give a checkpoint's folder or file")
         path = found
     refuse_ctranslate2(path)
-    its_format = None if adapter.is_at(path) else recognise(path)
+    its_format = None if is_adapter(path) else recognise(path)
     if path.is_dir():
         refuse_links_outside(path)
     if its_format is None:
@@ -64,7 +64,7 @@ def recognise(path: Path) -> Format:
     for found in (file for row in single for file in sorted(path.glob(f"*{row.suffix}")) if row.is_at(file)):
         raise CheckpointNotFound(f"`{path}` has no config.json; give the file, for example `{found}`")
     markers = ", ".join(f"{row.marker} ({row.title})" for row in FORMATS.values() if row.marker)
-    raise CheckpointNotFound(f"`{path}` holds no checkpoint; give a folder with {markers} or {adapter.MARKER} (peft)")
+    raise CheckpointNotFound(f"`{path}` holds no checkpoint; give a folder with {markers} or {ADAPTER_CONFIG} (peft)")
 
 
 def refuse_links_outside(folder: Path) -> None:

@@ -35,6 +35,12 @@ _PACKED_NAME = re.compile(
     r"([.-](gguf|awq|gptq|bnb|nf4|fp4|int[48]|w?[2-8]-?bit|\d+g|i?q\d\w*|b?f(16|32)|fp(16|32)))+$", re.IGNORECASE
 )
 _SMALL_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja", "LICENSE*"]
+ADAPTER_CONFIG = "adapter_config.json"
+GPTQ_FILES = "gptq_model-*.safetensors"  # AutoGPTQ's, such as gptq_model-4bit-128g
+_MODEL_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "model.onnx",
+)  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is absent
 
 
@@ -180,10 +186,10 @@ def find_local(name_or_path: str | Path) -> Path | None:
     """
     given = str(name_or_path)
     path = Path(given).expanduser()
-    if (path / "config.json").is_file() or is_gguf(path):
+    entry, has_adapters = _known(given), is_adapter(path)
+    if ((path / "config.json").is_file() and not has_adapters) or is_gguf(path):
         return path
-    entry = _known(given)
-    if entry is None and (path / "adapter_config.json").is_file():
+    if entry is None and has_adapters:
         merge = f"train export {path} --merge --out FOLDER"
         raise CheckpointNotFound(f"`{path}` holds adapters alone; add them to their base with `{merge}`")
     refuse_ctranslate2(path)
@@ -206,6 +212,16 @@ def find_local(name_or_path: str | Path) -> Path | None:
             return place
     repo_id = entry.repo_id if entry else given
     return _cached(repo_id) if repo_id and _REPO_ID.fullmatch(repo_id) else None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds peft's adapters and no model: adapters merged into one may leave adapter_config.json."""
+    return (folder / ADAPTER_CONFIG).is_file() and not has_model(folder)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder holds a model's weights in a form that is served as it is."""
+    return any((folder / name).is_file() for name in _MODEL_FILES) or any(folder.glob(GPTQ_FILES))
 
 
 def refuse_ctranslate2(folder: Path) -> None:

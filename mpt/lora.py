@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
+from mpt.catalog import ADAPTER_CONFIG, has_model
+from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
 from mpt.files import read_json
 
 _MOST_RANK = 1 << 16  # as wide as no model's matrices are
@@ -65,7 +66,7 @@ class LoraFolder:
 
 def open_lora(folder: Path) -> LoraFolder:
     """A folder of plain LoRA. Raises CheckpointNotFound, DamagedFile, and UnsupportedConfig for another kind."""
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointNotFound(f"`{folder}` has no adapter_config.json; give a folder that peft saved")
     try:
@@ -84,6 +85,8 @@ def open_lora(folder: Path) -> LoraFolder:
     for key, value in _ONLY_AT.items():
         if config.get(key) not in (None, value):
             raise UnsupportedConfig(f"`{key}` of the adapter is {config[key]!r}; supported: {value!r}")
+    if not (folder / "adapter_model.safetensors").is_file() and has_model(folder):
+        raise UserError(f"`{folder}` holds a whole model, with its adapters merged; use it as a model")
     if not (folder / "adapter_model.safetensors").is_file():
         raise DamagedFile(f"`{folder}` has no adapter_model.safetensors; a pickled adapter is not opened")
     if not 1 <= rank <= _MOST_RANK:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import mpt.checkpoint
 import mpt.manifest
-from mpt.catalog import resolve
+from mpt.catalog import ADAPTER_CONFIG, has_model, resolve
 from mpt.chat_template import ChatTemplate
 from mpt.dropout import Dropout
 from mpt.errors import UserError
@@ -202,9 +202,12 @@ def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     """
     from peft import PeftModel
 
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise UserError(f"`{folder}` has no adapter_config.json; give the `model` folder of a LoRA run")
+    if not (folder / "adapter_model.safetensors").is_file():
+        what = "a whole model, with its adapters merged" if has_model(folder) else "no adapter_model.safetensors"
+        raise UserError(f"`{folder}` holds {what}; give the `model` folder of a LoRA run")
     mpt.manifest.verify_manifest(folder)
     base = read_json(path)["base_model_name_or_path"]
     model = mpt.checkpoint.load(base, dtype=torch.float32)

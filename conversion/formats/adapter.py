@@ -8,14 +8,9 @@ from torch import Tensor
 
 from conversion.source import Source
 from conversion.tensors import Lazy
+from mpt.catalog import ADAPTER_CONFIG
 from mpt.errors import UnsupportedConfig
 from mpt.lora import open_lora
-
-MARKER = "adapter_config.json"
-
-
-def is_at(path: Path) -> bool:
-    return (path / MARKER).is_file()
 
 
 def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> Source:
@@ -40,7 +35,7 @@ def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> 
         tokenizer=whole.tokenizer,
         why_no_tokenizer=whole.why_no_tokenizer,
         tokenizer_files=whole.tokenizer_files,
-        files=(folder / MARKER, lora.weights, *whole.files),
+        files=(folder / ADAPTER_CONFIG, lora.weights, *whole.files),
         chat_template=whole.chat_template,
         generation=whole.generation,
         notes=(f"LoRA of rank {lora.rank} added to `{Path(named).name}`",),
