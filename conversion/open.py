@@ -35,7 +35,10 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
         return adapter.read(path, base, open_source)
     if base is not None:
         raise UserError(f"`--base` goes with adapters; `{path}` is {its_format.kind}")
-    return its_format.reader().read(path, tokenizer)
+    source = its_format.reader().read(path, tokenizer)
+    if source.tokenizer is not None:
+        source.tokenizer.require_rows(source.config.vocab_size, tokenizer or path, is_given=tokenizer is not None)
+    return source
 
 
 def open_written(folder: Path) -> Source:

@@ -20,6 +20,7 @@ import mpt.checkpoint
 import mpt.manifest
 from mpt.catalog import ADAPTER_CONFIG, has_model, resolve
 from mpt.chat_template import ChatTemplate
+from mpt.checkpoint_text import open_tokenizer
 from mpt.dropout import Dropout
 from mpt.errors import UserError
 from mpt.extras import install
@@ -216,7 +217,7 @@ def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     entries = {k: v for k, v in (mpt.manifest.read_manifest(folder) or {}).items() if k != "files"}
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = open_tokenizer(folder, model.config.vocab_size)
     template = chat_template(open_format(folder, entries.get("prompt_style", "none"), tokenizer))
     _round(merged, dtype)
     return mpt.checkpoint.save(merged, out, tokenizer=tokenizer, chat_template=template, manifest=entries)

@@ -42,8 +42,6 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
         files = (path,)
     config = _config(integration, path)
     own, why_not, template = _tokenizer(integration, path)
-    if own is not None and tokenizer is None:
-        own.require_rows(config.vocab_size, path)
     return Source(
         kind=kind,
         path=path,

@@ -51,7 +51,7 @@ def evaluate(
         raise UserError(f"no task `{unknown[0]}`; known: {', '.join(TASKS)}")
     folder = resolve(model_name)
     model = mpt.checkpoint.load(folder, pack=as_it_lies)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder, model.config.vocab_size)
     entry = describe(folder)
     if not tasks:
         by_style: dict[PromptStyle, tuple[str, ...]] = {
