@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpt.catalog import ADAPTER_CONFIG, has_model
+from mpt.config import MPTConfig
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
 from mpt.files import read_json
+from mpt.manifest import read_manifest
 
 _MOST_RANK = 1 << 16  # as wide as no model's matrices are
 _PREFIX = "base_model.model."
@@ -92,6 +94,12 @@ def open_lora(folder: Path) -> LoraFolder:
     if not 1 <= rank <= _MOST_RANK:
         raise DamagedFile(f"`{file}` gives rank {rank}; a rank is 1 to {_MOST_RANK}")
     return LoraFolder(folder, rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, base)
+
+
+def trained_context(folder: Path, base: MPTConfig) -> int:
+    """The context of a base with the adapters of a folder in it: with ALiBi what these were trained at, if longer."""
+    stated = (read_manifest(folder) or {}).get("context_length")
+    return base.max_seq_len if base.has_wpe or not isinstance(stated, int) else max(base.max_seq_len, stated)
 
 
 @dataclass(frozen=True, eq=False)

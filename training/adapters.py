@@ -25,6 +25,7 @@ from mpt.dropout import Dropout
 from mpt.errors import UserError
 from mpt.extras import install
 from mpt.files import read_json, whole_folder
+from mpt.lora import trained_context
 from mpt.model import Linear
 from mpt.prompts import PromptFormat, open_format
 from mpt.style_template import StyleTemplate, jinja
@@ -217,6 +218,7 @@ def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     entries = {k: v for k, v in (mpt.manifest.read_manifest(folder) or {}).items() if k != "files"}
+    merged.config.max_seq_len = trained_context(folder, merged.config)
     tokenizer = open_tokenizer(folder, model.config.vocab_size)
     template = chat_template(open_format(folder, entries.get("prompt_style", "none"), tokenizer))
     _round(merged, dtype)

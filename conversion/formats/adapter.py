@@ -1,5 +1,6 @@
 """peft's LoRA adapters, added to the weights of their base as each of those is read."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conversion.source import Source
 from conversion.tensors import Lazy
 from mpt.catalog import ADAPTER_CONFIG
 from mpt.errors import UnsupportedConfig
-from mpt.lora import open_lora
+from mpt.lora import open_lora, trained_context
 
 
 def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> Source:
@@ -24,13 +25,15 @@ def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> 
     if not named:
         raise UnsupportedConfig(f"`{folder}` does not name its base; give --base")
     whole = open_base(named)
+    config = copy.deepcopy(whole.config)
+    config.max_seq_len = trained_context(folder, config)
     tensors = dict(whole.tensors)
     for name, (a, b) in lora.pairs({name: tensor.shape for name, tensor in tensors.items()}).items():
         tensors[name] = _added(tensors[name], a, b, lora.scale)
     return Source(
         kind="adapter",
         path=folder,
-        config=whole.config,
+        config=config,
         tensors=tensors,
         tokenizer=whole.tokenizer,
         why_no_tokenizer=whole.why_no_tokenizer,
