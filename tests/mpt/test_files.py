@@ -1,5 +1,6 @@
 """Files and folders written here have their names only once they are whole; what refuses them is said in one line."""
 
+import codecs
 import errno
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpt.errors import MachineRefused, UserError
-from mpt.files import require_writable, whole_file, whole_folder
+from mpt.files import read_json, require_writable, whole_file, whole_folder
 
 
 def test_a_folder_has_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -98,3 +99,9 @@ def test_a_full_standard_output_is_one_line_and_code_5(unbuffered: str) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
     assert done.returncode == 5 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
+
+
+def test_a_byte_order_mark_is_passed_over_in_every_file_a_user_writes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(codecs.BOM_UTF8 + b'{"prompt": "Hi"}\n')
+    assert read_json(path) == {"prompt": "Hi"}  # configs, manifests, mixtures
