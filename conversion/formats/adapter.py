@@ -4,11 +4,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from conversion.source import Source
-from conversion.tensors import Lazy
 from mpt.catalog import ADAPTER_CONFIG
 from mpt.errors import UnsupportedConfig
 from mpt.lora import open_lora, trained_context
@@ -29,7 +25,7 @@ def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> 
     config.max_seq_len = trained_context(folder, config)
     tensors = dict(whole.tensors)
     for name, (a, b) in lora.pairs({name: tensor.shape for name, tensor in tensors.items()}).items():
-        tensors[name] = _added(tensors[name], a, b, lora.scale)
+        tensors[name] = tensors[name].plus_product(a, b, lora.scale)
     return Source(
         kind="adapter",
         path=folder,
@@ -45,12 +41,3 @@ def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> 
         folder=folder,
         manifests=(folder, *whole.manifests),
     )
-
-
-def _added(base: Lazy, a: Tensor, b: Tensor, scale: float) -> Lazy:
-    def read() -> Tensor:
-        values = base.read()
-        product = torch.mm(b.float(), a.float()).mul_(scale)
-        return product.add_(values).to(values.dtype)
-
-    return Lazy(base.dtype, base.shape, read, base.where)
