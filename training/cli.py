@@ -203,7 +203,9 @@ def export(
 ) -> None:
     """Write a run's newest checkpoint, or a LoRA merged into its base, as a folder that serves and converts.
 
-    Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
+    Example: train export runs/mpt-7b-my/model --merge --out my-model
+
+    after: train finetune --base mpt-7b --data my.jsonl --lora 16
     """
     import torch
 
