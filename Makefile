@@ -8,9 +8,10 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
+# pip says what it collects and shows a bar for each download: minutes of silence look like a command that hangs.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
 serve: setup  ## the four mpt-tiny models on http://127.0.0.1:8000

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from conversion.format_table import FORMATS, exports
+from conversion.format_table import FORMATS, check_options, exports
 from conversion.options import DtypeChoice, Options, TritonChoice
 from mpt.command_line import DeviceOption, DtypeOption, KVCacheOption, QuantizeOption
 from mpt.errors import DamagedFile, UserError
+from mpt.files import check_target
 
 if TYPE_CHECKING:
     from conversion.source import Source
@@ -51,8 +52,6 @@ def convert(
 
     Example: mpt convert mpt-tiny my-onnx --to onnx --dtype int8
     """
-    from conversion.convert import convert as run
-
     options = Options(
         to=to,
         dtype=dtype,
@@ -63,6 +62,13 @@ def convert(
         tokenizer=tokenizer,
         base=base,
     )
+    from conversion.open import locate
+
+    check_options(options)
+    check_target(target)
+    locate(source)
+    from conversion.convert import convert as run
+
     with _bar() as progress:
         report = run(source, target, options, progress)
     if verify:
@@ -88,12 +94,13 @@ def inspect(
       mpt inspect downloads/model-q8_0.gguf
       mpt inspect mpt-tiny --run --quantize int8
     """
-    from conversion.open import open_source
+    from conversion.open import locate, open_source
     from mpt.options import ModelOptions
 
     options = ModelOptions(source, device, dtype, quantize, kv_cache)
     if not run and options != ModelOptions(source):
         raise UserError("--device, --dtype, --quantize and --kv-cache are for `--run`; give it too, or leave them out")
+    locate(source)
     opened = open_source(source, tokenizer, base)
     found = _described(opened) | {"next": _next_commands(opened, source)}
     if run:
@@ -118,12 +125,16 @@ def verify(
 
     Example: mpt verify my-onnx --against mpt-tiny
     """
-    from conversion import verify as verification
+    from conversion.open import locate
     from mpt.manifest import MANIFEST, read_manifest
 
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None:
         raise UserError(f"`{folder}` has no {MANIFEST}; give a folder that `mpt convert` or `train` wrote")
+    if against:
+        locate(against)
+    from conversion import verify as verification
+
     report = verification.again(folder, manifest, against)
     print(report.to_json() if as_json else report.render())
     if not report.is_good:

@@ -4,7 +4,6 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from conversion import card, metadata, verify
-from conversion.format_table import ExportFormat, export, exports
+from conversion.format_table import check_options, export, exports
 from conversion.open import open_source
 from conversion.options import Options
 from conversion.source import Source
@@ -34,6 +33,7 @@ def convert(
 
     Raises UserError, UnsupportedConfig and DamagedFile; then nothing of `out` is there.
     """
+    check_options(options)
     target = export(options.to)
     source = open_source(name_or_path, options.tokenizer, options.base)
     dtype = resolve_dtype(source, options)
@@ -87,14 +87,12 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 
 
 def resolve_dtype(source: Source, options: Options) -> str:
-    """The dtype weights are written in. Raises UserError for one the target has not."""
+    """The dtype weights are written in."""
     known = export(options.to).dtypes
-    if options.dtype == "auto":
-        own = str(source.dtype).removeprefix("torch.")
-        return own if own in known else known[0]
-    if options.dtype not in known:
-        raise UserError(f"`--dtype {options.dtype}` does not exist for {options.to}; it has {', '.join(known)}")
-    return options.dtype
+    if options.dtype != "auto":
+        return options.dtype
+    own = str(source.dtype).removeprefix("torch.")
+    return own if own in known else known[0]
 
 
 def beyond(source: Source) -> dict[str, dict[str, str]]:
@@ -117,17 +115,7 @@ def _refusals(source: Source, options: Options) -> list[str]:
                 f"{options.to} cannot express {why}; the copy would answer differently. Take another --to, or "
                 f"--allow {name} to give it up"
             )
-    _refuse_options_of_others(options, target)
     return [lost[name] for name in options.allow]
-
-
-def _refuse_options_of_others(options: Options, target: ExportFormat) -> None:
-    defaults = {field.name: field.default for field in fields(Options) if field.default is not MISSING}
-    for name, row in exports().items():
-        for option in set(row.options) - set(target.options):
-            if getattr(options, option) != defaults[option]:
-                flag = option.replace("_", "-")
-                raise UserError(f"`--{flag}` goes with --to {name}, not {options.to}")
 
 
 def _manifest(

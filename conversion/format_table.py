@@ -8,12 +8,13 @@ Not here: adapters, which are a change to a checkpoint and no format of one (`fo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from conversion.options import Options
 from mpt.errors import UserError
+from mpt.extras import require
 
 if TYPE_CHECKING:
     from conversion.running import Runner
@@ -72,6 +73,7 @@ class ExportFormat(Format):
     options: tuple[str, ...] = ()  # fields of `Options` that only this format has
     file: str = ""  # in the written folder, where that file and not the folder is opened to read it again
     has_card: bool = False  # a README.md for the hub is written
+    needs: tuple[str, ...] = ()  # modules of the extra `conversion` that write and verify it
 
     def writer(self) -> Writer:
         return self.module()
@@ -164,6 +166,7 @@ FORMATS: dict[str, Format] = {
         help="for onnxruntime",
         dtypes=("float32", "float16", "int8", "int4"),
         options=("triton",),
+        needs=("onnx", "onnxruntime"),
     ),
     "fastertransformer": ExportFormat(
         kind="fastertransformer",
@@ -186,6 +189,7 @@ FORMATS: dict[str, Format] = {
         help="for llama.cpp",
         dtypes=("float32", "float16", "bfloat16", "int8", "int4"),
         file="model.gguf",
+        needs=("gguf",),
     ),
     "ggml": Format(
         kind="ggml",
@@ -208,3 +212,19 @@ def export(name: str) -> ExportFormat:
     if name not in known:
         raise UserError(f"`--to {name}` does not exist; take one of {', '.join(known)}")
     return known[name]
+
+
+def check_options(options: Options) -> None:
+    """Raises UserError for a dtype that the target does not have, for an option that only other targets have, and where
+    what writes the target is not installed.
+    """
+    target = export(options.to)
+    require(f"--to {options.to}", "conversion", *target.needs)
+    if options.dtype not in ("auto", *target.dtypes):
+        raise UserError(f"`--dtype {options.dtype}` does not exist for {options.to}; it has {', '.join(target.dtypes)}")
+    defaults = {field.name: field.default for field in fields(Options) if field.default is not MISSING}
+    for name, row in exports().items():
+        for option in set(row.options) - set(target.options):
+            if getattr(options, option) != defaults[option]:
+                flag = option.replace("_", "-")
+                raise UserError(f"`--{flag}` goes with --to {name}, not {options.to}")

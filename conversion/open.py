@@ -1,24 +1,46 @@
 """Opens a checkpoint of any kind: recognised by looking at its path, read by its format's module.
 
-Above the formats, which know nothing of each other; an adapter is handed its base opened.
+Above the formats, which know nothing of each other; an adapter is handed its base opened. Recognising imports nothing
+heavy, so that what is no MPT is refused before the seconds that importing torch takes.
 """
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conversion.format_table import FORMATS, Format, exports
-from conversion.formats import adapter
-from conversion.source import Source
+from mpt.architecture import read_architecture
 from mpt.catalog import ADAPTER_CONFIG, find_local, is_adapter, refuse_ctranslate2
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
+
+if TYPE_CHECKING:
+    from conversion.source import Source
 
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip", ".tar.zst", ".7z")
 
 
-def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: str | None = None) -> Source:
+def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: str | None = None) -> "Source":
     """Open a checkpoint of any kind: a path, or a name of the catalog whose copy is on this machine.
 
     tokenizer: a folder, for kinds that bring none. base: what an adapter is added to, instead of what it names.
+    Raises CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError.
+    """
+    path, its_format = locate(name_or_path)
+    if its_format is None:
+        from conversion.formats import adapter
+
+        return adapter.read(path, base, open_source)
+    if base is not None:
+        raise UserError(f"`--base` goes with adapters; `{path}` is {its_format.kind}")
+    source = its_format.reader().read(path, tokenizer)
+    if source.tokenizer is not None:
+        source.tokenizer.require_rows(source.config.vocab_size, tokenizer or path, is_given=tokenizer is not None)
+    return source
+
+
+def locate(name_or_path: str | Path) -> tuple[Path, Format | None]:
+    """Where a checkpoint lies, and its format; None for an adapter. What it says of its model is checked.
+
     Raises CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError.
     """
     path = Path(name_or_path).expanduser()
@@ -31,17 +53,12 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
     its_format = None if is_adapter(path) else recognise(path)
     if path.is_dir():
         refuse_links_outside(path)
-    if its_format is None:
-        return adapter.read(path, base, open_source)
-    if base is not None:
-        raise UserError(f"`--base` goes with adapters; `{path}` is {its_format.kind}")
-    source = its_format.reader().read(path, tokenizer)
-    if source.tokenizer is not None:
-        source.tokenizer.require_rows(source.config.vocab_size, tokenizer or path, is_given=tokenizer is not None)
-    return source
+    if its_format is not None and its_format.is_base:
+        read_architecture(path)
+    return path, its_format
 
 
-def open_written(folder: Path) -> Source:
+def open_written(folder: Path) -> "Source":
     """Open what `mpt convert` wrote: the folder, or the one file in it."""
     files = (folder / row.file for row in exports().values() if row.file)
     return open_source(next((file for file in files if file.is_file()), folder))

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+from mpt.extras import require  # the one of `mpt` that is needed: which command installs them, this copy knows
 
 NAMES = ("chat", "instruct", "storywriter", "base", "compare")
 SHARED = ("mpt_space.py", "mpt_page.py")  # what each Space needs beside its own folder
@@ -66,6 +69,8 @@ def demo(
         _refuse("--auth takes USER:PASSWORD")
     if host not in ("127.0.0.1", "localhost", "::1") and not auth:
         _say(f"warning: everybody who reaches {host} can use the page; --auth USER:PASSWORD asks them for a password")
+    require("`mpt demo`", "demos", "gradio")
+    _check_port(host, port)  # before the seconds that Gradio and a server's models take
     with _stopped_by_sigterm():
         if url is not None:
             _show(what, url, api_key, host, port, (user, password) if auth else None)
@@ -74,14 +79,20 @@ def demo(
             _show(what, started, None, host, port, (user, password) if auth else None)
 
 
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that is taken, or an address that is not this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            _refuse(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host")
+
+
 def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tuple[str, str] | None) -> None:
     """Serve the page until interrupted."""
-    try:
-        from demos import mpt_page, mpt_space, server
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        _refuse("Gradio is not installed; install it with `pip install 'mpt-home[demos]'`")
+    from demos import mpt_page, mpt_space, server
+
     source = mpt_space.Server(url, key)
     blocks = server.site(source) if what == "all" else server.page(what, source)
     try:
@@ -93,8 +104,8 @@ def _show(what: str, url: str, key: str | None, host: str, port: int, auth: tupl
             prevent_thread_lock=True,
             **mpt_page.launch_options(),
         )
-    except OSError as error:
-        _refuse(f"port {port} cannot be used ({error}); choose another with --port")
+    except OSError as error:  # somebody has taken it meanwhile
+        _refuse(f"cannot listen on {host}:{port}: {error}; choose another --port")
     _say(f"ready on http://{host}:{port}, with the server at {source.url}; Ctrl-C ends it")
     try:
         threading.Event().wait()
@@ -159,12 +170,20 @@ def _copy(name: str | None, folder: Path | None) -> None:
     existing = [path.name for path in sources if (folder / path.name).exists()]
     if existing:
         _refuse(f"`{folder}` already has {', '.join(existing)}; nothing was copied; name another folder")
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sources:
             shutil.copyfile(path, folder / path.name)
     except OSError as error:
-        _refuse(f"cannot write to `{folder}`: {error.strerror}")
+        if folder.is_dir():
+            for path in sources:
+                (folder / path.name).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
+        if error.filename is None:  # of a write
+            error.filename = str(folder)
+        raise  # the command line has a line and a code for each kind
     _say(f"copied {', '.join(path.name for path in sources)} to `{folder}`; run it with `python {folder / 'app.py'}`")
 
 

@@ -52,4 +52,4 @@ def site(server: Server) -> gr.Blocks:
 
 def mount(app: "FastAPI", url: str, key: str | None = None, path: str = "/demo") -> "FastAPI":
     """The app with the site under a path; it talks to the server at a URL, which may be the app itself."""
-    return gr.mount_gradio_app(app, site(Server(url, key)), path, **page_options())
+    return gr.mount_gradio_app(app, site(Server(url, key)), path, ssr_mode=False, **page_options())

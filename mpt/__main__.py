@@ -1,5 +1,5 @@
 """`python -m mpt` is the `mpt` command."""
 
-from mpt.cli import main
+from mpt import entry
 
-main()
+entry.mpt()

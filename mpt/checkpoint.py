@@ -25,10 +25,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from mpt.architecture import read_keys
 from mpt.bounded import parse_json
-from mpt.catalog import GPTQ_FILES, refuse_ctranslate2
+from mpt.catalog import GPTQ_FILES
 from mpt.config import MPTConfig
-from mpt.config_keys import READ_TYPES, extended_type, language_model
+from mpt.config_keys import extended_type
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
 from mpt.files import read_json, read_optional_json, whole_folder
 from mpt.gguf import model as gguf_model
@@ -164,20 +165,8 @@ def save(
 
 def read_config(place: Path) -> MPTConfig:
     """The config of a folder or a GGUF file. Raises CheckpointNotFound, DamagedFile, UnsupportedConfig."""
-    if is_gguf(place):
-        return gguf_model.read_config(open_gguf(place))
-    path = place / "config.json"
-    if not path.is_file():
-        raise CheckpointNotFound(f"`{place}` has no config.json; give the folder of a Hugging Face style checkpoint")
-    refuse_ctranslate2(place)
-    raw = read_json(path)
-    if language_model(raw) is None:
-        kinds = ", ".join(f"`{kind}`" for kind in READ_TYPES)
-        raise UnsupportedConfig(
-            f"`{path.name}` has model_type `{raw.get('model_type')}`; this reads MPT ({kinds}) and models whose config "
-            "holds one of these"
-        )
-    return MPTConfig.from_dict(raw)
+    keys = read_keys(place)
+    return MPTConfig(**keys) if is_gguf(place) else MPTConfig.from_dict(keys)
 
 
 def stored_tensors(place: Path) -> dict[str, Weight]:

@@ -193,9 +193,10 @@ def train(context: typer.Context) -> None:
 
 def _load(options: ModelOptions) -> "LocalModel":
     """A model in this process, or its error before the seconds that importing torch takes."""
+    from mpt.architecture import read_architecture
     from mpt.catalog import resolve
 
-    resolve(options.root)
+    read_architecture(resolve(options.root))
     from mpt.engine.local import LocalModel
 
     return LocalModel(options)

@@ -95,8 +95,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is not None and Path(os.fsdecode(error.filename)) == partial:
-            error.filename = str(path)  # the name that was asked for
+        if isinstance(error, OSError) and (error.filename is None or Path(os.fsdecode(error.filename)) == partial):
+            error.filename = str(path)  # the name that was asked for; a write to a file that is open has none
         raise
 
 
@@ -116,14 +116,19 @@ def require_writable(path: Path) -> None:
         path.unlink()
 
 
+def check_target(folder: Path) -> None:
+    """Raises UserError unless a folder can be made here: there is nothing, or an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"`{folder}` exists and is not an empty folder; choose another one or remove it")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which gets its name at the end; after an error nothing is left.
 
     Raises UserError if `folder` exists and is not empty or cannot be a folder, MachineRefused when the disk refuses it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"`{folder}` exists and is not an empty folder; choose another one or remove it")
+    check_target(folder)
     final = folder.absolute()
     partial = final.with_name(final.name + ".partial")
     try:

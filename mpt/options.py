@@ -19,6 +19,12 @@ _PREFIX_CACHE_GB = 20
 TINY = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")  # served when nothing is asked for
 
 
+def split_name(model: str) -> tuple[str, str | None]:
+    """The base and the adapter of a request's `model`."""
+    base, colon, adapter = model.partition(":")
+    return base, adapter if colon else None
+
+
 def chunk_alone(chunk: int) -> int:
     """Tokens of a prompt that are read in a step where nobody waits for it. chunk: where others do, `prefill_chunk`.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from mpt.engine.adapters import split_name
+from mpt.options import split_name
 
 _models: ContextVar[frozenset[str] | None] = ContextVar("models of the client", default=None)
 

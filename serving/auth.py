@@ -17,9 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
-from mpt.engine.adapters import split_name
 from mpt.errors import UserError
-from mpt.options import MODEL_NAME
+from mpt.options import MODEL_NAME, split_name
 from serving.errors import Unauthorized
 from serving.limits import NO_LIMITS, Limits
 from serving.options import HttpOptions

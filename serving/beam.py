@@ -9,7 +9,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from mpt.backends.capabilities import asked_for
-from mpt.engine.request import Delta, EngineError, Event, Sampling, TokenLogprob
+from mpt.engine.errors import EngineError
+from mpt.engine.request import Delta, Event, Sampling, TokenLogprob
 from mpt.engine.sequence import Answer
 from mpt.tokenizer import DetokenizeStream
 from serving.errors import InvalidRequest, from_engine

@@ -13,7 +13,9 @@ import typer
 
 from mpt.command_line import DeviceOption, DtypeOption, KeyOption, KVCacheOption, QuantizeOption, ThreadsOption
 from mpt.errors import UserError
+from mpt.extras import require
 from serving.flags import check_folders
+from serving.listening import listen
 
 P = ParamSpec("P")
 
@@ -355,11 +357,14 @@ def serve(
     if print_config:
         print(as_yaml(settings), end="")
         return
-    resolve_models(options)
     check_folders(options)
-    from serving import server
+    if options.demo:
+        require("--demo", "demos", "gradio")
+    with listen(options.host, options.port) as listener:
+        resolve_models(options)
+        from serving import server
 
-    server.serve(options)
+        server.serve(options, listener)
 
 
 def _given(command: Callable[..., None], context: typer.Context | None, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
 from mpt.errors import MPTError
 from mpt.lora import Adapter
+from mpt.options import split_name
 from serving.access import may_reach, may_use, reached
 from serving.connections import Connections
 from serving.errors import ApiError, NotFound, Unavailable, adapter_damaged

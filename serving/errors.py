@@ -6,7 +6,7 @@ The engine's errors are translated here; nothing else decides a status.
 import logging
 from typing import Any
 
-from mpt.engine.request import (
+from mpt.engine.errors import (
     EngineError,
     EngineGone,
     Overloaded,

@@ -20,9 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.access import limited_to
 from serving.auth import Door
 from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
+from serving.front import wants_page
 from serving.heads import Hosts, refusal_of
+from serving.http_metrics import HttpMetrics
 from serving.limits import Admission, RateLimiter
-from serving.metrics import HttpMetrics
 from serving.options import is_loopback
 from serving.quotas import Account, QuotaBook
 from serving.wire import respond
@@ -125,7 +126,7 @@ class Gate:
             return HeadersTooLarge(f"the headers are over the limit of {_MAX_HEADERS} bytes; send less")
         if (wrong := refusal_of(scope["headers"], self._hosts)) is not None:
             return wrong
-        if scope["path"] in _OPEN:
+        if scope["path"] in _OPEN or wants_page(scope):
             return None
         try:
             client = self._door.client(headers)

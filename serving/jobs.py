@@ -12,7 +12,8 @@ from typing import Any
 
 from mpt.engine import clock
 from mpt.engine.endpoint import Endpoint
-from mpt.engine.request import Delta, EngineError, Event, Progress, RequestTimeout, Sampling, Started
+from mpt.engine.errors import EngineError, RequestTimeout
+from mpt.engine.request import Delta, Event, Progress, Sampling, Started
 from mpt.engine.sequence import Answer
 from mpt.lora import Adapter
 from mpt.tools import ToolUse

@@ -6,17 +6,18 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from mpt.engine.adapters import split_name
 from mpt.engine.endpoint import Endpoint
+from mpt.options import split_name
 from serving.access import may_use
+from serving.bodies import read
 from serving.dialects import ollama
 from serving.dialects.ollama import ShowRequest
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest, NotFound
-from serving.intake import chat_tokens, encoded, read, tokenizing
+from serving.intake import chat_tokens, encoded, tokenizing
 from serving.protocol.body import check_ids
 from serving.protocol.messages import tool_use_of
-from serving.replies import as_json, welcome
+from serving.replies import as_json
 from serving.routes import DetokenizeRequest, TokenizeRequest
 
 _MAX_TOKENS = 65_536  # of one text to be made: 20 ms in one call
@@ -99,7 +100,7 @@ def listing(serving: Serving) -> dict[str, Callable[..., Any]]:
     return {
         "models": models, "model": model, "tokenize": tokenize, "detokenize": detokenize, "load": load,
         "tokenizer_info": tokenizer_info, "ollama_tags": ollama_tags, "ollama_ps": ollama_ps,
-        "ollama_show": ollama_show, "root": welcome,
+        "ollama_show": ollama_show,
     }  # fmt: skip
 
 

@@ -10,8 +10,3 @@ WELCOME = "MPT is served here: OpenAI's API under /v1, Ollama's under /api"
 
 def as_json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
-
-
-async def welcome() -> Response:
-    """What is at `/`, for people and for clients that look whether somebody is there."""
-    return as_json({"message": WELCOME})

@@ -15,13 +15,15 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
-from fastapi import Request
 
 from mpt.errors import UserError
 from serving.redaction import redacted_json
+
+if TYPE_CHECKING:
+    from fastapi import Request
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class RequestLog:
         )
         threading.Thread(target=self._write_all, name="request log", daemon=True).start()
 
-    def note(self, request: Request, body: bytes) -> None:
+    def note(self, request: "Request", body: bytes) -> None:
         """Write a request's line, soon."""
         with self._lock:
             if self._n_waiting + len(body) > _MOST_WAITING:
@@ -142,7 +144,7 @@ def _readable(body: bytes) -> Any:
         return None
 
 
-def note_request(request: Request, body: bytes) -> None:
+def note_request(request: "Request", body: bytes) -> None:
     """Write a request to the log of its app, if that has one."""
     found: RequestLog | None = request.app.state.request_log
     if found is not None:

@@ -135,13 +135,14 @@ def _check_limits(options: ServeOptions) -> None:
 
 
 def resolve_models(options: ServeOptions) -> None:
-    """Find every model, or say which is none, before the seconds that importing torch takes. Raises UserError."""
+    """Find every model, or say which is none, before the seconds that importing torch takes. Raises MPTError."""
+    from mpt.architecture import read_architecture
     from mpt.catalog import resolve
 
     for model in options.models.values():
         for source in (model.root, model.draft):
             if source is not None and not source.startswith(TRITON):
-                resolve(source)
+                read_architecture(resolve(source))
 
 
 def as_yaml(settings: Mapping[str, Any]) -> str:

@@ -26,13 +26,12 @@ from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mpt.errors import UserError
-from mpt.extras import install
 from serving.app import make_app
 from serving.batch.service import BatchService
 from serving.connections import Clocks, Connections, Crowded, most_connections, timed_protocol
 from serving.endpoints import Serving
 from serving.heads import Hosts
+from serving.listening import url_of
 from serving.logs import process_age_s, set_up_logging
 from serving.options import ServeOptions, is_loopback
 
@@ -42,22 +41,18 @@ _LAST_BYTES_S = 5.0  # for clients that read slowly, when the engines have ended
 _LOOK_S = 0.2  # between two looks at whether the engines still run
 
 
-def serve(options: ServeOptions) -> None:
-    """Serve until told to stop. Raises MPTError if a model cannot be loaded or the port is taken."""
+def serve(options: ServeOptions, listener: socket.socket) -> None:
+    """Serve on a bound socket until told to stop. Raises MPTError if a model cannot be loaded."""
     set_up_logging()
     gc.freeze()  # what has been imported stays: with it a collection, after an unload, stops everybody for 0.5 s
     connections = Connections(most_connections(options.max_connections))
     serving = Serving(options, loading=set(options.models), connections=connections)
-    listener = _listen(options.host, options.port)
     is_open = is_loopback(options.host) and not (options.api_keys or options.api_key_file)
     app = make_app(serving, hosts=Hosts(options.allowed_hosts) if is_open else None)
     if options.demo:
-        _mount_demos(app, _url_of(listener))
+        _mount_demos(app, url_of(listener))
     server = _Server(serving, app)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        listener.close()
+    server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure
 
@@ -89,7 +84,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if sockets:
-            self._tasks.append(asyncio.create_task(self._load(_url_of(sockets[0]))))
+            self._tasks.append(asyncio.create_task(self._load(url_of(sockets[0]))))
 
     async def _load(self, url: str) -> None:
         serving = self._serving
@@ -112,6 +107,8 @@ class _Server(uvicorn.Server):
         if (batches := self._batches) is not None:
             batches.resume()
         log.info("ready after %.1f s on %s, %s", process_age_s(), url, auth)
+        demos = f"; the demos are at {url}/demo/" if serving.options.demo else ""
+        log.info("to look at it and try it, open %s/ in a browser%s", url, demos)
         self._tasks.append(asyncio.create_task(self._unload_idle()))
         await self._leave_when_one_stops()
 
@@ -199,30 +196,9 @@ def _leave_at_once() -> None:
     os._exit(0)
 
 
-def _url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def _mount_demos(app: FastAPI, url: str) -> None:
-    """The Spaces under /demo, asking this server over HTTP as anybody would. Raises UserError without Gradio."""
-    try:
-        from demos import server as demos  # the command line's stage may compose others
-    except ModuleNotFoundError as error:
-        raise UserError(f"--demo needs `{error.name}`; {install('demos')}") from error
+    """The Spaces under /demo, asking this server over HTTP as anybody would."""
+    from demos import server as demos  # the command line's stage may compose others
+
     app.add_route("/demo", lambda _: RedirectResponse("/demo/"), include_in_schema=False)
     demos.mount(app, url)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket; the error of a port that is taken comes before anything is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
-    return listener

@@ -21,7 +21,9 @@ MAY_IMPORT = {
 # The command lines, where the stages come together.
 MEETS = {
     "mpt/cli.py": {"conversion", "demos", "serving", "training"},
+    "mpt/entry.py": {"serving", "training"},
     "serving/server.py": {"demos"},  # `mpt serve --demo`
+    "demos/cli.py": {"mpt"},  # `mpt demo`; the Spaces themselves stand alone
 }
 # Inside `mpt`: a checkpoint is known without what computes it, which is known without what runs requests on it.
 LAYERS = ("mpt", "mpt.backends", "mpt.engine")

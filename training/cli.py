@@ -15,7 +15,7 @@ import typer
 
 from mpt.command_line import Dtype, new_app, run_app
 from mpt.errors import UserError
-from training import flags, recipes, run_cli
+from training import checks, flags, recipes, run_cli
 from training import plan as planning
 from training.data.cli import app as data_app
 from training.evaluation.cli import evaluate
@@ -85,14 +85,15 @@ def finetune(
     """
     from mpt.catalog import offline
 
+    changes = flags.changes(given)
     with offline(dry_run):
-        run, decided_by = _finetune_run(recipe, config, flags.changes(given))
+        checks.check_run(changes)
+        run, decided_by = _finetune_run(recipe, config, changes)
         _train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
 
 
 def _finetune_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tuple[Run, str]:
     """What `train finetune` trains, and what decided its prompt style. Raises UserError."""
-    from mpt.catalog import describe
     from training import folder, prompt_style
     from training.data import files
 
@@ -106,7 +107,6 @@ def _finetune_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> 
             example = "train finetune --base mpt-tiny --data my.jsonl"
             raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
     base, data = changes.pop("base"), changes.pop("data")
-    describe(base)  # a name nobody knows is refused before anything is made
     out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}"
     run = recipes.make_finetune(recipe, base, data, out, **changes)
     style, decided_by = prompt_style.choose(run, recipe, changes.get("prompt_style"))
@@ -133,8 +133,10 @@ def pretrain(
     """
     from mpt.catalog import offline
 
+    changes = flags.changes(given)
     with offline(dry_run):
-        _train(_pretraining_run(recipe, config, flags.changes(given)), resume, dry_run, as_json, gpus)
+        checks.check_run(changes)
+        _train(_pretraining_run(recipe, config, changes), resume, dry_run, as_json, gpus)
 
 
 def _pretraining_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> Run:
@@ -207,22 +209,22 @@ def export(
 
     after: train finetune --base mpt-7b --data my.jsonl --lora 16
     """
+    if out.exists():
+        raise UserError(f"`{out}` exists; choose another --out")
+    is_run = (source / "run.json").is_file()
+    if not (merge or is_run):
+        raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
     import torch
 
     from training import adapters
     from training import export as writer
 
-    if out.exists():
-        raise UserError(f"`{out}` exists; choose another --out")
-    is_run = (source / "run.json").is_file()
     wanted: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
     if merge:
         folder = source / "model" if is_run else source
         print(adapters.merge(folder, out, wanted))
-    elif is_run:
-        print(writer.latest(source, out, wanted))
     else:
-        raise UserError(f"`{source}` holds no run.json; give a run's folder, or --merge with a LoRA's `model` folder")
+        print(writer.latest(source, out, wanted))
 
 
 @app.command()

@@ -180,14 +180,24 @@ def _raw_set(name: str) -> RawSet:
 
     if (stored := streams.rows_of(name)) is not None:
         return stored.raw_set()
+    check_name(name)
     bare, parts = layout.split_name(name)
     path = Path(bare).expanduser()
     if path.is_dir():
         return RawSet(hub.in_folder(path, parts))
-    if path.exists() and not parts:
-        return RawSet([path])
-    if hub.is_known(name):
-        return hub.open_set(name)
+    return RawSet([path]) if path.exists() and not parts else hub.open_set(name)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name of no set, and for a path where nothing is; nothing is read or downloaded."""
+    from training.data import streams
+
+    if name in DATASETS or streams.is_stream(name) or hub.is_known(name):
+        return
+    bare, parts = layout.split_name(name)
+    path = Path(bare).expanduser()
+    if path.is_dir() or (path.exists() and not parts):
+        return
     known = [*DATASETS, *hub.SETS]
     close = get_close_matches(bare, known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}; or give a file, folder or URL"

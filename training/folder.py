@@ -16,6 +16,7 @@ from typing import Any
 from mpt.errors import UserError
 from mpt.files import write_whole
 from training import checkpoint, flags
+from training.checks import check_folder
 from training.distributed import World
 from training.run import Changes, Run, declarations
 
@@ -66,8 +67,7 @@ def claimed(run: Run, resume: bool) -> Iterator[Changed]:
 def _claim(run: Run, out: Path, resume: bool) -> Changed:
     path = out / "run.json"
     if not path.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"`{out}` is not empty and holds no run; choose another --out")
+        check_folder(out)
         if run.start_from is not None:
             _check_state(run, Path(run.start_from))
         out.mkdir(parents=True, exist_ok=True)

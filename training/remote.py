@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mpt.errors import MachineRefused, UserError
+from mpt.extras import install
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class Remote:
             if isinstance(self.files, LocalFileSystem):  # elsewhere a folder is no more than the names in it
                 self.files = LocalFileSystem(auto_mkdir=True)
         except (ImportError, ValueError) as error:
-            raise UserError(f"`{url}` cannot be opened: {error}") from error
+            hint = f"; {install('s3')}" if isinstance(error, ImportError) and url.startswith("s3:") else ""
+            raise UserError(f"`{url}` cannot be opened: {error}{hint}") from error
         self.url, self.root = url, PurePosixPath(root)
 
     def make_folder(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,7 +242,7 @@ def _section(path: Path) -> _Ini:
 
 def _config(ini: _Ini, path: Path, has_head: bool) -> MPTConfig:
     d_model = ini.number("head_num") * ini.number("size_per_head")
-    facts = {
+    facts: dict[str, Any] = {
         "d_model": d_model,
         "n_heads": ini.number("head_num"),
         "n_layers": ini.number("num_layer"),

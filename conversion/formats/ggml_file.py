@@ -23,7 +23,7 @@ from conversion.tensors import Lazy
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
 from mpt.gguf import ggml_blocks, ggml_types
-from mpt.gguf.model import attention_keys
+from mpt.gguf.config import attention_keys
 from mpt.tokenizer import Tokenizer
 
 _LAYOUTS = {

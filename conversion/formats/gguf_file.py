@@ -19,8 +19,9 @@ from conversion.source import Source, complete
 from conversion.tensors import Lazy
 from mpt.errors import UserError
 from mpt.gguf import ggml_blocks, ggml_types
+from mpt.gguf.config import ARCHITECTURE
 from mpt.gguf.file import open_gguf
-from mpt.gguf.model import ARCHITECTURE, gguf_name, how_made, read_config, read_weights
+from mpt.gguf.model import gguf_name, how_made, read_config, read_weights
 from mpt.tokenizer import CHATML_END, Tokenizer
 
 PRE = "mpt"  # llama.cpp's name for the GPT-2 pattern that NeoX's ByteLevel splits by; tested against llama.cpp itself

@@ -77,5 +77,5 @@ def find_device(device: str) -> str:
         raise UserError(f"ONNX folders need onnxruntime; {install('conversion')}") from error
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device == "cuda" and not has_cuda:
-        raise MachineRefused("onnxruntime has no CUDA here; install onnxruntime-gpu, or take --device cpu")
+        raise MachineRefused(f"onnxruntime has no CUDA here; {install('gpu')}, or take --device cpu")
     return "cuda" if has_cuda and device != "cpu" else "cpu"

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 
-from mpt.engine.request import Delta, EngineError, EngineFailed, Event, TokenLogprob
+from mpt.engine.errors import EngineError, EngineFailed
+from mpt.engine.request import Delta, Event, TokenLogprob
 from mpt.engine.sequence import Request, Sequence, Taken
 
 log = logging.getLogger(__name__)

@@ -25,33 +25,31 @@ from mpt.backends import compilations
 from mpt.backends.backend import Backend, RowCopies, Work
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.device_errors import raise_if_lost
+from mpt.draw_parameters import DrawParameters
 from mpt.engine import clock, scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
-from mpt.engine.prefix_files import PrefixFiles
-from mpt.engine.prefix_transfers import PrefixTransfers
-from mpt.engine.profile import StepProfile
-from mpt.engine.request import (
+from mpt.engine.errors import (
     EngineError,
     EngineFailed,
     EngineGone,
-    Event,
     Overloaded,
-    Progress,
-    PromptScored,
     PromptTooLong,
     RequestTimeout,
-    Sampling,
     ShuttingDown,
     Unsupported,
     too_long,
 )
+from mpt.engine.prefix_files import PrefixFiles
+from mpt.engine.prefix_transfers import PrefixTransfers
+from mpt.engine.profile import StepProfile
+from mpt.engine.request import Event, Progress, PromptScored, Sampling
 from mpt.engine.scheduler import Scheduler
 from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.engine.speculation import Speculation
 from mpt.errors import DeviceLost, EngineStopped
 from mpt.lora import Adapter
-from mpt.sampling import DrawParameters, columns, sample
+from mpt.sampling import columns, sample
 from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ from mpt.backends.backend import Backend, Row, Work
 from mpt.backends.device_errors import raise_if_lost
 from mpt.engine import scoring
 from mpt.engine.delivery import Outbox
+from mpt.engine.errors import EngineFailed
 from mpt.engine.prefix_files import BLOCK
 from mpt.engine.prefix_transfers import PrefixTransfers
 from mpt.engine.prefixes import Kept, Prefixes, common_length
-from mpt.engine.request import EngineFailed, Started
+from mpt.engine.request import Started
 from mpt.engine.sequence import Sequence
 from mpt.engine.speculation import Speculation
 from mpt.engine.turns import Turns

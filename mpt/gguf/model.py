@@ -6,23 +6,20 @@ whole tokenizer.json. llama-quantize keeps the layout of what it was given, in o
 `src/models/mpt.cpp`, which applies ALiBi for any bias max, clip_qkv and learned positions.
 """
 
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mpt.config import MPTConfig
-from mpt.errors import DamagedFile, UnsupportedConfig
+from mpt.errors import DamagedFile
 from mpt.gguf import ggml_blocks
+from mpt.gguf.config import read_keys
 from mpt.gguf.file import GGUFFile
 from mpt.gguf.header import GGUFTensor
 from mpt.packed.matrix import Formula, PackedTensor, Rows, Weight
 from mpt.stored import StoredTensor
 
-ARCHITECTURE = "mpt"
 _OUTSIDE = {
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.norm_f": "output_norm",
     "lm_head": "output",
@@ -40,7 +37,6 @@ _FILE_TYPES = {
     32: "BF16",
 }  # fmt: skip
 _CONVERTERS_WRITE = {"F32", "F16", "BF16", "Q8_0"}
-_PIECE = 1 << 24  # bytes that are compared at a time
 
 
 def model_name(name: str) -> str | None:
@@ -67,73 +63,7 @@ def gguf_name(name: str) -> str:
 
 def read_config(file: GGUFFile) -> MPTConfig:
     """The config. Raises UnsupportedConfig for another architecture, DamagedFile where something is missing."""
-    keys, tensors, path = file.keys, file.tensors, file.path
-    architecture = keys.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise UnsupportedConfig(f"`{path}` holds a `{architecture}`; this reads MPT (`{ARCHITECTURE}`)")
-
-    def number(name: str, default: float | None = None) -> Any:
-        value = keys.get(f"{ARCHITECTURE}.{name}", default)
-        if value is None:
-            raise DamagedFile(f"`{path}` has no key `{ARCHITECTURE}.{name}`")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.{name}` {str(value)[:40]!r}, which is no number")
-        if not 0 <= value < 1 << 31:  # nor NaN
-            raise DamagedFile(f"`{path}` has `{ARCHITECTURE}.{name}` {value}, which is not between 0 and 2**31")
-        return value
-
-    if "token_embd.weight" not in tensors:
-        raise DamagedFile(f"`{path}` misses `token_embd.weight`")
-    d_model, n_heads, n_layers = number("embedding_length"), number("attention.head_count"), number("block_count")
-    if tensors["token_embd.weight"].shape[1:] != (d_model,) or d_model == 0:
-        shape = list(tensors["token_embd.weight"].shape)
-        raise DamagedFile(f"`token_embd.weight` in `{path}` is {shape}, and the key embedding_length says {d_model}")
-    if n_layers > len(tensors):  # before a model of so many layers is built
-        raise DamagedFile(f"`{path}` says it has {n_layers} layers, more than it has tensors")
-    n_kv_heads = number("attention.head_count_kv", n_heads)
-    bias_max = _decimal(number("attention.max_alibi_bias", 0.0))
-    clip = _decimal(number("attention.clamp_kqv", 0.0))
-    qk_ln = any("attn_q_norm" in name for name in tensors)
-    return MPTConfig(
-        d_model=d_model,
-        n_heads=n_heads,
-        n_layers=n_layers,
-        expansion_ratio=number("feed_forward_length") / d_model,
-        max_seq_len=number("context_length"),
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        norm_eps=_decimal(number("attention.layer_norm_epsilon", 1e-5)),
-        no_bias="output_norm.bias" not in tensors,
-        tie_word_embeddings="output.weight" not in tensors or is_doubled(file),
-        learned_pos_emb=bias_max > 0 or "position_embd.weight" in tensors,
-        attn_config=attention_keys(n_heads, n_kv_heads, bias_max, clip, qk_ln),
-    )
-
-
-def attention_keys(n_heads: int, n_kv_heads: int, bias_max: float, clip: float, qk_ln: bool) -> dict[str, Any]:
-    """`attn_config` of what ggml's files say. bias_max 0: no ALiBi. clip 0: none."""
-    keys: dict[str, Any] = {"alibi": bias_max > 0, "clip_qkv": clip or None, "qk_ln": qk_ln}
-    if bias_max > 0:
-        keys["alibi_bias_max"] = bias_max
-    if n_kv_heads != n_heads:
-        keys |= {"attn_type": "grouped_query_attention", "kv_n_heads": n_kv_heads}
-    return keys
-
-
-@lru_cache(maxsize=4)  # a config is asked for several times, and the embedding of 256,000 tokens takes 2 GB
-def is_doubled(file: GGUFFile) -> bool:
-    """Whether the output matrix is the embedding once more, byte for byte. An untied one differs in its first piece."""
-    tensors = file.tensors
-    one, other = tensors.get("token_embd.weight"), tensors.get("output.weight")
-    if one is None or other is None or (one.kind, one.shape) != (other.kind, other.shape):
-        return False
-    data = np.memmap(file.path, np.uint8, "r")
-    return all(
-        np.array_equal(
-            data[one.offset + at : one.offset + min(at + _PIECE, one.n_bytes)],
-            data[other.offset + at : other.offset + min(at + _PIECE, one.n_bytes)],
-        )
-        for at in range(0, one.n_bytes, _PIECE)
-    )
+    return MPTConfig(**read_keys(file))
 
 
 def read_weights(file: GGUFFile) -> dict[str, Weight]:
@@ -205,8 +135,3 @@ def how_made(file: GGUFFile) -> str:
     if "quantize.imatrix.file" in keys:
         words += ", with an importance matrix"
     return words
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that a float32 of the file stands for: 0.7, not 0.699999988."""
-    return float(str(np.float32(value)))

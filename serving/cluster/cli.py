@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from mpt.errors import UserError
+from mpt.extras import require
 
 CONFIG = Path(__file__).parents[1] / "config.yaml"
 
@@ -55,6 +56,7 @@ def cluster(
         for line in reload.ask(config, port):
             print(line, flush=True)
         return
+    require("`mpt cluster`", "cluster", "ray", "cryptography")
     from serving.cluster import local
 
     local.run(config or CONFIG, port, cpus, 30.0 if drain_seconds is None else drain_seconds)

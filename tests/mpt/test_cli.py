@@ -1,5 +1,6 @@
 """The `mpt` command: quick to help, one line for a mistake, and what it generates is what the model generates."""
 
+import contextlib
 import io
 import re
 import shutil
@@ -210,14 +211,15 @@ def served(
         return started.pop()
 
     monkeypatch.setenv("MPT_HOME", str(tiny_folders))
-    monkeypatch.setattr("serving.server.serve", started.append)
+    monkeypatch.setattr("serving.server.serve", lambda options, _: started.append(options))
+    monkeypatch.setattr("serving.cli.listen", lambda host, port: contextlib.nullcontext())
     return serve
 
 
 def test_serve_without_arguments_is_the_tiny_family_on_loopback(
     served: Callable[..., ServeOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "resolve", lambda name: Path(name))
+    monkeypatch.setattr("serving.serve_config.resolve_models", lambda options: None)  # the test's folder has two
     options = served()
     tiny = [name for name in catalog.CATALOG if name.startswith("mpt-tiny")]
     assert options.models == {name: ModelOptions(name) for name in tiny}  # the help shows the engine's own defaults

@@ -7,13 +7,15 @@ without the shared data; where that is present, its files are read too.
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import MptConfig, MptForCausalLM
+from transformers import GenerationConfig, MptConfig, MptForCausalLM, PreTrainedConfig
 
+from mpt.architecture import Architecture, read_architecture
 from mpt.checkpoint import read_config
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig
@@ -128,6 +130,24 @@ def test_published_configs_read_as_published(name: str, tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == n_parameters
     if "7b" in name:
         assert len(list(model.parameters())) == 194
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_transformers_a_config_says_the_same(name: str, tmp_path: Path) -> None:
+    config = read(PUBLISHED[name], tmp_path)
+    light = read_architecture(tmp_path)
+    assert {field.name: getattr(light, field.name) for field in fields(Architecture)} == {
+        field.name: getattr(config, field.name) for field in fields(Architecture)
+    }
+    assert light.dropped == config.dropped
+
+
+def test_what_transformers_writes_into_every_config_is_read_without_it(tmp_path: Path) -> None:
+    """`save_pretrained` writes the fields of its base class, and older versions those of its GenerationConfig."""
+    written = MPTConfig().to_dict() | vars(GenerationConfig(max_new_tokens=9, min_p=0.1, stop_strings=["."]))
+    assert {field.name for field in fields(PreTrainedConfig)} <= written.keys()
+    (tmp_path / "config.json").write_text(json.dumps(written, default=str))
+    assert read_architecture(tmp_path).dropped == {}
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -1,42 +1,94 @@
-"""The command that installs an extra is one for the way this copy was installed."""
+"""The command that installs an extra is one for the way this copy was installed, and names packages that exist."""
 
-import json
-from importlib.metadata import PackageNotFoundError
+import ast
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from mpt import extras
+from mpt.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+NOTED = [
+    "torch<2.14,>=2.12",
+    "bitsandbytes>=0.48; extra == 'qlora'",
+    "ray[serve]>=2.60; extra == 'cluster'",
+    "cryptography>=46; extra == 'cluster'",
+    "winonly>=1; sys_platform == 'win32' and extra == 'cluster'",
+]
 
 
-class Installed:
-    def __init__(self, origin: object) -> None:
-        self._text = None if origin is None else json.dumps(origin)
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel in an environment of its own, `mpt-home`, which has pip."""
 
-    def read_text(self, name: str) -> str | None:
-        assert name == "direct_url.json"
-        return self._text
+    class Installed:
+        requires = NOTED
 
-
-@pytest.mark.parametrize(
-    ("origin", "command"),
-    [
-        (None, "pip install 'mpt-home[qlora]'"),
-        ({"url": "file:///home/a%20b/mpt", "dir_info": {"editable": True}}, "pip install -e '/home/a b/mpt[qlora]'"),
-        ({"url": "file:///src/mpt", "dir_info": {}}, "pip install '/src/mpt[qlora]'"),
-        (
-            {"url": "file:///tmp/mpt_home-0.1.0.whl", "archive_info": {}},
-            "pip install 'mpt-home[qlora] @ file:///tmp/mpt_home-0.1.0.whl'",
-        ),
-    ],
-)
-def test_an_extra_is_installed_as_this_copy_was(monkeypatch: pytest.MonkeyPatch, origin: object, command: str) -> None:
-    monkeypatch.setattr(extras, "distribution", lambda name: Installed(origin))
-    assert extras.install("qlora") == f"`{command}`"
+    folder = tmp_path / "mpt-home"
+    (folder / "bin").mkdir(parents=True)
+    monkeypatch.setattr(extras, "distribution", lambda name: Installed())
+    monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(folder))
+    monkeypatch.setattr(sys, "executable", str(folder / "bin" / "python"))
+    return folder
 
 
-def test_a_copy_that_nobody_installed_says_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise PackageNotFoundError(name)
+def test_a_wheel_in_an_environment_that_the_shell_is_not_in(environment: Path) -> None:
+    """Its `pip` would be another one's."""
+    assert extras.install("qlora") == f"`{environment}/bin/python -m pip install 'bitsandbytes>=0.48'`"
 
-    monkeypatch.setattr(extras, "distribution", missing)
-    assert extras.install("data") == "`pip install 'mpt-home[data]'`"
+
+def test_a_wheel_in_the_environment_of_the_shell(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (environment / "bin" / "pip").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(environment / "bin"))
+    assert extras.install("cluster") == "`pip install 'ray[serve]>=2.60' 'cryptography>=46'`"
+
+
+def test_pipx(environment: Path) -> None:
+    (environment / "pipx_metadata.json").write_text("{}")
+    assert extras.install("qlora") == "`pipx inject mpt-home 'bitsandbytes>=0.48'`"
+
+
+def test_uv_tool(environment: Path) -> None:
+    (environment / "uv-receipt.toml").write_text("")
+    assert extras.install("qlora") == f"`uv pip install --python {environment}/bin/python 'bitsandbytes>=0.48'`"
+
+
+def test_an_environment_without_pip(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert extras.install("qlora") == f"`uv pip install --python {environment}/bin/python 'bitsandbytes>=0.48'`"
+
+
+def test_a_checkout_says_what_its_pyproject_says_now(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was noted when it was installed may be older."""
+    monkeypatch.setattr(extras, "_CHECKOUT", ROOT)
+    assert extras.packages("cluster") == EXTRAS["cluster"]
+
+
+def test_what_is_missing_is_told_with_its_command(environment: Path) -> None:
+    with pytest.raises(UserError) as told:
+        extras.require("--x", "qlora", "json", "no_such_module")
+    assert str(told.value) == f"--x needs `no_such_module`; {extras.install('qlora')}"
+
+
+def called(path: Path) -> list[str]:
+    """The extras that a file names in its calls of `install` and `require`."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    place = {"install": 0, "require": 1}
+    named = [(getattr(call.func, "id", ""), call.args) for call in calls]
+    return [ast.literal_eval(args[place[name]]) for name, args in named if name in place and len(args) > place[name]]
+
+
+def test_every_hint_of_every_package_comes_from_here_and_names_an_extra() -> None:
+    found: list[str] = []
+    packages = ("mpt", "serving", "training", "conversion", "demos")
+    for path in (path for name in packages for path in sorted((ROOT / name).rglob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        if "from mpt.extras import" in text:
+            found += called(path)
+        assert path.name == "extras.py" or "pip install" not in text, f"{path}: its command is for one kind of copy"
+    assert {"demos", "cluster", "conversion", "qlora", "s3"} <= set(found) <= EXTRAS.keys()

@@ -20,8 +20,9 @@ from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.prompts import encode_chat
 from serving.cluster import reload
+from serving.ports import free_port
 from tests.serving.otlp import Receiver, attributes, receiving
-from tests.serving.servers import Server, free_port, running, serve_config
+from tests.serving.servers import Server, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
 NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"
@@ -744,7 +745,7 @@ def test_it_leaves_when_told(server):
             pass
         assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
         alive = httpx.get(f"{server.url}/health", timeout=30)
-        assert (alive.status_code, alive.json()["status"]) == (200, "shutting down")
+        assert (alive.status_code, alive.json()["status"]) == (503, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(60) == 0

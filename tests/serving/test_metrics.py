@@ -17,7 +17,8 @@ from mpt.backends.torch_backend import TorchBackend
 from mpt.build import commit
 from mpt.engine import clock
 from mpt.engine.engine import Engine
-from mpt.engine.request import Delta, Event, RequestTimeout, Sampling, Started
+from mpt.engine.errors import RequestTimeout
+from mpt.engine.request import Delta, Event, Sampling, Started
 from mpt.engine.sequence import Answer
 from serving.cluster.relay import RouterMetrics
 from serving.metrics import Metrics

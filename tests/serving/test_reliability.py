@@ -18,7 +18,8 @@ import torch
 import serving as serving_package
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.engine import Engine
-from mpt.engine.request import Delta, EngineFailed, EngineGone, Sampling
+from mpt.engine.errors import EngineFailed, EngineGone
+from mpt.engine.request import Delta, Sampling
 from mpt.errors import DeviceLost, EngineStopped
 from mpt.generation import generate
 from serving import quotas, request_log

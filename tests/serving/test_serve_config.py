@@ -1,5 +1,6 @@
 """`mpt serve --config` and `--print-config`: every flag has a key, and what is printed brings the same server back."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,7 +75,8 @@ def folder(tmp_path: Path) -> Path:
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServeOptions]:
     """What `mpt serve` would start; every folder of models has the tiny base, `x`."""
     started: list[ServeOptions] = []
-    monkeypatch.setattr("serving.server.serve", started.append)
+    monkeypatch.setattr("serving.server.serve", lambda options, _: started.append(options))
+    monkeypatch.setattr("serving.cli.listen", lambda host, port: contextlib.nullcontext())
     monkeypatch.setattr("serving.models_dir.checkpoints_in", lambda _: {"x": "mpt-tiny"})
 
     def run(*arguments: str) -> ServeOptions:
@@ -137,7 +139,7 @@ def test_relative_paths_are_from_the_files_folder(served, folder, monkeypatch):
         " prefix_cache: ../cache, chat_template: t.jinja}, b: {root: mpt-tiny, chat_template: chatml, draft: ./mine}}\n"
     )
     monkeypatch.chdir("/")
-    monkeypatch.setattr("mpt.catalog.resolve", Path)
+    monkeypatch.setattr("serving.serve_config.resolve_models", lambda options: None)  # the draft is none
     options = served("--config", str(folder / "s.yaml"))
     a, b = options.models["a"], options.models["b"]
     assert options.api_key_file == folder / "keys"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mpt.errors import UserError
-from training import flags
+from training import checks, flags
 
 if TYPE_CHECKING:
     from mpt.sharding import Shard
@@ -87,6 +87,8 @@ def evaluate(
     if not name and not model:
         raise UserError("name a checkpoint, for example `train evaluate mpt-tiny`")
     form = "json" if as_json else form
+    if not name.startswith(("http://", "https://")):
+        checks.check_base(name or model)
     if tasks:
         _suite(name, model, tasks, shots, limit, strict, run_programs, sharded, tokenizer, data_folder, form)
     elif lm_eval:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from mpt.errors import UserError
-from training import flags, recipes
+from training import checks, flags, recipes
 from training.run import Preference, PreferenceLoss, Run
 
 # run, resume, dry run, as JSON, gpus, what was chosen for the user
@@ -44,8 +44,10 @@ def add_to(app: typer.Typer, train: Train) -> None:
         """
         from mpt.catalog import offline
 
+        changes = flags.changes(given)
         with offline(dry_run):
-            run, decided_by = _run(config, flags.changes(given), loss, beta)
+            checks.check_run(changes)
+            run, decided_by = _run(config, changes, loss, beta)
             train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
 
 
@@ -68,7 +70,6 @@ def _run(
 
 def _new_run(changes: dict[str, Any], loss: PreferenceLoss, beta: float | None) -> tuple[Run, str]:
     """The run of a loss's recipe, and what decided its prompt style. Raises UserError."""
-    from mpt.catalog import describe
     from training import prompt_style
     from training.data import files
     from training.preferences import pairs
@@ -78,7 +79,6 @@ def _new_run(changes: dict[str, Any], loss: PreferenceLoss, beta: float | None) 
             example = "train prefer --base mpt-tiny-chat --data pairs.jsonl"
             raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
     base, data = changes.pop("base"), changes.pop("data")
-    describe(base)  # a name nobody knows is refused before anything is made
     out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}-{loss}"
     preference = Preference(loss) if beta is None else Preference(loss, beta)
     run = recipes.prefer(base, data, out, loss, preference=preference, **changes)

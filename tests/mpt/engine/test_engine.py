@@ -14,19 +14,8 @@ from mpt.backends import capabilities
 from mpt.backends.backend import Work
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.engine import Engine
-from mpt.engine.request import (
-    Delta,
-    EngineFailed,
-    EngineGone,
-    Event,
-    Overloaded,
-    PromptScored,
-    PromptTooLong,
-    RequestTimeout,
-    Sampling,
-    ShuttingDown,
-    Started,
-)
+from mpt.engine.errors import EngineFailed, EngineGone, Overloaded, PromptTooLong, RequestTimeout, ShuttingDown
+from mpt.engine.request import Delta, Event, PromptScored, Sampling, Started
 from mpt.engine.sequence import Request, Sequence
 from mpt.engine.turns import Turns
 from mpt.errors import DeviceLost

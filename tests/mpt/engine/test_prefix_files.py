@@ -29,8 +29,9 @@ from mpt.backends.torch_backend import TorchBackend
 from mpt.engine import prefix_transfers
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.engine import Engine
+from mpt.engine.errors import EngineFailed
 from mpt.engine.prefix_files import BLOCK, PrefixFiles, used_at
-from mpt.engine.request import Delta, EngineFailed, Sampling, Started
+from mpt.engine.request import Delta, Sampling, Started
 from mpt.errors import UserError
 from mpt.fingerprint import fingerprint
 from mpt.lora import Adapter, adaptable

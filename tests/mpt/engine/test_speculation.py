@@ -18,8 +18,9 @@ from mpt.backends.native import library
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.engine import Engine
+from mpt.engine.errors import EngineFailed
 from mpt.engine.grammar import Grammars
-from mpt.engine.request import Delta, EngineFailed, Sampling
+from mpt.engine.request import Delta, Sampling
 from mpt.engine.speculation import MAX_GUESS, DraftModel, Pace, PromptLookup, Speculation
 from mpt.errors import UserError
 from mpt.lora import Adapter, adaptable

@@ -1,0 +1,43 @@
+"""What a command can be told wrong, looked at before the seconds that importing torch takes.
+
+The same is looked at again where it is used; what is here says it at once.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpt.errors import UserError
+
+
+def check_run(changes: Mapping[str, Any]) -> None:
+    """Look at the base, folder, data and tokenizer of a run, where they are given. Raises MPTError."""
+    if (base := changes.get("base")) is not None:
+        check_base(base)
+    if (out := changes.get("out")) is not None:
+        check_folder(Path(out))
+    if (data := changes.get("data")) is not None:
+        from training import datasets
+
+        datasets.check_name(data)
+    if (tokenizer := changes.get("tokenizer")) is not None:
+        from training import vocabulary
+
+        vocabulary.find(tokenizer)
+
+
+def check_base(name: str) -> None:
+    """Raises MPTError for a checkpoint that nobody knows, and for one on this machine that is no MPT."""
+    from mpt.architecture import read_architecture
+    from mpt.catalog import describe, find_local
+
+    describe(name)
+    place = find_local(name)
+    if place is not None:
+        read_architecture(place)
+
+
+def check_folder(out: Path) -> None:
+    """Raises UserError for a folder with other things in it than a run."""
+    if out.is_dir() and not (out / "run.json").is_file() and any(out.iterdir()):
+        raise UserError(f"`{out}` is not empty and holds no run; choose another --out")
