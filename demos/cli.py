@@ -181,8 +181,7 @@ def _copy(name: str | None, folder: Path | None) -> None:
                 (folder / path.name).unlink(missing_ok=True)
             if is_new:
                 folder.rmdir()
-        if error.filename is None:  # of a write
-            error.filename = str(folder)
+        error.filename = str(folder)  # also where it names the source
         raise  # the command line has a line and a code for each kind
     _say(f"copied {', '.join(path.name for path in sources)} to `{folder}`; run it with `python {folder / 'app.py'}`")
 
