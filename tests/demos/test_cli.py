@@ -80,13 +80,14 @@ def test_a_password_lets_in_who_knows_it_and_sigterm_ends_page_and_server() -> N
         demo.stop()
 
 
-async def test_all_pages_are_mounted_into_a_server() -> None:
+async def test_all_pages_are_mounted_into_a_server(recwarn: pytest.WarningsRecorder) -> None:
     site = ASGITransport(mount(FastAPI(), "http://127.0.0.1:9"))
     async with httpx.AsyncClient(transport=site, base_url="http://testserver") as client:
         pages = (await client.get("/demo/config")).json()["pages"]
         assert [path for path, *_ in pages] == ["", *NAMES[1:]]
         for path, *_ in pages:
             assert (await client.get(f"/demo/{path}")).status_code == 200
+    assert not [each for each in recwarn if "SSR" in str(each.message)]  # Gradio's, to whom serves them
 
 
 def test_a_copy_starts_alone_against_a_server(scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
