@@ -109,7 +109,7 @@ class Keys:
             with self._lock:
                 if (stat.st_mtime_ns, stat.st_size) == self._stamp:
                     return
-                lines = self._file.read_text(encoding="utf-8").splitlines()
+                lines = self._file.read_text(encoding="utf-8-sig").splitlines()
                 self._stamp = (stat.st_mtime_ns, stat.st_size)
                 self._from_file = _read_lines(lines, f"`{self._file}`", self._default, self._n_servers)
         except (OSError, UnicodeDecodeError, UserError) as error:
