@@ -178,12 +178,19 @@ def _copy(name: str | None, folder: Path | None) -> None:
     existing = [path.name for path in sources if (folder / path.name).exists()]
     if existing:
         _refuse(f"`{folder}` already has {', '.join(existing)}; nothing was copied; name another folder")
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sources:
             shutil.copyfile(path, folder / path.name)
     except OSError as error:
-        _refuse(f"cannot write to `{folder}`: {error.strerror}")
+        if folder.is_dir():
+            for path in sources:
+                (folder / path.name).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
+        error.filename = str(folder)  # also where it names the source
+        raise  # the command line has a line and a code for each kind
     _say(f"copied {', '.join(path.name for path in sources)} to `{folder}`; run it with `python {folder / 'app.py'}`")
 
 

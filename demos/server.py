@@ -1,5 +1,6 @@
 """All Spaces as the pages of one site, alone or mounted into a server under /demo."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -52,4 +53,6 @@ def site(server: Server) -> gr.Blocks:
 
 def mount(app: "FastAPI", url: str, key: str | None = None, path: str = "/demo") -> "FastAPI":
     """The app with the site under a path; it talks to the server at a URL, which may be the app itself."""
-    return gr.mount_gradio_app(app, site(Server(url, key)), path, **page_options())
+    with warnings.catch_warnings():  # of a mode that nobody asked for
+        warnings.filterwarnings("ignore", "SSR mode is not supported", UserWarning)
+        return gr.mount_gradio_app(app, site(Server(url, key)), path, **page_options())
