@@ -1,9 +1,11 @@
-"""Which commit this copy of the package was made from: what a wheel's build noted, pip, or the checkout itself."""
+"""What runs here. The commit is what a wheel's build noted, or pip, or the checkout itself."""
 
 import subprocess
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
+import mpt
 from mpt import extras
 
 _NOTED = Path(__file__).with_name("commit.txt")  # written by hatch_build.py into wheels
@@ -14,6 +16,15 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 def commit() -> str:
     """The 40 hex digits of git, or `unknown`."""
     return _noted() or _of_checkout(_CHECKOUT) or _of_pip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """What runs here, for /version."""
+    return {
+        "version": mpt.__version__,
+        "commit": commit(),
+        **{name: metadata.version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _noted() -> str | None:

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
+from mpt.draw_parameters import DrawParameters
 from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
-from mpt.sampling import DrawParameters, columns, sample
+from mpt.sampling import columns, sample
 
 _PREFILL_CHUNK = 4096  # bounds the MLP's activations of a long prompt; attention needs no bound
 

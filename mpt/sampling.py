@@ -8,8 +8,8 @@ the same tokens in a twentieth of the time.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,26 +17,9 @@ from torch import Tensor
 
 from mpt.backends.native.draw import draw
 from mpt.backends.native.library import Unavailable, load
+from mpt.draw_parameters import DrawParameters
 
 _N_BEST = 1024  # on CUDA, where sorting 50,432 float64 numbers of each row costs more than the rest of a draw
-
-
-def asked_over_http(default: Any, **limits: float) -> Any:
-    """A field of a dataclass that requests may set, within these limits (ge, gt, le, lt of pydantic's Field)."""
-    return field(default=default, metadata={"http": limits})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawParameters:
-    """How a token is drawn from its logits, declared here for Python, C and HTTP.
-
-    Each field is a column of `sample`, a number of draw.c's `Wish` under the same name, and a field of OpenAI's bodies.
-    """
-
-    temperature: float = asked_over_http(1.0, ge=0, le=2)  # 0 is greedy
-    top_p: float = asked_over_http(1.0, ge=0, le=1)
-    top_k: int = asked_over_http(0, ge=-1)  # 0 and -1 are off
-    min_p: float = asked_over_http(0.0, ge=0, le=1)
 
 
 def columns(rows: Sequence[DrawParameters]) -> dict[str, Tensor]:
@@ -110,6 +93,11 @@ def places(logits: Tensor, rows: Sequence[int], ids: Sequence[np.ndarray]) -> Te
     """Where these ids of each of these rows lie in logits, (B, V) in one piece, laid end to end: (N,) int64."""
     laid = [row * logits.shape[1] + of for row, of in zip(rows, ids, strict=True)]
     return torch.from_numpy(np.concatenate(laid)).to(logits.device)
+
+
+def ban_others(logits: Tensor, allowed: np.ndarray) -> None:
+    """Set all but the allowed tokens, (V,) bool, to -inf in a row of logits, (V,), in place."""
+    logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
 
 def greedy(logits: Tensor) -> Tensor:

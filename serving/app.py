@@ -8,50 +8,46 @@ unknown fields; the OpenAPI schema is given by hand instead.
 import asyncio
 import logging
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import mpt
-from mpt.build import commit
-from mpt.engine.adapters import AdapterExists, Adapters, find_inside, without_path
+from mpt.build import versions
+from mpt.engine.adapter_folders import find_inside, without_path
+from mpt.engine.adapters import AdapterExists, Adapters
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME, split_name
 from serving.auth import Door, book_of, keys_of
 from serving.batch.api import batch_functions
 from serving.batch.service import BatchDoor, BatchService
 from serving.batch.store import Store
+from serving.bodies import read
 from serving.docs import add_docs
 from serving.endpoints import Holding, Serving
 from serving.errors import (
-    ApiError,
     Forbidden,
     InvalidRequest,
-    MethodNotAllowed,
     NotFound,
-    RateLimited,
     Unavailable,
-    adapter_damaged,
 )
 from serving.front import root
 from serving.gate import Gate
 from serving.generation import Generation
 from serving.heads import Hosts
-from serving.intake import read
 from serving.lifecycle import Hold
 from serving.lifecycle_metrics import LifecycleCollector
 from serving.listing import listing
 from serving.loading import model_loading
-from serving.metrics import HttpMetrics, Metrics
+from serving.metrics import Metrics
+from serving.refusals import add_errors
 from serving.replies import as_json
 from serving.request_log import request_log
-from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes, methods_of, nearest
+from serving.routes import LoadAdapterRequest, UnloadAdapterRequest, add_routes
 from serving.tracing import Traced, spans_to
 from serving.wire import respond
 
@@ -190,42 +186,3 @@ def _operations(serving: Serving, metrics: Metrics) -> Functions:
         return as_json({"version": mpt.__version__})
 
     return {"health": health, "ready": ready, "version": version, "metrics": scrape, "ollama_version": ollama_version}
-
-
-def add_errors(app: FastAPI, metrics: HttpMetrics) -> None:
-    """Answer every error with OpenAI's body, the framework's own too."""
-
-    def refusal(request: Request, error: ApiError) -> Response:
-        request.state.error = error.code  # for the access log
-        return respond(error, request.scope["path"])
-
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
-        if isinstance(error, RateLimited):
-            metrics.rate_limited.labels(error.kind).inc()
-        return refusal(request, error)
-
-    @app.exception_handler(MPTError)
-    async def user_error(request: Request, error: MPTError) -> Response:
-        return refusal(request, adapter_damaged(error))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.scope["path"]
-        where = f"{request.method} {path[:100]}"
-        refused: ApiError = InvalidRequest(str(error.detail))
-        if error.status_code == 405:
-            refused = MethodNotAllowed(f"`{where}` is not a method of this URL")
-            refused.headers = {"Allow": ", ".join(sorted(methods_of(app, request.scope)))}
-        elif error.status_code == 404:
-            refused = NotFound(f"there is no `{where}` here; {nearest(path)}")
-        return refusal(request, refused)
-
-
-def versions() -> dict[str, str]:
-    """What runs here, for /version."""
-    return {
-        "version": mpt.__version__,
-        "commit": commit(),
-        **{name: metadata.version(name) for name in ("torch", "transformers")},
-    }

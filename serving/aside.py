@@ -20,7 +20,7 @@ _worker = ThreadPoolExecutor(1, "bodies")
 
 
 async def aside(request: Request, work: Callable[P, Result], *args: P.args, **options: P.kwargs) -> Result:
-    """What the work on a request gives. Its body must have been read (`intake.py`)."""
+    """What the work on a request gives. Its body must have been read (`bodies.py`)."""
     if request.state.body_bytes <= SMALL:
         return work(*args, **options)
     return await asyncio.get_running_loop().run_in_executor(_worker, lambda: work(*args, **options))

@@ -1,13 +1,15 @@
 """What a client may know of a model, for /v1/models: OpenAI's four fields, vLLM's three, and ours."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mpt.architecture import read_architecture
 from mpt.catalog import describe, resolve
-from mpt.checkpoint import read_config
-from mpt.engine.endpoint import Endpoint
-from mpt.engine.remote import Address
+from mpt.engine.address import Address
 from mpt.options import ModelOptions
+
+if TYPE_CHECKING:  # it needs torch, which a cluster's routers do without
+    from mpt.engine.endpoint import Endpoint
 
 
 def card(
@@ -36,7 +38,7 @@ def card(
     }
 
 
-def cards_of(endpoint: Endpoint) -> list[dict[str, Any]]:
+def cards_of(endpoint: "Endpoint") -> list[dict[str, Any]]:
     """The entries of a model that is loaded here, and of its adapters. `runs`: what computes it, and why not faster."""
     own = card(
         endpoint.name,
@@ -58,11 +60,11 @@ def with_adapters(base: dict[str, Any], adapters: list[str]) -> list[dict[str, A
 def card_of(name: str, model: ModelOptions) -> dict[str, Any]:
     """The entry of a model from its files: it may not be loaded, or have no replica, now. Raises MPTError."""
     root = Address.parse(model.root).checkpoint if model.is_remote else model.root
-    entry, config = describe(root), read_config(resolve(root))
+    entry, architecture = describe(root), read_architecture(resolve(root))
     return card(
         name,
         name if model.is_remote else root,
-        context_length=model.context_length or config.max_seq_len,
+        context_length=model.context_length or architecture.max_seq_len,
         prompt_style=model.asked_style or entry.prompt_style,
         licence=entry.licence,
     )

@@ -1,7 +1,7 @@
 """Connections that hold a place without using it, and how many places there are: uvicorn's protocols with clocks.
 
 A connection waits for a request, works on one, or sends what its client does not read; each has its clock here. What
-the app itself waits for, the rest of a body, it limits too (`intake.py`). Where all places are taken, a new connection
+the app itself waits for, the rest of a body, it limits too (`bodies.py`). Where all places are taken, a new connection
 gets the one of whoever has waited longest for a request, so silent ones keep nobody out. Where all of them work, it is
 answered 503, but for probes.
 """

@@ -22,8 +22,8 @@ from serving.auth import Door
 from serving.errors import ApiError, HeadersTooLarge, InternalError, RateLimited
 from serving.front import wants_page
 from serving.heads import Hosts, refusal_of
+from serving.http_metrics import HttpMetrics
 from serving.limits import Admission, RateLimiter
-from serving.metrics import HttpMetrics
 from serving.options import is_loopback
 from serving.quotas import Account, QuotaBook
 from serving.wire import respond

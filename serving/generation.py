@@ -21,6 +21,7 @@ from mpt.engine.sequence import Answer
 from mpt.lora import Adapter
 from serving import answers, beam
 from serving.aside import aside
+from serving.bodies import read
 from serving.dialects.anthropic import CountRequest, Messages, MessagesRequest
 from serving.dialects.kept_responses import KeptResponses
 from serving.dialects.ollama import (
@@ -36,7 +37,7 @@ from serving.dialects.responses import Responses, ResponsesRequest
 from serving.dialects.translation import Chunks, Translation
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest
-from serving.intake import Prompt, chat_tokens, check_room, make_job, prompts_in, read, tokenizing, truncated
+from serving.intake import Prompt, chat_tokens, check_room, make_job, prompts_in, tokenizing, truncated
 from serving.jobs import Events, Job, start
 from serving.loading import may_load
 from serving.metrics import Metrics

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mpt.catalog import find_local
-from mpt.engine.adapters import available
+from mpt.engine.adapter_folders import available
 from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.engine.room import Room, free_memory, give_back_memory, require, room_for
 from mpt.errors import DeviceLost, MachineRefused, MPTError

@@ -9,11 +9,12 @@ from starlette.responses import Response
 from mpt.engine.endpoint import Endpoint
 from mpt.options import split_name
 from serving.access import may_use
+from serving.bodies import read
 from serving.dialects import ollama
 from serving.dialects.ollama import ShowRequest
 from serving.endpoints import Serving
 from serving.errors import InvalidRequest, NotFound
-from serving.intake import chat_tokens, encoded, read, tokenizing
+from serving.intake import chat_tokens, encoded, tokenizing
 from serving.protocol.body import check_ids
 from serving.protocol.messages import tool_use_of
 from serving.replies import as_json

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from serving.bodies import read
 from serving.endpoints import Serving
 from serving.errors import Conflict, Forbidden, InvalidRequest
-from serving.intake import read
 from serving.options import EVERYBODY
 from serving.replies import as_json
 from serving.routes import ModelRequest

@@ -9,25 +9,18 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from dataclasses import dataclass, field
 
 from prometheus_client import (
-    CollectorRegistry,
-    Counter,
     Gauge,
-    GCCollector,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-import mpt
 from mpt.backends.compilations import KINDS
-from mpt.build import commit
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import EngineStats
 from mpt.engine.errors import EngineError
 from mpt.engine.request import Delta, Event, Sampling, Started
 from mpt.engine.sequence import Answer
+from serving.http_metrics import HttpMetrics
 
 # vLLM's buckets. Ours are the lowest of each list, which models of this size need, and 2 and 60 s of the first token:
 # the objectives of the alerts (k8s/components/monitoring).
@@ -35,33 +28,9 @@ _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
                 160, 640, 2560)  # fmt: skip
 _BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5,
                    10, 20, 40, 80)  # fmt: skip
-_REQUEST = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60,
-            120, 240, 480, 960, 1920, 7680)  # fmt: skip
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _SAMPLES = (1, 2, 5, 10, 20)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # powers of two, as the engine counts
-
-
-class HttpMetrics:
-    """What the gate counts, and what the process takes. One registry per app, so that several can live in a process."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self.registry)
-        info = Gauge(
-            "mpt_build_info", "The version and commit that run.", ["version", "commit"], registry=self.registry
-        )
-        info.labels(mpt.__version__, commit()).set(1)
-        self.http = self.counter("http_requests", "HTTP responses.", ["path", "method", "code"])
-        self.cut = self.counter("stream_errors", "Answers that had begun and did not end well.", ["path", "error"])
-        self.rate_limited = self.counter("rate_limited", "Requests over a client's limits.", ["kind"])
-
-    def counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        return Counter(f"mpt_{name}", text, labels, registry=self.registry)
-
-    def histogram(self, name: str, text: str, buckets: tuple[float, ...] = _REQUEST) -> Histogram:
-        return Histogram(f"mpt_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
 
 
 @dataclass

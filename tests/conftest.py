@@ -1,7 +1,9 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -19,6 +21,14 @@ torch.set_num_threads(1)  # tiny models are faster on one thread, and machines t
 
 def pytest_configure(config: pytest.Config) -> None:
     devices.choose(config.option.markexpr)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test, and the fixtures made for it, begins with the same random numbers, alone and in company."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 SPECIALS = ("<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>")

@@ -16,7 +16,7 @@ from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from tests.serving.servers import free_port
+from serving.ports import free_port
 
 
 @contextmanager

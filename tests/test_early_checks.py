@@ -111,3 +111,10 @@ def test_it_is_told_in_one_line_before_anything_heavy(case: str, told: dict[str,
     assert (was, said.count("\n")) == (code, 1), said
     assert words in said
     assert heavy == []
+
+
+def test_a_clusters_routers_do_without_torch() -> None:
+    """Every process of a cluster imports this module, and only replicas compute."""
+    seen = "import sys, serving.cluster.deployment; print(*{'torch', 'transformers'} & sys.modules.keys())"
+    ran = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []

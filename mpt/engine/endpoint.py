@@ -20,11 +20,12 @@ from mpt.chat_template import ChatTemplate
 from mpt.checkpoint import load, read_config
 from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.adapters import Adapters
+from mpt.engine.address import Address
 from mpt.engine.engine import Engine
 from mpt.engine.grammar import Grammars
 from mpt.engine.prefix_files import PrefixFiles
 from mpt.engine.profile import StepProfile
-from mpt.engine.remote import Address, TritonEngine
+from mpt.engine.remote import TritonEngine
 from mpt.engine.room import kv_budget, n_processes, require, room_for
 from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
 from mpt.errors import UserError

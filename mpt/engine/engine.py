@@ -25,6 +25,7 @@ from mpt.backends import compilations
 from mpt.backends.backend import Backend, RowCopies, Work
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.device_errors import raise_if_lost
+from mpt.draw_parameters import DrawParameters
 from mpt.engine import clock, scoring
 from mpt.engine.delivery import Outbox
 from mpt.engine.drawing import Draws
@@ -47,7 +48,7 @@ from mpt.engine.sequence import Answer, Request, Sequence
 from mpt.engine.speculation import Speculation
 from mpt.errors import DeviceLost, EngineStopped
 from mpt.lora import Adapter
-from mpt.sampling import DrawParameters, columns, sample
+from mpt.sampling import columns, sample
 from mpt.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import orjson
-import torch
-from torch import Tensor
 
 from mpt.errors import MPTError
 from mpt.tokenizer import Tokenizer
@@ -89,15 +87,6 @@ class GrammarState:
             self._forced.extend(self._matcher.compute_ff_tokens())
         return list(itertools.islice(self._forced, n))
 
-    def mask(self, logits: Tensor) -> None:
-        """Set all that may not come next to -inf in a row of logits, (V,), V being the model's padded vocabulary.
-
-        Control tokens are never allowed, whatever a grammar names; those that end an answer are where it is complete.
-        Raises BadGrammar when no token is left, or it took too long.
-        """
-        allowed = torch.from_numpy(self.allowed(len(logits))).to(logits.device)
-        logits.masked_fill_(~allowed, -torch.inf)
-
     def take(self, token: int) -> None:
         """Go on behind a token that the mask allowed; one that ends the answer changes nothing."""
         if self._forced and self._forced.popleft() != token:
@@ -106,7 +95,11 @@ class GrammarState:
             raise BadGrammar(f"the grammar cannot be followed any further: {_sentence(self._matcher.get_error())}")
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """Which tokens may come next, (V,) bool. Raises like `mask`."""
+        """Which tokens may come next, (V,) bool, V being the model's padded vocabulary.
+
+        Control tokens never may, whatever a grammar names; those that end an answer may where it is complete. Raises
+        BadGrammar when no token is left, or it took too long.
+        """
         started = time.thread_time()
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():

@@ -11,13 +11,12 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
 from mpt.backends import capabilities
+from mpt.engine.address import Address
 from mpt.engine.engine import EngineStats
 from mpt.engine.errors import (
     EngineError,
@@ -30,7 +29,7 @@ from mpt.engine.errors import (
 )
 from mpt.engine.request import Event, Sampling, Started
 from mpt.engine.sequence import Answer, Request, Sequence
-from mpt.errors import MachineRefused, UserError
+from mpt.errors import MachineRefused
 from mpt.extras import install
 from mpt.lora import Adapter
 from mpt.tokenizer import Tokenizer
@@ -38,32 +37,6 @@ from mpt.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _TYPES = {"uint32": "UINT32", "uint64": "UINT64", "float32": "FP32"}
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a model of a Triton server is, and whose tokenizer it has."""
-
-    server: str  # host:port of gRPC
-    model: str
-    checkpoint: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """Raises UserError for anything but triton://HOST:PORT/MODEL?checkpoint=NAME."""
-        parts = urlsplit(text)
-        query = parse_qs(parts.query)
-        model, checkpoint = parts.path.strip("/"), query.pop("checkpoint", [""])[0]
-        try:
-            is_whole = bool(parts.hostname and parts.port and model and checkpoint) and not query
-        except ValueError:
-            is_whole = False
-        if not is_whole:
-            raise UserError(
-                f"`{text}` is no Triton address; write triton://HOST:GRPC_PORT/MODEL?checkpoint=NAME, the checkpoint "
-                "being the folder or name whose tokenizer the model has"
-            )
-        return cls(parts.netloc, model, checkpoint)
 
 
 class TritonEngine:

@@ -7,9 +7,9 @@ chunks; the engine knows no field names of OpenAI.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mpt.draw_parameters import DrawParameters, asked_over_http
 from mpt.engine import clock
 from mpt.engine.grammar import Grammar
-from mpt.sampling import DrawParameters, asked_over_http
 
 FinishReason = Literal["stop", "length"]
 MAX_PRIORITY = 100  # and as many below 0

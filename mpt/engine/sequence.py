@@ -17,7 +17,7 @@ from mpt.engine.grammar import BadGrammar
 from mpt.engine.prefix_transfers import Loading, Lookup, Trail
 from mpt.engine.request import Delta, Event, FinishReason, Sampling, TokenLogprob
 from mpt.lora import Adapter
-from mpt.sampling import Penalties, TokenCounts
+from mpt.sampling import Penalties, TokenCounts, ban_others
 from mpt.tokenizer import DetokenizeStream, Tokenizer
 
 
@@ -162,7 +162,7 @@ class Sequence:
         """Ban what its grammar forbids from its row of logits, (V,), in place."""
         assert self.grammar is not None
         try:
-            self.grammar.mask(logits)
+            ban_others(logits, self.grammar.allowed(len(logits)))
         except BadGrammar as error:  # told by `accept`, which ends this request and nobody else's
             self._grammar_failed = error
 

@@ -15,8 +15,8 @@ from serving.auth import Door
 from serving.batch.lines import new_id
 from serving.batch.service import BatchService
 from serving.batch.store import MAX_FILE_BYTES, StoredBatch
+from serving.bodies import pieces_of, read
 from serving.errors import Forbidden, InvalidRequest, TooLarge, Unavailable, UnsupportedMediaType
-from serving.intake import pieces_of, read
 from serving.options import HttpOptions
 from serving.replies import as_json
 from serving.routes import BatchRequest

@@ -28,7 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mpt.engine.adapters import MAX_LOADED
+from mpt.engine.adapter_folders import MAX_LOADED
 from mpt.errors import MPTError, UserError
 from mpt.processors import allowed_threads
 from serving.auth import Client, Headers, Keys

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mpt.engine.adapters import available
+from mpt.engine.adapter_folders import available
 from serving.cards import card_of, with_adapters
 from serving.cluster.options import ROUTER, ClusterOptions, ReplicaOptions
 from serving.cluster.relay import Lease, ReplicaLost

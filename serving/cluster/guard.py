@@ -36,14 +36,15 @@ def members(folder: str, proc: Path = Path("/proc")) -> list[int]:
 def end(folder: str, but: frozenset[int] = frozenset(), within_s: float = 10.0) -> list[int]:
     """Kill what belongs to a cluster until nothing is left; those that would not go. but: pids that stay."""
     until = time.monotonic() + within_s
-    while left := [pid for pid in members(folder) if pid not in but]:
-        if time.monotonic() > until:
+    n_empty = 0  # looks in a row: one that is just becoming another program has no environment for a moment
+    while n_empty < 2:
+        left = [pid for pid in members(folder) if pid not in but]
+        if left and time.monotonic() > until:
             return left
+        n_empty = 0 if left else n_empty + 1
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.02)
     return []
 

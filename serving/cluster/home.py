@@ -9,12 +9,12 @@ import ipaddress
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 
 from mpt.errors import MachineRefused
 from serving.cluster import guard, haproxy
+from serving.ports import free_port
 
 _PREFIX = "mpt-"
 # HAProxy's admin socket is FOLDER/NODE/admin.sock with Ray's 56 digits for the node, and takes at most 97 characters.
@@ -62,12 +62,6 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_TLS_CA_CERT": certificate,
         "RAY_TLS_SERVER_KEY": key,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_certificate(folder: Path) -> tuple[Path, Path]:

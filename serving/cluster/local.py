@@ -45,6 +45,9 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "120",  # a client that neither sends nor reads; Ray: an hour
     # A request whose router dies before it answers goes to the other one; computing an answer twice harms nobody.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # Each router takes three failures until HAProxy leaves it out, and HAProxy's own 3 tries may be over before: then
+    # the client is told 503 or, by a fault of HAProxy 2.8.25, nothing at all. Left out are all, it waits for a new one.
+    "RAY_SERVE_HAPROXY_RETRIES": "10",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three that fail, and HAProxy is started anew; 10 s each otherwise
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ROTATION_MAX_BYTES": str(64 << 20),  # of each log file, and as much once more; Ray: 3 GiB, of workers no limit
@@ -55,7 +58,7 @@ ENVIRONMENT = {
 # otherwise for: to stay off the network on desktops.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _WATCH_S = 0.5
-# A router takes 0.42 GB, which is mostly Ray's and torch's code (2026-11-27).
+# A router takes 0.26 GB, which is mostly Ray's code (2026-11-27).
 _FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 
 

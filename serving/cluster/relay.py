@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving.cluster.options import ClusterOptions
 from serving.errors import ApiError, Unavailable
-from serving.metrics import HttpMetrics
+from serving.http_metrics import HttpMetrics
 from serving.sse import UNBUFFERED, finish, until_disconnected
 from serving.wire import wire_of
 

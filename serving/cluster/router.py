@@ -24,11 +24,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mpt
+from mpt.build import versions
 from mpt.options import split_name
 from serving.access import may_use, reached
-from serving.app import add_errors, versions
 from serving.aside import aside
 from serving.auth import Door, Keys, book_of, keys_of
+from serving.bodies import read, read_body
 from serving.cluster.options import SCALES, ClusterOptions
 from serving.cluster.relay import Fleet, Lessor, Relay, Relayed, RouterMetrics, Traffic
 from serving.dialects import ollama
@@ -46,7 +47,6 @@ from serving.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from serving.front import root
 from serving.gate import Gate
 from serving.heads import Hosts
-from serving.intake import read, read_body
 from serving.limits import RateLimiter
 from serving.options import is_loopback
 from serving.protocol.body import parse, prompts_of
@@ -57,6 +57,7 @@ from serving.protocol.generation import (
     CompletionRequest,
     EmbeddingRequest,
 )
+from serving.refusals import add_errors
 from serving.replies import as_json
 from serving.request_log import request_log
 from serving.routes import ROUTES, add_routes

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from serving.dialects.translation import Chunks, Translation, given, with_usage
 from serving.errors import InvalidRequest
-from serving.jobs import Job
 from serving.protocol.body import NoNulls, Strict, Whole, translated
 from serving.protocol.generation import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.protocol.messages import Lenient, ToolDeclaration
 from serving.wire import OLLAMA
+
+if TYPE_CHECKING:  # it needs torch, which a cluster's routers do without
+    from serving.jobs import Job
 
 LATEST = ":latest"
 _NEVER = "9999-12-31T23:59:59Z"
@@ -225,7 +227,7 @@ class Ollama(Translation):
         self._model, self._is_chat = model, is_chat
         self._job: Job | None = None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: "Job") -> None:
         self._job = job
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:

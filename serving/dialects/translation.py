@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.errors import InvalidRequest
-from serving.jobs import Job
 from serving.wire import OPENAI, Wire
+
+if TYPE_CHECKING:  # it needs torch, which a cluster's routers do without
+    from serving.jobs import Job
 
 Chunks = AsyncGenerator[dict[str, Any], None]
 
@@ -18,7 +20,7 @@ class Translation:
     shortens = False  # a limit of the answer over the room there is means all the room: clients must send one
     names: Mapping[str, str] = {}
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: "Job") -> None:
         """Called with the request at work, before its answer is asked for."""
 
     def whole(self, answer: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from benchmarks import chaos
 from benchmarks.faults import Faults, Plan, Supervisor
-from tests.serving.servers import free_port
+from serving.ports import free_port
 
 CHAOS = Path(chaos.__file__)
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +12,8 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from serving.ports import free_port
 
 VENV = Path(__file__).parents[2] / ".triton"
 
@@ -40,7 +41,7 @@ def running(repository: Path, work: Path) -> Iterator[Server]:
     shutil.copy(
         packages / "pytriton/tritonserver/python_backend_stubs" / version / "triton_python_backend_stub", backend
     )
-    http, grpc, metrics = _free_ports(3)
+    http, grpc, metrics = free_port(), free_port(), free_port()
     # The stub links libpython and finds its packages by the first python3 of PATH.
     libraries = [
         f"{sys.base_prefix}/lib",
@@ -79,11 +80,3 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError(f"Triton is not ready: {log.read_text()[-3000:]}")
-
-
-def _free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]

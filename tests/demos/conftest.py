@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import uvicorn
 
+from serving.ports import free_port
 from tests.demos.scripted_server import ScriptedServer
 from tests.serving import servers
-from tests.serving.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("MPT_CHROMIUM", "/usr/bin/chromium")

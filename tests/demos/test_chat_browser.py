@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from serving.ports import free_port
 from tests.demos import scripted_server
-from tests.serving.servers import free_port
 
 pytestmark = pytest.mark.browser
 

@@ -15,8 +15,8 @@ from httpx import ASGITransport
 from typer.testing import CliRunner
 
 from mpt.cli import app
+from serving.ports import free_port
 from tests.serving import servers
-from tests.serving.servers import free_port
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 

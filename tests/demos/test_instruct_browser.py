@@ -7,7 +7,7 @@ import pytest
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
 from demos.instruct.json_check import check, yaml_of  # noqa: E402
-from tests.serving.servers import free_port  # noqa: E402
+from serving.ports import free_port  # noqa: E402
 
 
 def ask(page: Any, instruction: str) -> None:

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -80,9 +79,3 @@ def serve_config(folder: Path, models: dict[str, dict[str, Any]], **args: Any) -
     config = {"applications": [application], "logging_config": {"enable_access_log": False}}
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

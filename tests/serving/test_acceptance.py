@@ -20,8 +20,9 @@ from mpt.errors import UserError
 from mpt.generation import generate
 from mpt.prompts import encode_chat
 from serving.cluster import reload
+from serving.ports import free_port
 from tests.serving.otlp import Receiver, attributes, receiving
-from tests.serving.servers import Server, free_port, running, serve_config
+from tests.serving.servers import Server, running, serve_config
 
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
 NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"

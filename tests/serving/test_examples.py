@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mpt import errors
+from serving.ports import free_port
 from serving.serve_config import read_file
 from tests.serving import servers
 
@@ -114,7 +115,7 @@ def test_the_command_runs_with_its_environment_and_stops_at_its_signal(how, tmp_
     command, environment = how()
     etc = tmp_path / "etc" / "mpt"
     etc.mkdir(parents=True)
-    port = servers.free_port()
+    port = free_port()
     (etc / "serve.yaml").write_text((EXAMPLES / "serve.yaml").read_text().replace("8000", str(port)))
     (etc / "keys.txt").write_text("alice: sk-of-the-example tokens_per_day=1000\n")
     for name, value in environment.items():

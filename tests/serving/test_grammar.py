@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
@@ -211,8 +212,8 @@ async def test_a_sample_that_was_sent_back_goes_on_in_its_grammar(model, tokeniz
 async def test_who_asks_for_nothing_pays_nothing_and_gets_the_same(model, tokenizer, monkeypatch):
     kept = await Grammars(tokenizer).get("regex", "[0-9]+")
     adjusted = []
-    adjust = grammars.GrammarState.mask
-    monkeypatch.setattr(grammars.GrammarState, "mask", lambda self, row: adjusted.append(1) or adjust(self, row))
+    allowed = grammars.GrammarState.allowed
+    monkeypatch.setattr(grammars.GrammarState, "allowed", lambda self, n: adjusted.append(1) or allowed(self, n))
     asked = prompts(4)
     with running(model, tokenizer) as engine:
         alone = [tokens_of(await collect(engine, prompt, greedy())) for prompt in asked]
@@ -225,16 +226,16 @@ async def test_who_asks_for_nothing_pays_nothing_and_gets_the_same(model, tokeni
 
 async def test_a_grammar_that_fails_on_its_way_ends_its_own_request_only(model, tokenizer, monkeypatch):
     kept = await Grammars(tokenizer).get("regex", "[0-9]{30}")
-    mask, n_masks = grammars.GrammarState.mask, 0
+    allowed, n_masks = grammars.GrammarState.allowed, 0
 
-    def failing(self: grammars.GrammarState, logits: torch.Tensor) -> None:
+    def failing(self: grammars.GrammarState, vocab_size: int) -> np.ndarray:
         nonlocal n_masks
         n_masks += 1
         if n_masks > 5:
             raise BadGrammar("too complex")
-        mask(self, logits)
+        return allowed(self, vocab_size)
 
-    monkeypatch.setattr(grammars.GrammarState, "mask", failing)
+    monkeypatch.setattr(grammars.GrammarState, "allowed", failing)
     with running(model, tokenizer) as engine:
         other = asyncio.create_task(collect(engine, [7, 8], greedy(60)))
         with pytest.raises(Unsupported, match="too complex"):
@@ -313,7 +314,7 @@ async def test_a_step_that_takes_long_ends_its_request(tokenizer, monkeypatch):
     kept = (await Grammars(tokenizer).get("regex", "[0-9]+")).begin()
     monkeypatch.setattr(grammars, "_MAX_MASK_S", -1.0)
     with pytest.raises(BadGrammar, match="a step of it took"):
-        kept.mask(torch.zeros(260))
+        kept.allowed(260)
 
 
 async def test_grammars_are_kept_and_the_least_used_let_go(tokenizer, monkeypatch):
@@ -383,9 +384,7 @@ async def test_every_word_of_a_real_tokenizer_is_spelt_as_it_is(tiny):
     """What a regular expression lets through is decided by bytes, those of halves of characters too."""
     tokenizer = tiny.endpoints["base"].tokenizer
     state = (await Grammars(tokenizer).get("regex", "[a-c]{0,3}")).begin()
-    row = torch.zeros(tokenizer.vocab_size)
-    state.mask(row)
-    allowed = {token for token in range(tokenizer.vocab_size) if row[token] == 0}
+    allowed = set(np.flatnonzero(state.allowed(tokenizer.vocab_size)).tolist())
     words = {t for t in range(tokenizer.vocab_size) if re.fullmatch(b"[a-c]{1,3}", tokenizer.token_bytes(t))}
     assert allowed == words | set(tokenizer.end_ids)
 

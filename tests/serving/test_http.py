@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from fastapi import FastAPI
 
-from serving import intake, listing
+from serving import bodies, intake, listing
 from serving.app import make_app
 from serving.aside import SMALL
 from serving.auth import Keys
@@ -269,7 +269,7 @@ async def test_a_large_body_is_understood_beside_the_event_loop(app, monkeypatch
 
     endpoint = app.state.serving.endpoints["base"]
     for where, name in (
-        (intake, "parse"), (intake, "prompts_of"), (intake, "sampling_of"), (listing, "check_ids"),
+        (bodies, "parse"), (intake, "prompts_of"), (intake, "sampling_of"), (listing, "check_ids"),
         (responses, "translated"), (anthropic, "translated"), (endpoint.tokenizer, "encode"),
     ):  # fmt: skip
         monkeypatch.setattr(where, name, followed(name, getattr(where, name)))

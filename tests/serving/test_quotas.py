@@ -24,9 +24,9 @@ from serving.auth import Keys, book_of
 from serving.cluster.options import TINY, ClusterOptions
 from serving.endpoints import Serving
 from serving.options import ServeOptions, without_password
+from serving.ports import free_port
 from serving.quotas import QuotaBook, QuotaExceeded, Quotas, Sql, Sqlite, StoreAway, charge, hold, open_store
 from tests.in_process import running_endpoint
-from tests.serving.servers import free_port
 
 NOON = 1764244800.0  # 2025-11-27 12:00 UTC
 DAY = 86400.0

@@ -20,6 +20,7 @@ import pytest
 
 import mpt
 from serving.logs import process_age_s
+from serving.ports import free_port
 from tests.serving import servers
 
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -99,7 +100,7 @@ cli.main()
 
 
 def test_a_model_that_cannot_be_loaded_cuts_no_answer_of_another(folder, tmp_path):
-    port, flag = servers.free_port(), tmp_path / "flag"
+    port, flag = free_port(), tmp_path / "flag"
     models = ("--model", f"base={folder}", "--model", f"bad={folder}")
     command = [sys.executable, "-c", SECOND_FAILS, "serve", "--port", str(port), *models]
     with subprocess.Popen(command, env={**os.environ, "FLAG": str(flag)}) as process:
@@ -166,7 +167,7 @@ def test_what_gets_no_answer_holds_nothing_up_when_the_terminal_is_closed(folder
 
 def test_standard_streams_that_are_closed_are_nobody_elses(folder):
     """Else the server's sockets get their numbers, and what libraries write to stderr."""
-    port = servers.free_port()
+    port = free_port()
     options = ("serve", "--port", str(port), "--model", f"base={folder}")
     command = f"exec {sys.executable} -m mpt {shlex.join(options)} 0<&- 1>&- 2>&-"
     with subprocess.Popen(command, shell=True) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:

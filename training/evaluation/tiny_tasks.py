@@ -27,6 +27,7 @@ from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.packed.layers import as_it_lies
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
+from mpt.sampling import ban_others
 from mpt.tokenizer import Tokenizer
 from mpt.tools import as_text
 from training.corpora import chat, novels, tool_talks, yaml_json
@@ -322,7 +323,7 @@ def _greedy_batch(
     states = [grammar.begin() for _ in prompts] if grammar is not None else []
     for _ in range(max_new_tokens):
         for n in running if states else ():
-            states[n].mask(logits[n])
+            ban_others(logits[n], states[n].allowed(logits.shape[-1]))
         tokens = logits.argmax(-1)
         for n in list(running):
             results[n].append(int(tokens[n]))

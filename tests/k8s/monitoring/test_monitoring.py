@@ -22,7 +22,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from mpt.engine.engine import EngineStats
-from serving.metrics import HttpMetrics, Metrics
+from serving.http_metrics import HttpMetrics
+from serving.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
 COMPONENT = ROOT / "k8s" / "components" / "monitoring"

@@ -8,9 +8,9 @@ import pytest
 
 import mpt.checkpoint
 from conversion.convert import Options, convert
+from mpt.engine.address import Address
 from mpt.engine.endpoint import Endpoint, open_endpoint
 from mpt.engine.errors import EngineFailed, PromptTooLong, RequestTimeout, ShuttingDown, Unsupported
-from mpt.engine.remote import Address
 from mpt.engine.request import Event, Sampling
 from mpt.errors import MachineRefused, UserError
 from mpt.generation import generate

@@ -70,10 +70,10 @@ def test_a_clusters_first_replicas_must_fit_and_share(large: Path, with_free) ->
     options = read_args({"models": {"m": model, "g": {"root": "mpt-tiny", "num_gpus": 0.5}}})
     needed = 2 * (1.1 * WEIGHTS + CACHE + 300e6)  # each with a Python of its own; the one on a GPU asks no CPU's memory
     with_free(int(needed) + 10)
-    local._check_memory(options)
+    local._check_memory(options, starting=None)
     with_free(int(needed) - 10)
     with pytest.raises(MachineRefused, match=r"`m` needs 3\.72 GB"):
-        local._check_memory(options)
+        local._check_memory(options, starting=None)
     assert (_n_sharing(options.models["m"], options), _n_sharing(options.models["g"], options)) == (3, 2)
 
 

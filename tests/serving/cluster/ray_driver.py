@@ -45,8 +45,8 @@ def main() -> None:
     for line in sys.stdin:
         application = {"name": "mpt", "import_path": "serving.cluster.deployment:app", "args": json.loads(line)}
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
-        while (status := serve.status().applications["mpt"].status) != "RUNNING":
-            assert status == "DEPLOYING", status
+        while (application := serve.status().applications["mpt"]).status != "RUNNING":
+            assert application.status == "DEPLOYING", application
             time.sleep(0.1)
         print("deployed", flush=True)
     ray.shutdown()

@@ -23,7 +23,8 @@ import pytest
 import mpt
 from mpt.errors import EngineStopped
 from serving.cluster import guard
-from tests.serving.servers import Server, free_port, serve_config, start
+from serving.ports import free_port
+from tests.serving.servers import Server, serve_config, start
 
 WAIT_S = 60  # for what takes a few seconds on an idle machine
 GONE = EngineStopped.exit_code
@@ -73,6 +74,20 @@ class Cluster:
         except httpx.TransportError as error:
             lines.append(type(error).__name__)
         return lines
+
+    def until_two_routers_are_asked(self) -> None:
+        """HAProxy hears of a router that has just started a little later."""
+
+        def are_asked() -> bool:
+            (admin,) = Path(self.folder).glob("*/admin.sock")
+            with socket.socket(socket.AF_UNIX) as asking:
+                asking.connect(str(admin))
+                asking.sendall(b"show stat\n")
+                with asking.makefile() as answer:
+                    servers = [line.split(",") for line in answer if ",SERVE_REPLICA_mpt-Router-" in line]
+            return sum(fields[17].startswith("UP") for fields in servers) == 2
+
+        self.until(are_asked, "HAProxy does not know two routers")
 
     def until(self, holds: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + WAIT_S
@@ -161,6 +176,7 @@ def test_other_users_reach_neither_its_sockets_nor_its_token(cluster):
 
 
 def test_a_router_that_dies_takes_its_own_streams_only(cluster):
+    cluster.until_two_routers_are_asked()
     begun = [threading.Event() for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         streams = [pool.submit(cluster.stream, event) for event in begun]
@@ -176,6 +192,7 @@ def test_a_router_that_dies_takes_its_own_streams_only(cluster):
 
 
 def test_without_any_router_requests_wait_or_are_told_to_ask_again(cluster):
+    cluster.until_two_routers_are_asked()
     killed: list[int] = []
     answers = asked_while(
         cluster,

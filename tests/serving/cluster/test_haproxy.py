@@ -28,7 +28,7 @@ from serving.cluster import haproxy_config, home, local
 from serving.cluster.haproxy_config import Amendments, amended, max_connections
 from serving.errors import BodyTimeout, InternalError, InvalidRequest, Unavailable
 from serving.gate import peer_of
-from tests.serving.servers import free_port
+from serving.ports import free_port
 
 
 class Router(BaseHTTPRequestHandler):
@@ -106,6 +106,7 @@ def rays_config(folder: Path, port: int, routers: list[int], host: str = "127.0.
         metrics_port=free_port(),
         is_head=True,
         retry_on=local.ENVIRONMENT["RAY_SERVE_HAPROXY_RETRY_ON"],
+        retries=int(local.ENVIRONMENT["RAY_SERVE_HAPROXY_RETRIES"]),
     )
     servers = [ServerConfig(name=f"router-{n}", host="127.0.0.1", port=each) for n, each in enumerate(routers)]
     backend = BackendConfig(name="http-mpt", path_prefix="/", app_name="mpt", servers=servers)
