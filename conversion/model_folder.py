@@ -51,7 +51,7 @@ def opened(
 
     A tokenizer that is missing or of a kind that is not read does not matter here: the weights are right without it.
     """
-    read, why_not = find_tokenizer(folder, tokenizer, config.vocab_size)
+    read, why_not = find_tokenizer(folder, tokenizer)
     if "lm_head.weight" in found and config.tie_word_embeddings:
         notes = (*notes, "the head is stored beside the embedding it is tied to")
     return Source(
@@ -71,22 +71,14 @@ def opened(
     )
 
 
-def find_tokenizer(folder: Path, given: Path | None, n_rows: int) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, or why there is none. Raises DamagedFile, and UserError for a given one that does not fit."""
+def find_tokenizer(folder: Path, given: Path | None) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, or why there is none. Raises DamagedFile, and UserError for a given one that is not read."""
     if given is not None:
-        tokenizer = Tokenizer.from_folder(given)
-        if tokenizer.vocab_size > n_rows:
-            raise UserError(
-                f"the tokenizer of `{given}` has {tokenizer.vocab_size} ids and the embedding {n_rows} rows; give the "
-                "tokenizer that the checkpoint was trained with"
-            )
-        return tokenizer, ""
+        return Tokenizer.from_folder(given), ""
     try:
-        tokenizer = Tokenizer.from_folder(folder)
+        return Tokenizer.from_folder(folder), ""
     except UserError as error:
         return None, f"none is read ({error}); to give one: --tokenizer FOLDER"
-    tokenizer.require_rows(n_rows, folder)
-    return tokenizer, ""
 
 
 def _carried(folder: Path, is_read: bool) -> tuple[Path, ...]:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from conversion.format_table import FORMATS, Format, exports
 from mpt.architecture import read_architecture
-from mpt.catalog import find_local, refuse_ctranslate2
+from mpt.catalog import ADAPTER_CONFIG, find_local, is_adapter, refuse_ctranslate2
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
 
 if TYPE_CHECKING:
     from conversion.source import Source
 
-_ADAPTER = "adapter_config.json"  # peft's
 _ARCHIVES = (".tar", ".tgz", ".tar.gz", ".zip", ".tar.zst", ".7z")
 
 
@@ -33,7 +32,10 @@ def open_source(name_or_path: str | Path, tokenizer: Path | None = None, base: s
         return adapter.read(path, base, open_source)
     if base is not None:
         raise UserError(f"`--base` goes with adapters; `{path}` is {its_format.kind}")
-    return its_format.reader().read(path, tokenizer)
+    source = its_format.reader().read(path, tokenizer)
+    if source.tokenizer is not None:
+        source.tokenizer.require_rows(source.config.vocab_size, tokenizer or path, is_given=tokenizer is not None)
+    return source
 
 
 def locate(name_or_path: str | Path) -> tuple[Path, Format | None]:
@@ -48,7 +50,7 @@ def locate(name_or_path: str | Path) -> tuple[Path, Format | None]:
             raise CheckpointNotFound(f"`{name_or_path}` does not exist; give a checkpoint's folder or file")
         path = found
     refuse_ctranslate2(path)
-    its_format = None if (path / _ADAPTER).is_file() else recognise(path)
+    its_format = None if is_adapter(path) else recognise(path)
     if path.is_dir():
         refuse_links_outside(path)
     if its_format is not None and its_format.is_base:
@@ -82,7 +84,7 @@ def recognise(path: Path) -> Format:
     for found in (file for row in single for file in sorted(path.glob(f"*{row.suffix}")) if row.is_at(file)):
         raise CheckpointNotFound(f"`{path}` has no config.json; give the file, for example `{found}`")
     markers = ", ".join(f"{row.marker} ({row.title})" for row in FORMATS.values() if row.marker)
-    raise CheckpointNotFound(f"`{path}` holds no checkpoint; give a folder with {markers} or {_ADAPTER} (peft)")
+    raise CheckpointNotFound(f"`{path}` holds no checkpoint; give a folder with {markers} or {ADAPTER_CONFIG} (peft)")
 
 
 def refuse_links_outside(folder: Path) -> None:

@@ -59,6 +59,15 @@ class Lazy:
 
         return Lazy(dtype, self.shape, read, self.where)
 
+    def plus_product(self, a: Tensor, b: Tensor, scale: float) -> "Lazy":
+        """A matrix with scale b a added, (r, in) and (out, r), in float32 before it is rounded to its own dtype."""
+
+        def read() -> Tensor:
+            values = self.read()
+            return torch.mm(b.float(), a.float()).mul_(scale).add_(values).to(values.dtype)
+
+        return Lazy(self.dtype, self.shape, read, self.where)
+
 
 def stored(tensor: Weight) -> Lazy:
     """A weight of a folder."""

@@ -1,5 +1,6 @@
 """All Spaces as the pages of one site, alone or mounted into a server under /demo."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -40,7 +41,7 @@ def site(server: Server) -> gr.Blocks:
     """All Spaces, the chat first, with a bar to go from one to another."""
     pages = {name: page(name, server) for name in PAGES}  # not inside `whole`, or each would stand there twice
     first, *others = pages
-    with gr.Blocks(title="MPT") as whole:
+    with gr.Blocks(title=pages[first].title, fill_height=True) as whole:
         gr.Navbar(main_page_name=PAGES[first])
         pages[first].render()
     for name in others:
@@ -52,4 +53,6 @@ def site(server: Server) -> gr.Blocks:
 
 def mount(app: "FastAPI", url: str, key: str | None = None, path: str = "/demo") -> "FastAPI":
     """The app with the site under a path; it talks to the server at a URL, which may be the app itself."""
-    return gr.mount_gradio_app(app, site(Server(url, key)), path, **page_options())
+    with warnings.catch_warnings():  # of a mode that nobody asked for
+        warnings.filterwarnings("ignore", "SSR mode is not supported", UserWarning)
+        return gr.mount_gradio_app(app, site(Server(url, key)), path, **page_options())

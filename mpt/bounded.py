@@ -37,9 +37,12 @@ def check_size(path: Path, most: int = JSON_BYTES) -> None:
 
 
 def read_text(path: Path, most: int = JSON_BYTES, *, errors: str = "strict") -> str:
-    """A file's text, in UTF-8. Raises DamagedFile for one of more bytes, OSError, UnicodeDecodeError."""
+    """A file's text, in UTF-8, without a byte order mark, which editors on Windows put before it.
+
+    Raises DamagedFile for one of more bytes, OSError, UnicodeDecodeError.
+    """
     check_size(path, most)
-    return path.read_text(encoding="utf-8", errors=errors)
+    return path.read_text(encoding="utf-8-sig", errors=errors)
 
 
 def parse_json(text: str | bytes) -> Any:

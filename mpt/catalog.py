@@ -9,6 +9,9 @@ beside a checkpoint is neither downloaded nor run.
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +35,12 @@ _PACKED_NAME = re.compile(
     r"([.-](gguf|awq|gptq|bnb|nf4|fp4|int[48]|w?[2-8]-?bit|\d+g|i?q\d\w*|b?f(16|32)|fp(16|32)))+$", re.IGNORECASE
 )
 _SMALL_FILES = ["*.json", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja", "LICENSE*"]
+ADAPTER_CONFIG = "adapter_config.json"
+GPTQ_FILES = "gptq_model-*.safetensors"  # AutoGPTQ's, such as gptq_model-4bit-128g
+_MODEL_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "model.onnx",
+)  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the second only where the first is absent
 
 
@@ -136,6 +145,19 @@ def descendant(path: Path, shape: tuple[int, int, int, int]) -> tuple[Descendant
     return next(((known, "width, layers, heads and vocabulary are the same") for known in by_shape), None)
 
 
+is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
+
+
+@contextmanager
+def offline(is_wanted: bool = True) -> Iterator[None]:
+    """Download nothing: a checkpoint, or a set of rows, is on this machine or not found."""
+    before = is_offline.set(is_wanted)
+    try:
+        yield
+    finally:
+        is_offline.reset(before)
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """The place of a checkpoint, downloaded if need be (gigabytes, into the Hugging Face cache).
 
@@ -147,6 +169,8 @@ def resolve(name_or_path: str | Path) -> Path:
         return place
     entry = _known(given)
     repo_id = entry.repo_id if entry else given if _REPO_ID.fullmatch(given) else None
+    if repo_id is not None and is_offline.get():
+        raise CheckpointNotFound(f"`{given}` is not on this machine, and --dry-run downloads nothing")
     if repo_id is not None:
         return _download(given, repo_id)
     if entry is not None:
@@ -162,10 +186,10 @@ def find_local(name_or_path: str | Path) -> Path | None:
     """
     given = str(name_or_path)
     path = Path(given).expanduser()
-    if (path / "config.json").is_file() or is_gguf(path):
+    entry, has_adapters = _known(given), is_adapter(path)
+    if ((path / "config.json").is_file() and not has_adapters) or is_gguf(path):
         return path
-    entry = _known(given)
-    if entry is None and (path / "adapter_config.json").is_file():
+    if entry is None and has_adapters:
         merge = f"train export {path} --merge --out FOLDER"
         raise CheckpointNotFound(f"`{path}` holds adapters alone; add them to their base with `{merge}`")
     refuse_ctranslate2(path)
@@ -188,6 +212,16 @@ def find_local(name_or_path: str | Path) -> Path | None:
             return place
     repo_id = entry.repo_id if entry else given
     return _cached(repo_id) if repo_id and _REPO_ID.fullmatch(repo_id) else None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds peft's adapters and no model: adapters merged into one may leave adapter_config.json."""
+    return (folder / ADAPTER_CONFIG).is_file() and not has_model(folder)
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder holds a model's weights in a form that is served as it is."""
+    return any((folder / name).is_file() for name in _MODEL_FILES) or any(folder.glob(GPTQ_FILES))
 
 
 def refuse_ctranslate2(folder: Path) -> None:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from mpt.architecture import read_keys
 from mpt.bounded import parse_json
+from mpt.catalog import GPTQ_FILES
 from mpt.config import MPTConfig
 from mpt.config_keys import extended_type
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
@@ -261,7 +262,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
-    by_autogptq = list(folder.glob("gptq_model-*.safetensors"))  # gptq_model-4bit-128g, with quantize_config.json
+    by_autogptq = list(folder.glob(GPTQ_FILES))  # with quantize_config.json
     if len(by_autogptq) == 1:
         return by_autogptq
     raise CheckpointNotFound(f"`{folder}` has no model.safetensors or pytorch_model.bin, single or sharded")

@@ -13,14 +13,20 @@ from mpt.gguf.file import is_gguf, open_gguf
 from mpt.tokenizer import Tokenizer
 
 
-def open_tokenizer(place: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises what `Tokenizer.from_folder` does."""
+def open_tokenizer(place: str | Path, n_rows: int | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises what `Tokenizer.from_folder` does.
+
+    n_rows: of the embedding it is for, which must have a row for each id; else DamagedFile.
+    """
     place = Path(place)
-    if not is_gguf(place):
-        return Tokenizer.from_folder(place)
-    found, why_none = open_gguf(place).tokenizer
-    if found is None:
-        raise CheckpointNotFound(f"`{place}` gives no tokenizer: {why_none}")
+    if is_gguf(place):
+        found, why_none = open_gguf(place).tokenizer
+        if found is None:
+            raise CheckpointNotFound(f"`{place}` gives no tokenizer: {why_none}")
+    else:
+        found = Tokenizer.from_folder(place)
+    if n_rows is not None:
+        found.require_rows(n_rows, place)
     return found
 
 

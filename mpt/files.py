@@ -4,9 +4,10 @@ Not here: what a checkpoint's files say (`mpt/checkpoint.py`).
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-# A path that cannot be: no such folder, a file where a folder should be or a folder where a file should be.
-_MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+# A path that cannot be: no such folder, a file where a folder should be or a folder where a file should be, a name that
+# is too long, links in a circle.
+_MISPLACED = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 
 @contextmanager
@@ -46,22 +50,31 @@ def misplaced_paths() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _MISPLACED or error.filename is None:
             raise
-        raise UserError(f"`{error.filename}` cannot be used ({error.strerror}); check the path") from error
+        raise _misplaced(error.filename, error) from error
 
 
 @contextmanager
-def disk_refusals(place: Path) -> Iterator[None]:
+def disk_refusals(place: Path | None = None) -> Iterator[None]:
     """Raises MachineRefused where the disk refuses what is done. place: named where the error names no file."""
     try:
         yield
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        raise MachineRefused(f"cannot use `{error.filename or place}` ({error.strerror}); {_CURE}") from error
+        raise _refused(error.filename or place, str(error.strerror)) from error
     except Exception as error:
         if not _is_of_disk(error):
             raise
-        raise MachineRefused(f"cannot use `{place}` ({error}); {_CURE}") from error
+        raise _refused(place, str(error)) from error
+
+
+def _refused(path: object, reason: str) -> MachineRefused:
+    what = "what this command writes is refused" if path is None else f"cannot use `{path}`"
+    return MachineRefused(f"{what} ({reason}); {_CURE}")
+
+
+def _misplaced(path: object, error: OSError) -> UserError:
+    return UserError(f"`{path}` cannot be used ({error.strerror}); check the path")
 
 
 def _is_of_disk(error: BaseException) -> bool:
@@ -72,15 +85,35 @@ def _is_of_disk(error: BaseException) -> bool:
 _CURE = "free some space, or give this user the right to it, then run the same command"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which gets its name at the end; after an error all is as it was before."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (error.filename is None or Path(os.fsdecode(error.filename)) == partial):
+            error.filename = str(path)  # the name that was asked for; a write to a file that is open has none
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def require_writable(path: Path) -> None:
+    """Find out before the work whether a file can be written there. Raises OSError."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
 
 
 def check_target(folder: Path) -> None:
@@ -93,23 +126,30 @@ def check_target(folder: Path) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which gets its name at the end; after an error nothing is left.
 
-    Raises UserError if `folder` exists and is not empty, MachineRefused when it cannot be written.
+    Raises UserError if `folder` exists and is not empty or cannot be a folder, MachineRefused when the disk refuses it.
     """
     check_target(folder)
     final = folder.absolute()
     partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         yield partial
         if final.exists():
             final.rmdir()
         partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MachineRefused(f"cannot write `{folder}` ({error}); free some space") from error
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and _lies_in(error.filename, partial):
+            if error.errno in _MISPLACED:
+                raise _misplaced(folder, error) from error
+            if error.errno is None or error.errno in _REFUSALS:
+                raise _refused(folder, error.strerror or str(error)) from error
         if _is_of_disk(error):
-            raise MachineRefused(f"cannot write `{folder}` ({error}); free some space") from error
+            raise _refused(folder, str(error)) from error
         raise
+
+
+def _lies_in(filename: Any, folder: Path) -> bool:
+    """Whether an error's file is the folder or in it; an error without a name is of a write to a file that is open."""
+    return filename is None or Path(os.fsdecode(filename)).absolute().is_relative_to(folder)

@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
+from mpt.catalog import ADAPTER_CONFIG, has_model
+from mpt.config import MPTConfig
+from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig, UserError
 from mpt.files import read_json
+from mpt.manifest import read_manifest
 
 _MOST_RANK = 1 << 16  # as wide as no model's matrices are
 _PREFIX = "base_model.model."
@@ -65,30 +69,43 @@ class LoraFolder:
 
 def open_lora(folder: Path) -> LoraFolder:
     """A folder of plain LoRA. Raises CheckpointNotFound, DamagedFile, and UnsupportedConfig for another kind."""
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointNotFound(f"`{folder}` has no adapter_config.json; give a folder that peft saved")
+    rank, scale, base = settings(read_json(file), folder)
+    if not (folder / "adapter_model.safetensors").is_file() and has_model(folder):
+        raise UserError(f"`{folder}` holds a whole model, with its adapters merged; use it as a model")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise DamagedFile(f"`{folder}` has no adapter_model.safetensors; a pickled adapter is not opened")
+    return LoraFolder(folder, rank, scale, base)
+
+
+def settings(config: Mapping[str, Any], where: Path) -> tuple[int, float, str | None]:
+    """Rank, scale and base of plain LoRA by peft's configuration. Raises DamagedFile, UnsupportedConfig."""
     try:
-        config = read_json(file)
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
         base = config.get("base_model_name_or_path")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedFile(f"`{file}` is no adapter's configuration ({error!r})") from error
+        raise DamagedFile(f"`{where}` holds no adapter's configuration ({error!r})") from error
     if kind != "LORA":
-        raise UnsupportedConfig(f"`{folder}` is a {kind} adapter; supported: LORA")
+        raise UnsupportedConfig(f"`{where}` is a {kind} adapter; supported: LORA")
     if config.get("use_dora"):  # its factors multiply the base's products too, which a pair beside them cannot
         raise UnsupportedConfig(
-            f"`use_dora` of the adapter in `{folder}` is true; merge it into its base, and use that: "
-            f"train export {folder} --merge --out FOLDER"
+            f"`use_dora` of the adapter in `{where}` is true; merge it into its base, and use that: "
+            f"train export {where} --merge --out FOLDER"
         )
     for key, value in _ONLY_AT.items():
         if config.get(key) not in (None, value):
             raise UnsupportedConfig(f"`{key}` of the adapter is {config[key]!r}; supported: {value!r}")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise DamagedFile(f"`{folder}` has no adapter_model.safetensors; a pickled adapter is not opened")
     if not 1 <= rank <= _MOST_RANK:
-        raise DamagedFile(f"`{file}` gives rank {rank}; a rank is 1 to {_MOST_RANK}")
-    return LoraFolder(folder, rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, base)
+        raise DamagedFile(f"`{where}` gives rank {rank}; a rank is 1 to {_MOST_RANK}")
+    return rank, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank, base
+
+
+def trained_context(folder: Path, base: MPTConfig) -> int:
+    """The context of a base with the adapters of a folder in it: with ALiBi what these were trained at, if longer."""
+    stated = (read_manifest(folder) or {}).get("context_length")
+    return base.max_seq_len if base.has_wpe or not isinstance(stated, int) else max(base.max_seq_len, stated)
 
 
 @dataclass(frozen=True, eq=False)

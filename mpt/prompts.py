@@ -82,7 +82,8 @@ def encode_chat(
 ) -> list[int]:
     """The ids of a conversation, up to where the assistant speaks next.
 
-    system_default: the system message of a conversation that brings none; a template has a default of its own, or none.
+    system_default: the system message of a conversation that brings none, not even an empty one; a template has a
+    default of its own, or none.
     template: of style `template`; template_arguments: variables for it. continue_final_message: the last message is
     the beginning of the answer. Raises UserError for an unknown role, no messages, a style without chat, an order of
     roles the style cannot express, or arguments where there is no template.
@@ -209,7 +210,10 @@ def _check(style: PromptStyle, messages: Sequence[Message]) -> None:
 def _render(
     tokenizer: Tokenizer, style: PromptStyle, messages: Sequence[Message], add_generation_prompt: bool
 ) -> tuple[list[int], list[bool]]:
-    """messages: in roles that the styles know, without tools."""
+    """messages: in roles that the styles know, without tools. A system message that says nothing adds nothing."""
+    messages = [m for m in messages if m["role"] not in ("system", "developer") or m["content"].strip()]
+    if not messages:
+        raise UserError("`messages` holds an empty system message alone; send at least one message from the user")
     render = _render_chatml if style == "chatml" else _render_instruct
     return render(tokenizer, messages, add_generation_prompt)
 

@@ -19,7 +19,9 @@ _CHATML = """\
 {%- if default and not found.system -%}{{- 'STARTsystem\\n' + default + 'END\\n' -}}{%- endif -%}
 {%- for message in messages -%}
     {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
-    {{- 'START' + role + '\\n' + message['content'] + 'END\\n' -}}
+    {%- if role != 'system' or message['content'] | trim -%}
+        {{- 'START' + role + '\\n' + message['content'] + 'END\\n' -}}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'STARTassistant\\n' -}}{%- endif -%}
 """
@@ -29,7 +31,8 @@ _INSTRUCT = """\
     {{- ('' if seen.blocks else PREAMBLE) + '### Instruction:\\n' + seen.waiting + '\\n\\n### Response:\\n' -}}
 {%- endmacro -%}
 {%- for message in messages -%}
-    {%- if message['role'] != 'assistant' -%}
+    {%- if message['role'] in ['system', 'developer'] and not message['content'] | trim -%}
+    {%- elif message['role'] != 'assistant' -%}
         {%- set seen.waiting = seen.waiting + '\\n' + message['content'] if seen.any else message['content'] -%}
         {%- set seen.any = true -%}
     {%- else -%}

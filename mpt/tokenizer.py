@@ -127,10 +127,13 @@ class Tokenizer:
         stream = DetokenizeStream(self, skip_special_tokens)
         return "".join(stream.push(token_id) for token_id in ids) + stream.flush()
 
-    def require_rows(self, n_rows: int, where: str | Path) -> None:
-        """Raises DamagedFile if a model whose embedding has n_rows rows lacks some for this tokenizer's ids."""
+    def require_rows(self, n_rows: int, where: str | Path, is_given: bool = False) -> None:
+        """Raises DamagedFile if a model whose embedding has n_rows rows lacks some for this tokenizer's ids.
+
+        is_given: by the user, in place of the checkpoint's own; then it is UserError.
+        """
         if self.vocab_size > n_rows:
-            raise DamagedFile(
+            raise (UserError if is_given else DamagedFile)(
                 f"the tokenizer of `{where}` has {self.vocab_size} ids and the embedding {n_rows} rows; give the "
                 "tokenizer that the checkpoint was trained with"
             )

@@ -136,7 +136,7 @@ def _with_tools(messages: list[Any], tools: Sequence[Tool]) -> list[Any]:
     """The description of tools behind the first system message, or as the first message."""
     for n, message in enumerate(messages):
         if message["role"] in ("system", "developer"):
-            told = {**message, "content": f"{message['content']}\n\n{describe(tools)}"}
+            told = {**message, "content": "\n\n".join(filter(None, (message["content"], describe(tools))))}
             return [*messages[:n], told, *messages[n + 1 :]]
     return [{"role": "system", "content": describe(tools)}, *messages]
 

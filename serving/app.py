@@ -168,7 +168,7 @@ def _operations(serving: Serving, metrics: Metrics) -> Functions:
         status = "shutting down" if serving.draining else "loading" if serving.loading else "ok"
         places = serving.connections
         full = {"connections": {"open": places.n_open, "limit": places.limit}} if places.are_full else {}
-        return as_json({"status": status, **full})
+        return as_json({"status": status, **full}, 200 if status == "ok" else 503)
 
     async def ready() -> Response:
         why = serving.not_ready()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from mpt.engine.endpoint import Endpoint
+from mpt.engine.errors import too_long
 from mpt.engine.grammar import BadGrammar, Grammar
 from mpt.engine.request import Sampling
 from mpt.errors import DamagedFile, UserError
@@ -125,8 +126,8 @@ def check_size(endpoint: Endpoint, texts: list[str], param: str) -> None:
     if n_bytes > endpoint.max_prompt_bytes:
         least = n_bytes // endpoint.tokenizer.longest_token_bytes
         raise InvalidRequest(
-            f"the prompt has {n_bytes} bytes, at least {least} tokens, over the {endpoint.context_length} tokens of "
-            f"`{endpoint.name}`; shorten it",
+            f"This model's maximum context length is {endpoint.context_length} tokens. However, your prompt has "
+            f"{n_bytes} bytes, which are at least {least} tokens. Please shorten it.",
             code="context_length_exceeded",
             param=param,
         )
@@ -135,8 +136,7 @@ def check_size(endpoint: Endpoint, texts: list[str], param: str) -> None:
 def check_room(endpoint: Endpoint, n_prompt: int, max_tokens: int, param: str) -> None:
     if n_prompt + max_tokens > endpoint.context_length:
         raise InvalidRequest(
-            f"the prompt has {n_prompt} tokens and max_tokens is {max_tokens}: {n_prompt + max_tokens} is over the "
-            f"context of `{endpoint.name}`, {endpoint.context_length}; shorten the prompt or lower max_tokens",
+            too_long(n_prompt, max_tokens, endpoint.context_length),
             code="context_length_exceeded",
             param=param,
             n_prompt_tokens=n_prompt,

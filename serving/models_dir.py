@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from mpt.catalog import is_adapter
 from mpt.config_keys import language_model
 from mpt.errors import DamagedFile, UserError
 from mpt.files import read_json
@@ -47,6 +48,9 @@ def _is_checkpoint(path: Path) -> bool:
     try:
         if path.suffix == ".gguf" and is_gguf(path):
             is_mpt = open_gguf(path).text("general.architecture") == "mpt"
+        elif is_adapter(path):
+            log.warning("left out: `%s` holds adapters alone; serve them with --adapter, beside their base", path)
+            return False
         elif config.is_file():
             is_mpt = language_model(read_json(config)) is not None
         else:

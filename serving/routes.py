@@ -159,7 +159,7 @@ ROUTES = (
     Route("batches", "/v1/batches", "The batches of this key, the newest first."),
     Route("batch", "/v1/batches/{batch_id}", "One batch of this key."),
     Route("cancel_batch", "/v1/batches/{batch_id}/cancel", "End a batch with the answers it has.", verb="POST"),
-    Route("health", "/health", "200 while this process answers; 503 when an engine has stopped for good."),
+    Route("health", "/health", "200; 503 while it loads or shuts down, or when an engine has stopped for good."),
     Route("ready", "/ready", "200 once every model can answer and the server takes requests."),
     Route("version", "/version", "The versions that run here."),
     Route("metrics", "/metrics", "Prometheus metrics."),

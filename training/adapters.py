@@ -7,6 +7,7 @@ Dettmers et al. 2023: blocks of 64, their scales quantised again).
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 import mpt.checkpoint
 import mpt.manifest
-from mpt.catalog import resolve
+from mpt.catalog import ADAPTER_CONFIG, has_model, resolve
 from mpt.chat_template import ChatTemplate
+from mpt.checkpoint_text import open_tokenizer
 from mpt.dropout import Dropout
 from mpt.errors import UserError
 from mpt.extras import install
 from mpt.files import read_json, whole_folder
+from mpt.lora import trained_context
 from mpt.model import Linear
 from mpt.prompts import PromptFormat, open_format
 from mpt.style_template import StyleTemplate, jinja
@@ -42,7 +45,6 @@ def add(model: "MPTForCausalLM", lora: "Lora", precision: "Precision") -> None:
 
     Raises UserError when 4 bits are asked for and bitsandbytes is not installed.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it names kernels it does without
     from peft import LoraConfig, inject_adapter_in_model
 
     for parameter in model.parameters():
@@ -202,16 +204,22 @@ def merge(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     """
     from peft import PeftModel
 
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise UserError(f"`{folder}` has no adapter_config.json; give the `model` folder of a LoRA run")
+    if not (folder / "adapter_model.safetensors").is_file():
+        what = "a whole model, with its adapters merged" if has_model(folder) else "no adapter_model.safetensors"
+        raise UserError(f"`{folder}` holds {what}; give the `model` folder of a LoRA run")
     mpt.manifest.verify_manifest(folder)
     base = read_json(path)["base_model_name_or_path"]
     model = mpt.checkpoint.load(base, dtype=torch.float32)
     dtype = dtype or torch.promote_types(_adapter_dtype(folder), _base_dtype(base))
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with warnings.catch_warnings():  # peft asks transformers for a name that goes with its version 6
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     entries = {k: v for k, v in (mpt.manifest.read_manifest(folder) or {}).items() if k != "files"}
-    tokenizer = Tokenizer.from_folder(folder)
+    merged.config.max_seq_len = trained_context(folder, merged.config)
+    tokenizer = open_tokenizer(folder, model.config.vocab_size)
     template = chat_template(open_format(folder, entries.get("prompt_style", "none"), tokenizer))
     _round(merged, dtype)
     return mpt.checkpoint.save(merged, out, tokenizer=tokenizer, chat_template=template, manifest=entries)

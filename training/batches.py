@@ -32,13 +32,15 @@ def load_tokenizer(run: Run) -> Tokenizer:
     """The tokenizer the run names, or its base's; of a run in ChatML with ChatML's tokens, which the result keeps.
 
     A base like MPT-7B has more rows in its embedding than its tokenizer has ids, and MPT-7B-Chat's tokens are the first
-    two of these. Raises UserError where none are spare.
+    two of these. Raises UserError where none are spare, or where it has more ids than there are rows.
     """
-    tokenizer = open_tokenizer(vocabulary.find(run.tokenizer) if run.tokenizer is not None else resolve(str(run.base)))
+    place = vocabulary.find(run.tokenizer) if run.tokenizer is not None else resolve(str(run.base))
+    tokenizer = open_tokenizer(place)
+    n_rows = run.model.get("vocab_size") or read_config(resolve(str(run.base))).vocab_size
+    tokenizer.require_rows(n_rows, place, is_given=run.tokenizer is not None)
     if run.prompt_style != "chatml":
         return tokenizer
     made = tokenizer.with_chatml()
-    n_rows = run.model.get("vocab_size") or read_config(resolve(str(run.base))).vocab_size
     if made is not tokenizer and made.vocab_size > n_rows:
         raise UserError(
             f"the tokenizer has no `{CHATML_START}` and `{CHATML_END}`, and cannot get them: with them it has "

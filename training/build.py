@@ -14,6 +14,7 @@ import mpt.manifest
 from mpt import attention
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
+from mpt.errors import UserError
 from mpt.model import MPTForCausalLM
 from mpt.packed import layers as packed_layers
 from mpt.packed.matrix import Weight
@@ -61,13 +62,22 @@ def model(run: Run, world: World) -> MPTForCausalLM:
 
 
 def _config(run: Run) -> MPTConfig:
-    """The run's shape, or the base's with the run's changes."""
+    """The run's shape, or the base's with the run's changes; its context is at least what the run trains.
+
+    Raises UserError for sequences that a table of positions does not hold.
+    """
     if run.base is None:
         config = MPTConfig(**run.model)
     else:
         values = mpt.checkpoint.read_config(resolve(run.base)).to_dict()
         attention = {**values["attn_config"], **run.model.get("attn_config", {})}
         config = MPTConfig.from_dict({**values, **run.model, "attn_config": attention})
+    if config.has_wpe and run.max_seq_len > config.max_seq_len:
+        raise UserError(
+            f"`max_seq_len` of the run is {run.max_seq_len}, and the model has learned {config.max_seq_len} positions; "
+            f"give --max-seq-len {config.max_seq_len}"
+        )
+    config.max_seq_len = max(config.max_seq_len, run.max_seq_len)  # who reads it later may rely on what was trained
     config.dtype = torch.float32
     return config
 

@@ -38,7 +38,9 @@ Gpus = Annotated[
     int | None, typer.Option(min=1, help="Ranks on this machine, by torchrun; one per GPU, or CPU processes.")
 ]
 Resume = Annotated[bool, typer.Option(help="Go on with the run in --out; --no-resume refuses a folder in use.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and its size, and touch nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved run and its size; write and download nothing.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: the run alone, as --config takes it.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="RUN.JSON", help="Repeat a run as it was.")]
 FinetuneRecipe = Annotated[
@@ -81,28 +83,34 @@ def finetune(
 
     From an old state: train finetune --from runs/a --lr 2e-6 --out runs/b
     """
-    from training.data import files
+    from mpt.catalog import offline
 
     changes = flags.changes(given)
-    checks.check_run(changes)
+    with offline(dry_run):
+        checks.check_run(changes)
+        run, decided_by = _finetune_run(recipe, config, changes)
+        _train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
+
+
+def _finetune_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> tuple[Run, str]:
+    """What `train finetune` trains, and what decided its prompt style. Raises UserError."""
     from training import folder, prompt_style
+    from training.data import files
 
     prompt_style.settle(changes)
     if (whole := folder.whole_run(config, changes, recipe)) is not None:
         run, origin = whole
-        decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{origin}` has it"
-    else:
-        recipe = recipe or recipes.DEFAULT_FINETUNE
-        for name in ("base", "data"):
-            if name not in changes:
-                example = "train finetune --base mpt-tiny --data dolly_hhrlhf"
-                raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
-        base, data = changes.pop("base"), changes.pop("data")
-        out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}"
-        run = recipes.make_finetune(recipe, base, data, out, **changes)
-        style, decided_by = prompt_style.choose(run, recipe, changes.get("prompt_style"))
-        run = recipes.change(run, prompt_style=style)
-    _train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
+        return run, "given by --prompt-style" if "prompt_style" in changes else f"`{origin}` has it"
+    recipe = recipe or recipes.DEFAULT_FINETUNE
+    for name in ("base", "data"):
+        if name not in changes:
+            example = "train finetune --base mpt-tiny --data my.jsonl"
+            raise UserError(f"`--{name}` is missing, for example `{example}`; or give --config with a run.json")
+    base, data = changes.pop("base"), changes.pop("data")
+    out = changes.pop("out", None) or f"runs/{Path(base).name}-{files.stem(data)}"
+    run = recipes.make_finetune(recipe, base, data, out, **changes)
+    style, decided_by = prompt_style.choose(run, recipe, changes.get("prompt_style"))
+    return recipes.change(run, prompt_style=style), decided_by
 
 
 @app.command()
@@ -123,26 +131,32 @@ def pretrain(
 
     Example: train pretrain --data novel.txt --tokenizer mpt-tiny --steps 100
     """
+    from mpt.catalog import offline
+
     changes = flags.changes(given)
-    checks.check_run(changes)
+    with offline(dry_run):
+        checks.check_run(changes)
+        _train(_pretraining_run(recipe, config, changes), resume, dry_run, as_json, gpus)
+
+
+def _pretraining_run(recipe: str, config: Path | None, changes: dict[str, Any]) -> Run:
+    """What `train pretrain` trains. Raises UserError."""
     from training import folder
 
     if (whole := folder.whole_run(config, changes, recipe)) is not None:
-        run, _ = whole
-    else:
-        from mpt.checkpoint_text import open_tokenizer
-        from training import vocabulary
-        from training.data import files
+        return whole[0]
+    from mpt.checkpoint_text import open_tokenizer
+    from training import vocabulary
+    from training.data import files
 
-        recipe = recipe or recipes.DEFAULT_SIZE
-        for name in ("data", "tokenizer"):
-            if name not in changes:
-                raise UserError(f"`--{name}` is missing; give --data and --tokenizer, or --config with a run.json")
-        data, tokenizer = changes.pop("data"), changes.pop("tokenizer")
-        out = changes.pop("out", None) or f"runs/{recipe}-{files.stem(data)}"
-        vocab_size = open_tokenizer(vocabulary.find(tokenizer)).vocab_size
-        run = recipes.make_pretraining(recipe, data, out, tokenizer, vocab_size, **changes)
-    _train(run, resume, dry_run, as_json, gpus)
+    recipe = recipe or recipes.DEFAULT_SIZE
+    for name in ("data", "tokenizer"):
+        if name not in changes:
+            raise UserError(f"`--{name}` is missing; give --data and --tokenizer, or --config with a run.json")
+    data, tokenizer = changes.pop("data"), changes.pop("tokenizer")
+    out = changes.pop("out", None) or f"runs/{recipe}-{files.stem(data)}"
+    vocab_size = open_tokenizer(vocabulary.find(tokenizer)).vocab_size
+    return recipes.make_pretraining(recipe, data, out, tokenizer, vocab_size, **changes)
 
 
 app.command()(evaluate)
@@ -191,7 +205,9 @@ def export(
 ) -> None:
     """Write a run's newest checkpoint, or a LoRA merged into its base, as a folder that serves and converts.
 
-    Example: train export runs/mpt-tiny-dolly_hhrlhf/model --merge --out my-model
+    Example: train export runs/mpt-7b-my/model --merge --out my-model
+
+    after: train finetune --base mpt-7b --data my.jsonl --lora 16
     """
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out")
@@ -246,32 +262,52 @@ def _train(run: Run, resume: bool, dry_run: bool, as_json: bool, gpus: int | Non
 
 
 def _print_plan(run: Run, n_gpus: int, decided: str) -> None:
-    """The run as JSON, then what was chosen for the user and what it comes to."""
-    from training import batches, objective
-
+    """The run as JSON, then what was chosen for the user and what it comes to. Downloads nothing."""
     run.check_ranks(n_gpus)
-    how = objective.of_run(run, batches.load_tokenizer(run))
-    data = how.load(run.data)
-    n_steps = batches.count_steps(run, data)
-    batch = how.pack([data.sample(number) for number in range(run.global_batch)])
-    used = int((batch.sequence_id >= 0).sum())
     shape = planning.shape_of_run(run)
+    counted, missing = _counted(run, shape)
     sequences = max(1, run.microbatch_tokens * run.context_parallel // run.max_seq_len)
     needed = planning.memory(shape, run, n_gpus, sequences)
     print(run.to_json(), end="")
     if decided:
         print(decided)
     print(f"parameters {shape.n_parameters}")
-    print(f"samples {data.n_samples if data.n_samples is not None else 'generated'}")
-    print(f"steps {n_steps}")
-    print(f"tokens_per_step {used}")
-    print(f"learned_tokens_per_step {how.n_learned(batch)}")
-    print(f"useful_positions {used / batch.ids.numel():.3f}")
-    print(f"tokens {n_steps * used}")
-    print(f"flops {n_steps * used * shape.flops_per_token(run.max_seq_len, is_causal=True):.3g}")
+    for what, value in counted.items():
+        print(f"{what} {value}")
+    if missing:
+        print(f"not counted: {missing}; the rest is known once it is here")
     for what, n_bytes in vars(needed).items():
         print(f"memory_{what}_gb {n_bytes / 1e9:.2f}")
     print(f"memory_gb {needed.total / 1e9:.2f} on each of {n_gpus}")
+
+
+def _counted(run: Run, shape: planning.Shape) -> tuple[dict[str, object], str]:
+    """What a run's rows come to, or of a base or a set that is not on this machine why that is not known."""
+    from mpt.catalog import find_local
+    from training import batches, objective
+    from training.data import hub
+
+    steps: dict[str, object] = {} if run.steps is None else {"steps": run.steps}
+    if run.base is not None and find_local(run.base) is None:
+        return steps, f"`{run.base}` is not on this machine, and --dry-run downloads nothing"
+    how = objective.of_run(run, batches.load_tokenizer(run))
+    try:
+        data = how.load(run.data)
+    except hub.NotHere as error:
+        return steps, str(error)
+    n_steps = batches.count_steps(run, data)
+    batch = how.pack([data.sample(number) for number in range(run.global_batch)])
+    used = int((batch.sequence_id >= 0).sum())
+    flops = n_steps * used * shape.flops_per_token(run.max_seq_len, is_causal=True)
+    return {
+        "samples": data.n_samples if data.n_samples is not None else "generated",
+        "steps": n_steps,
+        "tokens_per_step": used,
+        "learned_tokens_per_step": how.n_learned(batch),
+        "useful_positions": f"{used / batch.ids.numel():.3f}",
+        "tokens": n_steps * used,
+        "flops": f"{flops:.3g}",
+    }, ""
 
 
 preferences_cli.add_to(app, _train)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt.errors import UserError
+from mpt.files import whole_file
 
 _PANELS = (("loss", "loss"), ("gradient_norm", "gradient norm"), ("lr", "learning rate"), ("tokens_per_s", "tokens/s"))
 
@@ -36,8 +37,18 @@ def plot(*folders: Path, to: Path | None = None) -> Path:
     if len(folders) > 1:
         axes[0].legend()
     to = to or folders[0] / "curves.png"
-    figure.savefig(to, dpi=110)
-    return to
+    return save(figure, to)
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a picture whole or not at all, as a PNG where its name says nothing else. Raises UserError."""
+    path = path if path.suffix else path.with_suffix(".png")
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise UserError(f"`{path}` is no picture's name; end it in .{', .'.join(known)}")
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format=path.suffix.removeprefix("."))
+    return path
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -138,7 +138,11 @@ def style_of(name: str, columns: str | None = None) -> tuple[PromptStyle, str]:
     keys = columns_of.parse(columns) if columns else None
     found: dict[PromptStyle, str] = {}
     unknown = ""
-    for where, row in itertools.islice(rows_of(name), _ROWS_LOOKED_AT):
+    try:
+        rows = rows_of(name)
+    except hub.NotHere as error:
+        raise UserError(f"{error}; its rows decide the prompt style: give --prompt-style too") from error
+    for where, row in itertools.islice(rows, _ROWS_LOOKED_AT):
         try:
             made_for = row_style(row, keys)
         except UserError as error:

@@ -148,7 +148,7 @@ def _prompts(run: Run, tokenizer: Tokenizer, objective: Objective, data: Numbere
         path = Path(run.sample_prompts).expanduser()
         if not path.is_file():
             raise UserError(f"`--sample-prompts {path}` is no file; give one with a prompt on each line")
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         prompts = [_encoded(run, tokenizer, line) for line in lines]
     else:
         name = run.sample_prompts or run.eval_data

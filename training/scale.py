@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt.errors import UserError
+from mpt.files import write_whole
 from training import curves, plan, recipes
 from training.run import Run
 from training.scaling_law import Interval, Law, Point
@@ -180,9 +181,7 @@ def write(out: Path, planned: Sequence[Planned], points: Sequence[Point], law: L
     """scale.json and scale.png in the sweep's folder; the picture's path."""
     runs = [{"run": one.run.name, **asdict(point)} for one, point in zip(planned, points, strict=True)]
     story = {"form": law.form, "law": law.named, "prediction": asdict(forecast), "runs": runs}
-    partial = out / f"{RESULTS}.partial"
-    partial.write_text(json.dumps(story, indent=2) + "\n", encoding="utf-8")
-    partial.rename(out / RESULTS)
+    write_whole(out / RESULTS, json.dumps(story, indent=2) + "\n")
     return draw(out / PICTURE, points, law, forecast)
 
 
@@ -212,5 +211,4 @@ def draw(path: Path, points: Sequence[Point], law: Law, forecast: Forecast) -> P
     axis.set(title=named, xlabel="FLOPs (6 N D)", ylabel="loss, nats a token", xscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(title="parameters")
-    figure.savefig(path, dpi=110)
-    return path
+    return curves.save(figure, path)

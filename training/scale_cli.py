@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mpt import command_line
 from mpt.errors import UserError
 from training.run import Precision
 
 
-class Command(typer.core.TyperCommand):
+class Command(command_line.Command):
     """Takes `--sizes 10m 25m 60m`, which click would not: the words behind an option of several belong to it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -1,51 +1,80 @@
-"""Shows a run's steps on stderr: a bar on a terminal, lines of `key value` elsewhere."""
+"""Shows on stderr how far a command is: a bar on a terminal, lines elsewhere."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 Report = Callable[[dict[str, Any]], None]
 
+_FIRST_STEPS, _EVERY_STEPS = 3, 10
+_BETWEEN_LINES_S = 10.0
+_SHORT_S = 1.0  # what takes less is over before anybody asks
+_SHOWN = (
+    "step", "steps", "loss", "accuracy", "reward_margin", "held_out_loss", "held_out_accuracy", "lr",
+    "gradient_norm", "tokens", "tokens_per_s", "seconds",
+)  # fmt: skip
+
 
 @contextmanager
 def steps() -> Iterator[Report]:
-    """What shows each step: a bar on a terminal, lines of `key value` elsewhere."""
+    """What shows each step of a run: a bar on a terminal, which comes with the first; elsewhere lines of `key value`.
+
+    Several runs may follow each other.
+    """
     if not sys.stderr.isatty():
-        yield _print
+        yield _lines()
         return
+    with ExitStack() as stack:
+        yield _bar(stack)
+
+
+def _lines() -> Report:
+    """Prints the first steps of a start, then every tenth, and the last."""
+    n_seen = 0
+
+    def show(metrics: dict[str, Any]) -> None:
+        nonlocal n_seen
+        step = int(metrics["step"])
+        n_seen = 1 if step == 1 else n_seen + 1
+        if n_seen <= _FIRST_STEPS or step % _EVERY_STEPS == 0 or step == metrics["steps"]:
+            told = " ".join(f"{key} {metrics[key]:.6g}" for key in _SHOWN if key in metrics)
+            print(told, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _bar(stack: ExitStack) -> Report:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+        TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("train", loss=float("nan"), speed=0.0)
+    progress = Progress(*columns, console=Console(stderr=True))
+    task: TaskID | None = None
+    last = 0
 
-        def show(metrics: dict[str, Any]) -> None:
-            progress.update(
-                task,
-                completed=metrics["step"],
-                total=metrics["steps"],
-                loss=metrics.get("loss", float("nan")),
-                speed=metrics.get("tokens_per_s", 0.0),
-            )
+    def show(metrics: dict[str, Any]) -> None:
+        nonlocal task, last
+        step, n_steps = int(metrics["step"]), int(metrics["steps"])
+        if task is None:
+            stack.enter_context(progress)
+        if task is None or step <= last:  # another run, or the same gone back: its speed begins anew
+            if task is not None:
+                progress.remove_task(task)
+            task = progress.add_task("train", completed=step - 1, total=n_steps, told="")
+        last = step
+        if "loss" in metrics:  # not in a step that is passed over
+            told = f"loss {metrics['loss']:.3f}  {metrics.get('tokens_per_s', 0.0):,.0f} tokens/s"
+            progress.update(task, told=told)
+        progress.update(task, completed=step, total=n_steps)
 
-        yield show
-
-
-def _print(metrics: dict[str, Any]) -> None:
-    n = int(metrics["step"])
-    if n <= 3 or n % 10 == 0 or n == metrics["steps"]:
-        keys = (
-            "step", "steps", "loss", "accuracy", "reward_margin", "held_out_loss", "held_out_accuracy", "lr",
-            "gradient_norm", "tokens", "tokens_per_s", "seconds",
-        )  # fmt: skip
-        print(" ".join(f"{key} {metrics[key]:.6g}" for key in keys if key in metrics), file=sys.stderr, flush=True)
+    return show
 
 
 @contextmanager
@@ -69,9 +98,16 @@ def counter(unit: str) -> Iterator[Callable[[int, str], None]]:
 
 @contextmanager
 def progress(name: str, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """What takes how much of how much is done: a bar on a terminal, nothing elsewhere."""
-    if not (is_shown and sys.stderr.isatty()):
+    """What takes how much of how much is done: a bar on a terminal; elsewhere a line every ten seconds, and at the
+    end of what takes a second or more.
+
+    is_shown: elsewhere than on the first of several ranks nothing is.
+    """
+    if not is_shown:
         yield lambda done, of: None
+        return
+    if not sys.stderr.isatty():
+        yield _counted(name)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -79,3 +115,16 @@ def progress(name: str, is_shown: bool = True) -> Iterator[Callable[[int, int], 
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(name, total=None)
         yield lambda done, of: bars.update(bar, completed=done, total=of)
+
+
+def _counted(name: str) -> Callable[[int, int], None]:
+    began = said = time.monotonic()
+
+    def show(done: int, of: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= _BETWEEN_LINES_S or (done == of and now - began >= _SHORT_S):
+            said = now
+            print(f"{name} {done} of {of} in {now - began:.0f} s", file=sys.stderr, flush=True)
+
+    return show

@@ -1,17 +1,13 @@
 """peft's LoRA adapters, added to the weights of their base as each of those is read."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from conversion.source import Source
-from conversion.tensors import Lazy
+from mpt.catalog import ADAPTER_CONFIG
 from mpt.errors import UnsupportedConfig
-from mpt.lora import open_lora
-
-MARKER = "adapter_config.json"
+from mpt.lora import open_lora, trained_context
 
 
 def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> Source:
@@ -25,30 +21,23 @@ def read(folder: Path, base: str | None, open_base: Callable[[str], Source]) -> 
     if not named:
         raise UnsupportedConfig(f"`{folder}` does not name its base; give --base")
     whole = open_base(named)
+    config = copy.deepcopy(whole.config)
+    config.max_seq_len = trained_context(folder, config)
     tensors = dict(whole.tensors)
     for name, (a, b) in lora.pairs({name: tensor.shape for name, tensor in tensors.items()}).items():
-        tensors[name] = _added(tensors[name], a, b, lora.scale)
+        tensors[name] = tensors[name].plus_product(a, b, lora.scale)
     return Source(
         kind="adapter",
         path=folder,
-        config=whole.config,
+        config=config,
         tensors=tensors,
         tokenizer=whole.tokenizer,
         why_no_tokenizer=whole.why_no_tokenizer,
         tokenizer_files=whole.tokenizer_files,
-        files=(folder / MARKER, lora.weights, *whole.files),
+        files=(folder / ADAPTER_CONFIG, lora.weights, *whole.files),
         chat_template=whole.chat_template,
         generation=whole.generation,
         notes=(f"LoRA of rank {lora.rank} added to `{Path(named).name}`",),
         folder=folder,
         manifests=(folder, *whole.manifests),
     )
-
-
-def _added(base: Lazy, a: Tensor, b: Tensor, scale: float) -> Lazy:
-    def read() -> Tensor:
-        values = base.read()
-        product = torch.mm(b.float(), a.float()).mul_(scale)
-        return product.add_(values).to(values.dtype)
-
-    return Lazy(base.dtype, base.shape, read, base.where)

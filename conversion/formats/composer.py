@@ -8,6 +8,7 @@ import datetime
 import io
 import json
 import pickle
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from conversion.tensors import Lazy
 from mpt.checkpoint import canonical_name, describe_torch_file, place
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, MPTError, UnsupportedConfig, UserError
+from mpt.lora import settings
 from mpt.tokenizer import Tokenizer
 
 # Composer keeps `.json` files of these names (without suffix), and newer ones the template.
@@ -41,9 +43,8 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
         kind, (found, integration) = "composer", _read_single(path)
         files = (path,)
     config = _config(integration, path)
+    found, n_added = _with_adapters(found, integration, path)
     own, why_not, template = _tokenizer(integration, path)
-    if own is not None and tokenizer is None:
-        own.require_rows(config.vocab_size, path)
     return Source(
         kind=kind,
         path=path,
@@ -53,6 +54,7 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
         why_no_tokenizer=why_not,
         files=tuple(files),
         chat_template=template,
+        notes=(f"LoRA added to {n_added} matrices",) if n_added else (),
     )
 
 
@@ -193,6 +195,45 @@ def _lists(tree: Any) -> Any:
     if values and all(key.isdigit() for key in values):
         return [values[key] for key in sorted(values, key=int)]
     return values
+
+
+# What peft calls the parts of a matrix with adapters: frozen, A and B, behind which the adapter's name may stand.
+_PART = re.compile(r"(?P<matrix>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.\w+)?\.(?P<kind>weight|bias)")
+
+
+def _with_adapters(
+    found: Mapping[str, Lazy], integration: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Lazy], int]:
+    """The tensors of a run that trained LoRA, each pair added to its matrix, and how many pairs there are.
+
+    Raises UnsupportedConfig where only the pairs were saved, and for another kind of adapter; DamagedFile.
+    """
+    whole: dict[str, Lazy] = {}
+    pairs: dict[str, dict[str, Lazy]] = {}
+    for name, tensor in found.items():
+        part = _PART.fullmatch(name)
+        if part is None or part["part"] == "base_layer":
+            whole[name if part is None else f"{part['matrix']}.{part['kind']}"] = tensor
+        else:
+            pairs.setdefault(f"{part['matrix']}.weight", {})[part["part"]] = tensor
+    if not pairs:
+        return whole, 0
+    model = integration.get("model")
+    described = model.get("peft_config") if isinstance(model, Mapping) else None
+    content = described.get("content") if isinstance(described, Mapping) else None
+    rank, scale, base = settings(content if isinstance(content, Mapping) else {}, path)
+    if not whole:
+        raise UnsupportedConfig(
+            f"`{path}` holds the adapters of a LoRA run and not the weights of its base, `{base}`; save the run with "
+            "`should_save_peft_only: false`, or its adapters as peft does, and convert that folder"
+        )
+    for name, pair in pairs.items():
+        matrix = whole.get(name)
+        n_out, n_in = matrix.shape if matrix is not None and len(matrix.shape) == 2 else (0, 0)
+        if {key: half.shape for key, half in pair.items()} != {"lora_A": (rank, n_in), "lora_B": (n_out, rank)}:
+            raise DamagedFile(f"the adapter of `{name}` in `{path}` is no pair of rank {rank} that fits it")
+        whole[name] = whole[name].plus_product(pair["lora_A"].read(), pair["lora_B"].read(), scale)
+    return whole, len(pairs)
 
 
 def _config(integration: Mapping[str, Any], path: Path) -> MPTConfig:

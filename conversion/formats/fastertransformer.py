@@ -177,7 +177,7 @@ def read(path: Path, tokenizer: Path | None = None) -> Source:
             parts.setdefault(file.tensor, []).append(file)
     found = {name: _joined(name, folder, its, dtype, config) for name, its in parts.items()}
     own = next((place for place in (path, folder) if tokenizer_files(place)), path)
-    its_tokenizer, why_not = model_folder.find_tokenizer(own, tokenizer, config.vocab_size)
+    its_tokenizer, why_not = model_folder.find_tokenizer(own, tokenizer)
     return Source(
         kind="fastertransformer",
         path=path,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from mpt.catalog import is_adapter
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
 
@@ -14,7 +15,7 @@ def available(given: Mapping[str, Path], folder: Path | None) -> dict[str, Path]
     """Folders of adapters by name: those given, and those in a folder now."""
     found = {}
     if folder is not None:
-        found = {p.parent.name: p.parent for p in sorted(folder.glob("*/adapter_config.json"))}
+        found = {path.name: path for path in sorted(folder.glob("*")) if is_adapter(path)}
     return {name: path for name, path in {**found, **given}.items() if MODEL_NAME.fullmatch(name)}
 
 

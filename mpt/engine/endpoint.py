@@ -105,8 +105,7 @@ def _open(name: str, options: ModelOptions, n_sharing: int, promised_bytes: int)
         torch.set_num_threads(threads.n)
         log.info("%s: %d thread%s (%s)", name, threads.n, "s" * (threads.n > 1), threads.why)
     context = options.context_length or config.max_seq_len
-    tokenizer = open_tokenizer(folder)
-    tokenizer.require_rows(config.vocab_size, folder)
+    tokenizer = open_tokenizer(folder, config.vocab_size)
     prompts = open_format(folder, options.asked_style or entry.prompt_style, tokenizer, options.template_file)
     engine: Engine | TritonEngine
     adapters = None

@@ -38,6 +38,7 @@ from mpt.engine.errors import (
     RequestTimeout,
     ShuttingDown,
     Unsupported,
+    too_long,
 )
 from mpt.engine.prefix_files import PrefixFiles
 from mpt.engine.prefix_transfers import PrefixTransfers
@@ -251,10 +252,7 @@ class Engine:
         sampling, n_prompt = request.sampling, len(request.prompt)
         assert n_prompt > 0 and sampling.n > 0 and sampling.max_tokens >= 0, (n_prompt, sampling)
         if n_prompt + sampling.max_tokens > self.longest_request:
-            raise PromptTooLong(
-                f"prompt ({n_prompt} tokens) plus max_tokens ({sampling.max_tokens}) makes "
-                f"{n_prompt + sampling.max_tokens}, over the limit of {self.longest_request}; shorten one of them"
-            )
+            raise PromptTooLong(too_long(n_prompt, sampling.max_tokens, self.longest_request))
         with self._wake:
             if self._draining or self._closing:
                 raise ShuttingDown("the server is shutting down; try another replica")

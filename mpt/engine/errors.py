@@ -15,6 +15,14 @@ class PromptTooLong(EngineError):
     """Prompt plus max_tokens exceed the context or the KV budget."""
 
 
+def too_long(n_prompt: int, max_tokens: int, limit: int) -> str:
+    """How OpenAI says it: clients look for this sentence, to fall back to a model of a longer context."""
+    return (
+        f"This model's maximum context length is {limit} tokens. However, you requested {n_prompt + max_tokens} tokens "
+        f"({n_prompt} in the prompt, {max_tokens} in the answer). Please shorten the prompt or lower max_tokens."
+    )
+
+
 class Unsupported(EngineError):
     """This engine cannot do what a field of the request asks."""
 

@@ -33,10 +33,10 @@ class LocalModel:
         """Raises MPTError for a checkpoint that is not there."""
         folder = resolve(options.root)
         self.entry = describe(options.root)
-        self.tokenizer: Tokenizer = open_tokenizer(folder)
+        self._config = read_config(folder)
+        self.tokenizer: Tokenizer = open_tokenizer(folder, self._config.vocab_size)
         style = options.asked_style or self.entry.prompt_style
         self.style, self._template = open_format(folder, style, self.tokenizer, options.template_file)
-        self._config = read_config(folder)
         self._options = options
         self._endpoint: Endpoint | None = None
 

@@ -26,6 +26,7 @@ from mpt.engine.errors import (
     RequestTimeout,
     ShuttingDown,
     Unsupported,
+    too_long,
 )
 from mpt.engine.request import Event, Sampling, Started
 from mpt.engine.sequence import Answer, Request, Sequence
@@ -93,10 +94,7 @@ class TritonEngine:
         if (why := self.capabilities.refusal(sampling)) is not None:
             raise Unsupported(why)
         if len(prompt) + sampling.max_tokens > self.context_length:
-            raise PromptTooLong(
-                f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) is over the limit of "
-                f"{self.context_length}; shorten one of them"
-            )
+            raise PromptTooLong(too_long(len(prompt), sampling.max_tokens, self.context_length))
         if self._draining:
             raise ShuttingDown("the server is shutting down; try another replica")
         if len(self._tasks) >= self._max_waiting:

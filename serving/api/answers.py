@@ -222,7 +222,7 @@ ANSWERS: dict[str, Answer] = {
     "batches": Answer(shapes.Batches, also=(400, *_KEPT), query=_PAGE),
     "batch": Answer(shapes.Batch, also=(404, *_KEPT)),
     "cancel_batch": Answer(shapes.Batch, also=(400, 404, *_KEPT)),
-    "health": Answer(shapes.Health, also=(503,), example={"status": "ok"}, unavailable=shapes.Failed),
+    "health": Answer(shapes.Health, also=(503,), example={"status": "ok"}, unavailable=shapes.Unhealthy),
     "ready": Answer(shapes.Ready, also=(503,), example={"status": "ready"}),
     "version": Answer(
         shapes.Versions,

@@ -295,11 +295,12 @@ class Health(Shape):
     connections: Places | None = None
 
 
-class Failed(Shape):
-    """The engines of these models have stopped for good."""
+class Unhealthy(Shape):
+    """models: those whose engines have stopped for good."""
 
-    status: Literal["failed"]
-    models: list[str]
+    status: Literal["loading", "shutting down", "failed"]
+    models: list[str] | None = None
+    connections: Places | None = None
 
 
 class Ready(Shape):

@@ -8,6 +8,7 @@
 memory. Source: OpenAI's Batch API.
 """
 
+import codecs
 import fcntl
 import os
 import uuid
@@ -95,6 +96,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
+            raw = raw if number > 1 else raw.removeprefix(codecs.BOM_UTF8)
             if raw.strip():
                 yield number, raw
             while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):  # the rest of a long line

@@ -72,7 +72,7 @@ def random_words(n_words: int, seed: int) -> Iterator[str]:
 def read_dataset(path: Path, *, chat: bool) -> list[Prompt]:
     """The prompts of a JSONL file: `prompt` or `messages` of each object, or texts. Raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"`--dataset {path}` cannot be read: {error}") from error
     found = [_prompt(path, n, line, chat) for n, line in enumerate(lines, 1) if line.strip()]

@@ -10,6 +10,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from mpt.files import whole_file
 from serving.bench.record import Record
 
 PERCENTILES = (50, 90, 95, 99)
@@ -129,4 +130,5 @@ def plot(report: Report, to: Path) -> None:
             axis.legend(loc="lower right")
     settings = report.settings
     figure.suptitle(f"{settings['model']}: {len(report.good)} requests, {settings['load']}")
-    figure.savefig(to, dpi=110)
+    with whole_file(to) as partial:
+        figure.savefig(partial, dpi=110, format=to.suffix.removeprefix("."))

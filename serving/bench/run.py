@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mpt.errors import MachineRefused, UserError
+from mpt.files import require_writable, write_whole
 from serving.bench.client import Target, served_models
 from serving.bench.load import Load, Prompt, drive, random_words, read_dataset
 from serving.bench.record import Record
@@ -45,10 +46,12 @@ class Bench:
 
 
 def run(bench: Bench) -> int:
-    """Run a load and print its report; the exit code. Raises UserError before anything is sent."""
+    """Run a load and print its report; the exit code. Raises UserError and OSError before anything is sent."""
     for option, file in (("--json", bench.json_file), ("--plot", bench.plot_file)):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"`{option} {file}`: there is no folder `{file.absolute().parent}`")
+        if file is not None:
+            require_writable(file)
     if bench.plot_file is not None and bench.plot_file.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"`--plot {bench.plot_file}` is no picture's name; end it in .png, .svg or .pdf")
     dataset = None if bench.dataset is None else read_dataset(bench.dataset, chat=bench.chat)
@@ -58,7 +61,7 @@ def run(bench: Bench) -> int:
         console.print(line, highlight=False, soft_wrap=isinstance(line, str))
     try:
         if bench.json_file is not None:
-            bench.json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+            write_whole(bench.json_file, json.dumps(report.as_json(), indent=1) + "\n")
         if bench.plot_file is not None:
             plot(report, bench.plot_file)
     except OSError as error:

@@ -222,7 +222,7 @@ def _listing(
         return as_json({"server_load": traffic.n})
 
     async def health() -> Response:
-        return as_json({"status": "shutting down" if traffic.draining else "ok"})
+        return as_json({"status": "shutting down"}, 503) if traffic.draining else as_json({"status": "ok"})
 
     async def ready() -> Response:
         if traffic.draining:

@@ -8,8 +8,9 @@ of bodies end at their first wrong item (`fail_fast`), objects have few fields, 
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -152,14 +153,22 @@ def _is_same(value: object, default: object) -> bool:
 
 
 def _explain(problems: list[Any]) -> InvalidRequest:
-    """Pydantic's first finding as one sentence; of a field that may be of several kinds, what each kind is."""
+    """Pydantic's first finding as one sentence; of a field that may be of several kinds, what each kind is.
+
+    Where the value is of one of these kinds and a part of it is wrong, the part is named.
+    """
     first = problems[0]
     param, is_branch = _place(first["loc"])
+    same = [first]
+    if is_branch:
+        of_field = [each for each in problems if _place(each["loc"]) == (param, True)]
+        first = max(of_field, key=lambda each: len(_steps(each["loc"])))
+        param = _path(_steps(first["loc"]))
+        same = [each for each in of_field if _path(_steps(each["loc"])) == param]
     kind = first["type"]
     if kind == "missing":
         return InvalidRequest(f"`{param}` is missing", code="missing_required_parameter", param=param)
     is_type = kind.endswith(("_type", "_parsing")) or kind == "int_from_float"
-    same = [each for each in problems if is_branch and _place(each["loc"]) == (param, True)] or [first]
     wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
     message = f"`{param}`: {wanted}; got {short(first['input'])}"
     return InvalidRequest(message, code="invalid_type" if is_type else "invalid_value", param=param)
@@ -167,15 +176,26 @@ def _explain(problems: list[Any]) -> InvalidRequest:
 
 def _place(loc: tuple[str | int, ...]) -> tuple[str, bool]:
     """The field's path, and whether pydantic has gone into a branch of a union, which is no part of it."""
-    param = ""
-    for step in loc:
-        if isinstance(step, int):
-            param += f"[{step}]"
-        elif step in ("str", "float", "int", "dict") or "[" in step or step[:1].isupper():
-            return param, True
-        else:
-            param += f".{step}" if param else step
-    return param, False
+    before = list(itertools.takewhile(lambda step: not _is_branch(step), loc))
+    return _path(before), len(before) < len(loc)
+
+
+def _steps(loc: tuple[str | int, ...]) -> list[str | int]:
+    """The way to a value, without the branches of unions that pydantic took on it."""
+    return [step for step in loc if not _is_branch(step)]
+
+
+def _is_branch(step: str | int) -> bool:
+    return isinstance(step, str) and (
+        step in ("str", "float", "int", "bool", "dict") or "[" in step or step[:1].isupper()
+    )
+
+
+def _path(steps: Sequence[str | int]) -> str:
+    path = ""
+    for step in steps:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+    return path
 
 
 def _wanted(problem: Any) -> str:
@@ -215,20 +235,28 @@ def prompts_of(value: Any, vocab_size: int, param: str = "prompt") -> list[str |
             code="invalid_type" if not isinstance(value, list) else "invalid_value",
             param=param,
         )
-    if all(is_id(item) for item in value):
-        return [check_ids(value, vocab_size, param)]
+    if is_id(value[0]):
+        return [check_ids(_ids(value, param), vocab_size, param)]
     if len(value) > MAX_PROMPTS:
         raise InvalidRequest(f"`{param}` holds {len(value)} prompts, at most {MAX_PROMPTS}; split them", param=param)
     prompts: list[str | list[int]] = []
     for n, item in enumerate(value):
         if isinstance(item, str):
             prompts.append(item)
-        elif isinstance(item, list) and item and all(is_id(token) for token in item):
-            prompts.append(check_ids(item, vocab_size, param))
+        elif isinstance(item, list) and item:
+            prompts.append(check_ids(_ids(item, f"{param}[{n}]"), vocab_size, param))
         else:
             message = f"`{param}[{n}]` must be a string or a list of token ids; got {short(item)}"
             raise InvalidRequest(message, code="invalid_type", param=f"{param}[{n}]")
     return prompts
+
+
+def _ids(items: list[Any], where: str) -> list[int]:
+    for n, item in enumerate(items):
+        if not is_id(item):
+            place = f"{where}[{n}]"
+            raise InvalidRequest(f"`{place}` must be a token id; got {short(item)}", code="invalid_type", param=place)
+    return items
 
 
 def is_id(value: object) -> bool:

@@ -192,3 +192,68 @@ def test_a_checkpoint_without_a_config_says_so(tmp_path: Path) -> None:
     torch.save({"weights": 1}, tmp_path / "b.pt")
     with pytest.raises(DamagedFile, match="has no `state`"):
         open_source(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_what_wraps_a_model_while_it_trains_is_no_part_of_its_names(
+    tmp_path: Path, prefix: str, is_sharded: bool
+) -> None:
+    """DDP's `module.`, torch.compile's `_orig_mod.`: before Composer's own `model.`, and inside it."""
+    source = make(tmp_path / "source", "mpt-7b")
+    state = state_of(source)
+    outside = {f"{prefix}{name}": tensor for name, tensor in state["model"].items()}
+    inside = {name.replace("model.", f"model.{prefix}", 1): tensor for name, tensor in state["model"].items()}
+    for n, names in enumerate((outside, inside)):
+        path = tmp_path / f"{n}.pt"
+        if is_sharded:
+            path = tmp_path / f"sharded-{n}"
+            dcp.save({"state": state | {"model": names}}, checkpoint_id=path, no_dist=True)
+        else:
+            save(path, state | {"model": names})
+        opened = open_source(path)
+        expected = mpt.checkpoint.load(source).state_dict()
+        assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in opened.tensors.items())
+
+
+def lora_state(
+    source: Path, adapter: str = ".default", **config: Any
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What Composer saves of a run that trains LoRA on a matrix, and by hand what that matrix is then."""
+    state = state_of(source)
+    matrix = "model.transformer.blocks.0.attn.Wqkv"
+    weight = state["model"].pop(f"{matrix}.weight")
+    wrapped = {name.replace("model.", "model.base_model.model.", 1): t for name, t in state["model"].items()}
+    matrix = matrix.replace("model.", "model.base_model.model.", 1)
+    a, b = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    pair = {f"{matrix}.lora_A{adapter}.weight": a, f"{matrix}.lora_B{adapter}.weight": b}
+    state["model"] = {**wrapped, f"{matrix}.base_layer.weight": weight, **pair}
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "base_model_name_or_path": "mpt-7b", **config}
+    state["integrations"]["huggingface"]["model"]["peft_config"] = {"file_extension": ".json", "content": content}
+    return state, {"transformer.blocks.0.attn.Wqkv.weight": weight + 3 / 2 * b @ a, **pair}
+
+
+@pytest.mark.parametrize("adapter", [".default", ""])
+def test_the_adapters_of_a_run_are_added_to_its_matrices(tmp_path: Path, adapter: str) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    state, made = lora_state(source, adapter)
+    opened = open_source(save(tmp_path / "lora.pt", state))
+    expected = mpt.checkpoint.load(source).state_dict()
+    name = "transformer.blocks.0.attn.Wqkv.weight"
+    torch.testing.assert_close(opened.tensors[name].read(), made[name], rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(t.read(), expected[key]) for key, t in opened.tensors.items() if key != name)
+    assert opened.notes == ("LoRA added to 1 matrices",)
+
+
+def test_adapters_that_cannot_be_added_are_named(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "mpt-7b")
+    state, made = lora_state(source)
+    alone = state | {"model": {name: tensor for name, tensor in made.items() if ".lora_" in name}}
+    with pytest.raises(UnsupportedConfig, match="not the weights of its base, `mpt-7b`; save the run with"):
+        open_source(save(tmp_path / "alone.pt", alone))
+    half = state | {"model": {name: t for name, t in state["model"].items() if ".lora_B." not in name}}
+    with pytest.raises(DamagedFile, match=r"the adapter of .*Wqkv.weight. in .* is no pair of rank 2"):
+        open_source(save(tmp_path / "half.pt", half))
+    dora, _ = lora_state(source, use_dora=True)
+    with pytest.raises(UnsupportedConfig, match="use_dora"):
+        open_source(save(tmp_path / "dora.pt", dora))

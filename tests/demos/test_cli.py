@@ -1,5 +1,8 @@
 """The command `mpt demo` as a process: its password, its port, its end, and copies that stand alone."""
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from tests.serving import servers
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
+from demos import cli
 from demos.cli import NAMES
 from demos.server import mount
 
@@ -77,13 +81,23 @@ def test_a_password_lets_in_who_knows_it_and_sigterm_ends_page_and_server() -> N
         demo.stop()
 
 
-async def test_all_pages_are_mounted_into_a_server() -> None:
+def test_the_end_of_the_server_started_here_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    for dies, says in (("os.kill(os.getpid(), 9)", "the server has ended (exit code -9)"), ("pass", "")):
+        program = f"import os, sys; print('a warning', file=sys.stderr); {dies}"
+        cli._pass_on(subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True))
+        first, *rest = capfd.readouterr().err.splitlines()
+        assert first == "a warning"
+        assert ("".join(rest) == "") if not says else says in rest[0]
+
+
+async def test_all_pages_are_mounted_into_a_server(recwarn: pytest.WarningsRecorder) -> None:
     site = ASGITransport(mount(FastAPI(), "http://127.0.0.1:9"))
     async with httpx.AsyncClient(transport=site, base_url="http://testserver") as client:
         pages = (await client.get("/demo/config")).json()["pages"]
         assert [path for path, *_ in pages] == ["", *NAMES[1:]]
         for path, *_ in pages:
             assert (await client.get(f"/demo/{path}")).status_code == 200
+    assert not [each for each in recwarn if "SSR" in str(each.message)]  # Gradio's, to whom serves them
 
 
 def test_a_copy_starts_alone_against_a_server(scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +115,25 @@ def test_a_copy_starts_alone_against_a_server(scripted: Any, tmp_path: Path, mon
     monkeypatch.chdir(folder)
     with running("-u", "app.py", until="Running on"):
         assert wait_for(f"http://127.0.0.1:{port}/config").json()["title"] == "MPT chat"
+
+
+def test_a_copy_that_a_full_disk_stops_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, copied = shutil.copyfile, []
+
+    def copy(source: Path, target: Path) -> None:
+        if copied:
+            target.write_text("hal")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        copied.append(real(source, target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    for folder in (tmp_path / "new", tmp_path / "mine"):
+        copied.clear()
+        error = CliRunner().invoke(app, ["demo", "copy", "chat", str(folder)]).exception
+        assert isinstance(error, OSError) and error.filename == str(folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes.txt"]
 
 
 def wait_for(url: str) -> httpx.Response:

@@ -1,5 +1,6 @@
 """Prompts are the published templates token for token, and training renders what serving will ask."""
 
+import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from mpt.prompts import (
     encode_instruct,
     encode_training,
 )
+from mpt.style_template import jinja
 from mpt.tokenizer import Tokenizer
 from mpt.tools import Call, Tool, describe
 
@@ -251,3 +253,26 @@ def test_a_final_message_is_continued_where_it_stops(small_bpe: Tokenizer, style
 def test_a_style_without_a_template_takes_no_variables(small_bpe: Tokenizer) -> None:
     with pytest.raises(UserError, match="`thinks`"):
         encode_chat(small_bpe, "chatml", [turn("user", "a")], template_arguments={"thinks": True})
+
+
+@pytest.mark.parametrize("style", ["chatml", "instruct"])
+@pytest.mark.parametrize("tools", [(), (Tool("f", "Does it."),)])
+def test_an_empty_system_message_adds_nothing(
+    chatml_tokenizer: Tokenizer, style: PromptStyle, tools: tuple[Tool, ...]
+) -> None:
+    """Also none of the model's own, which it stands in the place of."""
+    alone = CONVERSATION[1:2]
+    for empty in ("", " \n"):
+        with_empty = [turn("system", empty), *alone]
+        found = encode_chat(chatml_tokenizer, style, with_empty, system_default="Be brief.", tools=tools)
+        if not (tools and empty):
+            assert found == encode_chat(chatml_tokenizer, style, alone, tools=tools)
+        said = [turn("assistant", "The Nile.")]
+        if not tools:
+            trained = encode_training(chatml_tokenizer, style, [*with_empty, *said])
+            assert trained == encode_training(chatml_tokenizer, style, [*alone, *said])
+    template = jinja2.Environment().from_string(str(jinja(style, "Be brief.")))
+    rendered = template.render(messages=[turn("developer", ""), *alone], add_generation_prompt=True, eos_token="")
+    assert chatml_tokenizer.encode(rendered, allow_special=True) == encode_chat(chatml_tokenizer, style, alone)
+    with pytest.raises(UserError, match="an empty system message alone"):
+        encode_chat(chatml_tokenizer, style, [turn("system", "")])

@@ -50,7 +50,7 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         (f'{{{GOOD},"n":"16"}}', "invalid_type", "n"),
         (f'{{{GOOD},"n":1.5}}', "invalid_type", "n"),
         (f'{{{GOOD},"n":{"[" * 100}{"]" * 100}}}', "invalid_type", "n"),
-        (f'{{"model":"base","prompt":[{"[" * 100}{"]" * 100}]}}', "invalid_type", "prompt[0]"),
+        (f'{{"model":"base","prompt":[{"[" * 100}{"]" * 100}]}}', "invalid_type", "prompt[0][0]"),
         (f'{{{GOOD},"logit_bias":{{"{"0" * 5000}":1}}}}', "invalid_value", "logit_bias"),
         (f'{{{GOOD},"logit_bias":{{"000000000000260":1}}}}', "invalid_value", "logit_bias"),
         (f'{{{GOOD},"n":129}}', "invalid_value", "n"),
@@ -110,7 +110,9 @@ async def send(serving: Serving, content: str | bytes, path: str, kind: str = "a
         ('{"model":"base"}', "missing_required_parameter", "prompt"),
         ('{"model":"base","prompt":[]}', "invalid_value", "prompt"),
         ('{"model":"base","prompt":3}', "invalid_type", "prompt"),
-        ('{"model":"base","prompt":[1,"a"]}', "invalid_type", "prompt[0]"),
+        ('{"model":"base","prompt":[1,"a"]}', "invalid_type", "prompt[1]"),
+        ('{"model":"base","prompt":["a",1]}', "invalid_type", "prompt[1]"),
+        ('{"model":"base","prompt":["a",[1,null]]}', "invalid_type", "prompt[1][1]"),
         ('{"model":"base","prompt":[true]}', "invalid_type", "prompt[0]"),
         ('{"model":"base","prompt":[260]}', "invalid_prompt", "prompt"),
         ('{"model":"base","prompt":[[-1]]}', "invalid_prompt", "prompt"),
@@ -125,6 +127,8 @@ async def test_a_bad_completion_is_refused_by_name(serving, content, code, param
     assert (response.status_code, error["code"], error["param"]) == (400, code, param)
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) < 400
+    if code == "context_length_exceeded":  # the sentence of OpenAI's that litellm's fallbacks look for
+        assert error["message"].startswith("This model's maximum context length is 128 tokens. However, you")
     assert serving.endpoints["base"].engine.stats().n_running == 0
 
 

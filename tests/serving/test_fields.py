@@ -311,3 +311,24 @@ async def test_tokenize_reads_what_a_completion_and_a_chat_read(serving, tokeniz
     chat = {**CHAT, "tools": [tool], "max_tokens": 1, "return_token_ids": True}
     ids = (await post(serving, "/v1/chat/completions", chat)).json()["prompt_token_ids"]
     assert (await post(serving, "/tokenize", {**CHAT, "tools": [tool]})).json()["tokens"] == ids
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "said"),
+    [
+        ({"stop": ["a", 3]}, "stop[1]", "input should be a valid string; got 3"),
+        ({"stop": 3}, "stop", "a valid string or input should be a valid list; got 3"),
+        ({"tool_choice": {"type": "function", "function": {"name": 3}}}, "tool_choice.function.name", "got 3"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": []}}},
+         "tool_choice.allowed_tools.mode", "'auto' or 'required'; got x"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {}}]}}},
+         "tool_choice.allowed_tools.tools[0].function.name", "is missing"),
+        ({"tool_choice": {"type": "x"}}, "tool_choice.type", "'function' or 'allowed_tools'; got x"),
+        ({"tool_choice": "x"}, "tool_choice", "'none', 'auto' or 'required'; got x"),
+    ],
+)  # fmt: skip
+def test_of_a_field_of_several_kinds_the_wrong_part_is_named(given, param, said):
+    with pytest.raises(InvalidRequest) as caught:
+        read(ChatRequest, CHAT | given)
+    assert caught.value.param == param and said in str(caught.value)

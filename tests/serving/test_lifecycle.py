@@ -575,7 +575,7 @@ def test_durations_have_a_unit():
 
 def test_a_folder_of_checkpoints_is_served_by_their_names(folders, tmp_path, monkeypatch, caplog):
     started: list[ServeOptions] = []
-    monkeypatch.setattr("serving.server.serve", started.append)
+    monkeypatch.setattr("serving.server.serve", lambda options, _: started.append(options))
     for name in NAMES:
         (tmp_path / name).symlink_to(folders / name)
     (tmp_path / "notes.txt").write_text("no checkpoint")

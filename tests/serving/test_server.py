@@ -112,7 +112,8 @@ def test_a_model_that_cannot_be_loaded_cuts_no_answer_of_another(folder, tmp_pat
                     client.stream("POST", "/v1/completions", json=asking(200)) as response,
                 ):
                     if response.status_code == 200:
-                        assert client.get("/health").json() == {"status": "loading"}
+                        health = client.get("/health")
+                        assert (health.status_code, health.json()) == (503, {"status": "loading"})
                         assert client.get("/ready").status_code == 503
                         flag.touch()
                         assert [line for line in response.iter_lines() if line][-1] == "data: [DONE]"

@@ -223,6 +223,53 @@ def test_a_set_in_a_table_is_known_to_data(
     assert "samples 1\n" in printed and "prompt style: chatml (the rows of `my_set` are made for it)\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("command", "missing", "known"),
+    [
+        (["finetune", "--base", "mpt-7b", "--data", "my.jsonl", "--steps", "7"], "`mpt-7b`", "parameters 6649286656"),
+        (["finetune", "--base", "mpt-tiny", "--data", "dolly_hhrlhf"], "`mosaicml/dolly_hhrlhf`", "parameters 3672320"),
+        (["prefer", "--base", "mpt-tiny-chat", "--data", "hh_rlhf"], "`Anthropic/hh-rlhf`", "parameters 3672320"),
+    ],
+)
+def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
+    command: list[str], missing: str, known: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    asked: list[Any] = []
+
+    def snapshot(*where: Any, local_files_only: bool, **_: Any) -> str:
+        if not local_files_only:
+            asked.append(where)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: asked.append("the hub"))
+    with caplog.at_level("INFO"):
+        assert run_cli(monkeypatch, *command, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert f"not counted: {missing} is not on this machine" in printed
+    assert known in printed and "memory_gb" in printed and ("steps 7" in printed) == ("--steps" in command)
+    assert asked == [] and "downloading" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["finetune", "--base", "mpt-tiny", "--data", "owner/set"], "give --prompt-style"),
+        (["pretrain", "--data", "a.txt", "--tokenizer", "mpt-7b"], "`mpt-7b` is not on this machine, and --dry-run"),
+    ],
+)
+def test_a_dry_run_that_needs_what_is_not_here_says_so(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    assert run_cli(monkeypatch, *command, "--dry-run") == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_decided_the_prompt_style_is_said(
     monkeypatch: pytest.MonkeyPatch,
     seen: list[Run],

@@ -16,14 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpt.checkpoint
 import mpt.manifest
+from mpt.catalog import describe
 from mpt.errors import Interrupted, MachineRefused, TrainingDiverged, UserError
 from mpt.memory import Memory
 from mpt.model import MPTMLP
+from tests.training.conftest import SHAPE
 from tests.training.killing import Killed, kill_at_eight
-from training import batches, build, checkpoint, datasets, loop, memory, optimizer, step
+from training import adapters, batches, build, checkpoint, datasets, loop, memory, optimizer, step
 from training.distributed import World
 from training.logbook import Logbook
-from training.run import Run
+from training.run import Lora, Run
 
 ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -80,7 +82,7 @@ _DIES_IN_A_SAVE = """
 import os, sys, training.checkpoint
 from pathlib import Path
 from training import loop
-from training.run import Run
+from training.run import Lora, Run
 
 def die(folder, entries):  # every shard is there, one of them cut short, and the manifest is not
     if entries["step"] == 10:
@@ -277,7 +279,27 @@ def test_the_manifest_holds_the_recipe(small_run: Run) -> None:
     manifest = mpt.manifest.read_manifest(folder)
     assert manifest is not None
     assert Run.from_json(json.dumps(manifest["recipe"])) == small_run
-    assert (manifest["prompt_style"], manifest["context_length"]) == ("instruct", 64)
+    assert (manifest["prompt_style"], manifest["context_length"]) == ("instruct", 512)  # as long as its sequences
+    assert mpt.checkpoint.read_config(folder).max_seq_len == 512
+
+
+def test_a_finetune_at_more_tokens_than_its_base_had_records_them(small_run: Run, tmp_path: Path) -> None:
+    """With ALiBi; a table of positions holds no more than it has. Adapters pass it on to what they are merged into."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "name: Ada"}\n' * 4)
+    run = dataclasses.replace(small_run, max_seq_len=64, steps=1, data=str(rows), prompt_style="none")
+    base = loop.fit(run)
+    assert mpt.checkpoint.read_config(base).max_seq_len == 64
+    run = dataclasses.replace(
+        run, base=str(base), tokenizer=None, model={}, max_seq_len=256, lora=Lora(rank=2), out=str(tmp_path / "longer")
+    )
+    adapter = loop.fit(run)
+    assert (mpt.manifest.read_manifest(adapter) or {})["context_length"] == 256
+    assert mpt.checkpoint.read_config(adapters.merge(adapter, tmp_path / "merged")).max_seq_len == 256
+    assert describe(tmp_path / "merged").context_length == 256
+    learned = {"attn_config": {"alibi": False}, "learned_pos_emb": True}
+    with pytest.raises(UserError, match="has learned 64 positions; give --max-seq-len 64"):
+        build.model(dataclasses.replace(small_run, model={**SHAPE, **learned}), ALONE)
 
 
 def test_running_out_of_memory_halves_the_microbatch_and_goes_on(

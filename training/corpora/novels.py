@@ -26,7 +26,7 @@ def folder() -> Path:
 def read(path: Path) -> str:
     """The text of a .txt or .txt.gz file."""
     data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
 
 
 def training_files() -> list[Path]:

@@ -9,6 +9,7 @@ import typer
 
 from mpt.command_line import new_app
 from mpt.errors import UserError
+from mpt.files import write_whole
 from training.data import mixtures
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _write_mixture(sources: list[str], out: Path, shares: dict[str, float], toke
         shards[name] = [shard.n_samples for shard in source.shards]
         lengths[name] = len(source.tokens(0)) if _has_tokens(source.shards) else 0
         described[name] = {"path": path, "weight": weights[name]}
-    out.write_text(json.dumps({"sources": described}, indent=2) + "\n", encoding="utf-8")
+    write_whole(out, json.dumps({"sources": described}, indent=2) + "\n")
     order = Order(shards, weights, seed=0)
     length = max(lengths.values())
     for name, sizes in shards.items():

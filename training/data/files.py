@@ -4,6 +4,7 @@ A row that cannot be read is an `Unreadable` in its place, so that one bad byte 
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -27,7 +28,11 @@ PACKED = (".gz", ".zst", ".bz2", ".xz")
 _NO_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` puts beside
 _LINE_BYTES = 64_000_000  # of a row; a book has 1 MB
 _HUB = "hub:"
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# Of a file's first bytes; UTF-32's begins as UTF-16's does, so it is asked first.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 _NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how Python's `surrogateescape` keeps a byte that is no UTF-8
 _LISTS = ("data", "rows", "train", "examples")  # the key of an object that a .json file's rows stand under
 _BATCH = 1024  # rows of a table that are made Python's at a time
@@ -162,14 +167,14 @@ def _text_rows(path: Path, ending: str, lines: Iterator[bytes]) -> Iterator[tupl
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    """The lines in UTF-8, without a byte order mark; a file that begins with UTF-16's is read as that."""
+    """The lines in UTF-8, without a byte order mark; a file that begins with UTF-16's or UTF-32's is read as that."""
     lines = _bounded(file, path)
     first = next(lines, b"")
-    if first.startswith(_UTF_16):
+    if encoding := next((name for mark, name in _MARKS.items() if first.startswith(mark)), None):
         rest = io.BytesIO(first + _joined(lines, path))
-        yield from (line.encode() for line in io.TextIOWrapper(rest, "utf-16", newline=""))
+        yield from (line.encode() for line in io.TextIOWrapper(rest, encoding, newline=""))
         return
-    yield first.removeprefix(b"\xef\xbb\xbf")
+    yield first.removeprefix(codecs.BOM_UTF8)
     yield from lines
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mpt import catalog
 from mpt.bounded import read_text
 from mpt.errors import UserError
 from mpt.prompts import PromptStyle
@@ -47,6 +48,10 @@ SETS = {
     "evol_instruct": HubSet("victor123/evol_instruct_70k", "unknown", "instruct"),
     "oasst": HubSet("OpenAssistant/oasst1", "Apache-2.0", "chatml", ("**/*ready.trees.jsonl.gz",)),
 }
+
+
+class NotHere(UserError):
+    """A set that would have to be downloaded, while nothing is (`mpt.catalog.offline`)."""
 
 
 def is_known(name: str) -> bool:
@@ -97,6 +102,8 @@ def locate(name: str) -> list[Path]:
         return in_folder(folder, parts, wanted.files)
     try:
         return _fetch(wanted, parts)
+    except NotHere:
+        raise
     except UserError as error:
         raise UserError(
             f"{error}; put a copy of its files ({', '.join(files.FILES)}) into `{folder}`, or name a file with "
@@ -131,10 +138,10 @@ def _fetch(wanted: HubSet, parts: Sequence[str]) -> list[Path]:
         )
 
     where = f"`{wanted.repository}`"
-    try:
-        names = [file.rfilename for file in HfApi().dataset_info(wanted.repository).siblings or ()]
-    except (HTTPError, OSError):
-        names = []
+    names = []
+    if not catalog.is_offline.get():
+        with contextlib.suppress(HTTPError, OSError):
+            names = [file.rfilename for file in HfApi().dataset_info(wanted.repository).siblings or ()]
     try:
         folder = get([layout.README], is_online=bool(names))
         if not names:
@@ -145,6 +152,8 @@ def _fetch(wanted: HubSet, parts: Sequence[str]) -> list[Path]:
         _say(taken.in_words(where))
         folder = get([glob.escape(name) for name in taken.names])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if catalog.is_offline.get():
+            raise NotHere(f"{where} is not on this machine, and --dry-run downloads nothing") from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"`{wanted.repository}` cannot be had from the hub ({reason})") from error
     return [folder / name for name in taken.names]

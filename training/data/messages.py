@@ -5,6 +5,7 @@ Each becomes a `Message` of `mpt/prompts.py`, as the server makes them of a requ
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,8 +43,9 @@ def read(turns: Sequence[Any], tools: Any = None, system: Any = None, *, is_trim
     found = [_turn(turn, n) for n, turn in enumerate(turns)]
     if is_trimmed:
         found = _trimmed(found)
-    if isinstance(system, str) and system.strip() and not any(turn[0]["role"] == "system" for turn in found):
-        found = [(Message(role="system", content=system), True), *found]
+    told = text_of(system, "`system`")
+    if told.strip() and not any(turn[0]["role"] == "system" for turn in found):
+        found = [(Message(role="system", content=told), True), *found]
     found = _joined(found)
     messages = [message for message, _ in found]
     _check(messages)
@@ -76,7 +78,22 @@ def text_of(content: Any, what: str) -> str:
         return ""
     if isinstance(content, list):
         return "".join(_part(part, what) for part in content)
-    raise UserError(f"{what} is a {type(content).__name__}; a text is needed")
+    raise UserError(f"{what} is {kind_of(content)}; a text is needed{_as_json(content)}")
+
+
+def _as_json(value: Any) -> str:
+    return ", for example its JSON" if isinstance(value, dict | int) else ""
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in JSON's words, which a row's author knows."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
+    if isinstance(value, int | float):
+        return "a number"
+    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
 def _part(part: Any, what: str) -> str:
@@ -84,8 +101,9 @@ def _part(part: Any, what: str) -> str:
         return part
     if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text").endswith("text"):
         return str(part["text"])
-    kind = part.get("type", "unknown") if isinstance(part, dict) else type(part).__name__
-    raise UserError(f"{what} has a part of type `{kind}`; MPT reads text alone")
+    if not isinstance(part, dict) or "type" not in part:
+        raise UserError(f"{what} has a part that is {kind_of(part)}; a text is needed{_as_json(part)}")
+    raise UserError(f"{what} has a part of type `{part['type']}`; MPT reads text alone")
 
 
 def _turn(value: Any, n: int) -> tuple[Message, bool]:
@@ -131,9 +149,17 @@ def _calls_in(found: Any, where: str) -> tuple[Call, ...]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise UserError(f"{where} has a call without a `name`; needed are `name` and `arguments`")
         arguments = call.get("arguments", call.get("parameters", {}))
-        text = arguments if isinstance(arguments, str) else json.dumps(_stated(arguments), ensure_ascii=False)
+        text = arguments if isinstance(arguments, str) else _json(arguments, f"{where}'s call")
         calls.append(Call(str(one.get("id") or f"call_{n}"), call["name"], text))
     return tuple(calls)
+
+
+def _json(value: Any, what: str) -> str:
+    """A value as JSON, without the keys that are null. Raises UserError for NaN, which JSON has not."""
+    try:
+        return json.dumps(_stated(value), ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{what} holds NaN or infinity, which JSON has not") from error
 
 
 def _tool(value: Any) -> Tool:
@@ -144,6 +170,7 @@ def _tool(value: Any) -> Tool:
     described = str(function.get("description") or "")
     if not isinstance(parameters, dict):
         return Tool(function["name"], described)
+    _json(parameters, f"the function `{function['name']}`")  # as which a model will see them
     return Tool(function["name"], described, _stated(parameters))
 
 

@@ -99,9 +99,11 @@ def shape(row: Mapping[str, Any]) -> str | None:
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "input_ids" in turn for turn in turns):
         return "turns"
     # Copies of Alpaca carry a `text` beside the fields it was made from: only a row of nothing else is plain text.
-    if isinstance(row.get("text"), str) and not _small(row).keys() & {"prompt", "instruction", "question", "chosen"}:
+    small = _small(row)
+    has_more = bool(small.keys() & {"prompt", "instruction", "question", "chosen"}) or _pair(small) is not None
+    if isinstance(row.get("text"), str) and not has_more:
         return "text"
-    if isinstance(row.get("prompt"), dict):
+    if isinstance(row.get("prompt"), dict) and row["prompt"].keys() & {"text", "replies"}:
         return "tree"
     if isinstance(row.get("prompt"), list):
         return "prompt of messages"
@@ -111,7 +113,7 @@ def shape(row: Mapping[str, Any]) -> str | None:
         return "transcript"
     if isinstance(row.get("chatgpt_answers"), list) and "question" in row:
         return "answers"
-    pair = _pair(_small(row))
+    pair = _pair(small)
     return None if pair is None else pair[0]
 
 
@@ -140,6 +142,8 @@ def read(row: Mapping[str, Any]) -> Conversation:
         return _exchange(row["question"], next((answer for answer in answers if answer), ""))
     if found is not None:
         return _exchange(*_question_and_answer(row), tools, system)
+    if "text" in row:
+        text_of(row["text"], "`text`")  # which says what it is instead
     raise UserError(
         f"a row has the keys {', '.join(map(str, row))}; needed: prompt and response, instruction and output, question "
         "and answer, messages, conversations, or text; --columns prompt=KEY,response=KEY says which keys hold what"

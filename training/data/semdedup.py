@@ -107,8 +107,8 @@ def embed(
     from mpt.packed.layers import as_it_lies
 
     place = resolve(name)
-    tokenizer = open_tokenizer(place)
     model = mpt.checkpoint.load(place, device=device, pack=as_it_lies)
+    tokenizer = open_tokenizer(place, model.config.vocab_size)
     model.eval()
     found: list[Vectors] = []
     batch: list[list[int]] = []

@@ -9,7 +9,8 @@ from typing import IO
 
 import numpy as np
 
-from mpt.errors import MachineRefused, UserError
+from mpt.errors import UserError
+from mpt.files import require_writable, whole_file
 from training.data import semdedup
 from training.data.files import documents
 from training.data.semdedup import Vectors
@@ -30,12 +31,15 @@ def run(
     most similar of those is to one before it.
 
     vectors: a file of them, which is made with `model` where it does not exist yet. clusters: None is the root of the
-    number of documents. Raises UserError for what does not fit together, before the documents are read.
+    number of documents. Raises UserError for what does not fit together, and OSError, before the documents are read.
     """
     if out.exists():
         raise UserError(f"`{out}` exists; choose another --out or remove it")
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"`--out` is `{out}`; it ends in .jsonl or .jsonl.gz")
+    for file in (out, vectors):
+        if file is not None and not file.exists():
+            require_writable(file)
     semdedup.kept(np.zeros(1, np.float32), keep, threshold)  # refuses before an hour of work what it would after
     found = _vectors(sources, model, vectors, text_key, report)
     n_documents = sum(1 for _ in documents(sources, text_key))
@@ -63,26 +67,18 @@ def _vectors(
     texts: Iterator[str] = (row[text_key] for row in documents(sources, text_key))
     found = semdedup.embed(texts, model, device, report=report)
     if vectors is not None:
-        partial = vectors.with_name(f"{vectors.stem}.partial.npy")
-        np.save(partial, found)
-        partial.rename(vectors)
+        with whole_file(vectors) as partial, partial.open("wb") as file:
+            np.save(file, found)
     return found
 
 
 def _write(
     out: Path, sources: Sequence[str], text_key: str, staying: "np.ndarray[tuple[int], np.dtype[np.bool_]]"
 ) -> None:
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        with _opened(partial, out.name.endswith(".gz")) as file:
-            for stays, row in zip(staying, documents(sources, text_key), strict=True):
-                if stays:
-                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        partial.rename(out)
-    except OSError as error:
-        raise MachineRefused(f"cannot write `{out}` ({error}); free some space") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(out) as partial, _opened(partial, out.name.endswith(".gz")) as file:
+        for stays, row in zip(staying, documents(sources, text_key), strict=True):
+            if stays:
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _opened(path: Path, is_packed: bool) -> IO[str]:

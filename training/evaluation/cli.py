@@ -1,6 +1,7 @@
 """`train evaluate`: a checkpoint or a served model on published tasks, one's own, or the tiny family's."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,8 @@ from training import checks, flags
 
 if TYPE_CHECKING:
     from mpt.sharding import Shard
+
+log = logging.getLogger(__name__)
 
 FormatChoice = Literal["text", "markdown", "json"]
 
@@ -97,7 +100,7 @@ def evaluate(
 def _tiny(name: str, tasks: list[str], as_json: bool) -> None:
     from training.evaluation import tiny_tasks
 
-    scores = tiny_tasks.evaluate(name, tasks)
+    scores = tiny_tasks.evaluate(name, tasks, lambda task, n, of: log.info("task %d of %d: %s", n, of, task))
     if as_json:
         print(json.dumps(scores, indent=2, ensure_ascii=False))
         return

@@ -58,7 +58,7 @@ class Local:
             require({name: room_for(name, options)}, {name: options})
         pack = None if shard else as_it_lies
         model = mpt.checkpoint.load(folder, device=device, dtype=dtype, shard=shard, pack=pack)
-        return cls(model, open_tokenizer(folder))
+        return cls(model, open_tokenizer(folder, model.config.vocab_size))
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:
         return scoring.score(self.model, queries, done)

@@ -90,7 +90,7 @@ def rows(task: Task, folder: Path) -> list[dict[str, Any]]:
         raw = file.read(_MOST_BYTES + 1)
     if len(raw) > _MOST_BYTES:
         raise UserError(f"`{path}` has more than {_MOST_BYTES} bytes of rows; a task's are read whole, so split it")
-    text = raw.decode("utf-8")
+    text = raw.decode("utf-8-sig")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [_row(task, f"{path}:{n}", line) for n, line in lines]
 

@@ -24,6 +24,7 @@ from mpt.catalog import describe, resolve
 from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.grammar import Grammar, Grammars
 from mpt.errors import UserError
+from mpt.files import write_whole
 from mpt.model import MPTForCausalLM
 from mpt.packed.layers import as_it_lies
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
@@ -39,11 +40,19 @@ _ROWS = 25  # generated together
 _CHUNK = 4096  # tokens of a long prompt read at a time
 
 
-def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
-    """Scores of a checkpoint on these tasks, by default those its prompt style is made for."""
+def evaluate(
+    model_name: str, tasks: Sequence[str] = (), report: Callable[[str, int, int], None] = lambda name, n, of: None
+) -> Scores:
+    """Scores of a checkpoint on these tasks, by default those its prompt style is made for.
+
+    report: called with each task's name, its number and how many there are, before it is run. Raises UserError.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"no task `{unknown[0]}`; known: {', '.join(TASKS)}")
     folder = resolve(model_name)
     model = mpt.checkpoint.load(folder, pack=as_it_lies)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder, model.config.vocab_size)
     entry = describe(folder)
     if not tasks:
         by_style: dict[PromptStyle, tuple[str, ...]] = {
@@ -53,9 +62,8 @@ def evaluate(model_name: str, tasks: Sequence[str] = ()) -> Scores:
         is_long = entry.context_length > 8192
         tasks = by_style.get(entry.prompt_style, ("positions", "passkey") if is_long else ("novel",))
     scores: Scores = {}
-    for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"no task `{task}`; known: {', '.join(TASKS)}")
+    for n, task in enumerate(tasks, 1):
+        report(task, n, len(tasks))
         started = time.monotonic()
         scores[task] = TASKS[task](model, tokenizer, entry.prompt_style)
         scores[task]["seconds"] = round(time.monotonic() - started, 1)
@@ -376,4 +384,4 @@ def compact(scores: Scores) -> Scores:
 
 
 def write(scores: Scores, path: Path) -> None:
-    path.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")

@@ -42,21 +42,30 @@ def add_to(app: typer.Typer, train: Train) -> None:
         Examples: train prefer --base mpt-7b-instruct --data hh_rlhf;
         train prefer --base mpt-tiny-chat --data pairs.jsonl --loss ipo --beta 0.2 --lora 16
         """
-        changes = flags.changes(given)
-        checks.check_run(changes)
-        from training import folder, prompt_style
+        from mpt.catalog import offline
 
-        prompt_style.settle(changes)
-        if (whole := folder.whole_run(config, changes)) is None:
-            run, decided_by = _new_run(changes, loss or "dpo", beta)
-        else:
-            run, origin = whole
-            if run.preference is None:
-                raise UserError(f"`{origin}` is no run of `train prefer`; give it to `train finetune`")
-            how = Preference(loss or run.preference.loss, beta if beta is not None else run.preference.beta)
-            run = recipes.change(run, preference=how)
-            decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{origin}` has it"
-        train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
+        changes = flags.changes(given)
+        with offline(dry_run):
+            checks.check_run(changes)
+            run, decided_by = _run(config, changes, loss, beta)
+            train(run, resume, dry_run, as_json, gpus, f"prompt style: {run.prompt_style} ({decided_by})")
+
+
+def _run(
+    config: Path | None, changes: dict[str, Any], loss: PreferenceLoss | None, beta: float | None
+) -> tuple[Run, str]:
+    """What the command trains, and what decided its prompt style. Raises UserError."""
+    from training import folder, prompt_style
+
+    prompt_style.settle(changes)
+    if (whole := folder.whole_run(config, changes)) is None:
+        return _new_run(changes, loss or "dpo", beta)
+    run, origin = whole
+    if run.preference is None:
+        raise UserError(f"`{origin}` is no run of `train prefer`; give it to `train finetune`")
+    how = Preference(loss or run.preference.loss, beta if beta is not None else run.preference.beta)
+    decided_by = "given by --prompt-style" if "prompt_style" in changes else f"`{origin}` has it"
+    return recipes.change(run, preference=how), decided_by
 
 
 def _new_run(changes: dict[str, Any], loss: PreferenceLoss, beta: float | None) -> tuple[Run, str]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mpt.errors import UserError
 from mpt.prompts import Message, PromptFormat, PromptStyle
 from mpt.tokenizer import Tokenizer
+from training.data.messages import kind_of
 from training.data.rows import Sample, read, sample_of
 
 _ASKED = ("prompt", "question", "instruction", "query", "input")
@@ -105,8 +106,12 @@ def _turns(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     messages = value if isinstance(value, list) else [value]
-    if not all(isinstance(message, dict) for message in messages):
-        raise UserError("`chosen`, `rejected` and `completion` must be a text, a message, or a list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not message.keys() & {"role", "from"}:
+            raise UserError(
+                f"`prompt`, `chosen`, `rejected` and `completion` must be a text, a message, or a list of messages; "
+                f"here is {kind_of(message)}"
+            )
     return [
         {"role": _ROLES.get(m["from"], m["from"]), "content": m["value"]} if {"from", "value"} <= m.keys() else m
         for m in messages

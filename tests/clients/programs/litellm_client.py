@@ -30,6 +30,10 @@ try:
     litellm.completion(model="openai/none", messages=asked["hello"], num_retries=0, **openai_like)
 except litellm.exceptions.NotFoundError as found:
     error = type(found).__name__
+try:
+    chat(messages=[{"role": "user", "content": asked["long"]}])
+except litellm.exceptions.BadRequestError as found:
+    too_long = type(found).__name__
 print(
     json.dumps(
         {
@@ -42,6 +46,7 @@ print(
             "by_ollama": chat("ollama_chat", root).choices[0].message.content,
             "embedding": embedding.data[0]["embedding"],
             "no_model_error": error,
+            "too_long": too_long,
         }
     )
 )

@@ -33,6 +33,7 @@ def rows_of(path: Path, data: bytes) -> list[Any]:
         ("a.jsonl", LINES.encode()),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
         ("a.jsonl", LINES.encode("utf-16")),
+        ("a.jsonl", LINES.encode("utf-32")),
         ("a.jsonl", LINES.replace("\n", "\r\n").encode()),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=1).encode()),

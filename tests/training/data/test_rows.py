@@ -208,3 +208,55 @@ def test_a_set_is_found_in_home_and_its_absence_says_where_to_put_it(
     (tmp_path / "datasets" / "me--mine").mkdir()
     (tmp_path / "datasets" / "me--mine" / "a.jsonl").write_text('{"text": "a"}\n')
     assert datasets.load("me/mine", tokenizer, "none", 100, 0).n_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "p", "response": {"a": 1}}, "`response` is an object; a text is needed, for example its JSON"),
+        ({"prompt": {"a": 1}, "response": "r"}, "`prompt` is an object; a text is needed, for example its JSON"),
+        ({"prompt": "p", "response": float("nan")}, "`response` is NaN; a text is needed"),
+        ({"prompt": "p", "response": 4}, "`response` is a number; a text is needed"),
+        ({"prompt": "p", "response": True}, "`response` is true; a text is needed"),
+        ({"prompt": "p", "response": [1]}, "`response` has a part that is a number; a text is needed"),
+        ({"prompt": "p", "response": "r", "system": {"a": 1}}, "`system` is an object"),
+        ({"prompt": "p", "response": "r", "system": float("nan")}, "`system` is NaN"),
+        ({"instruction": "p", "input": float("nan"), "output": "r"}, "what the question is about is NaN"),
+        ({"text": float("nan")}, "`text` is NaN"),
+        ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": {"a": 1}}]},
+         "content is an object"),
+        ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": {"x": float("nan")}}}]}]}, "holds NaN or infinity"),
+        ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}],
+          "tools": [{"name": "f", "parameters": {"default": float("inf")}}]}, "holds NaN or infinity"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_no_text_is_refused_in_the_words_of_json(row: dict[str, Any], said: str) -> None:
+    """Python would write an object as {'a': 1} and NaN as nan, which no model should learn."""
+    with pytest.raises(UserError) as caught:
+        conversation(row)
+    assert said in str(caught.value) and "dict" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "response": ""},
+        {"prompt": "p", "response": None},
+        {"prompt": [{"role": "user", "content": "p"}], "completion": " "},
+        {"question": "p", "chatgpt_answers": [""], "human_answers": [""]},
+        {"chosen": "\n\nHuman: p\n\nAssistant: ", "rejected": "x"},
+        {"prompt": tree("p", "prompter", tree("", "assistant"))},
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "\n"}]},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": None}]},
+    ],
+)
+def test_an_empty_answer_is_refused_alike_in_every_shape(row: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="a message of the assistant's is empty"):
+        conversation(row)
+
+
+@pytest.mark.parametrize("keys", [("input", "output"), ("query", "response"), ("question", "answer")])
+def test_a_row_that_keeps_its_rendered_text_too_is_its_question_and_answer(keys: tuple[str, str]) -> None:
+    row = {"text": "rendered", keys[0]: "Name a fruit.", keys[1]: "An apple."}
+    assert [(turn["role"], turn["content"]) for turn in conversation(row)] == ASKED
