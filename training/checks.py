@@ -21,9 +21,7 @@ def check_run(changes: Mapping[str, Any]) -> None:
 
         datasets.check_name(data)
     if (tokenizer := changes.get("tokenizer")) is not None:
-        from training import vocabulary
-
-        vocabulary.find(tokenizer)
+        check_tokenizer(tokenizer)
 
 
 def check_base(name: str) -> None:
@@ -35,6 +33,16 @@ def check_base(name: str) -> None:
     place = find_local(name)
     if place is not None:
         read_architecture(place)
+
+
+def check_tokenizer(name: str) -> None:
+    """Raises MPTError for a folder without a tokenizer, and for a name that nobody knows; nothing is downloaded."""
+    from mpt.catalog import describe
+    from training.vocabulary import FILES
+
+    folder = Path(name).expanduser()
+    if not any((folder / file).is_file() for file in FILES):
+        describe(name)
 
 
 def check_folder(out: Path) -> None:

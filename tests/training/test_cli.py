@@ -266,6 +266,8 @@ def test_a_dry_run_that_needs_what_is_not_here_says_so(
     command: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a text")
     assert run_cli(monkeypatch, *command, "--dry-run") == 2
     assert said in capsys.readouterr().err
 
