@@ -18,7 +18,13 @@ import typer
 from mpt.extras import require  # the one of `mpt` that is needed: which command installs them, this copy knows
 
 NAMES = ("chat", "instruct", "storywriter", "base", "compare")
-SHARED = ("mpt_space.py", "mpt_page.py")  # what each Space needs beside its own folder
+SHARED = (
+    "mpt_space.py",
+    "mpt_page.py",
+    "mpt_looks.py",
+    "mpt_text.py",
+    "favicon.png",
+)  # what each Space needs beside its own folder
 LOAD_S = 120.0  # for the four tiny models, which take about 6
 
 
@@ -69,7 +75,7 @@ def demo(
         _refuse("--auth takes USER:PASSWORD")
     if host not in ("127.0.0.1", "localhost", "::1") and not auth:
         _say(f"warning: everybody who reaches {host} can use the page; --auth USER:PASSWORD asks them for a password")
-    require("`mpt demo`", "demos", "gradio")
+    require("`mpt demo`", "demos", "gradio", "markdown_it", "mdit_py_plugins", "latex2mathml")
     _check_port(host, port)  # before the seconds that Gradio and a server's models take
     with _stopped_by_sigterm():
         if url is not None:
@@ -153,11 +159,13 @@ def _url_of(process: "subprocess.Popen[str]") -> str:
 
 
 def _pass_on(process: "subprocess.Popen[str]") -> None:
-    """Keep reading, as a full pipe would block the server; show only what is not one of its requests."""
+    """Keep reading, as a full pipe would block the server; show only what is not one of its requests, and its end."""
     assert process.stderr is not None
     for line in process.stderr:
         if " INFO " not in line:
             print(line, end="", file=sys.stderr, flush=True)
+    if (code := process.wait()) not in (0, -signal.SIGTERM):
+        _say(f"the server has ended (exit code {code}), so the pages cannot answer; start `mpt demo` again")
 
 
 def _copy(name: str | None, folder: Path | None) -> None:

@@ -1,26 +1,30 @@
-"""What the pages of all Spaces share: their looks, an answer as it arrives, its numbers, notes, and how a page is served.
+"""What the pages of all Spaces share: their header, an answer as it arrives, and how a page is served.
 
-It is not about the server (that is `mpt_space.py`), and no page's own layout is here. Both files are copied beside each
-Space's `app.py`.
+It is not about the server (that is `mpt_space.py`) nor about looks (`mpt_looks.py`), and no page's own layout is here. These
+files are copied beside each Space's `app.py`.
 """
 
 import html
 import os
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
 try:
-    from demos.mpt_space import Card, Piece, Server, SpaceError, context_length, pick
-except ImportError:  # a copied Space has the module beside it
-    from mpt_space import Card, Piece, Server, SpaceError, context_length, pick  # type: ignore[no-redef]
+    from demos import mpt_looks
+    from demos.mpt_space import Card, Piece, Server, SpaceError, context_length
+except ImportError:  # a copied Space has the modules beside it
+    import mpt_looks  # type: ignore[no-redef]
+    from mpt_space import Card, Piece, Server, SpaceError, context_length  # type: ignore[no-redef]
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when a page is built
 N_AT_ONCE = 32  # people whom one page answers at the same time
 MAX_QUEUE = 128  # people waiting; more are told that the page is busy
+LOOK_EVERY_S = 20.0  # at the server, while a page is open
 
 # -- an answer as it arrives -----------------------------------------------------------------------------------------
 
@@ -117,23 +121,37 @@ def join(parts: Iterable[str], separator: str = " · ") -> str:
 
 # -- notes -----------------------------------------------------------------------------------------------------------
 
+# What the models of this repository are good for. By name: others may be good for all of it.
+ABOUT = {
+    "mpt-tiny": "It continues text, like a parrot that has heard novels.",
+    "mpt-tiny-instruct": "It has learned one thing, which is to turn YAML into JSON.",
+    "mpt-tiny-chat": "It can talk about a few things only; the suggested questions are among them.",
+    "mpt-tiny-storywriter": "It reads 65,536 tokens in earnest, and writes like a parrot that has heard novels.",
+}
+PRIVACY = (
+    "Answers come from a language model and can be wrong or offensive. This page logs nothing; what you write goes to "
+    "the server only to be answered."
+)
+
 
 def quiet(line: str) -> str:
     """A line of HTML that informs."""
-    return f'<p class="mpt-quiet" role="status">{html.escape(line)}</p>'
+    return f'<p class="mpt-quiet" role="status">{marked(line)}</p>'
 
 
 def trouble(sentence: str) -> str:
     """A sentence of HTML that says what went wrong; screen readers interrupt for it."""
-    return f'<p class="mpt-box mpt-trouble" role="alert">{html.escape(sentence)}</p>'
+    return f'<p class="mpt-box mpt-trouble" role="alert">{marked(sentence)}</p>'
 
 
-def notes(card: Card | None, about_tiny: str, privacy: str) -> str:
-    """The lines of HTML at the foot of a page: the model's licence, what its mpt-tiny is like, what is kept."""
-    lines = [licence_note(card)] if card else []
-    if card and str(card["id"]).startswith("mpt-tiny"):
-        lines.append(about_tiny)
-    return "".join(f'<p class="mpt-quiet">{html.escape(line)}</p>' for line in [*lines, privacy])
+def marked(sentence: str) -> str:
+    """A sentence as HTML; names between backticks, as servers write them, become code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(sentence))
+
+
+def footnote(sentence: str = PRIVACY) -> gr.HTML:
+    """The last line of a page: what is kept."""
+    return gr.HTML(f'<p class="mpt-quiet">{html.escape(sentence)}</p>', **BARE)
 
 
 def licence_note(card: Card) -> str:
@@ -146,67 +164,87 @@ def licence_note(card: Card) -> str:
     return f"Model: {card['id']}, licence {licence}{limits}."
 
 
-def privacy_note() -> str:
-    return (
-        "Answers come from a language model and can be wrong or offensive. This page logs nothing; conversations stay "
-        "in your browser, and go to the server only to be answered."
-    )
+# -- the header ------------------------------------------------------------------------------------------------------
 
-
-async def picker_and_note(
-    server: Server, ordered: Callable[[list[Card]], list[Card]], model: str | None
-) -> tuple[Any, str]:
-    """The choices of the model picker and the licence note beside it, from what the server serves now.
-
-    ordered: the models this page can use, the best first; it may raise SpaceError, which is shown.
-    """
-    try:
-        cards = ordered(await server.models())
-    except SpaceError as error:
-        gr.Warning(error.sentence, title="No models")
-        return gr.skip(), error.sentence
-    card = pick(cards, model)
-    return gr.Dropdown(choices=[card["id"] for card in cards], value=card["id"]), licence_note(card)
-
-
-# -- looks, and how a page is served ---------------------------------------------------------------------------------
-
-# Gradio takes the looks of a page where it is launched or mounted, not where it is built. Its own colour for quiet text
-# has a contrast of 2.6 to the white behind it, where readers need 4.5; so has white on its orange.
-CSS = """
-.quiet { color: var(--body-text-color) !important; opacity: 0.78; font-size: var(--text-sm) !important; }
-.quiet * { color: inherit !important; font-size: inherit !important; }
-.bare, .bare .html-container { padding: 0 !important; }
-.mpt-quiet { font-size: 0.875rem; color: color-mix(in srgb, var(--body-text-color) 72%, transparent);
-  overflow-wrap: anywhere; line-height: 1.5; margin: 0; }
-.mpt-box { margin: 0; padding: 0.5rem 0.75rem; border-style: solid; border-width: 0 0 0 4px; border-radius: 4px;
-  line-height: 1.45; background: var(--background-fill-secondary); color: var(--body-text-color);
-  overflow-wrap: anywhere; }
-.mpt-trouble { border-color: #dc2626; }
-.gradio-container main.fillable { width: 100% !important; max-width: 1000px !important; }
-.gradio-container textarea::placeholder { color: var(--body-text-color); opacity: 0.7; }
-@media (max-width: 500px) { .gradio-container main.fillable { padding-left: 12px; padding-right: 12px; } }
-"""
-BARE: dict[str, Any] = {
-    "padding": False,
-    "apply_default_css": False,
-    "elem_classes": "bare",
-}  # of gr.HTML without a frame
-QUICK: dict[str, Any] = {
+BARE: dict[str, Any] = {"padding": False, "apply_default_css": False, "elem_classes": "bare"}  # gr.HTML without a frame
+QUICK: dict[str, Any] = {  # of events that wait for nothing
     "queue": False,
     "show_progress": "hidden",
     "api_visibility": "private",
-}  # of events that wait for nothing
+}
+
+
+class Header:
+    """The top of every page: its title, who answers, what that is, and whether the server is there."""
+
+    def __init__(self, title: str, lead: str, css: str, labels: Sequence[str] = ("Model",)) -> None:
+        """css: the page's own."""
+        with gr.Row(elem_classes="mpt-header"):
+            gr.HTML(f"<h1>{title}</h1><p>{lead}</p>", head=f"<style>{css}</style>", **BARE)
+            self.pickers = [
+                gr.Dropdown([], label=label, value=None, filterable=False, scale=0, min_width=220) for label in labels
+            ]
+        self.state = gr.HTML("", elem_id="server", **BARE)
+        self._clock = gr.Timer(LOOK_EVERY_S)
+
+    def follow(self, page: gr.Blocks, server: Server, ordered: Callable[[list[Card]], list[Card]]) -> None:
+        """Look at what the server serves when the page opens, when a model is picked, and from time to time.
+
+        ordered: the models that the page can use, the best first; it may raise SpaceError, which is shown.
+        """
+
+        async def look(*chosen: str | None) -> list[Any]:
+            return await what_is_served(server, ordered, chosen)
+
+        # The tab's own title: of a site with several pages Gradio knows one title only.
+        page.load(None, js=f"() => {{ document.title = {page.title!r}; }}")
+        for event in (page.load, self._clock.tick, *(picker.input for picker in self.pickers)):
+            event(look, self.pickers, [*self.pickers, self.state], **QUICK)
+
+
+async def what_is_served(
+    server: Server, ordered: Callable[[list[Card]], list[Card]], chosen: Sequence[str | None]
+) -> list[Any]:
+    """What each picker and the line below them become."""
+    try:
+        cards = ordered(await server.models())
+    except SpaceError as error:
+        return [gr.skip() for _ in chosen] + [f'<p class="mpt-state down" role="alert">{marked(error.sentence)}</p>']
+    names = [card["id"] for card in cards]
+    picked = [cards[names.index(name) if name in names else min(n, len(cards) - 1)] for n, name in enumerate(chosen)]
+    # A picker that is open would be closed by an update.
+    pickers = [
+        gr.skip() if card["id"] == name else gr.Dropdown(names, value=card["id"])
+        for card, name in zip(picked, chosen, strict=True)
+    ]
+    notes = dict.fromkeys(join([licence_note(card), ABOUT.get(str(card["id"]), "")], " ") for card in picked)
+    return [*pickers, f'<p class="mpt-state up" role="status"><b>Server ready.</b> {marked(" ".join(notes))}</p>']
+
+
+def busy() -> tuple[Any, Any]:
+    """What asks and Stop during an answer: one takes the other's place."""
+    return gr.update(visible=False), gr.update(visible=True)
+
+
+def idle() -> tuple[Any, Any]:
+    """What asks and Stop between answers."""
+    return gr.update(visible=True, interactive=True), gr.update(visible=False)
+
+
+# -- how a page is served --------------------------------------------------------------------------------------------
+
+ENTER = "Enter sends it, Shift+Enter begins a new line"  # said below each box
 
 
 def page_options() -> dict[str, Any]:
     """What a server gives to Gradio's `mount_gradio_app`, and each Space to `launch`."""
     return {
-        "css": CSS,
-        "theme": gr.themes.Default(primary_hue="blue", secondary_hue="blue"),
+        "head": mpt_looks.head(),
+        "theme": mpt_looks.theme(),
         "show_error": False,  # tracebacks are for the log
         "footer_links": [],
         "run_history": False,
+        "ssr_mode": False,  # or Gradio warns that it has none for several pages
         "max_file_size": "8mb",
     }
 

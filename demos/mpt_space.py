@@ -7,6 +7,7 @@ It is not about pages (that is `mpt_page.py`), and there is no Gradio in it. Bot
 
 import asyncio
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 
+log = logging.getLogger(__name__)
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONGEST_WAIT_S = 5.0  # for a busy server, before its refusal is shown; who waits longer wants to know why
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -69,6 +71,7 @@ class Server:
         url = url or os.environ.get("MPT_URL") or DEFAULT_URL
         self.url = url.strip().rstrip("/").removesuffix("/v1")
         self._key = key or os.environ.get("MPT_API_KEY") or None
+        self._answers = True  # so far, for the log
 
     async def models(self) -> list[Card]:
         """The entries of /v1/models; of a server that is not ours they may be `id` only. Raises SpaceError."""
@@ -81,11 +84,6 @@ class Server:
         if not cards:
             raise SpaceError(f"The server at {self.url} serves no model.", None, "no_server")
         return cards
-
-    @staticmethod
-    def find(models: list[Card], style: str) -> Card | None:
-        """The first model with a prompt style: none, instruct or chatml."""
-        return next((card for card in models if card.get("prompt_style") == style), None)
 
     def chat(self, model: str, messages: list[Message], **parameters: Any) -> AsyncGenerator[Piece, None]:
         """Stream the answer to a conversation. Closing the generator frees the server at once. Raises SpaceError."""
@@ -196,12 +194,14 @@ class Server:
         try:
             async with client.stream(method, f"{self.url}{path}", json=body) as response:
                 began = True
+                self._say_whether_it_answers(True)
                 yield response
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise SpaceError(f"`{self.url}` is no address of a server: {error}.", None, "unreachable") from error
         except httpx.ReadTimeout as error:
             raise SpaceError("The server has been silent for two minutes; try again.", None, "unreachable") from error
         except httpx.HTTPError as error:
+            self._say_whether_it_answers(False)
             if began:
                 raise SpaceError(
                     "The connection to the server broke, so the answer is not complete. It may have been restarted; "
@@ -214,6 +214,12 @@ class Server:
                 None,
                 "unreachable",
             ) from error
+
+    def _say_whether_it_answers(self, answers: bool) -> None:
+        """Log it when it changes: who runs the page looks at the terminal, not at the page."""
+        if answers != self._answers:
+            log.warning("the server at %s %s", self.url, "answers again" if answers else "does not answer")
+        self._answers = answers
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:

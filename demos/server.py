@@ -41,7 +41,7 @@ def site(server: Server) -> gr.Blocks:
     """All Spaces, the chat first, with a bar to go from one to another."""
     pages = {name: page(name, server) for name in PAGES}  # not inside `whole`, or each would stand there twice
     first, *others = pages
-    with gr.Blocks(title="MPT") as whole:
+    with gr.Blocks(title=pages[first].title, fill_height=True) as whole:
         gr.Navbar(main_page_name=PAGES[first])
         pages[first].render()
     for name in others:

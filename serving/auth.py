@@ -132,13 +132,7 @@ def keys_of(options: HttpOptions) -> Keys:
 
 def book_of(keys: Keys, options: HttpOptions, *, several_machines: bool = False) -> QuotaBook:
     """The quotas of these keys; their database is opened if there are any, or if it is named. Raises UserError."""
-    is_file = options.quota_store is None or "://" not in options.quota_store
-    if keys.have_quotas and several_machines and is_file:
-        raise UserError(
-            "keys have quotas, and routers of several machines cannot share a file: give `quota_store` the "
-            "postgresql:// URL of a database that all of them reach"
-        )
-    book = QuotaBook(options.quota_store, options.request_timeout_s)
+    book = QuotaBook(options.quota_store, options.request_timeout_s, several_machines=several_machines)
     if keys.have_quotas or options.quota_store is not None:
         book.open()
     return book

@@ -298,10 +298,21 @@ class Account:
 
 
 class QuotaBook:
-    """The accounts of all clients of one process. longest_s: what a request may take, for which it holds tokens."""
+    """The accounts of all clients of one process. longest_s: what a request may take, for which it holds tokens.
 
-    def __init__(self, place: str | None, longest_s: float, clock: Callable[[], float] = time.time) -> None:
+    several_machines: other processes count for the same accounts elsewhere, so a file is refused.
+    """
+
+    def __init__(
+        self,
+        place: str | None,
+        longest_s: float,
+        clock: Callable[[], float] = time.time,
+        *,
+        several_machines: bool = False,
+    ) -> None:
         self._place, self._longest_s, self._clock = place, longest_s + 60, clock
+        self._several_machines = several_machines
         self._store: Sqlite | Sql | None = None
         self._lock = threading.Lock()
         self._holders = ThreadPoolExecutor(_HOLDERS, "quota holds")
@@ -312,6 +323,11 @@ class QuotaBook:
         """The database, opened when it is first needed: the key file may name a quota later. Raises UserError."""
         with self._lock:
             if self._store is None:
+                if self._several_machines and (self._place is None or "://" not in self._place):
+                    raise UserError(
+                        "keys have quotas, and routers of several machines cannot share a file: give `quota_store` the "
+                        "postgresql:// URL of a database that all of them reach"
+                    )
                 self._store = open_store(self._place)
                 log.info("quotas are kept in %s", self._store.shown)
                 self._settler = threading.Thread(target=self._settle_all, name="quota charges", daemon=True)

@@ -4,17 +4,25 @@ import gradio as gr
 
 try:
     from demos import mpt_page, mpt_space
-    from demos.base.presenter import BasePresenter, remember, take_back
+    from demos.base.coloured_text import coloured_text
+    from demos.base.presenter import BasePresenter, base_models_first, example, remember, take_back
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
-    from presenter import BasePresenter, remember, take_back  # type: ignore[no-redef]
+    from coloured_text import coloured_text  # type: ignore[no-redef]
+    from presenter import BasePresenter, base_models_first, example, remember, take_back  # type: ignore[no-redef]
 
 EXAMPLES = [
     "Once upon a time there was a little fox who",
     "The three most common misconceptions about birds are:\n1.",
     "def fibonacci(n):\n",
 ]
+CSS = """
+.token-table {max-height: 300px; overflow: auto}
+.token-table summary {min-height: 32px; cursor: pointer}
+.token-table table {border-collapse: collapse; width: 100%}
+.token-table :is(th, td) {text-align: left; padding: 2px 12px 2px 0; overflow-wrap: anywhere}
+"""
 
 
 class Layout:
@@ -22,23 +30,22 @@ class Layout:
 
     def __init__(self) -> None:
         self.before = gr.State([])  # the text before each continuation, newest last
-        gr.Markdown("# Let a base model write on")
-        with gr.Row(equal_height=True):
-            self.model = gr.Dropdown([], label="Model", value=None, filterable=False, scale=1, min_width=200)
-            self.licence = gr.Markdown("", elem_classes="quiet")
-        self.text = gr.Textbox(
-            label="Text", lines=10, max_lines=24, value=EXAMPLES[0], elem_id="text",
-            info="A base model answers nothing: it writes on where you stop.",
-        )  # fmt: skip
+        self.header = mpt_page.Header("Base model", "It answers nothing: it writes on where you stop.", CSS)
+        self.model = self.header.pickers[0]
+        self.text = coloured_text(
+            EXAMPLES[0],
+            "Text",
+            f"Darker: the model was surer. Tap a token for what else it thought of. <span class='mpt-keys'>{mpt_page.ENTER}.</span>",
+        )
         with gr.Row():
             self.go = gr.Button("Continue", variant="primary", scale=3, min_width=110)
+            self.stop = gr.Button("Stop", variant="stop", scale=3, min_width=110, visible=False)
             self.undo = gr.Button("Undo", scale=1, min_width=70)
-            self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=70)
-        self.numbers = gr.Markdown("", elem_classes="quiet", elem_id="numbers")
-        self.tokens = gr.HTML("", label="Token probabilities", elem_id="tokens")
+        self.numbers = gr.HTML("", elem_id="numbers", **mpt_page.BARE)
+        self.table = gr.HTML("", elem_id="tokens", **mpt_page.BARE)
+        self.examples = gr.Dataset(components=["textbox"], samples=[[text] for text in EXAMPLES], label="Examples")
         self._lay_out_settings()
-        gr.Examples(EXAMPLES, [self.text], label="Examples", preload=False)
-        gr.Markdown(mpt_page.privacy_note(), elem_classes="quiet")
+        mpt_page.footnote()
 
     def _lay_out_settings(self) -> None:
         with gr.Accordion("Settings", open=False), gr.Row():
@@ -55,18 +62,22 @@ def build(server: mpt_space.Server) -> gr.Blocks:
     presenter = BasePresenter(server)
     with gr.Blocks(title="MPT base model") as page:
         layout = Layout()
-        for event in (page.load, layout.model.input):
-            event(presenter.look, [layout.model], [layout.model, layout.licence], show_progress="hidden")
+        layout.header.follow(page, server, base_models_first)
         settings = [layout.model, layout.max_tokens, layout.temperature, layout.top_p, layout.seed]
-        shown = [layout.text, layout.numbers, layout.tokens]
-        remembered = layout.go.click(remember, [layout.text, layout.before], [layout.before], **mpt_page.QUICK)
-        run = remembered.then(
-            presenter.write, [layout.text, *settings], shown, concurrency_limit=mpt_page.N_AT_ONCE,
-            show_progress="minimal", api_visibility="private",
+        buttons = [layout.go, layout.stop]
+        asked = gr.on(
+            [layout.go.click, layout.text.submit], remember, [layout.text, layout.before], [layout.before, *buttons],
+            **mpt_page.QUICK,
         )  # fmt: skip
+        run = asked.then(
+            presenter.write, [layout.text, *settings], [layout.text, layout.numbers, layout.table],
+            concurrency_limit=mpt_page.N_AT_ONCE, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        run.then(mpt_page.idle, None, buttons, **mpt_page.QUICK)
         layout.stop.click(None, None, None, cancels=[run])
-        kept = [layout.text, layout.before, layout.numbers, layout.tokens]
-        layout.undo.click(take_back, [layout.text, layout.before], kept, cancels=[run], **mpt_page.QUICK)
+        shown = [layout.text, layout.before, layout.numbers, layout.table]
+        layout.undo.click(take_back, [layout.text, layout.before], shown, cancels=[run], **mpt_page.QUICK)
+        layout.examples.click(example, [layout.examples], [layout.text], cancels=[run], **mpt_page.QUICK)
     return page
 
 

@@ -7,18 +7,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import gradio as gr
-
 try:
     from demos import mpt_page, mpt_space
-    from demos.base.tokens import Score, tokens_html
+    from demos.base.tokens import Score, Token, table_html, tokens_of
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
-    from tokens import Score, tokens_html  # type: ignore[no-redef]
+    from tokens import Score, Token, table_html, tokens_of  # type: ignore[no-redef]
 
 N_ALTERNATIVES = 5
 N_UNDO = 50  # continuations that can be taken back
+Coloured = dict[str, Any]  # {"text": ..., "tokens": ...}: what the box holds
 
 
 class BasePresenter:
@@ -27,16 +26,17 @@ class BasePresenter:
     def __init__(self, server: mpt_space.Server) -> None:
         self.server = server
 
-    async def look(self, model: str | None) -> tuple[Any, str]:
-        """The picker and the note beside it, from what the server serves now."""
-        return await mpt_page.picker_and_note(self.server, base_models_first, model)
-
     async def write(
-        self, text: str, model: str | None, max_tokens: float, temperature: float, top_p: float, seed: float | None
-    ) -> AsyncGenerator[tuple[str, str, str], None]:
-        """The text so far, the line of numbers, and the new tokens with their probabilities as HTML."""
-        answer, scores = mpt_page.Answer(), list[Score]()
+        self, now: Coloured, model: str | None, max_tokens: float, temperature: float, top_p: float, seed: float | None
+    ) -> AsyncGenerator[tuple[Coloured, str, str], None]:
+        """The text so far with the probabilities of its tokens, the line of numbers, and the new tokens as a table."""
+        answer, scores, text = mpt_page.Answer(), list[Score](), now["text"]
         wanted, sampling = int(max_tokens), mpt_space.sampling(temperature, top_p, seed=seed)
+
+        def written() -> tuple[Coloured, list[Token]]:
+            new = tokens_of(text + answer.text, len(text), scores)
+            return {"text": text + answer.text, "tokens": [*now["tokens"], *new]}, new
+
         try:
             card = mpt_space.pick(base_models_first(await self.server.models()), model)
             answer.begin(card)
@@ -47,24 +47,29 @@ class BasePresenter:
                     answer.add(piece)
                     scores += piece.logprobs or []
                     if answer.is_due():
-                        yield text + answer.text, answer.numbers.line(), tokens_html(scores)
+                        yield written()[0], mpt_page.quiet(answer.numbers.line()), ""
             end = why_it_ended(answer.numbers.finish_reason, is_context_full=n_new < wanted)
-            yield text + answer.text, answer.summary(end), tokens_html(scores, with_table=True)
+            line = mpt_page.quiet(answer.summary(end))
         except mpt_space.SpaceError as error:
-            gr.Warning(error.sentence, title="Not continued")
-            yield text + answer.text, error.sentence, tokens_html(scores, with_table=True)
+            line = mpt_page.trouble(error.sentence)
+        shown, new = written()
+        yield shown, line, table_html(new)
 
 
-def remember(text: str, before: list[str]) -> list[str]:
-    """The text before each continuation, newest last."""
-    return [*before, text][-N_UNDO:]
+def remember(now: Coloured, before: list[Coloured]) -> tuple[Any, ...]:
+    """What was before each continuation, newest last; and the buttons during one."""
+    return [*before, now][-N_UNDO:], *mpt_page.busy()
 
 
-def take_back(text: str, before: list[str]) -> tuple[str, list[str], str, str]:
-    """The text, the texts before it, the line of numbers and the tokens, without the last continuation."""
+def take_back(now: Coloured, before: list[Coloured]) -> tuple[Coloured, list[Coloured], str, str]:
+    """The box, what was in it before, the line of numbers and the table, without the last continuation."""
     if not before:
-        return text, [], "Nothing to take back.", ""
+        return now, [], mpt_page.quiet("Nothing to take back."), ""
     return before[-1], before[:-1], "", ""
+
+
+def example(sample: list[str]) -> Coloured:
+    return {"text": sample[0], "tokens": []}
 
 
 def why_it_ended(finish_reason: str | None, is_context_full: bool) -> str:

@@ -1,57 +1,51 @@
-"""Tokens as HTML, darker where the model was surer, with what else it thought of; from log-probabilities.
-
-Text of a model is not trusted: everything is escaped.
-"""
+"""The tokens of a continuation, with how likely each was and what else the model thought of, from log-probabilities."""
 
 import html
 import math
+from typing import Any
 
 Score = tuple[str, float | None, dict[str, float]]  # a token, its log-probability, the likeliest there
-CSS = """<style>
-.tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; font-family: var(--font-mono); }
-.tokens span { border-radius: 3px; padding: 2px 0; border-bottom: 2px solid transparent; }
-.tokens span:hover { border-bottom-color: var(--body-text-color); }
-.token-table { max-height: 300px; overflow: auto; }
-.token-table table { border-collapse: collapse; width: 100%; }
-.token-table th, .token-table td { text-align: left; padding: 2px 12px 2px 0; overflow-wrap: anywhere; }
-</style>"""
+Token = dict[str, Any]  # where in the text it is, how likely it was (0 to 1), and a sentence for the popover
 
 
-def tokens_html(scores: list[Score], with_table: bool = False) -> str:
-    """The tokens one after another, the alternatives on hover, and in a table if asked for."""
-    if not scores:
+_REACH = 8  # characters: a token of half a character is not in the text
+
+
+def tokens_of(text: str, start: int, scores: list[Score]) -> list[Token]:
+    """The tokens of a continuation that begins at a character of the text; places are counted as JavaScript does."""
+    tokens: list[Token] = []
+    for token, value, tops in scores:
+        place = text.find(token, start, start + len(token) + _REACH) if token else -1
+        if place >= 0:
+            begin, start = _utf16(text[:place]), place + len(token)
+            end, share = begin + _utf16(token), round(_probability(value), 3)
+            tokens.append({"start": begin, "end": end, "share": share, "odds": _odds(token, value, tops)})
+    return tokens
+
+
+def _utf16(text: str) -> int:
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def table_html(tokens: list[Token]) -> str:
+    """The same as a table, for screen readers. Text of a model is not trusted: everything is escaped."""
+    if not tokens:
         return ""
-    spans = "".join(
-        f'<span style="background: rgb(59 130 246 / {0.06 + 0.5 * _probability(value):.2f})" '
-        f'title="{html.escape(_odds(token, value, tops))}">{html.escape(token)}</span>'
-        for token, value, tops in scores
-    )
-    parts = [CSS, '<p class="quiet">Darker: the model was surer. Hover over a token for what else it thought of.</p>']
-    parts.append(f'<div class="tokens">{spans}</div>')
-    return "".join([*parts, _table(scores)] if with_table else parts)
-
-
-def _table(scores: list[Score]) -> str:
-    """For keyboards, screen readers and fingers, which do not hover."""
-    rows = "".join(
-        f"<tr><td><code>{html.escape(_visible(token))}</code></td><td>{_percent(value)}</td>"
-        f"<td>{html.escape(_others(token, tops))}</td></tr>"
-        for token, value, tops in scores
-    )
+    cells = (f"<td>{'</td><td>'.join(map(html.escape, token['odds']))}</td>" for token in tokens)
     return (
-        '<details class="token-table"><summary>As a table</summary><table><thead><tr><th scope="col">Token</th>'
-        f'<th scope="col">Probability</th><th scope="col">Others</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></details>"
+        '<details class="token-table"><summary>The new tokens as a table</summary><table><thead><tr>'
+        '<th scope="col">Token</th><th scope="col">Probability</th><th scope="col">Others</th></tr></thead>'
+        f"<tbody>{''.join(f'<tr>{cell}</tr>' for cell in cells)}</tbody></table></details>"
     )
 
 
-def _odds(token: str, value: float | None, tops: dict[str, float]) -> str:
-    return f"{_visible(token)} {_percent(value)}\n{_others(token, tops)}".strip()
-
-
-def _others(token: str, tops: dict[str, float]) -> str:
+def _odds(token: str, value: float | None, tops: dict[str, float]) -> list[str]:
     others = sorted((each for each in tops.items() if each[0] != token), key=lambda each: -each[1])
-    return ", ".join(f"{_visible(other)} {_percent(value)}" for other, value in others)
+    return [
+        _visible(token),
+        _percent(value),
+        ", ".join(f"{_visible(other)} {_percent(odds)}" for other, odds in others),
+    ]
 
 
 def _visible(token: str) -> str:

@@ -14,21 +14,14 @@ import gradio as gr
 try:
     from demos import mpt_page, mpt_space
     from demos.chat.context import fitted
-    from demos.chat.turns import Turn, answered, last_question, note_of, place_of, said_in, text_of, title_of
+    from demos.chat.layout import SUGGESTIONS, SUGGESTIONS_OF
+    from demos.chat.turns import Turn, answered, asked, last_question, note_of, restored, said_in, title_of
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
     from context import fitted  # type: ignore[no-redef]
-    from turns import (  # type: ignore[no-redef]
-        Turn,
-        answered,
-        last_question,
-        note_of,
-        place_of,
-        said_in,
-        text_of,
-        title_of,
-    )
+    from layout import SUGGESTIONS, SUGGESTIONS_OF  # type: ignore[no-redef]
+    from turns import Turn, answered, asked, last_question, note_of, restored, said_in, title_of  # type: ignore[no-redef]
 
 
 @dataclass(frozen=True)
@@ -57,10 +50,6 @@ class ChatPresenter:
     def __init__(self, server: mpt_space.Server) -> None:
         self.server = server
 
-    async def look(self, model: str | None) -> tuple[Any, str]:
-        """The picker and the note beside it, from what the server serves now."""
-        return await mpt_page.picker_and_note(self.server, chat_models, model)
-
     async def answer(self, turns: list[Turn], *settings: Any) -> AsyncGenerator[Any, None]:
         """Stream the answer to the last message under it: turns, numbers, is_busy, Send and Stop.
 
@@ -71,11 +60,12 @@ class ChatPresenter:
             return
         async with aclosing(self._answered(turns, Settings(*settings))) as parts:
             async for text, note, is_done in parts:
-                said = [answered(text, note)] if is_done else [{"role": "assistant", "content": text}] if text else []
-                yield [*turns, *said], note if text or not is_done else "", True, *busy()
+                said = [answered(text, note if is_done else "")] if text or is_done else []
+                under = mpt_page.quiet(note) if note and (text or not is_done) else ""
+                yield [*turns, *said], under, True, *mpt_page.busy()
 
     async def _answered(self, turns: list[Turn], settings: Settings) -> AsyncGenerator[tuple[str, str, bool], None]:
-        """The answer so far, the note under it, and whether that is all; what goes wrong becomes note and warning."""
+        """The answer so far, the note under it, and whether that is all; what goes wrong becomes the note."""
         answer = mpt_page.Answer()
         yield "", "", False
         try:
@@ -94,7 +84,6 @@ class ChatPresenter:
             cut = "cut at the longest answer allowed" if answer.numbers.finish_reason == "length" else ""
             yield answer.text, mpt_page.join([left_out, answer.summary(cut)], " "), True
         except mpt_space.SpaceError as error:
-            gr.Warning(error.sentence, title="The answer broke off" if answer.text else "No answer")
             yield answer.text, error.sentence, True
 
 
@@ -106,41 +95,51 @@ def take(text: str, turns: list[Turn], conversation: str, is_busy: bool) -> Any:
     if is_busy:
         return gr.skip()
     if text.strip():
-        turns = [*turns, {"role": "user", "content": text.strip()}]
+        turns = [*turns, asked(text.strip())]
     return "", turns, conversation or uuid.uuid4().hex, True, gr.Button(interactive=False)
 
 
 def again(turns: list[Turn], at: gr.RetryData) -> list[Turn]:
     """The conversation up to the question, which is then answered anew."""
-    return turns[: last_question(turns, at.index) + 1]
+    return turns[: last_question(turns, int(at.index)) + 1]
 
 
 def edit(turns: list[Turn], at: gr.EditData) -> list[Turn]:
     """The conversation up to the edited message, which is then answered anew."""
-    place = place_of(at.index)
-    return [*turns[:place], {"role": "user", "content": str(at.value)}]
+    return [*turns[: int(at.index)], asked(str(at.value))]
 
 
 def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str, str]:
     """The conversation without the last question, which goes back into the box."""
-    place = last_question(turns, at.index)
-    return turns[:place], text_of(turns[place]), note_of(turns[:place])
+    place = last_question(turns, int(at.index))
+    return turns[:place], turns[place]["content"], under(turns[:place])
 
 
 def open_saved(conversation: str, saved: list[dict[str, Any]]) -> tuple[Any, ...]:
     """The turns, id and system prompt of a saved conversation, the note under it, and the buttons at rest."""
     found = next((each for each in saved if each["id"] == conversation), None)
     if found is None:
-        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), *idle()
-    return found["turns"], found["id"], found["system"], note_of(found["turns"]), *idle()
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), *mpt_page.idle()
+    turns = [restored(turn) for turn in found["turns"]]
+    return turns, found["id"], found["system"], under(turns), *mpt_page.idle()
 
 
-def start_new() -> tuple[Any, ...]:
-    return [], "", gr.Radio(value=None), "", *idle()
+def bring_back(deleted: dict[str, Any]) -> tuple[Any, ...]:
+    """The conversation that was deleted last, as `open_saved` gives it."""
+    return open_saved(deleted["id"], [deleted])
 
 
-def example_text(at: gr.SelectData) -> str:
-    return str(at.value["text"])
+def can_be_brought_back(deleted: dict[str, Any] | None) -> Any:
+    return gr.Button(visible=bool(deleted and deleted["turns"]))
+
+
+def suggestion(sample: list[str]) -> str:
+    return sample[0]
+
+
+def suggested(model: str | None) -> Any:
+    """Questions that a model can answer."""
+    return gr.update(samples=[[text] for text in SUGGESTIONS_OF.get(str(model), SUGGESTIONS)])
 
 
 def listed(saved: list[dict[str, Any]], current: str) -> gr.Radio:
@@ -149,14 +148,10 @@ def listed(saved: list[dict[str, Any]], current: str) -> gr.Radio:
     return gr.Radio(choices=titles, value=current if current in [each["id"] for each in saved] else None)
 
 
-def busy() -> tuple[Any, Any]:
-    """Send and Stop during an answer."""
-    return gr.Button(visible=False), gr.Button(visible=True)
-
-
-def idle() -> tuple[Any, Any]:
-    """Send and Stop between answers."""
-    return gr.Button(visible=True, interactive=True), gr.Button(visible=False)
+def under(turns: list[Turn]) -> str:
+    """The line under a conversation, as HTML."""
+    note = note_of(turns)
+    return mpt_page.quiet(note) if note else ""
 
 
 def left_out_note(n_dropped: int) -> str:

@@ -21,29 +21,51 @@ STORE = """
         for (;;) {
             try { localStorage.setItem("mpt-chat", JSON.stringify(kept)); return; } catch { if (!kept.pop()) return; }
         }
-    };"""
+    };
+    const plain = (turns) => turns.map(({ role, content, note }) => ({ role, content, note }));"""
 READ = f"() => {{{STORE} return [read()]; }}"
 OPEN = f"(chosen) => {{{STORE} return [chosen, read()]; }}"
 SAVE = f"""(turns, conversation, system) => {{{STORE}
     const others = read().filter((each) => each.id !== conversation);
-    const kept = conversation && turns.length ? [{{ id: conversation, system, turns }}, ...others] : others;
+    const entry = {{ id: conversation, system, turns: plain(turns) }};
+    const kept = conversation && turns.length ? [entry, ...others] : others;
     kept.length = Math.min(kept.length, 30);
     write(kept);
+    window.mptOpen = conversation;
     return [kept];
+}}"""
+# Of the thread's own script: what has come of an answer is kept when the tab is left in the middle of it.
+KEEP = f"""{STORE}
+addEventListener("pagehide", () => {{
+    const kept = read(), entry = kept.find((each) => each.id === window.mptOpen);
+    if (entry && props.value.length > entry.turns.length) {{
+        entry.turns = plain(props.value);
+        write(kept);
+    }}
+}});
+"""
+# An empty conversation: the turns, their id, the choice among the saved ones, the line below, Send and Stop.
+_BLANK = """[[], "", { __type__: "update", value: null }, "",
+        { __type__: "update", visible: true, interactive: true }, { __type__: "update", visible: false }]"""
+START_NEW = f"() => {_BLANK}"
+# What was deleted is handed to the page, which can bring it back as long as it is open.
+DELETE = f"""(turns, conversation, system) => {{{STORE}
+    const kept = read().filter((each) => each.id !== conversation);
+    write(kept);
+    return [{{ id: conversation, system, turns: plain(turns) }}, kept, ...{_BLANK}];
 }}"""
 # After an answer, also a cancelled one. In the browser, because a function of this process could come back after "New
 # conversation" has emptied the page, and bring the old one back.
 FINISH = """(turns) => {
-    const last = turns.at(-1);
-    let note = last?.metadata?.log ?? "";
-    if (last?.role === "assistant" && !note) {
-        note = "Stopped.";
-        turns = [...turns.slice(0, -1), { ...last, metadata: { log: note } }];
+    const last = turns.at(-1), send = { __type__: "update", visible: true, interactive: true };
+    let under = null;
+    const say = (note) => (under = `<p class="mpt-quiet" role="status">${note}</p>`);
+    if (last?.role === "assistant" && !last.note) {
+        turns = [...turns.slice(0, -1), { ...last, note: "Stopped." }];
+        say("Stopped.");
     } else if (last?.role === "user") {
-        note = "Stopped before the first word.";
-        turns = [...turns, { role: "assistant", content: [{ type: "text", text: note }], metadata: { log: note } }];
-        note = "";
+        const note = "Stopped before the first word.";
+        turns = [...turns, { role: "assistant", content: note, note, html: `<p>${note}</p>` }];
     }
-    const send = { __type__: "update", visible: true, interactive: true };
-    return [turns, note, false, send, { __type__: "update", visible: false }];
+    return [turns, under ?? { __type__: "update" }, false, send, { __type__: "update", visible: false }];
 }"""

@@ -1,15 +1,17 @@
-"""What happens on the page of two models: one prompt goes to both at once, and both answers stream back.
+"""What happens on the page of two models: one prompt goes to both at once, both answers stream back and are compared.
 
 No layout is here. A visitor's state is in the page, so one presenter serves all visitors.
 """
 
 import asyncio
+import html
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import groupby
 from typing import Any
-
-import gradio as gr
 
 try:
     from demos import mpt_page, mpt_space
@@ -17,7 +19,7 @@ except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
 
-Shown = tuple[str, str]  # an answer so far, and the note under it
+Shown = tuple[str, str]  # an answer so far, and the note under it, as HTML
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,8 @@ class ComparePresenter:
     def __init__(self, server: mpt_space.Server) -> None:
         self.server = server
 
-    async def look(self, *chosen: str | None) -> list[Any]:
-        """Both pickers and the notes below them; at first the base model stands against the one made from it."""
-        try:
-            cards = await self.server.models()
-        except mpt_space.SpaceError as error:
-            gr.Warning(error.sentence, title="No models")
-            return [gr.skip(), error.sentence] * 2
-        names = [card["id"] for card in cards]
-        base = self.server.find(cards, "none") or cards[0]
-        tuned = self.server.find(cards, "instruct") or self.server.find(cards, "chatml") or cards[-1]
-        picked = [next((c for c in cards if c["id"] == id), d) for id, d in zip(chosen, (base, tuned), strict=True)]
-        return [part for card in picked for part in (gr.Dropdown(names, value=card["id"]), mpt_page.licence_note(card))]
-
-    async def answer(self, prompt: str, *settings: Any) -> AsyncGenerator[tuple[str, ...], None]:
-        """Both columns at once, in one event: of two events Gradio let the second wait for the first."""
+    async def answer(self, prompt: str, *settings: Any) -> AsyncGenerator[tuple[Any, ...], None]:
+        """Both columns at once, in one event: of two events Gradio let the second wait for the first; and the buttons."""
         half = len(settings) // 2
         shown = [("", ""), ("", "")]
         arrived: asyncio.Queue[tuple[int, Shown | None]] = asyncio.Queue()  # None: the column is finished
@@ -72,8 +61,9 @@ class ComparePresenter:
                     n_left -= 1
                     continue
                 shown[column] = part
-                yield (*shown[0], *shown[1])
+                yield *_columns(shown), *mpt_page.busy()
             await asyncio.gather(*tasks)
+            yield *_columns(shown, marked(shown[0][0], shown[1][0])), *mpt_page.busy()
         finally:
             for task in tasks:
                 task.cancel()
@@ -93,7 +83,7 @@ class ComparePresenter:
     async def answers(self, prompt: str, settings: Settings) -> AsyncGenerator[Shown, None]:
         """One column: a base model continues the prompt, the others answer it."""
         answer = mpt_page.Answer()
-        yield "", "Waiting for the first token."
+        yield "", mpt_page.quiet("Waiting for the first token.")
         try:
             card = mpt_space.pick(await self.server.models(), settings.model)
             answer.begin(card)
@@ -102,14 +92,13 @@ class ComparePresenter:
                 async for piece in pieces:
                     answer.add(piece)
                     if answer.is_due():
-                        yield answer.text, answer.numbers.line()
+                        yield answer.text, mpt_page.quiet(answer.numbers.line())
             limit = "the longest answer" if n_new == int(settings.max_tokens) else "the end of the context"
             cut = f"cut at {limit}" if answer.numbers.finish_reason == "length" else ""
             way = "continues the prompt" if is_base(card) else "answers the prompt"
-            yield answer.text, mpt_page.join([answer.numbers.line(), way, cut])
+            yield answer.text, mpt_page.quiet(mpt_page.join([answer.numbers.line(), way, cut]))
         except mpt_space.SpaceError as error:
-            gr.Warning(error.sentence, title=f"{settings.model or 'No model'}")
-            yield answer.text, error.sentence
+            yield answer.text, mpt_page.trouble(error.sentence)
 
     async def _asked(
         self, card: mpt_space.Card, prompt: str, settings: Settings
@@ -126,3 +115,39 @@ class ComparePresenter:
 
 def is_base(card: mpt_space.Card) -> bool:
     return card.get("prompt_style") == "none"
+
+
+def two_alike(cards: list[mpt_space.Card]) -> list[mpt_space.Card]:
+    """The models, first those of the first prompt style that two of them share: side by side they do the same."""
+
+    def rank(card: mpt_space.Card) -> int:
+        return {"instruct": 1, "none": 2}.get(str(card.get("prompt_style")), 0)
+
+    groups = [list(group) for _, group in groupby(sorted(cards, key=rank), key=rank)]
+    return [card for group in sorted(groups, key=lambda group: len(group) < 2) for card in group]
+
+
+def _columns(shown: list[Shown], marks: tuple[str, str] | None = None) -> tuple[str, str, str, str]:
+    a, b = marks or (html.escape(shown[0][0]), html.escape(shown[1][0]))
+    return answer_html("A", a), shown[0][1], answer_html("B", b), shown[1][1]
+
+
+def answer_html(name: str, inside: str) -> str:
+    """An answer in its box; what is inside is HTML."""
+    return (
+        f'<p class="answer-name" id="of-{name}">Answer of {name}</p>'
+        f'<div class="answer" role="region" aria-labelledby="of-{name}" tabindex="0">{inside}</div>'
+    )
+
+
+def marked(a: str, b: str) -> tuple[str, str]:
+    """Two answers as HTML, with the words marked that the other one does not have at that place."""
+    words_a, words_b = (re.findall(r"\s*\w+|\s*[^\w\s]|\s+$", text) for text in (a, b))
+    if not words_a or not words_b:
+        return html.escape(a), html.escape(b)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for kind, a1, a2, b1, b2 in SequenceMatcher(None, words_a, words_b).get_opcodes():
+        for part, words in zip(parts, (words_a[a1:a2], words_b[b1:b2]), strict=True):
+            text = html.escape("".join(words))
+            part.append(text if kind == "equal" or not text else f"<mark>{text}</mark>")
+    return "".join(parts[0]), "".join(parts[1])

@@ -11,18 +11,19 @@ import gradio as gr
 try:
     from demos import mpt_page, mpt_space
     from demos.instruct.layout import Layout
-    from demos.instruct.presenter import InstructPresenter, note
+    from demos.instruct.presenter import InstructPresenter, instruct_models
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
     from layout import Layout  # type: ignore[no-redef]
-    from presenter import InstructPresenter, note  # type: ignore[no-redef]
+    from presenter import InstructPresenter, instruct_models  # type: ignore[no-redef]
 
 
 def build(server: mpt_space.Server) -> gr.Blocks:
     """The page, for the models of a server."""
     with gr.Blocks(title="MPT instruct", analytics_enabled=False) as page:
-        layout = Layout(note(None))
+        layout = Layout()
+        layout.header.follow(page, server, instruct_models)
         presenter = InstructPresenter(server, layout)
         running = _answer_when_asked(layout, presenter)
         idle = [layout.status, layout.send, layout.stop, layout.is_answering]
@@ -32,19 +33,16 @@ def build(server: mpt_space.Server) -> gr.Blocks:
         layout.stop.click(None, None, None, cancels=[running])
         shown = [layout.instruction, layout.prose, layout.code, layout.prompt, *idle]
         layout.clear.click(presenter.clear, None, shown, cancels=[running], queue=False, api_visibility="private")
-        layout.model.input(presenter.name_licence, [layout.model], [layout.note], **private)
-        page.load(presenter.greet, None, [layout.model, layout.note, layout.status], **private)
     return page
 
 
 def _answer_when_asked(layout: Layout, presenter: InstructPresenter) -> Any:
     """The event that streams an answer."""
-    sliders = [layout.temperature, layout.top_p, layout.top_k, layout.max_tokens]
-    shown = [layout.prose, layout.code, layout.status, layout.prompt, layout.note, layout.model]
+    shown = [layout.prose, layout.code, layout.status, layout.prompt]
     return gr.on(
         [layout.send.click, layout.instruction.submit],
         presenter.answer,
-        [layout.model, layout.instruction, *sliders],
+        [layout.model, layout.instruction, *layout.settings],
         [*shown, layout.send, layout.stop, layout.is_answering],
         concurrency_limit=mpt_page.N_AT_ONCE,
         show_progress="hidden",

@@ -14,6 +14,11 @@ import yaml
 _MAX_YAML_CHARACTERS = 20_000
 _MAX_DIFFERENCES = 3
 _FENCE = re.compile(r"^```[\w-]*\n(.*?)(?:\n```.*)?$", re.DOTALL)
+_TO_JSON = re.compile(
+    r"\b(to|into|as|in|valid|write|make|give|return)\s+(me\s+)?(a\s+|an\s+|the\s+)?(valid\s+)?json\b", re.IGNORECASE
+)
+# `Convert this to JSON:` is a sentence, though to YAML it would be a name without a value; `server:` is YAML.
+_ASKS = re.compile(r".*\b(yaml|json|convert|turn|translate|following|below|this)\b.*:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,12 @@ class Check:
 
 def looks_like_json(answer: str) -> bool:
     return _unfenced(answer).startswith(("{", "["))
+
+
+def asks_for_json(instruction: str) -> bool:
+    """Whether the answer should be JSON, by the first and last lines of the instruction: between them may be the data."""
+    lines = instruction.strip().splitlines() or [""]
+    return any(_TO_JSON.search(line) for line in (lines[0], lines[-1]))
 
 
 def check(answer: str, instruction: str) -> Check:
@@ -51,23 +62,38 @@ def check(answer: str, instruction: str) -> Check:
 
 
 def yaml_of(instruction: str) -> tuple[bool, Any]:
-    """Whether the instruction holds a YAML mapping or list, fenced or behind a blank line or a colon; and its value."""
+    """Whether the instruction holds a YAML mapping or list, and its value.
+
+    That is what stands between fences; else the whole text, or what follows a blank line or the first line.
+    """
     fenced = re.search(r"```[\w-]*\n(.*?)```", instruction, re.DOTALL)
-    _, _, rest = instruction.partition("\n")
-    candidates = [fenced[1]] if fenced else [instruction.partition("\n\n")[2], rest, instruction]
-    for text in candidates:
-        if not text.strip() or len(text) > _MAX_YAML_CHARACTERS:
-            continue
-        try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                continue
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-02-31
-            continue
-        if isinstance(value, dict | list):
-            # One line such as "Write about this: birds" is a mapping to YAML, and an instruction to people.
-            return (False, None) if text is instruction and "\n" not in text.strip() else (True, _as_json(value))
+    first, _, rest = instruction.partition("\n")
+    parts = [instruction.partition("\n\n")[2], rest]
+    for text in [fenced[1]] if fenced else [instruction, *parts]:
+        value = _parsed(text)
+        if isinstance(value, dict | list) and not (text is instruction and _is_sentence(first, rest, value)):
+            return True, _as_json(value)
     return False, None
+
+
+def _is_sentence(first: str, rest: str, value: Any) -> bool:
+    """Whether the first line asks for something, though to YAML it is a name: `Convert this to JSON:`."""
+    if not rest.strip() or _ASKS.fullmatch(first.strip()):
+        return True
+    name = first.strip().removesuffix(":")
+    return isinstance(value, dict) and " " in name and value.get(name, "") is None
+
+
+def _parsed(text: str) -> Any:
+    """A text as YAML; None where it is none, or cannot be compared."""
+    if not text.strip() or len(text) > _MAX_YAML_CHARACTERS:
+        return None
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            return None
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-02-31
+        return None
 
 
 def _unfenced(answer: str) -> str:

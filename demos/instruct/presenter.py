@@ -15,28 +15,36 @@ try:
     from demos import mpt_page, mpt_space
     from demos.instruct import json_check
     from demos.instruct.layout import HINT, Layout
+    from demos.mpt_text import html_of
 except ImportError:  # a copied Space has the modules beside it
     import json_check  # type: ignore[no-redef]
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
     from layout import HINT, Layout  # type: ignore[no-redef]
+    from mpt_text import html_of  # type: ignore[no-redef]
 
 GREEDY_BELOW = 0.1  # as in the original Space
+ANY_JSON = {  # of YAML: OpenAI's `json_object` is an object only
+    "type": "json_schema",
+    "json_schema": {"name": "answer", "schema": {"type": ["object", "array"]}},
+}
 Update = dict[Any, Any]  # a component of the layout: what it becomes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sliders of the page, in its order."""
+    """The choices on the page, in its order."""
 
+    grammar: bool
     temperature: float
     top_p: float
     top_k: float
     max_tokens: float
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self, instruction: str) -> dict[str, Any]:
         """What goes to the server, but for the number of new tokens."""
         return {
+            "response_format": ANY_JSON if self.grammar and json_check.asks_for_json(instruction) else None,
             "temperature": 0.0 if self.temperature < GREEDY_BELOW else self.temperature,
             "top_p": self.top_p if self.top_p < 1 else None,
             "top_k": int(self.top_k) or None,
@@ -49,20 +57,7 @@ class InstructPresenter:
     def __init__(self, server: mpt_space.Server, layout: Layout) -> None:
         self.server, self.layout = server, layout
 
-    async def greet(self) -> Update:
-        try:
-            cards = await self._models()
-        except mpt_space.SpaceError as error:
-            return {self.layout.status: mpt_page.trouble(error.sentence)}
-        return {**self._about_model(cards, cards[0]), self.layout.status: ""}
-
-    async def name_licence(self, model: str | None) -> str:
-        try:
-            return note(next((card for card in await self._models() if card["id"] == model), None))
-        except mpt_space.SpaceError:
-            return note(None)
-
-    async def answer(self, model: str | None, instruction: str, *sliders: float) -> AsyncGenerator[Update, None]:
+    async def answer(self, model: str | None, instruction: str, *settings: Any) -> AsyncGenerator[Update, None]:
         """Stream the answer to the instruction; what goes wrong becomes a sentence below it."""
         status = self.layout.status
         if not instruction.strip():
@@ -71,7 +66,7 @@ class InstructPresenter:
         yield self._begun()
         answer = mpt_page.Answer()
         try:
-            async with aclosing(self._answered(answer, model, instruction, Settings(*sliders))) as updates:
+            async with aclosing(self._answered(answer, model, instruction, Settings(*settings))) as updates:
                 async for update in updates:
                     yield update
         except mpt_space.SpaceError as error:
@@ -81,15 +76,14 @@ class InstructPresenter:
         self, answer: mpt_page.Answer, model: str | None, instruction: str, settings: Settings
     ) -> AsyncGenerator[Update, None]:
         """The exact prompt, the answer as it grows, and the finished answer. Raises SpaceError."""
-        cards = await self._models()
-        card = mpt_space.pick(cards, model)
+        card = mpt_space.pick(instruct_models(await self.server.models()), model)
         messages = [{"role": "user", "content": instruction}]
         prompt, n_prompt = await exact_prompt(self.server, card["id"], messages)
-        yield {self.layout.prompt: prompt, **self._about_model(cards, card)}
+        yield {self.layout.prompt: prompt}
         answer.begin(card)
         wanted = int(settings.max_tokens)
         n_new = wanted if n_prompt is None else mpt_space.room(card, n_prompt, wanted)
-        pieces = self.server.chat(card["id"], messages, max_tokens=n_new, **settings.parameters())
+        pieces = self.server.chat(card["id"], messages, max_tokens=n_new, **settings.parameters(instruction))
         async with aclosing(pieces):
             async for piece in pieces:
                 answer.add(piece)
@@ -118,43 +112,34 @@ class InstructPresenter:
             **self._idle(),
         }
 
-    async def _models(self) -> list[mpt_space.Card]:
-        """The models that follow instructions, the instruct template first."""
-        refusal = "The server has base models only, which follow no instructions; start it with an instruct model."
-        return mpt_space.models_that_answer(await self.server.models(), "instruct", refusal)
-
-    def _about_model(self, cards: list[mpt_space.Card], card: mpt_space.Card) -> Update:
-        choices = gr.update(choices=[each["id"] for each in cards], value=card["id"])
-        return {self.layout.model: choices, self.layout.note: note(card)}
-
     def _begun(self) -> Update:
+        send, stop = mpt_page.busy()
+        reading = mpt_page.quiet("Reading the instruction ...")
         return {
             **self._shown(""),
-            self.layout.status: mpt_page.quiet("Reading the instruction ..."),
-            self.layout.send: gr.update(interactive=False),
-            self.layout.stop: gr.update(interactive=True),
+            self.layout.status: reading,
+            self.layout.send: send,
+            self.layout.stop: stop,
             self.layout.is_answering: True,
         }
 
     def _idle(self) -> Update:
-        return {
-            self.layout.send: gr.update(interactive=True),
-            self.layout.stop: gr.update(interactive=False),
-            self.layout.is_answering: False,
-        }
+        send, stop = mpt_page.idle()
+        return {self.layout.send: send, self.layout.stop: stop, self.layout.is_answering: False}
 
     def _shown(self, text: str) -> Update:
         """The answer so far, in the form its beginning asks for."""
+        prose, code = self.layout.prose, self.layout.code
         if json_check.looks_like_json(text):
-            return {self.layout.prose: gr.update(visible=False), self.layout.code: gr.update(value=text, visible=True)}
-        return {self.layout.prose: gr.update(value=text, visible=True), self.layout.code: gr.update(visible=False)}
+            return {prose: gr.update(visible=False), code: gr.update(value=text, visible=True)}
+        return {prose: gr.update(value=html_of(text), visible=True), code: gr.update(visible=False)}
 
     def _finished(self, answer: mpt_page.Answer, instruction: str, n_new: int) -> Update:
         """The whole answer with its numbers; JSON is checked."""
         was_cut = answer.numbers.finish_reason == "length"
         line = mpt_page.quiet(answer.summary(f"cut at {n_new} new tokens" if was_cut else ""))
         if not answer.text.strip():
-            return {self.layout.prose: "*The model answered nothing.*", self.layout.status: line}
+            return {**self._shown("*The model answered nothing.*"), self.layout.status: line}
         if not json_check.looks_like_json(answer.text):
             return {**self._shown(answer.text), self.layout.status: line}
         checked = json_check.check(answer.text, instruction)
@@ -182,7 +167,7 @@ def verdict(checked: json_check.Check, was_cut: bool) -> str:
     return f'<p class="mpt-box mpt-verdict {checked.verdict}" role="status">{sentence}</p>'
 
 
-def note(card: mpt_space.Card | None) -> str:
-    """The lines at the foot of the page."""
-    tiny = "This tiny model has learned one thing, turning YAML into JSON; of the other examples it makes nonsense."
-    return mpt_page.notes(card, tiny, mpt_page.privacy_note())
+def instruct_models(cards: list[mpt_space.Card]) -> list[mpt_space.Card]:
+    """The models that follow instructions, the instruct template first."""
+    refusal = "The server has base models only, which follow no instructions; start it with an instruct model."
+    return mpt_space.models_that_answer(cards, "instruct", refusal)

@@ -12,13 +12,15 @@ import gradio as gr
 
 try:
     from demos import mpt_page, mpt_space
-    from demos.storywriter.layout import EXPORT, Layout
-    from demos.storywriter.presenter import StoryWriterPresenter, note
+    from demos.storywriter.layout import EXPORT, SHOW_STORY, Layout
+    from demos.storywriter.presenter import StoryWriterPresenter
+    from demos.storywriter.story import storywriters_first
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
-    from layout import EXPORT, Layout  # type: ignore[no-redef]
-    from presenter import StoryWriterPresenter, note  # type: ignore[no-redef]
+    from layout import EXPORT, SHOW_STORY, Layout  # type: ignore[no-redef]
+    from presenter import StoryWriterPresenter  # type: ignore[no-redef]
+    from story import storywriters_first  # type: ignore[no-redef]
 
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -26,14 +28,14 @@ QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private
 def build(server: mpt_space.Server) -> gr.Blocks:
     """The page, for the models of a server."""
     with gr.Blocks(title="MPT StoryWriter", analytics_enabled=False) as page:
-        layout = Layout(note(None))
+        layout = Layout()
+        layout.header.follow(page, server, storywriters_first)
         presenter = StoryWriterPresenter(server, layout)
         _take_books(layout, presenter)
         _write_when_asked(layout, presenter)
         layout.export.click(None, None, None, js=EXPORT)
-        about_model = [layout.note, layout.measure, layout.keep_end, layout.status]
-        layout.model.input(presenter.change_model, [layout.model, layout.book], about_model, **QUIETLY)
-        page.load(presenter.greet, None, [layout.model, layout.note, layout.status], **QUIETLY)
+        measured = [layout.measure, layout.keep_end]
+        layout.model.input(presenter.measure_again, [layout.model, layout.book], measured, **QUIETLY)
     return page
 
 
@@ -43,6 +45,7 @@ def _take_books(layout: Layout, presenter: StoryWriterPresenter) -> None:
     at_once: dict[str, Any] = {"concurrency_limit": mpt_page.N_AT_ONCE, **QUIETLY}
     layout.upload.upload(presenter.take_file, [layout.upload, layout.model], shown, **at_once)
     layout.paste.blur(presenter.take_paste, [layout.paste, layout.model, layout.book], shown, **at_once)
+    layout.sample.click(presenter.take_sample, [layout.model], shown, **at_once)
 
 
 def _write_when_asked(layout: Layout, presenter: StoryWriterPresenter) -> None:
@@ -56,6 +59,7 @@ def _write_when_asked(layout: Layout, presenter: StoryWriterPresenter) -> None:
     )  # fmt: skip
     # Only once the event has ended: what it had sent before it was cancelled would come after the word "stopped".
     running.then(presenter.rest, [layout.story, layout.is_writing], [layout.status, *buttons], **QUIETLY)
+    layout.write.click(None, None, None, js=SHOW_STORY)
     layout.stop.click(None, None, None, cancels=[running])
     taken_back = [layout.story, layout.paper, layout.status, *buttons]
     layout.undo.click(presenter.take_back, [layout.book, layout.story], taken_back, **QUIETLY)

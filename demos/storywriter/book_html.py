@@ -36,6 +36,7 @@ def measure(name: str, n_tokens: int, limit: int | None, model: str) -> str:
     rest = f'<span class="over" style="width:{100 - fits:.2f}%"></span>' if over > 0 else ""
     return (
         f'<p class="mpt-measure" role="status"><strong>{html.escape(name)}</strong>: {html.escape(sentence)}</p>'
+        f'<p class="mpt-label">The book in the model’s context of {limit:,} tokens</p>'
         f'<div class="mpt-bar" aria-hidden="true"><span class="fits" style="width:{fits:.2f}%"></span>{rest}</div>'
     )
 

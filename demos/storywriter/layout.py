@@ -15,6 +15,9 @@ except ImportError:  # a copied Space has the modules beside it
 
 CSS = """
 .mpt-measure {margin: 0 0 0.4rem; line-height: 1.5; color: var(--body-text-color); overflow-wrap: anywhere}
+#upload button .wrap {visibility: hidden}
+#upload button::after {content: "Click, or drop a file here"; position: absolute; inset: 50% 0 auto; color: var(--text)}
+.mpt-label {margin: 0 0 0.2rem; font-size: 0.8125rem; color: var(--soft)}
 .mpt-bar {display: flex; height: 10px; border-radius: 5px; overflow: hidden; background: var(--border-color-primary)}
 .mpt-bar .fits {background: var(--color-accent); transition: width 0.2s}
 .mpt-bar .over {background: repeating-linear-gradient(45deg, #dc2626 0 5px, #fca5a5 5px 8px)}
@@ -22,13 +25,22 @@ CSS = """
 @keyframes mpt-waits {to {margin-left: 75%}}
 @media (prefers-reduced-motion: reduce) {.mpt-bar .waits {animation: none}}
 .paper {background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); border-radius: 8px;
-  padding: 1.25rem 1.5rem; min-height: 16rem; max-height: 32rem; overflow-y: auto; white-space: pre-wrap;
+  padding: 1.25rem 1.5rem; min-height: 16rem; max-height: min(32rem, 48vh); overflow-y: auto; white-space: pre-wrap;
   overflow-wrap: anywhere; font: 1.05rem/1.65 Georgia, "Iowan Old Style", "DejaVu Serif", serif;
   color: var(--body-text-color)}
 .paper .before {opacity: 0.7}
 .paper .hint {opacity: 0.7; font-style: italic}
-@media (max-width: 480px) {.paper {padding: 0.9rem 1rem; font-size: 1rem; max-height: 26rem}}
+@media (max-width: 600px) {
+  .paper {padding: 0.9rem 1rem; font-size: 1rem; max-height: 26rem}
+  #writing {position: fixed; inset: auto 0 0 0; z-index: 10; padding: 0.5rem 0.75rem; gap: 0.5rem; flex-wrap: nowrap;
+    background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary)}
+  main:has(#writing) {padding-bottom: 5rem !important}
+}
 """
+PRIVACY = (
+    "This page logs nothing. An uploaded file is deleted as soon as it is read; its text stays in this page's memory "
+    "until you close it, and goes to the server only to be continued. What a language model writes can be wrong or offensive."
+)
 
 # The text is in the page already: nothing is written on the server to export it.
 EXPORT = """() => {
@@ -39,6 +51,10 @@ EXPORT = """() => {
   link.download = written.dataset.name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}"""
+# On a phone it lies below the book.
+SHOW_STORY = """() => {
+  if (innerWidth <= 600) document.getElementById("story").scrollIntoView({block: "center", behavior: "smooth"});
 }"""
 FOLLOW = """
 const follow = () => {
@@ -52,23 +68,27 @@ follow(); watch("value", follow);
 class Layout:
     """The components of one page."""
 
-    def __init__(self, note: str) -> None:
-        """note: the HTML at the foot of the page."""
-        gr.HTML(f"<style>{CSS}</style>", **mpt_page.BARE)
-        gr.Markdown("# MPT StoryWriter\nGive it a whole book. It reads to the last page, and writes on.")
+    def __init__(self) -> None:
+        self.header = mpt_page.Header(
+            "StoryWriter", "Give it a whole book. It reads to the last page, and writes on.", CSS
+        )
+        self.model = self.header.pickers[0]
         self.book, self.story = gr.State(None), gr.State(Story())
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 self._lay_out_book()
-                self._lay_out_settings()
             with gr.Column(scale=3, min_width=320):
                 self._lay_out_story()
-        self.note = gr.HTML(note, **mpt_page.BARE)
+        self._lay_out_settings()
+        mpt_page.footnote(PRIVACY)
         self.is_writing = gr.State(False)  # still true after a continuation: it was stopped
         self.buttons = [self.write, self.stop, self.undo, self.export]
 
     def _lay_out_book(self) -> None:
-        self.upload = gr.File(label=f"A book: {', '.join(FORMATS)}, up to 8 MB", file_types=list(FORMATS), height=140)
+        self.sample = gr.Button("Take a sample: the end of Alice in Wonderland", size="md")
+        self.upload = gr.File(
+            label=f"A book: {', '.join(FORMATS)}, up to 8 MB", file_types=list(FORMATS), height=96, elem_id="upload"
+        )
         self.paste = gr.Textbox(
             label="Or paste one", placeholder="The whole text, or its last chapters", lines=3, max_lines=6,
             max_length=MAX_TEXT_CHARACTERS,
@@ -78,8 +98,7 @@ class Layout:
         )
 
     def _lay_out_settings(self) -> None:
-        with gr.Accordion("Model and settings", open=False):
-            self.model = gr.Dropdown(label="Model", choices=[], interactive=True)
+        with gr.Accordion("Settings", open=False):
             self.temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0 is greedy")
             self.top_p = gr.Slider(0.01, 1, value=1, step=0.01, label="Top-p", info="1 is off")
             self.max_tokens = gr.Slider(16, 2048, value=256, step=16, label="New tokens for each continuation")
@@ -89,10 +108,10 @@ class Layout:
         self.keep_end = gr.Checkbox(
             label="Cut the beginning and keep the end", value=False, visible=False, interactive=True
         )
-        with gr.Row():  # above the text, which grows
-            self.write = gr.Button("Write on", variant="primary", min_width=100, size="md")
-            self.stop = gr.Button("Stop", variant="stop", min_width=80, size="md", interactive=False)
-            self.undo = gr.Button("Undo", min_width=80, size="md", interactive=False)
-            self.export = gr.Button("Export as text", min_width=120, size="md", interactive=False)
         self.status = gr.HTML("", **mpt_page.BARE)
         self.paper = gr.HTML(paper(None, Story()), elem_id="story", js_on_load=FOLLOW, **mpt_page.BARE)
+        with gr.Row(elem_id="writing"):
+            self.write = gr.Button("Write on", variant="primary", min_width=100, size="md", scale=3)
+            self.stop = gr.Button("Stop", variant="stop", min_width=100, size="md", scale=3, visible=False)
+            self.undo = gr.Button("Undo", min_width=64, size="md", interactive=False)
+            self.export = gr.Button("Export", min_width=64, size="md", interactive=False)

@@ -35,10 +35,7 @@ except ImportError:  # a copied Space has the modules beside it
     )
 
 REDRAW_S = 0.08  # the whole continuation is sent each time
-PRIVACY = (
-    "This page logs nothing. An uploaded file is deleted as soon as it is read; its text stays in this page's memory "
-    "until you close it, and goes to the server only to be continued. What a language model writes can be wrong or offensive."
-)
+SAMPLE = ("Alice in Wonderland, the last two chapters", "alice.txt")
 Update = dict[Any, Any]  # a component of the layout: what it becomes
 
 
@@ -80,20 +77,14 @@ class StoryWriterPresenter:
 
     # -- the page and its model ----------------------------------------------------------------------------------------
 
-    async def greet(self) -> Update:
+    async def measure_again(self, model: str | None, book: Book | None) -> Update:
+        """For another model."""
+        if book is None:
+            return {self.layout.measure: gr.skip()}
         try:
-            cards = storywriters_first(await self.server.models())
+            return await self._measured(book, await self._card(model))
         except mpt_space.SpaceError as error:
-            return {self.layout.status: mpt_page.trouble(error.sentence)}
-        choices = gr.update(choices=[card["id"] for card in cards], value=cards[0]["id"])
-        return {self.layout.model: choices, self.layout.note: note(cards[0]), self.layout.status: ""}
-
-    async def change_model(self, model: str | None, book: Book | None) -> Update:
-        try:
-            card = await self._card(model)
-            return {self.layout.note: note(card), **(await self._measured(book, card) if book else {})}
-        except mpt_space.SpaceError as error:
-            return {self.layout.status: mpt_page.trouble(error.sentence)}
+            return {self.layout.measure: mpt_page.trouble(error.sentence)}
 
     async def _card(self, model: str | None) -> mpt_space.Card:
         return mpt_space.pick(storywriters_first(await self.server.models()), model)
@@ -116,6 +107,14 @@ class StoryWriterPresenter:
         async with aclosing(self._open(Book(name, text), model)) as updates:
             async for update in updates:
                 yield {self.layout.upload: None, **update}
+
+    async def take_sample(self, model: str | None) -> AsyncGenerator[Update, None]:
+        """A book of the public domain, for who has none at hand."""
+        name, file = SAMPLE
+        text = await asyncio.to_thread(read_book, Path(__file__).parent / file)
+        async with aclosing(self._open(Book(name, text), model)) as updates:
+            async for update in updates:
+                yield update
 
     async def take_paste(self, text: str, model: str | None, now: Book | None) -> AsyncGenerator[Update, None]:
         book = pasted(text, now)
@@ -174,7 +173,7 @@ class StoryWriterPresenter:
             book, story = new_book, Story()
             yield {self.layout.book: book, self.layout.story: story}
         if book is None:
-            yield {self.layout.status: mpt_page.trouble("Upload a book first, or paste one.")}
+            yield {self.layout.status: mpt_page.trouble("Upload a book first, paste one, or take the sample.")}
             return
         if not story.continuations:
             story = Story(ending.strip(), (), story.start)
@@ -249,8 +248,8 @@ class StoryWriterPresenter:
         return {
             self.layout.paper: book_html.paper(book, story),
             self.layout.status: book_html.reading([]),
-            self.layout.write: gr.update(interactive=False),
-            self.layout.stop: gr.update(interactive=True),
+            self.layout.write: gr.update(visible=False),
+            self.layout.stop: gr.update(visible=True),
             self.layout.undo: gr.update(interactive=False),
             self.layout.export: gr.update(interactive=False),
             self.layout.is_writing: True,
@@ -259,8 +258,8 @@ class StoryWriterPresenter:
     def _at_rest(self, story: Story) -> Update:
         has_text = bool(story.continuations)
         return {
-            self.layout.write: gr.update(value="Continue" if has_text else "Write on", interactive=True),
-            self.layout.stop: gr.update(interactive=False),
+            self.layout.write: gr.update(value="Continue" if has_text else "Write on", visible=True),
+            self.layout.stop: gr.update(visible=False),
             self.layout.undo: gr.update(interactive=has_text),
             self.layout.export: gr.update(interactive=has_text),
             self.layout.is_writing: False,
@@ -285,9 +284,3 @@ class StoryWriterPresenter:
             self.layout.keep_end: gr.update(visible=True),
             **self._at_rest(writing.story),
         }
-
-
-def note(card: mpt_space.Card | None) -> str:
-    """The lines at the foot of the page."""
-    tiny = "This tiny model reads 65,536 tokens in earnest, and writes like a parrot that has heard novels."
-    return mpt_page.notes(card, tiny, PRIVACY)

@@ -14,6 +14,8 @@ from aiohttp import web
 
 from benchmarks import chaos
 from benchmarks.faults import Faults, Plan, Supervisor
+from benchmarks.storm import GAUGES, Storm
+from benchmarks.storm_cases import Run
 from serving.ports import free_port
 
 CHAOS = Path(chaos.__file__)
@@ -77,7 +79,7 @@ async def fake_server(pieces: list[bytes]) -> AsyncIterator[str]:
         return web.json_response({"data": [{"id": "fake", "max_model_len": 64, "prompt_style": "none"}]})
 
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text="".join(f"{gauge} 0\n" for gauge in chaos.GAUGES))
+        return web.Response(text="".join(f"{gauge} 0\n" for gauge in GAUGES))
 
     app = web.Application()
     app.router.add_post("/v1/completions", completions)
@@ -105,7 +107,7 @@ async def fake_server(pieces: list[bytes]) -> AsyncIterator[str]:
     ],
 )
 async def test_a_stream_that_is_cut_or_changed_is_lost(pieces, what):
-    async with fake_server(pieces) as url, chaos.Storm(options(url)) as storm:
+    async with fake_server(pieces) as url, Storm(options(url)) as storm:
         await storm.prepare()
         for case in storm.cases:
             await storm.attempt("stream", storm.stream(case))
@@ -123,5 +125,5 @@ async def test_a_run_reports_what_a_fake_server_truncates():
     assert result["kinds"]["bad: JSON"]["wrong"] == result["kinds"]["bad: JSON"]["sent"] > 0  # aiohttp's own 500
 
 
-def options(url: str) -> chaos.Run:
-    return chaos.Run(url, None, (), seconds=1.5, seed=0, n_streams=8, n_burst=0, patience_s=30, tie=0.0)
+def options(url: str) -> Run:
+    return Run(url, None, (), seconds=1.5, seed=0, n_streams=8, n_burst=0, patience_s=30, tie=0.0)

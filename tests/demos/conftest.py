@@ -156,6 +156,7 @@ def screenshot() -> Callable[[Any, str], None]:
         if os.environ.get("MPT_SCREENSHOTS") == "1":
             folder = ROOT / "docs" / "images"
             folder.mkdir(parents=True, exist_ok=True)
+            page.evaluate("scrollTo(0, 0)")
             page.wait_for_timeout(400)  # until drawers that open have opened
             page.screenshot(path=str(folder / f"{name}.png"))
 

@@ -7,55 +7,69 @@ import pytest
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
 from demos.base.presenter import BasePresenter, remember, take_back  # noqa: E402
-from demos.compare.presenter import ComparePresenter  # noqa: E402
+from demos.base.tokens import tokens_of  # noqa: E402
+from demos.compare.presenter import ComparePresenter, marked, two_alike  # noqa: E402
 from demos.mpt_space import Server  # noqa: E402
 from tests.demos.presenting import all_of, leave_after, until  # noqa: E402
 
 COLUMN = (None, 0, 1, 20, 1, None)  # model, temperature, top-p, tokens, repetition penalty, seed
 
 
+def coloured(text: str) -> dict[str, Any]:
+    return {"text": text, "tokens": []}
+
+
 async def test_a_text_is_continued_in_place_with_probabilities(scripted: Any) -> None:
-    updates = await all_of(BasePresenter(Server(scripted.url)).write("one two", None, 20.0, 0.8, 0.95, 7.0))
-    texts = [text for text, _, _ in updates]
+    updates = await all_of(BasePresenter(Server(scripted.url)).write(coloured("one two"), None, 20.0, 0.8, 0.95, 7.0))
+    texts = [now["text"] for now, _, _ in updates]
     assert texts[-1] == "one twoone two"  # it repeats what it read
     assert all(text.startswith("one two") for text in texts)
-    _, line, tokens = updates[-1]
-    assert line.startswith("2 tokens, first after ")
-    assert line.endswith(" · 4 of 100 tokens of context · the model ended the text here")
-    assert 'title="␣two 50 %\nother 25 %">' in tokens
-    assert tokens.count("<tr><td>") == 2  # the table of a finished text
-    assert "<tr>" not in updates[0][2]
+    now, line, table = updates[-1]
+    assert ">2 tokens, first after " in line
+    assert line.endswith(" · 4 of 100 tokens of context · the model ended the text here</p>")
+    assert now["tokens"] == [
+        {"start": 7, "end": 10, "share": 0.5, "odds": ["one", "50 %", "other 25 %"]},
+        {"start": 10, "end": 14, "share": 0.5, "odds": ["␣two", "50 %", "other 25 %"]},
+    ]
+    assert table.count("<tr><td>") == 2  # the table of a finished text
+    assert updates[0][2] == ""
     sent = scripted.bodies[-1]
     numbers = ("temperature", "top_p", "max_tokens", "logprobs", "seed")
     assert [sent[name] for name in numbers] == [0.8, 0.95, 20, 5, 7]
+
+
+def test_tokens_are_placed_as_javascript_counts_and_half_characters_are_not() -> None:
+    tokens = tokens_of("a😀bc", 0, [("a😀", -1.0, {}), ("\ufffd", -1.0, {}), ("c", None, {})])
+    assert [(token["start"], token["end"], token["share"]) for token in tokens] == [(0, 3, 0.368), (4, 5, 0.0)]
 
 
 @pytest.mark.parametrize(
     ("text", "after", "sentence"), [("busy", "busy", "its queue is full"), ("break", "breakIt began well ", "middle")]
 )
 async def test_trouble_keeps_the_text(scripted: Any, text: str, after: str, sentence: str) -> None:
-    with pytest.warns(UserWarning, match=sentence):
-        updates = await all_of(BasePresenter(Server(scripted.url)).write(text, None, 20, 0.8, 0.95, None))
-    assert updates[-1][0] == after
+    updates = await all_of(BasePresenter(Server(scripted.url)).write(coloured(text), None, 20, 0.8, 0.95, None))
+    assert updates[-1][0]["text"] == after
     assert sentence in updates[-1][1]
+    assert 'role="alert"' in updates[-1][1]
 
 
 async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
-    writing = BasePresenter(Server(scripted.url)).write("slow please", None, 20, 0.8, 0.95, None)
-    await leave_after(writing, lambda update: "word2" in update[0])
+    writing = BasePresenter(Server(scripted.url)).write(coloured("slow please"), None, 20, 0.8, 0.95, None)
+    await leave_after(writing, lambda update: "word2" in update[0]["text"])
     await until(lambda: scripted.closed == 1)
 
 
 def test_continuations_are_taken_back_one_by_one() -> None:
-    before = remember("two", remember("one", []))
-    text, before, _, _ = take_back("three", before)
-    assert (text, before) == ("two", ["one"])
-    text, before, _, _ = take_back(text, before)
-    assert (text, before) == ("one", [])
-    assert take_back(text, before) == ("one", [], "Nothing to take back.", "")
+    one, two, three = map(coloured, ("one", "two", "three"))
+    before = remember(two, remember(one, [])[0])[0]
+    now, before, _, _ = take_back(three, before)
+    assert (now, before) == (two, [one])
+    now, before, _, _ = take_back(now, before)
+    assert (now, before) == (one, [])
+    assert take_back(now, before)[:2] == (one, [])
     for n in range(60):
-        before = remember(str(n), before)
-    assert before == [str(n) for n in range(10, 60)]
+        before = remember(coloured(str(n)), before)[0]
+    assert before == [coloured(str(n)) for n in range(10, 60)]
 
 
 @pytest.mark.parametrize(("style", "way"), [("none", "continues the prompt"), ("chatml", "answers the prompt")])
@@ -63,11 +77,12 @@ async def test_both_columns_are_answered(scripted: Any, style: str, way: str) ->
     scripted.style = style
     right = (None, 0.5, 0.9, 16, 1.2, 7)
     updates = await all_of(ComparePresenter(Server(scripted.url)).answer("one two", *COLUMN, *right))
-    a, note_a, b, note_b = updates[-1]
-    assert a == b == "one two"
+    a, note_a, b, note_b, go, stop = updates[-1]
+    assert ">one two</div>" in a and ">one two</div>" in b  # alike: nothing is marked
+    assert (go["visible"], stop["visible"]) == (False, True)
     for note in (note_a, note_b):
-        assert note.startswith("2 tokens, first after ")
-        assert note.endswith(f" · {way}")
+        assert ">2 tokens, first after " in note
+        assert note.endswith(f" · {way}</p>")
     left_sent, right_sent = sorted(scripted.bodies, key=lambda body: body["temperature"])
     assert "seed" not in left_sent
     assert "repetition_penalty" not in left_sent
@@ -77,8 +92,7 @@ async def test_both_columns_are_answered(scripted: Any, style: str, way: str) ->
 
 
 async def test_trouble_stands_in_each_column(scripted: Any) -> None:
-    with pytest.warns(UserWarning, match="its queue is full"):
-        updates = await all_of(ComparePresenter(Server(scripted.url)).answer("busy", *COLUMN, *COLUMN))
+    updates = await all_of(ComparePresenter(Server(scripted.url)).answer("busy", *COLUMN, *COLUMN))
     assert "its queue is full" in updates[-1][1]
     assert "its queue is full" in updates[-1][3]
 
@@ -87,3 +101,24 @@ async def test_closing_the_handler_frees_the_server_of_both(scripted: Any) -> No
     answer = ComparePresenter(Server(scripted.url)).answer("slow please", *COLUMN, *COLUMN)
     await leave_after(answer, lambda update: "word2" in update[0] and "word2" in update[2])
     await until(lambda: scripted.closed == 2)
+
+
+def test_words_that_differ_are_marked_and_nothing_becomes_markup() -> None:
+    a, b = marked("The <old> cat sat.", "The <new> cat sat down.")
+    assert a == "The &lt;<mark>old</mark>&gt; cat sat."
+    assert b == "The &lt;<mark>new</mark>&gt; cat sat<mark> down</mark>."
+    assert marked("", "<b>") == ("", "&lt;b&gt;")
+
+
+@pytest.mark.parametrize(
+    ("styles", "first"),
+    [
+        (["none", "instruct", "chatml", "none"], [0, 3]),  # two that do the same
+        (["none", "instruct", "chatml", "chatml"], [2, 3]),
+        (["none", "chatml"], [1, 0]),
+        ([None, None], [0, 1]),  # a server that names no style
+    ],
+)
+def test_two_models_that_do_the_same_come_first(styles: list[Any], first: list[int]) -> None:
+    cards = [{"id": str(n), "prompt_style": style} for n, style in enumerate(styles)]
+    assert [card["id"] for card in two_alike(cards)][:2] == [str(n) for n in first]

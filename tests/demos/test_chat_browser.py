@@ -32,7 +32,7 @@ def expect(locator: Any, count: int | None = None) -> Any:
 
 
 def bots(page: Any) -> Any:
-    return page.locator("#conversation .bot.message")
+    return page.locator("#conversation .turn.assistant .said")
 
 
 def numbers(page: Any) -> Any:
@@ -66,25 +66,75 @@ def test_a_conversation_streams_and_remembers(real_server: Any, show: Any, open_
 
     page.get_by_role("button", name="New conversation").click()
     expect(bots(page), 0)
-    page.get_by_role("button", name="What is an alpaca").click()
-    expect(bots(page), 1)
+    page.get_by_role("button", name="What is the capital of Norway?").click()  # what this model can answer
+    expect(bots(page)).to_contain_text("Oslo")
     idle(page)
     expect(page.get_by_role("radio"), 2)
     page.get_by_role("button", name="Delete this conversation").click()
     expect(page.get_by_role("radio"), 1)
+    expect(bots(page), 0)
+    page.get_by_role("button", name="Bring the deleted one back").click()
+    expect(page.get_by_role("radio"), 2)
+    expect(bots(page)).to_contain_text("Oslo")
 
 
 def test_copying_an_answer_copies_what_was_said_alone(scripted: Any, show: Any, open_page: Any) -> None:
     page = open_page(show("chat", scripted.url))
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    say(page, "one **two**")
-    expect(numbers(page)).to_contain_text("2 tokens, first after")
+    say(page, "one **two** <three>")
+    expect(numbers(page)).to_contain_text("3 tokens, first after")
     idle(page)
-    page.get_by_role("button", name="Copy message").last.click()
-    until(page, lambda: page.evaluate("navigator.clipboard.readText()") == "one **two**")
-    page.get_by_role("button", name="Copy conversation").click()
-    both = "user: one **two**\n\nassistant: one **two**"
-    until(page, lambda: page.evaluate("navigator.clipboard.readText()") == both)
+    page.get_by_role("button", name="Copy").last.click()
+    until(page, lambda: page.evaluate("navigator.clipboard.readText()") == "one **two** <three>")
+
+
+def test_what_is_under_way_survives_leaving_the_page(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show("chat", scripted.url))
+    say(page, "silent please")
+    page.get_by_role("radio", name="silent please").wait_for()  # saved when it is sent
+    until(page, lambda: scripted.started == 1)
+    page.reload()
+    page.get_by_role("radio", name="silent please").check()
+    expect(page.locator("#conversation .turn.user")).to_contain_text("silent please")
+
+    page.get_by_role("button", name="New conversation").click()
+    say(page, "slow please")
+    expect(bots(page)).to_contain_text("word9 ")
+    page.reload()
+    page.get_by_role("radio", name="slow please").check()
+    expect(bots(page)).to_contain_text("word9 ")  # with what had come of the answer
+
+
+def test_who_scrolls_up_stays_there_while_an_answer_grows(scripted: Any, show: Any, open_page: Any) -> None:
+    scripted.context = 1000
+    page = open_page(show("chat", scripted.url), height=560)
+    thread = page.get_by_role("log")
+    say(page, "many\n\n" * 30)
+    expect(numbers(page)).to_contain_text("of 1,000 tokens of context")
+    idle(page)
+    place = "box => box.scrollHeight - box.scrollTop - box.clientHeight"
+    until(page, lambda: thread.evaluate(place) < 2)  # the end is followed
+    say(page, "slow please")
+    expect(bots(page).last).to_contain_text("word3 ")
+    thread.evaluate("box => { box.scrollTop = 40; }")
+    expect(bots(page).last).to_contain_text("word30 ")
+    assert thread.evaluate("box => box.scrollTop") == 40
+    box = page.get_by_role("textbox", name="Message").bounding_box()
+    assert box["y"] + box["height"] <= 560  # in view, whatever the thread holds
+    page.get_by_role("button", name="Stop").click()
+    idle(page)
+
+
+def test_enter_sends_but_on_a_touch_keyboard(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show("compare", scripted.url))
+    box = page.get_by_role("textbox", name="Prompt")
+    for is_touch, text, after in ((True, "one", "one\n"), (False, "two", "two")):
+        page.context.new_cdp_session(page).send("Emulation.setTouchEmulationEnabled", {"enabled": is_touch})
+        box.fill(text)
+        box.press("Enter")
+        assert box.input_value() == after
+    page.get_by_text("2 tokens, first after").or_(page.get_by_text("1 token, first after")).first.wait_for()
+    assert [body["messages"][0]["content"] for body in scripted.bodies] == ["two", "two"]
 
 
 def test_two_tabs_keep_each_others_conversations(scripted: Any, show: Any, open_page: Any) -> None:
@@ -136,7 +186,7 @@ def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, sho
     page.get_by_role("button", name="Stop").click()
     idle(page)
     expect(numbers(page)).to_contain_text("Stopped.")
-    expect(page.locator("#conversation .user.message"), 1)
+    expect(page.locator("#conversation .turn.user"), 1)
     page.get_by_role("textbox", name="Message").fill("")
     until(page, lambda: scripted.closed == 1)
 
@@ -147,8 +197,8 @@ def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, sho
     until(page, lambda: scripted.closed == 2)
 
     page.get_by_role("button", name="Edit").click()
-    page.locator("#conversation textarea").fill("quick now")
-    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("textbox", name="Edited message").fill("quick now")
+    page.get_by_role("button", name="Send again").click()
     expect(bots(page)).to_contain_text("quick now")
     idle(page)
     assert scripted.bodies[-1]["messages"] == [{"role": "user", "content": "quick now"}]
@@ -161,7 +211,7 @@ def test_stop_frees_the_server_and_retry_edit_undo_clear_work(scripted: Any, sho
     expect(bots(page), 1)
     expect(page.get_by_role("textbox", name="Message")).to_have_value("another one")
 
-    page.get_by_role("button", name="Clear").first.click()
+    page.get_by_role("button", name="Delete this conversation").click()
     expect(bots(page), 0)
     expect(page.get_by_role("radio"), 0)
 
@@ -200,10 +250,10 @@ def test_a_busy_server_is_asked_once_more(scripted: Any, show: Any, open_page: A
     say(page, "crowded here")
     expect(numbers(page)).to_contain_text("The server is busy; trying again in 1 s.")
     expect(bots(page)).to_contain_text("crowded here")
-    expect(page.get_by_test_id("toast-body"), 0)
     idle(page)
     say(page, "throttled")
-    expect(page.get_by_test_id("toast-body")).to_contain_text("Too many requests for this minute; try again in 1 s.")
+    expect(bots(page).last).to_contain_text("Too many requests for this minute; try again in 1 s.")
+    idle(page)
     assert scripted.refused == ["crowded here", "throttled", "throttled"]
 
 
@@ -215,15 +265,16 @@ def test_errors_are_sentences_and_the_page_recovers(scripted: Any, show: Any, op
         ("error", "The server stopped in the middle of the answer"),
     ):
         say(page, text)
-        expect(bots(page).last if text == "busy" else numbers(page)).to_contain_text(sentence)
-        expect(page.get_by_test_id("toast-body").filter(has_text=sentence)).to_be_visible()
+        expect(page.get_by_text(sentence).filter(visible=True), 1)  # once
         idle(page)
         say(page, f"all well after {text}")
         expect(bots(page).last).to_contain_text(f"all well after {text}")
         idle(page)
 
 
-def test_a_server_killed_in_mid_answer_is_told_and_found_again(show: Any, open_page: Any) -> None:
+def test_a_server_killed_in_mid_answer_is_told_and_found_again(
+    show: Any, open_page: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     port = free_port()
     with process(port) as server:
         page = open_page(show("base", f"http://127.0.0.1:{port}"))
@@ -235,6 +286,8 @@ def test_a_server_killed_in_mid_answer_is_told_and_found_again(show: Any, open_p
         expect(page.locator("#numbers")).to_contain_text("The connection to the server broke")
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("#numbers")).to_contain_text("No server answers at")
+    down = f"the server at http://127.0.0.1:{port} does not answer"
+    assert [record.getMessage() for record in caplog.records if record.name == "demos.mpt_space"] == [down]
     with process(port):
         page.get_by_role("textbox", name="Text").fill("all well again")
         page.get_by_role("button", name="Continue").click()
@@ -260,16 +313,46 @@ def accepts(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_what_a_model_writes_cannot_become_script_or_markup(scripted: Any, show: Any, open_page: Any) -> None:
+HOSTILE = (
+    '<img src=http://x.invalid/1 onerror="document.title=1"><script>document.title=2</script> '
+    "![two](http://x.invalid/2) [three](http://x.invalid/3) Rename <old> to <new>, list<int> and the rest"
+)
+
+
+@pytest.mark.parametrize("name", ["chat", "instruct"])
+def test_what_a_model_writes_is_text_and_fetches_nothing(scripted: Any, show: Any, open_page: Any, name: str) -> None:
+    """`open_page` fails the test when the page asks another machine for anything."""
+    scripted.context = 1000
+    page = open_page(show(name, scripted.url))
+    if name == "chat":
+        say(page, HOSTILE)
+        idle(page)
+        answer = bots(page)
+    else:
+        page.get_by_label("Instruction").fill(HOSTILE)
+        page.get_by_role("button", name="Answer", exact=True).click()
+        answer = page.locator("#prose")
+        page.get_by_text("tokens, first after").wait_for()
+    text = HOSTILE.replace("[two](http://x.invalid/2)", "two").replace("[three](http://x.invalid/3)", "three")
+    expect(answer).to_have_text(text)
+    assert page.title() == f"MPT {name}"
+    assert answer.locator("img, script, [onerror]").count() == 0
+    links = answer.get_by_role("link").all()
+    assert [link.get_attribute("href") for link in links] == ["http://x.invalid/2", "http://x.invalid/3"]
+    assert {link.get_attribute("rel") for link in links} == {"noopener noreferrer nofollow"}
+
+
+def test_the_pages_policy_fetches_no_picture_of_another_machine(scripted: Any, show: Any, open_page: Any) -> None:
     page = open_page(show("chat", scripted.url))
-    say(page, '<img src=x onerror="document.title=1"><script>document.title=2</script><form>seen</form> <made-up>')
-    expect(numbers(page)).to_contain_text("tokens")
-    idle(page)
-    assert page.title() == "MPT chat"
-    assert page.locator("#conversation script, #conversation [onerror]").count() == 0
+    blocked = """() => new Promise((done) => {
+        addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
+        document.body.append(Object.assign(new Image(), { src: "http://127.0.0.1:9/x.png" }));
+        setTimeout(() => done("fetched"), 3000);
+    })"""
+    assert page.evaluate(blocked) == "img-src"
 
 
-def test_base_writes_in_place_and_shows_probabilities(
+def test_base_writes_in_place_and_tells_probabilities(
     real_server: Any, show: Any, open_page: Any, screenshot: Any
 ) -> None:
     page = open_page(show("base", real_server.url))
@@ -280,35 +363,46 @@ def test_base_writes_in_place_and_shows_probabilities(
     expect(page.locator("#numbers")).to_contain_text("of 2,048 tokens of context")
     after = box.input_value()
     assert after.startswith(before) and len(after) > len(before)
-    token = page.locator("#tokens .tokens span").first
-    assert "%" in token.get_attribute("title")
-    assert "".join(page.locator("#tokens .tokens span").all_text_contents()) == after.removeprefix(before)
-    token.hover()
+    tokens = page.locator("#text .behind span")
+    assert page.locator("#text .behind").text_content() == after + "\u200b"  # the same letters at the same places
+    coloured = "".join(tokens.all_text_contents())
+    assert len(coloured) > 0.9 * len(after.removeprefix(before))  # all but tokens of half a character
+    place = tokens.nth(2).bounding_box()
+    page.mouse.click(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
+    odds = page.locator("#text .odds")
+    expect(odds).to_have_text(re.compile(r"\S+: (\d|under).* %\. Others: .* %"))
     screenshot(page, "base")
+    n = tokens.count()
+    told = odds.inner_text()
+    page.keyboard.press("End")
+    box.press_sequentially("!")  # what is typed over is no longer the model's, nor is what follows
+    expect(odds).to_be_hidden()
+    assert 0 < tokens.count() <= n, told
     page.get_by_role("button", name="Undo").click()
     expect(box).to_have_value(before)
 
 
-def test_compare_streams_two_at_once(
+def test_compare_streams_two_at_once_and_marks_where_they_differ(
     real_server: Any, scripted: Any, show: Any, open_page: Any, screenshot: Any
 ) -> None:
     page = open_page(show("compare", real_server.url))
-    page.get_by_text("Model: mpt-tiny-instruct, licence Apache-2.0.").wait_for()
+    page.get_by_text("Model: mpt-tiny-storywriter, licence Apache-2.0.").wait_for()  # two that do the same
     page.get_by_role("button", name="Compare").click()
-    for column in "ab":
-        expect(page.locator(f"#numbers-{column}")).to_contain_text("the prompt")
-        assert page.locator(f"#answer-{column} textarea").input_value()
+    for column in "AB":
+        expect(page.locator(f"#numbers-{column.lower()}")).to_contain_text("the prompt")
+        expect(page.get_by_role("region", name=f"Answer of {column}").locator("mark").first).to_be_visible()
     screenshot(page, "compare")
 
     scripted.context = 1000
     page = open_page(show("compare", scripted.url))
     page.get_by_text("non-commercial use only").first.wait_for()
     page.get_by_role("textbox", name="Prompt").fill("slow please")
-    page.get_by_role("button", name="Compare").click()
+    page.get_by_role("textbox", name="Prompt").press("Enter")
     for column in "ab":  # neither ends, so both are at it
         expect(page.locator(f"#numbers-{column}")).to_contain_text("tokens/s")
     page.get_by_role("button", name="Stop").click()
     until(page, lambda: scripted.closed == 2)
+    page.get_by_role("button", name="Compare").wait_for()
 
 
 @pytest.mark.parametrize("name", ["base", "compare"])
@@ -330,15 +424,6 @@ def test_a_long_prompt_gets_the_answer_that_fits(scripted: Any, show: Any, open_
         expect(under).to_contain_text(sentence)
 
 
-@pytest.mark.parametrize(("name", "dark"), [("base", True), ("compare", False)])
-def test_phone_width_and_names_for_screen_readers(
-    scripted: Any, show: Any, open_page: Any, name: str, dark: bool
-) -> None:
-    page = open_page(show(name, scripted.url), width=390, height=844, dark=dark)
-    page.get_by_text("non-commercial use only").first.wait_for()
-    assert_fits_a_phone_and_has_names(page)
-
-
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_conversation_on_a_phone(real_server: Any, show: Any, open_page: Any, screenshot: Any, dark: bool) -> None:
     page = open_page(show("chat", real_server.url), width=390, height=844, dark=dark)
@@ -349,7 +434,7 @@ def test_a_conversation_on_a_phone(real_server: Any, show: Any, open_page: Any, 
         expect(bots(page).last).to_contain_text("Greta")
     screenshot(page, f"chat-phone{'-dark' if dark else ''}")
     say(page, "a_very_long_word_without_any_place_to_break_it_" * 4)
-    expect(page.locator("#conversation .user.message"), 3)
+    expect(page.locator("#conversation .turn.user"), 3)
     assert_fits_a_phone_and_has_names(page)
 
 
@@ -359,8 +444,9 @@ def assert_fits_a_phone_and_has_names(page: Any) -> None:
     assert wide <= 0, f"{wide} pixels wider than the screen"
     nameless = page.evaluate(
         """[...document.querySelectorAll("button, input, textarea, select")].filter(each =>
-            each.checkVisibility() && !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby")
-            || each.title || each.innerText?.trim() || each.labels?.length)).map(each => each.outerHTML)"""
+            each.checkVisibility({visibilityProperty: true}) && !(each.getAttribute("aria-label")
+            || each.getAttribute("aria-labelledby") || each.title || each.innerText?.trim()
+            || each.labels?.length)).map(each => each.outerHTML)"""
     )
     assert nameless == []
 

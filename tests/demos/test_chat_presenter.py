@@ -9,18 +9,14 @@ gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 
 
 from demos.chat import presenter  # noqa: E402
 from demos.chat.presenter import ChatPresenter  # noqa: E402
+from demos.chat.turns import answered as bot  # noqa: E402
+from demos.chat.turns import asked as user  # noqa: E402
+from demos.mpt_page import what_is_served  # noqa: E402
 from demos.mpt_space import Server  # noqa: E402
 from tests.demos.presenting import all_of, leave_after, until  # noqa: E402
 
+UNDER = '<p class="mpt-quiet" role="status">1 token</p>'
 OFF = ("", 0.1, 1, 0, 20, 1, None)  # system prompt, temperature, top-p, top-k, tokens, repetition penalty, seed
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def bot(text: str, note: str = "") -> dict[str, Any]:
-    return {"role": "assistant", "content": text, "metadata": {"log": note}}
 
 
 def at(kind: type, index: Any, value: str = "") -> Any:
@@ -35,11 +31,11 @@ async def test_an_answer_grows_under_its_question_and_ends_with_its_numbers(scri
     assert all(after.startswith(before) for before, after in pairwise(texts))
     turns, note, is_busy, send, stop = updates[-1]
     assert turns[1]["content"] == "one two three"
-    assert turns[1]["metadata"] == {"log": note}
-    assert note.startswith("3 tokens, first after ")
-    assert note.endswith(" · 6 of 100 tokens of context")
+    assert f'<p class="mpt-quiet" role="status">{turns[1]["note"]}</p>' == note
+    assert turns[1]["note"].startswith("3 tokens, first after ")
+    assert turns[1]["note"].endswith(" · 6 of 100 tokens of context")
     assert is_busy  # until the page says that the event has ended
-    assert (send.visible, stop.visible) == (False, True)
+    assert (send["visible"], stop["visible"]) == (False, True)
 
 
 async def test_what_is_off_is_not_sent_and_what_is_set_is(scripted: Any) -> None:
@@ -65,22 +61,19 @@ async def test_what_is_off_is_not_sent_and_what_is_set_is(scripted: Any) -> None
         ("error", "It began well ", "stopped in the middle of the answer"),
     ],
 )
-async def test_trouble_is_a_note_and_a_warning_and_keeps_what_was_said(
-    scripted: Any, text: str, content: str, sentence: str
-) -> None:
-    with pytest.warns(UserWarning, match=sentence):  # which Gradio shows on a page
-        updates = await all_of(ChatPresenter(Server(scripted.url)).answer([user(text)], None, *OFF))
+async def test_trouble_is_a_note_and_keeps_what_was_said(scripted: Any, text: str, content: str, sentence: str) -> None:
+    updates = await all_of(ChatPresenter(Server(scripted.url)).answer([user(text)], None, *OFF))
     turns, note, *_ = updates[-1]
     assert turns[1]["content"] == content
-    assert sentence in turns[1]["metadata"]["log"]
+    assert sentence in turns[1]["note"]
     assert (note == "") == (text == "busy")  # the sentence stands in the conversation then
 
 
 async def test_base_models_alone_are_refused_in_a_sentence(scripted: Any) -> None:
     scripted.style = "none"
-    with pytest.warns(UserWarning, match="base models only"):
-        _, note = await ChatPresenter(Server(scripted.url)).look(None)
-    assert note == "The server serves base models only, which continue text and do not chat."
+    [_, line] = await what_is_served(Server(scripted.url), presenter.chat_models, [None])
+    sentence = "The server serves base models only, which continue text and do not chat."
+    assert line == f'<p class="mpt-state down" role="alert">{sentence}</p>'
 
 
 async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
@@ -91,7 +84,7 @@ async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
 
 async def test_no_question_asks_nobody(scripted: Any) -> None:
     chat = ChatPresenter(Server(scripted.url))
-    for turns in ([], [user("one"), bot("two")]):
+    for turns in ([], [user("one"), bot("two", "")]):
         assert await all_of(chat.answer(turns, None, *OFF)) == [gr.skip()]
     assert scripted.started == 0
 
@@ -108,13 +101,14 @@ async def test_the_oldest_messages_leave_a_full_context(
     scripted: Any, last: str, first_sent: str, n_dropped: int
 ) -> None:
     scripted.context = 40  # a quarter is kept for the answer: 30 tokens may be read
-    turns = [turn for n in range(6) for turn in (user(f"question {n} of six"), bot(f"answer {n} of six"))]  # 8 a pair
+    pairs = [(user(f"question {n} of six"), bot(f"answer {n} of six", "1 token")) for n in range(6)]  # 8 tokens each
+    turns = [turn for pair in pairs for turn in pair]
     updates = await all_of(ChatPresenter(Server(scripted.url)).answer([*turns, user(last.strip())], None, *OFF))
     sent = [message["content"] for message in scripted.bodies[-1]["messages"]]
     assert sent[0] == first_sent
     assert len(sent) == 13 - n_dropped
     note = f"The oldest {n_dropped} messages no longer fit into the model's context and were left out. "
-    assert updates[-1][1].startswith(note)
+    assert updates[-1][0][-1]["note"].startswith(note)
 
 
 def test_a_message_is_taken_once_and_waits_during_an_answer() -> None:
@@ -130,17 +124,29 @@ def test_retry_edit_and_undo_go_back_to_their_question() -> None:
     turns = [user("one"), bot("eins", "1 token"), user("two"), bot("zwei", "1 token")]
     assert presenter.again(turns, at(gr.RetryData, 3)) == turns[:3]
     assert presenter.again(turns, at(gr.RetryData, 0)) == turns[:1]
-    assert presenter.edit(turns, at(gr.EditData, (2, 0), "three")) == [*turns[:2], user("three")]
-    assert presenter.undo(turns, at(gr.UndoData, 3)) == (turns[:2], "two", "1 token")
+    assert presenter.edit(turns, at(gr.EditData, 2, "three")) == [*turns[:2], user("three")]
+    assert presenter.undo(turns, at(gr.UndoData, 3)) == (turns[:2], "two", UNDER)
     assert presenter.undo(turns, at(gr.UndoData, 1)) == ([], "one", "")
 
 
 def test_a_saved_conversation_opens_as_it_was() -> None:
     turns = [user("one"), bot("eins", "1 token")]
-    saved = [{"id": "a", "turns": turns, "system": "Be brief."}]
+    kept = [{name: turn[name] for name in ("role", "content", "note")} for turn in turns]  # as the browser keeps them
+    saved = [{"id": "a", "turns": kept, "system": "Be brief."}]
     opened, conversation, system, note, send, stop = presenter.open_saved("a", saved)
-    assert (opened, conversation, system, note) == (turns, "a", "Be brief.", "1 token")
-    assert (send.visible, stop.visible) == (True, False)
+    assert (opened, conversation, system, note) == (turns, "a", "Be brief.", UNDER)
+    assert (send["visible"], stop["visible"]) == (True, False)
     assert presenter.open_saved("b", saved)[:4] == (gr.skip(),) * 4
+    before = [  # as the page kept them while it was made of a gr.Chatbot
+        {"role": "user", "content": [{"type": "text", "text": "one"}], "metadata": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "eins"}], "metadata": {"log": "1 token"}},
+    ]
+    assert presenter.open_saved("a", [{"id": "a", "turns": before, "system": ""}])[0] == turns
     listed = presenter.listed(saved, "b")
     assert (listed.choices, listed.value) == ([("one", "a")], None)
+
+
+def test_each_model_has_suggestions_it_can_answer() -> None:
+    samples = {model: presenter.suggested(model)["samples"] for model in ("mpt-tiny-chat", "mpt-7b-chat", None)}
+    assert ["What can you do?"] in samples["mpt-tiny-chat"]
+    assert samples["mpt-7b-chat"] == samples[None] != samples["mpt-tiny-chat"]

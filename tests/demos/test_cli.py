@@ -23,6 +23,7 @@ from tests.serving import servers
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
+from demos import cli
 from demos.cli import NAMES
 from demos.server import mount
 
@@ -78,6 +79,15 @@ def test_a_password_lets_in_who_knows_it_and_sigterm_ends_page_and_server() -> N
                 httpx.get(ended, trust_env=False)
     finally:
         demo.stop()
+
+
+def test_the_end_of_the_server_started_here_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    for dies, says in (("os.kill(os.getpid(), 9)", "the server has ended (exit code -9)"), ("pass", "")):
+        program = f"import os, sys; print('a warning', file=sys.stderr); {dies}"
+        cli._pass_on(subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True))
+        first, *rest = capfd.readouterr().err.splitlines()
+        assert first == "a warning"
+        assert ("".join(rest) == "") if not says else says in rest[0]
 
 
 async def test_all_pages_are_mounted_into_a_server(recwarn: pytest.WarningsRecorder) -> None:

@@ -19,8 +19,7 @@ def ask(page: Any, instruction: str) -> None:
 def test_yaml_becomes_json_that_is_checked(real_server: Any, show: Any, open_page: Any, screenshot: Any) -> None:
     page = open_page(show("instruct", real_server.url))
     page.get_by_text("Model: mpt-tiny-instruct, licence Apache-2.0.").wait_for()
-    page.get_by_role("button", name="YAML to JSON").click()
-    page.get_by_role("button", name="Answer", exact=True).click()
+    page.get_by_role("button", name="Answer", exact=True).click()  # the page opens with an example
     page.get_by_text("Valid JSON, and it holds what the YAML holds.").wait_for()
     assert '"English"' in page.locator(".cm-content").first.inner_text()
     page.get_by_text("of 2,048 tokens of context").wait_for()
@@ -42,11 +41,6 @@ def test_a_phone_needs_no_scrolling_sideways(scripted: Any, show: Any, open_page
     ask(page, "{" + "\n".join(f"key_{n}: {'long' * 30}" for n in range(3)))
     page.get_by_text("Not valid JSON").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert all(
-        button.inner_text().strip() or button.get_attribute("aria-label") or button.get_attribute("title")
-        for button in page.get_by_role("button").all()
-        if button.is_visible()
-    )
 
 
 @pytest.mark.browser
@@ -88,6 +82,7 @@ def test_a_tab_closed_before_the_first_word_frees_the_server(scripted: Any, show
 def test_without_a_server_the_page_opens_and_says_so(show: Any, open_page: Any) -> None:
     page = open_page(show("instruct", f"http://127.0.0.1:{free_port()}"))
     page.get_by_role("alert").get_by_text("No server answers").wait_for()
+    page.get_by_label("Instruction").fill("")
     page.get_by_role("button", name="Answer", exact=True).click()
     page.get_by_text("Write an instruction first").wait_for()
 
@@ -111,6 +106,25 @@ def test_an_answer_is_checked_against_json_and_the_yaml(answer: str, verdict: st
     checked = check(answer, "Convert the following YAML to JSON:\n\na: 1\nb:\n- x")
     assert checked.verdict == verdict
     assert says in checked.sentence
+
+
+@pytest.mark.parametrize(
+    ("instruction", "value"),
+    [
+        ("server:\n  host: a\n  port: 1", {"server": {"host": "a", "port": 1}}),  # the whole of it is YAML
+        ("full name: Ada\nage: 36", {"full name": "Ada", "age": 36}),
+        ("items:\n- a\n- b", {"items": ["a", "b"]}),
+        ("server:\n  host: a\n\nclient:\n  port: 1", {"server": {"host": "a"}, "client": {"port": 1}}),
+        ("Convert the following YAML to JSON:\nserver:\n  host: a", {"server": {"host": "a"}}),
+        ("Turn this into JSON:\n- a\n- b", ["a", "b"]),
+        ("Here is my config:\nname: x\nport: 3", {"name": "x", "port": 3}),
+        ("name:\nport: 3", {"name": None, "port": 3}),
+        ("Please convert to JSON\n\na: 1\n\nb: 2", {"a": 1, "b": 2}),
+        ("Convert this:\n\n```yaml\na: 1\n```\nThank you", {"a": 1}),
+    ],
+)
+def test_the_yaml_of_an_instruction_is_found(instruction: str, value: Any) -> None:
+    assert yaml_of(instruction) == (True, value)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def give(page: Any, path: Path) -> None:
 
 def open_settings(page: Any) -> None:
     """Long before a setting is changed: a drawer that has only now opened puts its own value into a box once more."""
-    page.get_by_role("button", name="Model and settings").click()
+    page.get_by_role("button", name="Settings").click()
 
 
 def set_new_tokens(page: Any, n: int) -> None:
@@ -82,7 +82,7 @@ def test_a_book_is_read_and_written_on(
     screenshot(page, "storywriter")
 
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export as text").click()
+        page.get_by_role("button", name="Export").click()
     assert download.value.suggested_filename == "The Harbour, continued.txt"
     assert Path(download.value.path()).read_text(encoding="utf-8").startswith("EPILOGUE\n\n")
 
@@ -129,7 +129,7 @@ def test_the_great_gatsby_is_read_and_its_epilogue_written(
     screenshot(page, "storywriter")
 
     with page.expect_download() as download:
-        page.get_by_role("button", name="Export as text").click()
+        page.get_by_role("button", name="Export").click()
     exported = Path(download.value.path()).read_text(encoding="utf-8")
     assert exported.startswith(first.rstrip())
     assert len(exported) > len(first)
@@ -178,11 +178,11 @@ def test_a_file_that_is_no_book_is_refused_and_the_next_is_read(
 ) -> None:
     page = open_page(show("storywriter", scripted.url))
     page.get_by_role("button", name="Write on").click()
-    page.get_by_role("alert").get_by_text("Upload a book first, or paste one.").wait_for()
+    page.get_by_role("alert").get_by_text("Upload a book first, paste one, or take the sample.").wait_for()
     bad, good = tmp_path / "bad.txt", tmp_path / "good.md"
     bad.write_bytes("naïve".encode("latin-1"))
     give(page, bad)
-    page.get_by_role("alert").get_by_text("`bad.txt` is not UTF-8: byte 3 is 0xef").wait_for()
+    page.get_by_role("alert").get_by_text("bad.txt is not UTF-8: byte 3 is 0xef").wait_for()
     good.write_text("# Title\n\nbusy <script>alert(1)</script>")
     give(page, good)
     page.get_by_text("good.md: 4 of 100 tokens").wait_for()

@@ -21,12 +21,13 @@ SETTINGS = (False, None, 0.8, 1, 20)  # cut the beginning, model, temperature, t
 @pytest.fixture
 def presenter(scripted: Any) -> StoryWriterPresenter:
     with gr.Blocks():
-        return StoryWriterPresenter(Server(scripted.url), Layout(""))
+        return StoryWriterPresenter(Server(scripted.url), Layout())
 
 
 def buttons(page: dict[Any, Any], layout: Layout) -> list[Any]:
-    """Whether Write on, Stop, Undo and Export can be pressed."""
-    return [page[button]["interactive"] for button in layout.buttons]
+    """Whether Write on, Stop, Undo and Export can be pressed; of the first two one is there."""
+    shown = [page[button]["visible"] for button in (layout.write, layout.stop)]
+    return shown + [page[button]["interactive"] for button in (layout.undo, layout.export)]
 
 
 async def test_a_file_is_measured_and_deleted(presenter: Any, tmp_path: Path) -> None:
@@ -45,8 +46,16 @@ async def test_a_file_that_is_no_book_is_deleted_too(presenter: Any, tmp_path: P
     path.write_bytes("naïve".encode("latin-1"))
     page = page_after(await all_of(presenter.take_file(str(path), None)))
     assert not path.exists()
-    assert "`bad.txt` is not UTF-8: byte 3 is 0xef" in page[presenter.layout.measure]["value"]
+    assert "<code>bad.txt</code> is not UTF-8: byte 3 is 0xef" in page[presenter.layout.measure]["value"]
     assert presenter.layout.book not in page
+
+
+async def test_the_sample_is_a_book_that_stays_where_it_is(presenter: Any) -> None:
+    for _ in range(2):
+        page = page_after(await all_of(presenter.take_sample(None)))
+        book = page[presenter.layout.book]["value"]
+        assert book.text.startswith("Alice’s Adventures in Wonderland")
+        assert book.text.endswith("the happy summer days.")
 
 
 async def test_a_pasted_text_is_a_book_unless_one_was_uploaded(presenter: Any) -> None:
@@ -150,5 +159,5 @@ async def test_a_silent_server_gives_gradio_a_chance_to_see_that_the_tab_is_clos
 
 async def test_without_a_book_nobody_is_asked(scripted: Any, presenter: Any) -> None:
     page = page_after(await all_of(presenter.write_on(None, Story(), " ", "END", *SETTINGS)))
-    assert "Upload a book first, or paste one." in page[presenter.layout.status]["value"]
+    assert "Upload a book first, paste one, or take the sample." in page[presenter.layout.status]["value"]
     assert scripted.started == 0

@@ -734,8 +734,8 @@ def test_a_cluster_takes_its_changed_config_as_it_runs(server, url):
 
 
 def test_it_leaves_when_told(server):
-    """Last: running answers end, meanwhile it is not ready, the exit code is 0."""
-    body = {"model": "base", "prompt": "a", "max_tokens": 1900, "stream": True, **ignoring_eos()}
+    """Last: running answers end, meanwhile it is not ready, the exit code is 0. Eight samples give time to look."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 1900, "n": 8, "stream": True, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
         lines = response.iter_lines()

@@ -23,6 +23,7 @@ from serving.app import make_app
 from serving.auth import Keys, book_of
 from serving.cluster.options import TINY, ClusterOptions
 from serving.endpoints import Serving
+from serving.errors import Unavailable
 from serving.options import ServeOptions, without_password
 from serving.ports import free_port
 from serving.quotas import QuotaBook, QuotaExceeded, Quotas, Sql, Sqlite, StoreAway, charge, hold, open_store
@@ -167,6 +168,20 @@ def test_places_that_cannot_be(tmp_path: Path) -> None:
     keys = Keys(["alice: sk-a tokens_total=5"], None)
     with pytest.raises(UserError, match="routers of several machines"):
         book_of(keys, ClusterOptions(models=TINY, replica_host="node"), several_machines=True)
+
+
+async def test_quotas_that_a_key_file_gains_later_are_in_no_file_of_each_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would give the whole quota; the key is refused until there is a database for all."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    keys = Keys(["alice: sk-a"], None)
+    book = book_of(keys, ClusterOptions(models=TINY, replica_host="node"), several_machines=True)
+    with pytest.raises(Unavailable) as refused:
+        await book.hold("alice", Quotas(tokens_total=5), 1)
+    assert refused.value.code == "quota_store_unavailable"
+    book.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_its_file_is_its_users_alone(tmp_path: Path) -> None:
