@@ -47,13 +47,17 @@ def start(kind: str, *options: str, program: tuple[str, ...] = ("-m", "mpt"), wi
     )  # fmt: skip
     server = Server(kind, "", process)
     assert process.stderr is not None
-    for line in process.stderr:
-        server.lines.append(line)
-        if url := re.search(r"ready after .* on (http://[^\s,]+)", line):
-            server.url = url[1]
-            server.reader = threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True)
-            server.reader.start()
-            return server
+    try:
+        for line in process.stderr:
+            server.lines.append(line)
+            if url := re.search(r"ready after .* on (http://[^\s,]+)", line):
+                server.url = url[1]
+                server.reader = threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True)
+                server.reader.start()
+                return server
+    except BaseException:  # the time of the test is over
+        server.stop(signal.SIGKILL)
+        raise
     raise AssertionError(f"left with {process.wait()} before it was ready: {''.join(server.lines)}")
 
 
