@@ -70,9 +70,18 @@ def _command() -> list[str]:
     environment = Path(sys.prefix)
     if (environment / "pipx_metadata.json").is_file():
         return ["pipx", "inject", environment.name]
-    if (environment / "uv-receipt.toml").is_file() or importlib.util.find_spec("pip") is None:
+    if (environment / "uv-receipt.toml").is_file() or not _has_pip():
         return ["uv", "pip", "install", "--python", sys.executable]
     first = shutil.which("pip")
     if first is not None and Path(first).parent == Path(sys.executable).parent:
         return ["pip", "install"]
     return [sys.executable, "-m", "pip", "install"]  # this environment is not the one that the shell is in
+
+
+def _has_pip() -> bool:
+    """Without looking for the module: setuptools takes who does for pip, and gives this process Python's distutils."""
+    try:
+        distribution("pip")
+    except PackageNotFoundError:
+        return False
+    return True

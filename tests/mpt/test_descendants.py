@@ -214,7 +214,7 @@ def read(folder: Path, **changes: Any) -> mpt.config.MPTConfig:
 def test_a_key_that_changes_no_answer_is_dropped_with_a_log_line(
     key: str, value: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mpt.config._say_once.cache_clear()
+    mpt.architecture._say_once.cache_clear()
     config = read(tmp_path, **{key: value})
     assert key in config.dropped or key.startswith("_attn")
     (line,) = [record.getMessage() for record in caplog.records]
@@ -254,7 +254,7 @@ def test_a_key_that_may_change_the_answers_is_refused(key: str, value: object, w
 
 
 def test_of_two_widths_the_one_of_the_tensors_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    mpt.config._say_once.cache_clear()
+    mpt.architecture._say_once.cache_clear()
     assert read(tmp_path, hidden_size=48).d_model == 32
     assert "`hidden_size` 48" in caplog.text and "d_model 32 is believed" in caplog.text
     renamed = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3, "max_position_embeddings": 99}
@@ -345,7 +345,7 @@ def test_a_dtype_is_read_or_left_to_the_tensors(said: str, expected: torch.dtype
 def test_what_transformers_writes_into_every_config_is_no_surprise(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mpt.config._say_once.cache_clear()
+    mpt.architecture._say_once.cache_clear()
     everything = {**PreTrainedConfig().to_dict(), **GenerationConfig().to_dict()}
     read(tmp_path, **{key: value for key, value in everything.items() if key != "model_type"})
     assert not caplog.records

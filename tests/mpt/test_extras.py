@@ -1,8 +1,10 @@
 """The command that installs an extra is one for the way this copy was installed, and names packages that exist."""
 
 import ast
+import importlib.util
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -59,8 +61,22 @@ def test_uv_tool(environment: Path) -> None:
 
 
 def test_an_environment_without_pip(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    class Installed:
+        requires = NOTED
+
+    def installed(name: str) -> Installed:
+        if name == "pip":
+            raise PackageNotFoundError(name)
+        return Installed()
+
+    monkeypatch.setattr(extras, "distribution", installed)
     assert extras.install("qlora") == f"`uv pip install --python {environment}/bin/python 'bitsandbytes>=0.48'`"
+
+
+def test_a_hint_leaves_setuptools_as_it_was(environment: Path) -> None:
+    """Its finder takes who looks for pip for pip itself; compiling with torch then fails in this process."""
+    extras.install("qlora")
+    assert importlib.util.find_spec("distutils.core").origin.count("_distutils") == 1
 
 
 def test_a_checkout_says_what_its_pyproject_says_now(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:

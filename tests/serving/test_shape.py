@@ -105,7 +105,7 @@ def test_lists_are_found_by_that_test():
 @pytest.mark.parametrize(
     ("field", "wrong", "said"),
     [
-        ("stop", [1] * 9, "`stop`: input should be a valid string"),
+        ("stop", [1] * 9, "`stop[0]`: input should be a valid string"),
         ("logit_bias", {str(n): "x" for n in range(9)}, "the value of `0` should be a number, not x"),
         ("logit_bias", {"1": True}, "the value of `1` should be a number, not true"),
         ("stream_options", {f"k{n}": 1 for n in range(257)}, "an object has 257 fields, at most 256"),
