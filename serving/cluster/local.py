@@ -58,6 +58,7 @@ ENVIRONMENT = {
 # otherwise for: to stay off the network on desktops.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _WATCH_S = 0.5
+NOT_IN_TIME = "did not start within its 30 s"
 # A router takes 0.26 GB, which is mostly Ray's code (2026-11-27).
 _FREE_FOR_A_SECOND_BYTES = 4_000_000_000
 
@@ -119,6 +120,26 @@ def _settle_routers(ours: dict[str, Any], n_cpus: int) -> None:
         why = f"for a second, {wanted_cpus:g} of {n_cpus} CPUs and {_FREE_FOR_A_SECOND_BYTES / 1e9:g} GB must be there"
         why += f", of which {free / 1e9:.1f} are"
     log.info("%d of `router_replicas`: %s", args["router_replicas"], why)
+
+
+def _start_ray(n_cpus: int, folder: Path) -> None:
+    """Start Ray's processes. Raises MachineRefused where they take longer than it waits, which is 30 s."""
+    import ray
+
+    try:
+        ray.init(
+            "local",
+            num_cpus=n_cpus,
+            include_dashboard=False,
+            _temp_dir=f"{folder}/ray",
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # Ray raises no other kind here
+        if "timed out during startup" not in str(error):
+            raise
+        raise MachineRefused(
+            f"Ray {NOT_IN_TIME}; try again when this machine has less to do, or see {folder}/ray/session_latest/logs"
+        ) from None
 
 
 class _Processes:
@@ -205,13 +226,7 @@ def _serve(
 
     running = Running(ours, logging_config)
     try:
-        ray.init(
-            "local",
-            num_cpus=n_cpus,
-            include_dashboard=False,
-            _temp_dir=f"{processes.folder}/ray",
-            logging_level=logging.WARNING,
-        )
+        _start_ray(n_cpus, processes.folder)
         catch_signals()  # Ray has put its own in their place
         threading.Thread(target=processes.watch, args=(drain_s,), daemon=True).start()
         serve.start(http_options=HTTPOptions(**http), logging_config=LoggingConfig(**logging_config))
