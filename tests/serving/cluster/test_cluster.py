@@ -390,15 +390,22 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self._log = (folder / "driver.log").open("w")
-        self._folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets need short names
+        self._node: subprocess.Popen | None = None
+        for _ in range(2):  # Ray waits 30 s for its own processes, and a machine that tests is busy
+            self._folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # its sockets need short names
+            self._process = self._start_driver(port)
+            if address := self._process.stdout.readline().strip():
+                break
+            self.stop()
+        self._address = address
+
+    def _start_driver(self, port: int) -> subprocess.Popen:
         driver = Path(__file__).with_name("ray_driver.py")
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, str(driver), str(port), self._folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=self._log,
             env={**os.environ, "PYTHONPATH": str(driver.parents[3]), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
-        self._address = self._process.stdout.readline().strip()
-        self._node: subprocess.Popen | None = None
 
     def join(self, drain: Mapping[str, str]) -> tuple[subprocess.Popen, str]:
         """Another node, with the resource `second`, as `ray start --block` makes it, and the URL of its HAProxy."""
