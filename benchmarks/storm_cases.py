@@ -235,13 +235,13 @@ def malformed(rng: random.Random, model: Model) -> Malformed:
 
 def not_http(rng: random.Random, host: str) -> bytes:
     """Bytes that end a connection: garbage, alone or behind requests that are well-formed."""
-    health = f"GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    version = f"GET /version HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
     post = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
     garbage = b"\x00" + rng.randbytes(rng.randrange(200)) + b"\r\n\r\n"
     return rng.choice(
         (
             garbage,
-            health * rng.randrange(1, 20) + garbage,
+            version * rng.randrange(1, 20) + garbage,
             post + b"Content-Length: 2\r\n\r\n{}" + garbage,
             post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
             post + b"Content-Length: -5\r\n\r\n",

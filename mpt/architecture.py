@@ -188,6 +188,7 @@ class Architecture:
         Raises UnsupportedConfig for a key or value this implementation would otherwise have to ignore.
         """
         self.dropped: dict[str, str] = {}  # keys that change no logit, with their value and the reason
+        self._check_sizes()
         extends = config_keys.extended_type(others)
         others = self._read_mosaic_gpt(others)
         eps = others.pop("layer_norm_epsilon", None)  # the in-tree class's name for norm_eps
@@ -298,7 +299,11 @@ class Architecture:
             if key == "ffn_type":
                 _refuse_unless("ffn_config.ffn_type", value, ("mptmlp",))
             elif key == "ffn_hidden_size":
-                if value is not None and value != round(self.d_model * self.expansion_ratio):
+                if value is None:
+                    continue
+                _refuse_outside("ffn_config.ffn_hidden_size", value, 1, math.inf)
+                _refuse_outside("expansion_ratio", self.expansion_ratio, *_RANGES["expansion_ratio"])
+                if value != round(self.d_model * self.expansion_ratio):
                     self.expansion_ratio = value / self.d_model
             elif key == "ffn_act_fn":
                 exact = (None, "gelu", {"name": "gelu", "approximate": "none"}, {"name": "gelu"})
@@ -306,14 +311,16 @@ class Architecture:
             else:
                 self._drop(f"ffn_config.{key}", value, config_keys.judge(f"ffn_config.{key}", value, {}))
 
-    def _check_numbers(self, head_dim: int | None) -> None:
+    def _check_sizes(self) -> None:
         for key, most in _MOST.items():
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                is_too_large = isinstance(value, int) and value > most
+                is_too_large = isinstance(value, int | float) and value > most
                 raise (ImpossibleConfig if is_too_large else UnsupportedConfig)(
                     f"config key `{key}` must be a whole number of 1 to {most}, not `{shown(value)}`"
                 )
+
+    def _check_numbers(self, head_dim: int | None) -> None:
         for key, (low, high) in _RANGES.items():
             _refuse_outside(key, getattr(self, key), low, high)
         for key in ("learned_pos_emb", "no_bias", "tie_word_embeddings", "use_cache"):

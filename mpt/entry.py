@@ -58,7 +58,7 @@ def _own_packages(command: str) -> Iterator[None]:
 
 def _cure(where: Path) -> str:
     """What helps against a package that is found first: its folder was named to Python, or it is installed here."""
-    above = {where.resolve().parent, where.resolve().parents[1]}
+    above = where.resolve().parents[:2]
     named = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     if any(Path(each).resolve() in above for each in named):
         return "take its folder out of $PYTHONPATH"

@@ -60,9 +60,11 @@ def _requirements(extra: str) -> list[str]:
     """Of a checkout as it is now; else as was noted when this copy was installed, with the extra in each marker."""
     try:
         project = tomllib.loads((_CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        return [str(each) for each in project["optional-dependencies"][extra]]
-    except (OSError, KeyError):  # a wheel has none
-        return [each for each in distribution(_NAME).requires or [] if "extra ==" in each]
+        if project["name"] == _NAME:  # beside a wheel another project may have left one
+            return [str(each) for each in project["optional-dependencies"][extra]]
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        pass
+    return [each for each in distribution(_NAME).requires or [] if "extra ==" in each]
 
 
 def _command() -> list[str]:

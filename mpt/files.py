@@ -42,6 +42,9 @@ _MISPLACED = {
 }  # fmt: skip
 
 
+_OPEN_FILES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}
+
+
 @contextmanager
 def misplaced_paths() -> Iterator[None]:
     """Raises UserError for a path that a command was given and that cannot be read or made."""
@@ -87,17 +90,32 @@ _CURE = "free some space, or give this user the right to it, then run the same c
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which gets its name at the end; after an error all is as it was before."""
-    partial = path.with_name(path.name + ".partial")
+    """A file beside `path` to write, which gets its name at the end; after an error all is as it was before.
+
+    A link is followed, a file that was there keeps its mode, and what is no file but a pipe or a device is written as
+    it comes.
+    """
+    if _is_stream(path):
+        yield path
+        return
+    target = path.resolve()
+    partial = target.with_name(target.name + ".partial")
     try:
         yield partial
-        partial.replace(path)
+        with suppress(FileNotFoundError):
+            shutil.copymode(target, partial)
+        partial.replace(target)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and (error.filename is None or Path(os.fsdecode(error.filename)) == partial):
             error.filename = str(path)  # the name that was asked for; a write to a file that is open has none
         raise
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a name stands for something that is open elsewhere: a pipe, a device, `/dev/stdout`."""
+    return (path.exists() and not path.is_file() and not path.is_dir()) or path.parent in _OPEN_FILES
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -110,6 +128,8 @@ def require_writable(path: Path) -> None:
     """Find out before the work whether a file can be written there. Raises OSError."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if _is_stream(path):  # opening a pipe waits for its reader
+        return
     is_new = not path.exists()
     path.open("ab").close()
     if is_new:

@@ -136,7 +136,8 @@ def _with_tools(messages: list[Any], tools: Sequence[Tool]) -> list[Any]:
     """The description of tools behind the first system message, or as the first message."""
     for n, message in enumerate(messages):
         if message["role"] in ("system", "developer"):
-            told = {**message, "content": "\n\n".join(filter(None, (message["content"], describe(tools))))}
+            said = [text for text in (message["content"], describe(tools)) if text and text.strip()]
+            told = {**message, "content": "\n\n".join(said)}
             return [*messages[:n], told, *messages[n + 1 :]]
     return [{"role": "system", "content": describe(tools)}, *messages]
 

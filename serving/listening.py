@@ -22,7 +22,13 @@ def listen(host: str, port: int, cure: str = "choose another --port or --host") 
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
-    """Where a bound socket is reached."""
-    host, port = listener.getsockname()[:2]
+def url_of(listener: socket.socket, *, shown: bool = False) -> str:
+    """`url_at` of a bound socket."""
+    return url_at(*listener.getsockname()[:2], shown=shown)
+
+
+def url_at(host: str, port: int, *, shown: bool = False) -> str:
+    """Where a server is reached. shown: from this machine, also where it listens on every address."""
+    if shown and host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -84,9 +84,9 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if sockets:
-            self._tasks.append(asyncio.create_task(self._load(url_of(sockets[0]))))
+            self._tasks.append(asyncio.create_task(self._load(sockets[0])))
 
-    async def _load(self, url: str) -> None:
+    async def _load(self, listener: socket.socket) -> None:
         serving = self._serving
         try:
             if serving.options.load == "on-request":
@@ -106,9 +106,10 @@ class _Server(uvicorn.Server):
         auth = "with keys" if serving.options.api_keys or serving.options.api_key_file else "without keys"
         if (batches := self._batches) is not None:
             batches.resume()
-        log.info("ready after %.1f s on %s, %s", process_age_s(), url, auth)
-        demos = f"; the demos are at {url}/demo/" if serving.options.demo else ""
-        log.info("to look at it and try it, open %s/ in a browser%s", url, demos)
+        log.info("ready after %.1f s on %s, %s", process_age_s(), url_of(listener), auth)
+        shown = url_of(listener, shown=True)
+        demos = f"; the demos are at {shown}/demo/" if serving.options.demo else ""
+        log.info("to look at it and try it, open %s/ in a browser%s", shown, demos)
         self._tasks.append(asyncio.create_task(self._unload_idle()))
         await self._leave_when_one_stops()
 

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1000}
-HOSTILE = {"model_type": "mpt", "d_model": 10**12, "n_heads": 4, "n_layers": 2, "vocab_size": 1000}
+HOSTILE = {"model_type": "mpt", "d_model": 1e12, "n_heads": 4, "n_layers": 2, "vocab_size": 1000}
+WIDTH = {"model_type": "mpt", "ffn_config": {"ffn_hidden_size": "big"}}
+HEADS = {"model_type": "mpt", "mlp_ratio": 4, "n_heads": "x"}
 ROPE = {"model_type": "mpt", "attn_config": {"rope": True}}
 NOT_MPT, NO_SIZE = "has model_type `llama`", "1000000000000"
 NOT_JSON, NO_ROPE = "is not readable JSON", "attn_config.rope"
@@ -39,6 +41,8 @@ CASES = {
     "serve, half a config": ("serve --port 0 --model half", 3, NOT_JSON),
     "inspect, half a config": ("inspect half", 3, NOT_JSON),
     "serve, what MPT has not": ("serve --port 0 --model rope", 2, NO_ROPE),
+    "serve, a width in words": ("serve --port 0 --model width", 2, "ffn_config.ffn_hidden_size"),
+    "inspect, heads in words": ("inspect heads", 2, "`n_heads` must be a whole number"),
     "inspect, GGUF of another model": ("inspect llama.gguf", 2, "holds a `llama`"),
     "convert, target": ("convert mpt-tiny full --to hf", 2, "`full` exists and is not an empty folder"),
     "convert, dtype": ("convert mpt-tiny out --to hf --dtype int4", 2, "`--dtype int4` does not exist for hf"),
@@ -72,7 +76,7 @@ for name, words in json.loads(sys.argv[1]).items():
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, str, list[str]]]]:
     """Exit code, what was said, and what had been imported by then, of each case, all in one process."""
     folder = tmp_path_factory.mktemp("early")
-    for name, config in (("llama", LLAMA), ("hostile", HOSTILE), ("rope", ROPE)):
+    for name, config in (("llama", LLAMA), ("hostile", HOSTILE), ("rope", ROPE), ("width", WIDTH), ("heads", HEADS)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
     (folder / "half").mkdir()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,8 +27,8 @@ from serving.cluster.haproxy_config import max_connections
 from serving.cluster.options import NO_KEYS, ClusterOptions, read_args, router_keys
 from serving.cluster.reload import Reloads, tell_room
 from serving.cluster.timeouts import Timeouts
-from serving.configuration import anchored, application, load
-from serving.listening import listen
+from serving.configuration import anchored, application, convert, load
+from serving.listening import listen, url_at
 from serving.logs import set_up_logging
 from serving.options import is_loopback
 from serving.request_log import check_writable
@@ -96,11 +97,7 @@ def run(config: Path, port: int | None, cpus: int | None, drain_s: float) -> Non
                 again["args"]["router_replicas"] = options.router_replicas  # as was settled
             return again, rest[0], rest[1]
 
-        def check(changed: ClusterOptions, starting: Mapping[str, int]) -> None:
-            _check(changed, http, n_cpus, starting)
-            _check_timeouts(changed)
-
-        reloads = Reloads(config, read, check)
+        reloads = Reloads(config, read, partial(_check_change, options, http, n_cpus))
         _serve(ours, {**http, **behind}, logging_config, n_cpus, drain_s, _Processes(folder, watcher), reloads)
     home.remove(folder)
 
@@ -233,9 +230,9 @@ def _serve(
         running.deploy(ours["args"], {})
         processes.is_ready = True
         with reloads.listening(http["port"], ours["args"], running):
-            url = f"http://{http['host']}:{http['port']}"
+            url = url_at(http["host"], http["port"])
             log.info("ready after %.1f s on %s", time.perf_counter() - started, url)
-            log.info("to look at it and try it, open %s/ in a browser", url)
+            log.info("to look at it and try it, open %s/ in a browser", url_at(http["host"], http["port"], shown=True))
             tell_room(read_args(ours["args"]), running.free())
             stop.wait()
         log.info("shutting down; running requests may take %.0f s more", drain_s)
@@ -266,6 +263,8 @@ def _read(config: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         raw = {"logging_config": {"enable_access_log": False}, "args": raw}  # ours has tokens and latencies
         ours = raw
     http = {"host": "127.0.0.1", "port": 8000, **listens}
+    for key, hint in (("host", str), ("port", int)):
+        http[key] = convert(hint, http[key], key)
     args = anchored(ours.get("args") or {}, config.absolute().parent)
     return {**ours, "args": args}, http, raw.get("logging_config") or {}
 
@@ -317,10 +316,14 @@ def _check(
         )
 
 
-def _check_timeouts(options: ClusterOptions) -> None:
-    """Raises UserError where a changed config needs longer time-outs than Ray was started with."""
-    for variable, value in Timeouts.of(options).environment().items():
-        if float(value) > float(os.environ[variable]):
+def _check_change(
+    began: ClusterOptions, http: dict[str, Any], n_cpus: int, changed: ClusterOptions, starting: Mapping[str, int]
+) -> None:
+    """`_check` for options that a running cluster is to take. began: those that it was started with."""
+    _check(changed, http, n_cpus, starting)
+    before = Timeouts.of(began).environment()
+    for variable, value in Timeouts.of(changed).environment().items():
+        if float(value) > max(float(before[variable]), float(os.environ[variable])):  # the user may have set others
             raise UserError(
                 f"the changed time-outs need {variable} to be {value} s, and this cluster was started with "
                 f"{os.environ[variable]}; start `mpt cluster` anew"

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from mpt import entry
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {"mpt": "entry.mpt", "train": "entry.train", "mpt-haproxy": "entry.haproxy"}
 
 
-def run(command: str, root: Path = ROOT, *before: Path, cwd: Path | None = None) -> tuple[int, str]:
+def run(command: str, root: Path = ROOT, *before: Path) -> tuple[int, str]:
     """Exit code and stderr of a console command of the copy in `root`, with these folders before it."""
     code = f"import sys; sys.argv = [{command!r}, '--help']; from mpt import entry; {COMMANDS[command]}()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*before, root])), "PYTHONSAFEPATH": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     return ran.returncode, ran.stderr
 
 
@@ -34,6 +36,20 @@ def test_another_module_that_is_found_first(tmp_path: Path) -> None:
     (tmp_path / "serving.py").write_text("")
     code, said = run("train", ROOT, tmp_path)
     assert (code, said.count("\n")) == (2, 1) and f"`{tmp_path}/serving.py`" in said
+
+
+def test_what_lies_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "serving.py").write_text("")
+    command = [sys.executable, "-m", "mpt", "--help"]  # puts the folder first
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and ran.stderr.endswith("; run mpt from another folder\n"), ran.stderr
+
+
+def test_what_is_installed_or_lies_in_the_root() -> None:
+    assert entry._cure(Path("/usr/lib/serving/__init__.py")) == entry._APART
+    assert entry._cure(Path("/serving.py")) == entry._APART
 
 
 def test_a_package_that_was_installed_over_ours(tmp_path: Path) -> None:

@@ -108,3 +108,11 @@ def test_every_hint_of_every_package_comes_from_here_and_names_an_extra() -> Non
             found += called(path)
         assert path.name == "extras.py" or "pip install" not in text, f"{path}: its command is for one kind of copy"
     assert {"demos", "cluster", "conversion", "qlora", "s3"} <= set(found) <= EXTRAS.keys()
+
+
+@pytest.mark.parametrize(
+    "text", ['[project]\nname = "other"\noptional-dependencies = {qlora = ["stranger"]}', "no = toml ="]
+)
+def test_another_projects_file_beside_a_wheel_is_not_ours(text: str, environment: Path) -> None:
+    (environment.parent / "pyproject.toml").write_text(text)
+    assert extras.packages("qlora") == ["bitsandbytes>=0.48"]

@@ -3,14 +3,16 @@
 import codecs
 import errno
 import os
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mpt.errors import MachineRefused, UserError
-from mpt.files import read_json, require_writable, whole_file, whole_folder
+from mpt.files import read_json, require_writable, whole_file, whole_folder, write_whole
 
 
 def test_a_folder_has_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -105,3 +107,23 @@ def test_a_byte_order_mark_is_passed_over_in_every_file_a_user_writes(tmp_path: 
     path = tmp_path / "a.json"
     path.write_bytes(codecs.BOM_UTF8 + b'{"prompt": "Hi"}\n')
     assert read_json(path) == {"prompt": "Hi"}  # configs, manifests, mixtures
+
+
+def test_a_link_is_followed_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o600
+
+
+def test_a_pipe_gets_what_is_written_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    require_writable(pipe)  # without waiting for a reader
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        write_whole(pipe, "new")
+        assert read.result(30) == "new"
+    assert pipe.is_fifo()

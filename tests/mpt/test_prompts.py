@@ -265,8 +265,7 @@ def test_an_empty_system_message_adds_nothing(
     for empty in ("", " \n"):
         with_empty = [turn("system", empty), *alone]
         found = encode_chat(chatml_tokenizer, style, with_empty, system_default="Be brief.", tools=tools)
-        if not (tools and empty):
-            assert found == encode_chat(chatml_tokenizer, style, alone, tools=tools)
+        assert found == encode_chat(chatml_tokenizer, style, alone, tools=tools)
         said = [turn("assistant", "The Nile.")]
         if not tools:
             trained = encode_training(chatml_tokenizer, style, [*with_empty, *said])

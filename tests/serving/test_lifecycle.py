@@ -582,7 +582,9 @@ def test_a_folder_of_checkpoints_is_served_by_their_names(folders, tmp_path, mon
     (tmp_path / "adapter").mkdir()
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    cli.serve(models_dir=tmp_path, model=[f"more={folders / 'a'}"], load="on-request", idle_unload="15m", max_loaded=2)
+    cli.serve(
+        port=0, models_dir=tmp_path, model=[f"more={folders / 'a'}"], load="on-request", idle_unload="15m", max_loaded=2
+    )
     (options,) = started
     assert list(options.models) == ["more", *NAMES]
     assert (options.load, options.idle_unload_s, options.max_loaded) == ("on-request", 900, 2)

@@ -25,15 +25,16 @@ import pytest
 from aiohttp import web
 
 import mpt
-from mpt.errors import DeviceLost, UserError
+from mpt.errors import DeviceLost, MachineRefused, UserError
 from mpt.memory import Memory
 from mpt.options import ModelOptions
 from serving.auth import Keys
-from serving.cluster import local
+from serving.cluster import guard, local
 from serving.cluster.options import TINY, ClusterOptions, ReplicaOptions, read_args
 from serving.cluster.relay import Lease, ReplicaLost
 from serving.cluster.router import make_router, merged
 from serving.cluster.timeouts import Timeouts
+from serving.listening import url_at
 from serving.ports import free_port
 from tests.serving.cluster.ray_driver import environment
 from tests.serving.servers import serve_config
@@ -375,6 +376,41 @@ def test_a_replica_whose_engine_has_stopped_gives_no_lease_and_leaves(monkeypatc
     assert codes == [6]
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         check(replica)
+
+
+def test_ray_that_does_not_start_in_time_is_one_line(monkeypatch, tmp_path):
+    """The words are those of ray/_private/node.py, version 2.60."""
+    import ray
+
+    def late(*args: object, **options: object) -> None:
+        raise Exception(
+            "The current node timed out during startup. This could happen because some of the raylet failed to "
+            "startup or the GCS has become overloaded."
+        )
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(MachineRefused, match=local.NOT_IN_TIME):
+        local._start_ray(1, tmp_path)
+
+
+def test_what_had_no_environment_for_a_moment_is_ended_too(monkeypatch):
+    looks, killed = iter([[], [4242], [], []]), []
+    monkeypatch.setattr(guard, "members", lambda folder: next(looks))
+    monkeypatch.setattr(guard.os, "kill", lambda pid, number: killed.append(pid))
+    assert guard.end("/nowhere") == [] and killed == [4242]
+
+
+def test_addresses_as_people_open_them():
+    assert url_at("::1", 80) == "http://[::1]:80"
+    assert url_at("0.0.0.0", 80) == "http://0.0.0.0:80" and url_at("0.0.0.0", 80, shown=True) == "http://127.0.0.1:80"
+    assert url_at("192.0.2.7", 80, shown=True) == "http://192.0.2.7:80"
+
+
+@pytest.mark.parametrize(("key", "value"), [("port", "8000"), ("host", None)])
+def test_where_to_listen_has_types(key, value, tmp_path):
+    (tmp_path / "c.yaml").write_text(json.dumps({key: value}))
+    with pytest.raises(UserError, match=f"`{key}`"):
+        local._read(tmp_path / "c.yaml")
 
 
 # -- on Ray --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`mpt cluster reload`: what a changed config comes to, and what is refused; on Ray: test_cluster.py."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -112,9 +113,10 @@ def cluster(tmp_path, monkeypatch) -> Iterator[tuple[FakeCluster, Callable[..., 
         serve_config(tmp_path, models, **args)
         return list(reload.ask(None, None))
 
-    def check(options: ClusterOptions, starting: Mapping[str, int]) -> None:
-        local._check(options, {"host": "127.0.0.1", "port": 1}, 4, starting)
-
+    began = read_args({"models": {"a": {"root": "mpt-tiny"}}})
+    for variable, value in Timeouts.of(began).environment().items():
+        monkeypatch.setenv(variable, value)
+    check = functools.partial(local._check_change, began, {"host": "127.0.0.1", "port": 1}, 4)
     with Reloads(path, local._read, check).listening(4321, {"models": {"a": {"root": "mpt-tiny"}}}, fake):
         yield fake, changed_to, 4321
 
@@ -192,13 +194,16 @@ def test_what_the_routers_do_not_take_is_taken_back(cluster, monkeypatch):
     assert fake.deployed == [{"a", "b"}, {"a"}]
 
 
-def test_longer_time_outs_than_ray_was_started_with_are_refused(monkeypatch):
-    small, large = ({"models": {"a": {"root": "mpt-tiny", "graceful_shutdown_timeout_s": s}}} for s in (7, 3600))
-    for variable, value in Timeouts.of(read_args(small)).environment().items():
-        monkeypatch.setenv(variable, value)
-    local._check_timeouts(read_args(small))
+def test_longer_time_outs_than_ray_was_started_with_are_refused(cluster, monkeypatch):
+    _, changed_to, _ = cluster
+    slow = {"a": {"root": "mpt-tiny", "graceful_shutdown_timeout_s": 3600}}
     with pytest.raises(UserError, match=r"and this cluster was started with \d+"):
-        local._check_timeouts(read_args(large))
+        changed_to(slow)
+    monkeypatch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "1")  # the user's own
+    changed_to({"a": {"root": "mpt-tiny"}}, requests_per_minute=100)
+    for variable in Timeouts.of(read_args({"models": slow})).environment():
+        monkeypatch.setenv(variable, "9999")
+    changed_to(slow)
 
 
 def test_what_does_not_start_leaves_what_ran(cluster):
