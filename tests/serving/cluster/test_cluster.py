@@ -477,8 +477,7 @@ class Cluster:
     def replicas(self, model: str) -> list[psutil.Process]:
         nodes = [each.pid for each in (self._process, self._node) if each is not None]
         family = [process for pid in nodes for process in psutil.Process(pid).children(recursive=True)]
-        wanted = f"ray::ServeReplica:mpt:{model}"
-        return [process for process in family if " ".join(process.cmdline()).strip().startswith(wanted)]
+        return [process for process in family if _command(process).startswith(f"ray::ServeReplica:mpt:{model}")]
 
     def stop(self) -> None:
         if self._node is not None:
@@ -498,6 +497,12 @@ class Cluster:
 
     def get(self, path: str) -> dict[str, object]:
         return httpx.get(self.url + path, headers=WITH_KEY).json()
+
+
+def _command(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):  # also one that has ended since, or that nobody has waited for yet
+        return " ".join(process.cmdline()).strip()
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -580,7 +585,10 @@ def test_a_killed_replica_loses_its_own_streams_only_and_comes_back(cluster):
 
 
 class Asking:
-    """Eight clients that never pause: half of them stream, half of them wait for whole answers."""
+    """Eight clients: half of them stream, half of them wait for whole answers.
+
+    Each pauses for a moment, so that they leave a machine of two cores time to start what the test is about.
+    """
 
     def __init__(self, cluster: Cluster, models: tuple[str, ...]) -> None:
         self.failures: list[str] = []
@@ -609,6 +617,7 @@ class Asking:
             if end is not None:
                 self.failures.append(end)
             self.waits.append(time.monotonic() - begun)
+            self._stop.wait(0.1)
 
     def _ask(self, model: str, streams: bool) -> str | None:
         """What went wrong."""
