@@ -8,6 +8,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from mpt.backends.native.library import Unavailable, features
 from mpt.config import MPTConfig
@@ -45,12 +47,13 @@ def byte_tokenizer() -> RawTokenizer:
     return raw
 
 
+# Files that start a Ray. One process has them all: two that start at once on two cores wait longer than Ray waits.
+ON_RAY = ("serving/cluster/test_cluster.py", "serving/test_acceptance.py", "serving/cluster/test_deaths.py")
 # Files that take longest, the longest first: handed out first, they leave no process waiting for another at the end.
 LONGEST = (
+    *ON_RAY,
     "training/test_distributed.py",
     "training/test_loop.py",
-    "serving/cluster/test_cluster.py",
-    "serving/test_acceptance.py",
     "demos/test_chat_browser.py",
     "benchmarks/test_engine_ladder.py",
     "serving/test_server.py",
@@ -60,6 +63,18 @@ LONGEST = (
     "mpt/backends/test_paged_backend.py",
     "demos/test_cli.py",
 )
+
+
+class _FilesTogether(LoadFileScheduling):
+    """`--dist loadfile`, with the files of ON_RAY as one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "Ray" if file.removeprefix("tests/") in ON_RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    return _FilesTogether(config, log) if config.option.dist == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -67,7 +67,8 @@ def _start(kind: str, options: Sequence[str], program: tuple[str, ...], within: 
                 server.reader = threading.Thread(target=lambda: server.lines.extend(process.stderr), daemon=True)
                 server.reader.start()
                 return server
-    except BaseException:  # the time of the test is over
+    except BaseException as error:  # the time of the test is over
+        error.add_note(f"it said so far: {''.join(server.lines)}")
         server.stop(signal.SIGKILL)
         raise
     raise AssertionError(f"left with {process.wait()} before it was ready: {''.join(server.lines)}")

@@ -24,6 +24,8 @@ from serving.ports import free_port
 from tests.serving.otlp import Receiver, attributes, receiving
 from tests.serving.servers import Server, running, serve_config
 
+pytestmark = pytest.mark.timeout(300)  # a cluster starts in the first test's time, on a machine that is busy
+
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
 NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"
 LEAVING_KEY, LEAVING_LIMIT = "sk-test-of-one-who-leaves", 20_000  # tokens a minute

@@ -39,6 +39,8 @@ from serving.ports import free_port
 from tests.serving.cluster.ray_driver import environment
 from tests.serving.servers import serve_config
 
+pytestmark = pytest.mark.timeout(300)  # a cluster starts in the first test's time, on a machine that is busy
+
 # -- options -------------------------------------------------------------------------------------------------------
 
 
@@ -632,7 +634,6 @@ def pids(cluster: Cluster, *models: str) -> set[int]:
     return {process.pid for model in models for process in cluster.replicas(model)}
 
 
-@pytest.mark.timeout(300)
 def test_models_that_come_and_go_keys_and_limits_restart_nothing(cluster, args, tmp_path):
     (tmp_path / "keys").write_text(f"asking: {KEY}\nfew: sk-2 requests_per_minute=2\n")
     before = pids(cluster, "one", "two", "Router", "Settings")
@@ -648,7 +649,6 @@ def test_models_that_come_and_go_keys_and_limits_restart_nothing(cluster, args, 
     assert before == pids(cluster, "one", "two", "Router", "Settings") and len(before) == 5
 
 
-@pytest.mark.timeout(300)
 def test_a_changed_model_restarts_itself_only_and_a_node_that_must_go_ends_its_streams(cluster, args):
     """The new replica fits on a node only that joins later, so the old one answers meanwhile.
 
