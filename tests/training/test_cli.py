@@ -320,6 +320,45 @@ def test_the_readmes_finetune_says_where_its_set_belongs_and_trains_when_it_is_t
     assert (tmp_path / "mine" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "someone/x"],
+        ["finetune", "--base", "someone/x", "--data", "my.jsonl", "--prompt-style", "instruct"],
+        ["pretrain", "--data", "my.jsonl", "--tokenizer", "someone/x"],
+    ],
+    ids=" ".join,
+)
+def test_a_repository_that_no_catalog_has_is_fetched(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def snapshot(repo_id: str, **_: Any) -> str:
+        asked.append(repo_id)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert run_cli(monkeypatch, *command) == 5
+    assert asked == ["someone/x"] and "downloading `someone/x` failed" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "mpt"}')
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a text")
+    for name in ("empty", "model"):
+        assert run_cli(monkeypatch, "pretrain", "--data", "a.txt", "--tokenizer", name) == 2
+        assert f"`{name}` holds no tokenizer (tokenizer.json or tokenizer.model" in capsys.readouterr().err
+
+
 def test_a_typo_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
