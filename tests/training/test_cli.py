@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from training import batches, cli, loop, recipes
-from training.data import hub
+from training.data import hub, mds
 from training.data.hub import HubSet
 from training.run import Lora, Run
 
@@ -226,9 +227,31 @@ def test_a_set_in_a_table_is_known_to_data(
 @pytest.mark.parametrize(
     ("command", "missing", "known"),
     [
-        (["finetune", "--base", "mpt-7b", "--data", "my.jsonl", "--steps", "7"], "`mpt-7b`", "parameters 6649286656"),
-        (["finetune", "--base", "mpt-tiny", "--data", "dolly_hhrlhf"], "`mosaicml/dolly_hhrlhf`", "parameters 3672320"),
-        (["prefer", "--base", "mpt-tiny-chat", "--data", "hh_rlhf"], "`Anthropic/hh-rlhf`", "parameters 3672320"),
+        (
+            ["finetune", "--base", "mpt-7b", "--data", "my.jsonl", "--steps", "7"],
+            "`mpt-7b` is not on this machine",
+            "parameters 6649286656",
+        ),
+        (
+            ["finetune", "--base", "mpt-tiny", "--data", "dolly_hhrlhf"],
+            "`mosaicml/dolly_hhrlhf` is not on this machine",
+            "parameters 3672320",
+        ),
+        (
+            ["prefer", "--base", "mpt-tiny-chat", "--data", "hh_rlhf"],
+            "`Anthropic/hh-rlhf` is not on this machine",
+            "parameters 3672320",
+        ),
+        (
+            ["finetune", "--base", "mpt-tiny-chat", "--data", "{shards}"],
+            "`{shards}` has its shards behind a URL",
+            "parameters 3672320",
+        ),
+        (
+            ["finetune", "--base", "mpt-tiny-chat", "--data", "a.mix.json"],
+            "`{shards}` has its shards behind a URL",
+            "parameters 3672320",
+        ),
     ],
 )
 def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
@@ -236,8 +259,13 @@ def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    monkeypatch.setenv("MPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    mds.write(tmp_path / "set", [np.arange(8, dtype=np.int32)] * 64)
+    shards = (tmp_path / "set").as_uri()
+    (tmp_path / "a.mix.json").write_text(json.dumps({"sources": {"a": {"path": shards, "weight": 1}}}))
+    command, missing = [word.format(shards=shards) for word in command], missing.format(shards=shards)
     asked: list[Any] = []
 
     def snapshot(*where: Any, local_files_only: bool, **_: Any) -> str:
@@ -250,7 +278,7 @@ def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
     with caplog.at_level("INFO"):
         assert run_cli(monkeypatch, *command, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert f"not counted: {missing} is not on this machine" in printed
+    assert f"not counted: {missing}" in printed and not (tmp_path / "cache").exists()
     assert known in printed and "memory_gb" in printed and ("steps 7" in printed) == ("--steps" in command)
     assert asked == [] and "downloading" not in caplog.text
 
@@ -259,6 +287,7 @@ def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
     ("command", "said"),
     [
         (["finetune", "--base", "mpt-tiny", "--data", "owner/set"], "give --prompt-style"),
+        (["finetune", "--base", "mpt-tiny", "--data", "file:///a/set"], "give --prompt-style"),
         (["pretrain", "--data", "a.txt", "--tokenizer", "mpt-7b"], "`mpt-7b` is not on this machine, and --dry-run"),
     ],
 )
