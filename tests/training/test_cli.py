@@ -388,6 +388,16 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(
         assert f"`{name}` holds no tokenizer (tokenizer.json or tokenizer.model" in capsys.readouterr().err
 
 
+def test_a_pictures_ending_may_be_in_capitals(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "steps": 1, "loss": 1.0, "tokens": 1}\n')
+    assert run_cli(monkeypatch, "plot", str(tmp_path), "--out", str(tmp_path / "a.PNG")) == 0
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG\r\n")
+    assert run_cli(monkeypatch, "plot", str(tmp_path), "--out", str(tmp_path / "a.TABLE")) == 2
+    assert "a.TABLE` is no picture's name; end it in ." in capsys.readouterr().err
+
+
 def test_a_typo_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
