@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_in_a_log_a_long_task_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 4.0, 11.0, 13.0, 30.5])
-    monkeypatch.setattr(show.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(show, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with show.progress("piqa") as report:
         for done in (10, 20, 30, 40):
             report(done, 40)
@@ -56,7 +57,7 @@ def test_in_a_log_a_long_task_says_how_far_it_is(
 
 def test_what_is_over_at_once_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter([0.0, 0.5])
-    monkeypatch.setattr(show.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(show, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with show.progress("piqa") as report:
         report(4, 4)
     with show.progress("another rank", is_shown=False) as report:
