@@ -353,7 +353,9 @@ def test_the_readmes_finetune_says_where_its_set_belongs_and_trains_when_it_is_t
     "command",
     [
         ["evaluate", "someone/x"],
+        ["finetune", "--base", "someone/x", "--data", "my.jsonl"],
         ["finetune", "--base", "someone/x", "--data", "my.jsonl", "--prompt-style", "instruct"],
+        ["prefer", "--base", "someone/x", "--data", "my.jsonl"],
         ["pretrain", "--data", "my.jsonl", "--tokenizer", "someone/x"],
     ],
     ids=" ".join,
