@@ -40,6 +40,8 @@ def check_tokenizer(name: str) -> None:
     from mpt.tokenizer import FILES, tokenizer_files
 
     folder = Path(name).expanduser()
+    if tokenizer_files(folder):
+        return
     place = folder if folder.is_dir() and name not in CATALOG else look_up(name)
     if place is not None and place.is_dir() and not tokenizer_files(place):
         raise CheckpointNotFound(f"`{place}` holds no tokenizer ({' or '.join(FILES)}); give a folder that holds one")

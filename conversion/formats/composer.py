@@ -198,9 +198,7 @@ def _lists(tree: Any) -> Any:
 
 
 # What peft calls the parts of a matrix with adapters: frozen, A and B, behind which the adapter's name may stand.
-_PART = re.compile(
-    r"(?P<matrix>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)"
-)
+_PART = re.compile(r"(?P<matrix>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
 _MERGING = (
     "merge what is wanted into the base with peft's `merge_and_unload`, save that as a Hugging Face folder, and "
     "convert the folder"

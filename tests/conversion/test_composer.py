@@ -259,5 +259,5 @@ def test_adapters_that_cannot_be_added_are_named(tmp_path: Path) -> None:
         open_source(save(tmp_path / "dora.pt", dora))
     second = {name.replace(".default.", ".my-other."): tensor for name, tensor in made.items() if ".lora_" in name}
     both = state | {"model": state["model"] | second}
-    with pytest.raises(UnsupportedConfig, match="both.pt` holds the adapters `default`, `my-other`; supported: one"):
+    with pytest.raises(UnsupportedConfig, match=r"both.pt` holds the adapters `default`, `my-other`; supported: one"):
         open_source(save(tmp_path / "both.pt", both))

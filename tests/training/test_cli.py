@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training import batches, cli, loop, recipes
+from mpt.errors import CheckpointNotFound
+from training import batches, checks, cli, loop, recipes
 from training.data import hub, mds
 from training.data.hub import HubSet
 from training.run import Lora, Run
@@ -388,6 +389,14 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(
     for name in ("empty", "model"):
         assert run_cli(monkeypatch, "pretrain", "--data", "a.txt", "--tokenizer", name) == 2
         assert f"`{name}` holds no tokenizer (tokenizer.json or tokenizer.model" in capsys.readouterr().err
+    monkeypatch.setenv("MPT_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "mpt-7b").mkdir(parents=True)
+    (tmp_path / "home" / "mpt-7b" / "config.json").write_text('{"model_type": "mpt"}')
+    with pytest.raises(CheckpointNotFound, match="home/mpt-7b` holds no tokenizer"):
+        checks.check_tokenizer("mpt-7b")
+    (tmp_path / "mpt-7b").mkdir()
+    (tmp_path / "mpt-7b" / "tokenizer.json").write_text("{}")
+    checks.check_tokenizer("mpt-7b")  # the folder here is what `vocabulary.find` takes
 
 
 def test_a_pictures_ending_may_be_in_capitals(
