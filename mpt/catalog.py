@@ -167,15 +167,34 @@ def resolve(name_or_path: str | Path) -> Path:
     place = find_local(given)
     if place is not None:
         return place
-    entry = _known(given)
-    repo_id = entry.repo_id if entry else given if _REPO_ID.fullmatch(given) else None
-    if repo_id is not None and is_offline.get():
+    repo_id = _repository(given)
+    if is_offline.get():
         raise CheckpointNotFound(f"`{given}` is not on this machine, and --dry-run downloads nothing")
-    if repo_id is not None:
-        return _download(given, repo_id)
-    if entry is not None:
+    return _download(given, repo_id)
+
+
+def look_up(name_or_path: str | Path) -> Path | None:
+    """The place of a checkpoint on this machine, None for one that `resolve` would download; never does so itself.
+
+    Raises CheckpointNotFound for what `resolve` refuses without asking the hub.
+    """
+    given = str(name_or_path)
+    place = find_local(given)
+    if place is None:
+        _repository(given)
+    return place
+
+
+def _repository(given: str) -> str:
+    """Where the hub has what is not on this machine. Raises CheckpointNotFound for what is no name of the hub."""
+    entry = _known(given)
+    if entry is None and _REPO_ID.fullmatch(given):
+        return given
+    if entry is None:
+        raise CheckpointNotFound(_not_found(given))
+    if entry.repo_id is None:
         raise CheckpointNotFound(f"`{given}` is not in this installation ({_TINY / given}); make it with `make tiny`")
-    raise CheckpointNotFound(_not_found(given))
+    return entry.repo_id
 
 
 def find_local(name_or_path: str | Path) -> Path | None:
@@ -387,6 +406,11 @@ def _gone(given: str, repo_id: str, what: str) -> str:
 def _not_found(given: str) -> str:
     if given.startswith(("/", ".", "~")):
         return f"`{given}` does not exist; give the folder that holds a checkpoint's config.json and weights"
+    if _REPO_ID.fullmatch(given):
+        return (
+            f"no checkpoint `{given}` on this machine, so what it is is not known; give a folder with a config.json, "
+            f"or fetch the hub's with `hf download {given}`"
+        )
     close = get_close_matches(given, CATALOG, n=1)
     if close:
         return f"no checkpoint `{given}`; did you mean `{close[0]}`?"

@@ -72,7 +72,8 @@ def open_lora(folder: Path) -> LoraFolder:
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointNotFound(f"`{folder}` has no adapter_config.json; give a folder that peft saved")
-    rank, scale, base = settings(read_json(file), folder)
+    merging = f"merge it into its base, and use that: train export {folder} --merge --out FOLDER"
+    rank, scale, base = settings(read_json(file), folder, merging)
     if not (folder / "adapter_model.safetensors").is_file() and has_model(folder):
         raise UserError(f"`{folder}` holds a whole model, with its adapters merged; use it as a model")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -80,8 +81,11 @@ def open_lora(folder: Path) -> LoraFolder:
     return LoraFolder(folder, rank, scale, base)
 
 
-def settings(config: Mapping[str, Any], where: Path) -> tuple[int, float, str | None]:
-    """Rank, scale and base of plain LoRA by peft's configuration. Raises DamagedFile, UnsupportedConfig."""
+def settings(config: Mapping[str, Any], where: Path, merging: str) -> tuple[int, float, str | None]:
+    """Rank, scale and base of plain LoRA by peft's configuration. merging: what to do with an adapter of another kind.
+
+    Raises DamagedFile, UnsupportedConfig.
+    """
     try:
         kind, rank, alpha = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
         base = config.get("base_model_name_or_path")
@@ -90,10 +94,7 @@ def settings(config: Mapping[str, Any], where: Path) -> tuple[int, float, str | 
     if kind != "LORA":
         raise UnsupportedConfig(f"`{where}` is a {kind} adapter; supported: LORA")
     if config.get("use_dora"):  # its factors multiply the base's products too, which a pair beside them cannot
-        raise UnsupportedConfig(
-            f"`use_dora` of the adapter in `{where}` is true; merge it into its base, and use that: "
-            f"train export {where} --merge --out FOLDER"
-        )
+        raise UnsupportedConfig(f"`use_dora` of the adapter in `{where}` is true; {merging}")
     for key, value in _ONLY_AT.items():
         if config.get(key) not in (None, value):
             raise UnsupportedConfig(f"`{key}` of the adapter is {config[key]!r}; supported: {value!r}")

@@ -60,7 +60,7 @@ def with_adapters(base: dict[str, Any], adapters: list[str]) -> list[dict[str, A
 def card_of(name: str, model: ModelOptions) -> dict[str, Any]:
     """The entry of a model from its files: it may not be loaded, or have no replica, now. Raises MPTError."""
     root = Address.parse(model.root).checkpoint if model.is_remote else model.root
-    entry, architecture = describe(root), read_architecture(resolve(root))
+    architecture, entry = read_architecture(resolve(root)), describe(root)  # in this order: resolve may fetch it
     return card(
         name,
         name if model.is_remote else root,

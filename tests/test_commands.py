@@ -1,8 +1,9 @@
 """Every command of ours that README and docs show is understood, and those that need no server and no GPUs are run.
 
 A command is run as it is shown, after those before it on its page, in a folder where the names it uses stand for small
-things: `mpt-7b` for mpt-tiny, `books/` for a page of text. What a page says that a command prints, it prints. The loss
-that a run prints depends on the processor, so there it is the loss that falls and the answer that is right.
+things: `mpt-7b` for mpt-tiny, `books/` for a page of text. What a command prints is compared with its page for the
+plans in `PRINTS` and for README's answer. The loss that a run prints depends on the processor, so there it is the loss
+that falls and the answer that is right. New weights are not trained: the run that would begin is looked at.
 """
 
 import io
@@ -78,7 +79,7 @@ def _pages_of(command: Any, name: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("program", ["mpt", "train"])
 def test_help_names_values_in_words(program: str) -> None:
     for name, text in _pages_of(_command(program), program):
-        assert not re.search(r"<(int|float|str|path|list)\b|list\[|\{", text.partition("\n\n")[0] + text), name
+        assert not re.search(r"<(int|float|str|path|list)\b|list\[|\{", text), name
 
 
 # -- run -----------------------------------------------------------------------------------------------------------
@@ -96,11 +97,26 @@ NOT_RUN = {
     r"ultrachat_200k|my/folder:test": "tests/training/data/test_layout.py",
     r"train prefer --base my-chat": "tests/training/preferences",
 }
-# What a page says that a command prints: its comment, or the block behind it.
+# What a command prints, of what its page says in the comment or the block behind it.
 PRINTS = {
     "train plan --recipe mpt_7b_released --gpu a100-40 --gpus 440": ["9.1 days", "$191,157"],
     "train plan --recipe instruct --rows 59310 --padded": ["2.4 hours", "$38"],
 }
+
+
+@pytest.mark.parametrize("pattern", NOT_RUN)
+def test_what_is_not_run_is_shown(pattern: str) -> None:
+    assert any(re.search(pattern, line) for _, line in SHOWN)
+
+
+@pytest.mark.parametrize("command", PRINTS)
+def test_what_is_compared_is_shown_and_run(command: str) -> None:
+    assert command in {bare(line) for _, line in SHOWN if is_run(line)}
+
+
+def bare(line: str) -> str:
+    """Without the comment, and where the program lies."""
+    return line.removeprefix(".venv/bin/").partition(" #")[0]
 
 
 def is_run(line: str) -> bool:
@@ -180,8 +196,8 @@ def test_the_commands_of_a_page_run_and_print_what_it_says(
         is_plan = " plan " in line  # of the published sizes, not of what stands for them here
         monkeypatch.setenv("MPT_HOME", str(here / ("none" if is_plan else "home")))
         out, err = run(line, monkeypatch)
-        command, _, comment = line.removeprefix(".venv/bin/").partition(" #")
-        said = PRINTS.get(command, [])
+        comment = line.partition(" #")[2]
+        said = PRINTS.get(bare(line), [])
         assert all(each in out for each in said), out
         assert not comment or all(each in comment for each in said), line
         if "capitals.jsonl" in line:
@@ -189,6 +205,11 @@ def test_the_commands_of_a_page_run_and_print_what_it_says(
             assert losses[-1] < 0.01 < 1 < losses[0], err
         if line.startswith(".venv/bin/mpt generate --model runs/mine"):
             assert out in text and out.strip() == "The capital of Japan is Tokyo."
+        if " pretrain " in line:
+            begun, words = trained[-1], words_of(line)
+            assert begun.base is None and {"--data", begun.data, "--tokenizer", begun.tokenizer} <= {*words}, begun
+            # MPT-125M's shape in llm-foundry's yaml.
+            assert [begun.model[key] for key in ("d_model", "n_heads", "n_layers")] == [768, 12, 12]
     if page.name == "training.md":
         assert (here / "my-model" / "model.safetensors").is_file()
         assert (here / "runs" / "mpt-7b-dolly_hhrlhf" / "curves.png").is_file()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpt.errors import UserError
+from mpt.errors import CheckpointNotFound, UserError
 
 
 def check_run(changes: Mapping[str, Any]) -> None:
@@ -25,24 +25,26 @@ def check_run(changes: Mapping[str, Any]) -> None:
 
 
 def check_base(name: str) -> None:
-    """Raises MPTError for a checkpoint that nobody knows, and for one on this machine that is no MPT."""
+    """Raises MPTError for what is neither here nor a name of the hub, and for a checkpoint here that is no MPT."""
     from mpt.architecture import read_architecture
-    from mpt.catalog import describe, find_local
+    from mpt.catalog import look_up
 
-    describe(name)
-    place = find_local(name)
+    place = look_up(name)
     if place is not None:
         read_architecture(place)
 
 
 def check_tokenizer(name: str) -> None:
-    """Raises MPTError for a folder without a tokenizer, and for a name that nobody knows; nothing is downloaded."""
-    from mpt.catalog import describe
-    from training.vocabulary import FILES
+    """Raises MPTError for a folder without a tokenizer, and for what is neither here nor a name of the hub."""
+    from mpt.catalog import CATALOG, look_up
+    from mpt.tokenizer import FILES, tokenizer_files
 
     folder = Path(name).expanduser()
-    if not any((folder / file).is_file() for file in FILES):
-        describe(name)
+    if tokenizer_files(folder):
+        return
+    place = folder if folder.is_dir() and name not in CATALOG else look_up(name)
+    if place is not None and place.is_dir() and not tokenizer_files(place):
+        raise CheckpointNotFound(f"`{place}` holds no tokenizer ({' or '.join(FILES)}); give a folder that holds one")
 
 
 def check_folder(out: Path) -> None:

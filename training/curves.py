@@ -44,10 +44,11 @@ def save(figure: Any, path: Path) -> Path:
     """Write a picture whole or not at all, as a PNG where its name says nothing else. Raises UserError."""
     path = path if path.suffix else path.with_suffix(".png")
     known = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in known:
         raise UserError(f"`{path}` is no picture's name; end it in .{', .'.join(known)}")
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, format=path.suffix.removeprefix("."))
+        figure.savefig(partial, dpi=110, format=kind)
     return path
 
 

@@ -133,12 +133,12 @@ def style_of(name: str, columns: str | None = None) -> tuple[PromptStyle, str]:
         return DATASETS[name].style, f"`{name}` is generated for it"
     if name in hub.SETS:
         return hub.SETS[name].style, f"the rows of `{name}` are made for it"
-    if streams.is_stream(name) and streams.rows_of(name) is None:
-        return "none", f"`{name}` is plain text"
     keys = columns_of.parse(columns) if columns else None
     found: dict[PromptStyle, str] = {}
     unknown = ""
     try:
+        if streams.is_stream(name) and streams.rows_of(name) is None:
+            return "none", f"`{name}` is plain text"
         rows = rows_of(name)
     except hub.NotHere as error:
         raise UserError(f"{error}; its rows decide the prompt style: give --prompt-style too") from error

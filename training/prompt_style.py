@@ -9,9 +9,9 @@ the user's turn (`mpt/prompts.py`). A tokenizer without ChatML's tokens gets the
 from collections.abc import Callable
 from typing import Any
 
-from mpt.catalog import find_local, stated_style
+from mpt.catalog import find_local, resolve, stated_style
 from mpt.checkpoint_text import open_tokenizer
-from mpt.errors import UserError
+from mpt.errors import CheckpointNotFound, UserError
 from mpt.prompts import PROMPT_STYLES, PromptStyle
 from mpt.tokenizer import CHATML_END, CHATML_START
 from training import batches, datasets, recipes, vocabulary
@@ -37,7 +37,11 @@ def _decide(run: Run, recipe: str, given: PromptStyle | None, style_of: StyleOf 
         return given, "given by --prompt-style" if run.chat_template is None else "given by --chat-template"
     if recipe in recipes.FINETUNES and recipes.FINETUNES[recipe].fixes_style:
         return run.prompt_style, f"part of the recipe `{recipe}`"
-    stated = stated_style(str(run.base))
+    base = str(run.base)
+    try:
+        stated = stated_style(base)
+    except CheckpointNotFound:  # nothing is known of what no catalog has before it is here
+        stated = stated_style(resolve(base))
     if stated is not None and stated[0] != "none":  # `none`: trained on text alone, so the rows decide
         style, source = stated
         return style, f"the base's own, from {source}"

@@ -1,10 +1,14 @@
 """Shows on stderr how far a command is: a bar on a terminal, lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -26,28 +30,8 @@ def steps() -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield _lines()
         return
-    with ExitStack() as stack:
-        yield _bar(stack)
-
-
-def _lines() -> Report:
-    """Prints the first steps of a start, then every tenth, and the last."""
-    n_seen = 0
-
-    def show(metrics: dict[str, Any]) -> None:
-        nonlocal n_seen
-        step = int(metrics["step"])
-        n_seen = 1 if step == 1 else n_seen + 1
-        if n_seen <= _FIRST_STEPS or step % _EVERY_STEPS == 0 or step == metrics["steps"]:
-            told = " ".join(f"{key} {metrics[key]:.6g}" for key in _SHOWN if key in metrics)
-            print(told, file=sys.stderr, flush=True)
-
-    return show
-
-
-def _bar(stack: ExitStack) -> Report:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -55,24 +39,46 @@ def _bar(stack: ExitStack) -> Report:
         TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=Console(stderr=True))
-    task: TaskID | None = None
-    last = 0
+    bars = Progress(*columns, console=Console(stderr=True))
+    try:
+        yield _bar(bars)
+    finally:
+        bars.stop()
+
+
+def _lines() -> Report:
+    """Prints the first steps of a start, then every tenth, and the last."""
+    n_seen = last = 0
 
     def show(metrics: dict[str, Any]) -> None:
-        nonlocal task, last
-        step, n_steps = int(metrics["step"]), int(metrics["steps"])
-        if task is None:
-            stack.enter_context(progress)
-        if task is None or step <= last:  # another run, or the same gone back: its speed begins anew
-            if task is not None:
-                progress.remove_task(task)
-            task = progress.add_task("train", completed=step - 1, total=n_steps, told="")
+        nonlocal n_seen, last
+        step = int(metrics["step"])
+        n_seen = 1 if step <= last else n_seen + 1  # another run, or the same gone back
         last = step
+        if n_seen <= _FIRST_STEPS or step % _EVERY_STEPS == 0 or step == metrics["steps"]:
+            told = " ".join(f"{key} {metrics[key]:.6g}" for key in _SHOWN if key in metrics)
+            print(told, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _bar(bars: "Progress") -> Report:
+    last = math.inf  # so the first step begins a bar
+
+    def show(metrics: dict[str, Any]) -> None:
+        nonlocal last
+        step, n_steps = int(metrics["step"]), int(metrics["steps"])
+        if step <= last:  # another run, or the same gone back: its speed begins anew
+            for before in bars.task_ids:
+                bars.remove_task(before)
+            bars.add_task("train", completed=step - 1, total=n_steps, told="")
+            bars.start()
+        last = step
+        (bar,) = bars.task_ids
         if "loss" in metrics:  # not in a step that is passed over
             told = f"loss {metrics['loss']:.3f}  {metrics.get('tokens_per_s', 0.0):,.0f} tokens/s"
-            progress.update(task, told=told)
-        progress.update(task, completed=step, total=n_steps)
+            bars.update(bar, told=told)
+        bars.update(bar, completed=step, total=n_steps)
 
     return show
 

@@ -198,7 +198,11 @@ def _lists(tree: Any) -> Any:
 
 
 # What peft calls the parts of a matrix with adapters: frozen, A and B, behind which the adapter's name may stand.
-_PART = re.compile(r"(?P<matrix>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.\w+)?\.(?P<kind>weight|bias)")
+_PART = re.compile(r"(?P<matrix>.+)\.(?P<part>base_layer|lora_A|lora_B)(\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
+_MERGING = (
+    "merge what is wanted into the base with peft's `merge_and_unload`, save that as a Hugging Face folder, and "
+    "convert the folder"
+)
 
 
 def _with_adapters(
@@ -206,22 +210,27 @@ def _with_adapters(
 ) -> tuple[dict[str, Lazy], int]:
     """The tensors of a run that trained LoRA, each pair added to its matrix, and how many pairs there are.
 
-    Raises UnsupportedConfig where only the pairs were saved, and for another kind of adapter; DamagedFile.
+    Raises UnsupportedConfig where only the pairs were saved, for several adapters, and for another kind; DamagedFile.
     """
     whole: dict[str, Lazy] = {}
     pairs: dict[str, dict[str, Lazy]] = {}
+    adapters: set[str] = set()
     for name, tensor in found.items():
         part = _PART.fullmatch(name)
         if part is None or part["part"] == "base_layer":
             whole[name if part is None else f"{part['matrix']}.{part['kind']}"] = tensor
         else:
             pairs.setdefault(f"{part['matrix']}.weight", {})[part["part"]] = tensor
+            adapters.add(part["adapter"] or "")
     if not pairs:
         return whole, 0
+    if len(adapters) > 1:
+        named = ", ".join(f"`{name}`" for name in sorted(adapters))
+        raise UnsupportedConfig(f"`{path}` holds the adapters {named}; supported: one; {_MERGING}")
     model = integration.get("model")
     described = model.get("peft_config") if isinstance(model, Mapping) else None
     content = described.get("content") if isinstance(described, Mapping) else None
-    rank, scale, base = settings(content if isinstance(content, Mapping) else {}, path)
+    rank, scale, base = settings(content if isinstance(content, Mapping) else {}, path, _MERGING)
     if not whole:
         raise UnsupportedConfig(
             f"`{path}` holds the adapters of a LoRA run and not the weights of its base, `{base}`; save the run with "

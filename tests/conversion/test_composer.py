@@ -255,5 +255,9 @@ def test_adapters_that_cannot_be_added_are_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match=r"the adapter of .*Wqkv.weight. in .* is no pair of rank 2"):
         open_source(save(tmp_path / "half.pt", half))
     dora, _ = lora_state(source, use_dora=True)
-    with pytest.raises(UnsupportedConfig, match="use_dora"):
+    with pytest.raises(UnsupportedConfig, match=r"`use_dora` of .*dora.pt` is true; merge .* with peft's `merge_and_u"):
         open_source(save(tmp_path / "dora.pt", dora))
+    second = {name.replace(".default.", ".my-other."): tensor for name, tensor in made.items() if ".lora_" in name}
+    both = state | {"model": state["model"] | second}
+    with pytest.raises(UnsupportedConfig, match=r"both.pt` holds the adapters `default`, `my-other`; supported: one"):
+        open_source(save(tmp_path / "both.pt", both))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mpt import catalog
-from mpt.catalog import CATALOG, Entry, describe, find_local, resolve
+from mpt.catalog import CATALOG, Entry, describe, find_local, look_up, resolve
 from mpt.errors import CheckpointNotFound, DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
 from tests.in_process import answering
@@ -144,10 +144,21 @@ def test_a_partly_downloaded_snapshot_is_not_taken(tmp_path: Path, files: list[s
 def test_what_is_not_there_is_said_with_the_next_step(tmp_path: Path, given: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.gguf").write_bytes(b"")
-    with pytest.raises((CheckpointNotFound, DamagedFile)) as error:
-        resolve(given)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    for find in (resolve, look_up):
+        with pytest.raises((CheckpointNotFound, DamagedFile)) as error:
+            find(given)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_names_of_the_hub_are_known_before_they_are_fetched(tmp_path: Path) -> None:
+    assert look_up("someone/mpt-7b") is None and look_up("mpt-7b") is None
+    cached = make_cached(tmp_path / "hub", "someone/mpt-7b")
+    assert look_up("someone/mpt-7b") == cached
+    with pytest.raises(CheckpointNotFound, match="make tiny"):
+        look_up("mpt-tiny")
+    with pytest.raises(CheckpointNotFound, match="`hf download someone/else`"):
+        describe("someone/else")
 
 
 class Hub(ThreadingHTTPServer):

@@ -22,13 +22,14 @@ import mpt
 from mpt.config import MPTConfig
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.room import room_for
-from mpt.errors import UserError
+from mpt.errors import MPTError, UserError
 from mpt.generation import generate
 from mpt.memory import Memory
 from mpt.options import ModelOptions
 from serving import cli
 from serving.api import shapes
 from serving.app import make_app
+from serving.cards import card_of
 from serving.cluster.options import TINY, ClusterOptions, read_args
 from serving.endpoints import Serving
 from serving.lifecycle import _for_clients
@@ -119,6 +120,16 @@ async def sample(client: httpx.AsyncClient, line: str) -> float | None:
     """A sample of /metrics, None where there is none."""
     found = [text for text in (await client.get("/metrics")).text.splitlines() if text.startswith(f"{line} ")]
     return float(found[0].rpartition(" ")[2]) if found else None
+
+
+def test_for_its_card_a_model_that_no_catalog_has_is_fetched(monkeypatch, tmp_path):
+    def snapshot(repo_id: str, **_: object) -> str:
+        raise OSError(f"no room for {repo_id}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    with pytest.raises(MPTError, match="no room for someone/x"):
+        card_of("served", ModelOptions(root="someone/x"))
 
 
 # -- loaded when asked for ---------------------------------------------------------------------------------------------

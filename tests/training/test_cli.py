@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from training import batches, cli, loop, recipes
-from training.data import hub
+from mpt.errors import CheckpointNotFound
+from training import batches, checks, cli, loop, recipes
+from training.data import hub, mds
 from training.data.hub import HubSet
 from training.run import Lora, Run
 
@@ -226,9 +228,31 @@ def test_a_set_in_a_table_is_known_to_data(
 @pytest.mark.parametrize(
     ("command", "missing", "known"),
     [
-        (["finetune", "--base", "mpt-7b", "--data", "my.jsonl", "--steps", "7"], "`mpt-7b`", "parameters 6649286656"),
-        (["finetune", "--base", "mpt-tiny", "--data", "dolly_hhrlhf"], "`mosaicml/dolly_hhrlhf`", "parameters 3672320"),
-        (["prefer", "--base", "mpt-tiny-chat", "--data", "hh_rlhf"], "`Anthropic/hh-rlhf`", "parameters 3672320"),
+        (
+            ["finetune", "--base", "mpt-7b", "--data", "my.jsonl", "--steps", "7"],
+            "`mpt-7b` is not on this machine",
+            "parameters 6649286656",
+        ),
+        (
+            ["finetune", "--base", "mpt-tiny", "--data", "dolly_hhrlhf"],
+            "`mosaicml/dolly_hhrlhf` is not on this machine",
+            "parameters 3672320",
+        ),
+        (
+            ["prefer", "--base", "mpt-tiny-chat", "--data", "hh_rlhf"],
+            "`Anthropic/hh-rlhf` is not on this machine",
+            "parameters 3672320",
+        ),
+        (
+            ["finetune", "--base", "mpt-tiny-chat", "--data", "{shards}"],
+            "`{shards}` has its shards behind a URL",
+            "parameters 3672320",
+        ),
+        (
+            ["finetune", "--base", "mpt-tiny-chat", "--data", "a.mix.json"],
+            "`{shards}` has its shards behind a URL",
+            "parameters 3672320",
+        ),
     ],
 )
 def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
@@ -236,8 +260,13 @@ def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    monkeypatch.setenv("MPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    mds.write(tmp_path / "set", [np.arange(8, dtype=np.int32)] * 64)
+    shards = (tmp_path / "set").as_uri()
+    (tmp_path / "a.mix.json").write_text(json.dumps({"sources": {"a": {"path": shards, "weight": 1}}}))
+    command, missing = [word.format(shards=shards) for word in command], missing.format(shards=shards)
     asked: list[Any] = []
 
     def snapshot(*where: Any, local_files_only: bool, **_: Any) -> str:
@@ -250,7 +279,7 @@ def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
     with caplog.at_level("INFO"):
         assert run_cli(monkeypatch, *command, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert f"not counted: {missing} is not on this machine" in printed
+    assert f"not counted: {missing}" in printed and not (tmp_path / "cache").exists()
     assert known in printed and "memory_gb" in printed and ("steps 7" in printed) == ("--steps" in command)
     assert asked == [] and "downloading" not in caplog.text
 
@@ -259,6 +288,7 @@ def test_a_dry_run_downloads_nothing_and_says_what_is_not_known(
     ("command", "said"),
     [
         (["finetune", "--base", "mpt-tiny", "--data", "owner/set"], "give --prompt-style"),
+        (["finetune", "--base", "mpt-tiny", "--data", "file:///a/set"], "give --prompt-style"),
         (["pretrain", "--data", "a.txt", "--tokenizer", "mpt-7b"], "`mpt-7b` is not on this machine, and --dry-run"),
     ],
 )
@@ -318,6 +348,65 @@ def test_the_readmes_finetune_says_where_its_set_belongs_and_trains_when_it_is_t
     (folder / "train.jsonl").write_text('{"prompt": "Say yes.", "response": "yes"}\n' * 48)
     assert run_cli(monkeypatch, *command) == 0
     assert (tmp_path / "mine" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "someone/x"],
+        ["finetune", "--base", "someone/x", "--data", "my.jsonl"],
+        ["finetune", "--base", "someone/x", "--data", "my.jsonl", "--prompt-style", "instruct"],
+        ["prefer", "--base", "someone/x", "--data", "my.jsonl"],
+        ["pretrain", "--data", "my.jsonl", "--tokenizer", "someone/x"],
+    ],
+    ids=" ".join,
+)
+def test_a_repository_that_no_catalog_has_is_fetched(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def snapshot(repo_id: str, **_: Any) -> str:
+        asked.append(repo_id)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setenv("MPT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert run_cli(monkeypatch, *command) == 5
+    assert asked == ["someone/x"] and "downloading `someone/x` failed" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "mpt"}')
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a text")
+    for name in ("empty", "model"):
+        assert run_cli(monkeypatch, "pretrain", "--data", "a.txt", "--tokenizer", name) == 2
+        assert f"`{name}` holds no tokenizer (tokenizer.json or tokenizer.model" in capsys.readouterr().err
+    monkeypatch.setenv("MPT_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "mpt-7b").mkdir(parents=True)
+    (tmp_path / "home" / "mpt-7b" / "config.json").write_text('{"model_type": "mpt"}')
+    with pytest.raises(CheckpointNotFound, match="home/mpt-7b` holds no tokenizer"):
+        checks.check_tokenizer("mpt-7b")
+    (tmp_path / "mpt-7b").mkdir()
+    (tmp_path / "mpt-7b" / "tokenizer.json").write_text("{}")
+    checks.check_tokenizer("mpt-7b")  # the folder here is what `vocabulary.find` takes
+
+
+def test_a_pictures_ending_may_be_in_capitals(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "steps": 1, "loss": 1.0, "tokens": 1}\n')
+    assert run_cli(monkeypatch, "plot", str(tmp_path), "--out", str(tmp_path / "a.PNG")) == 0
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG\r\n")
+    assert run_cli(monkeypatch, "plot", str(tmp_path), "--out", str(tmp_path / "a.TABLE")) == 2
+    assert "a.TABLE` is no picture's name; end it in ." in capsys.readouterr().err
 
 
 def test_a_typo_is_one_line_and_exit_code_2(

@@ -82,7 +82,7 @@ _DIES_IN_A_SAVE = """
 import os, sys, training.checkpoint
 from pathlib import Path
 from training import loop
-from training.run import Lora, Run
+from training.run import Run
 
 def die(folder, entries):  # every shard is there, one of them cut short, and the manifest is not
     if entries["step"] == 10:

@@ -93,7 +93,8 @@ def kind_of(value: Any) -> str:
         return "NaN" if math.isnan(value) else "infinite"
     if isinstance(value, int | float):
         return "a number"
-    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    known = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+    return known.get(type(value), f"a {type(value).__name__}")
 
 
 def _part(part: Any, what: str) -> str:

@@ -19,9 +19,10 @@ import fsspec
 import numpy as np
 
 from mpt.bounded import parse_json, read_text
+from mpt.catalog import is_offline
 from mpt.errors import DamagedFile, UserError
 from mpt.tokenizer import Tokenizer
-from training.data import cache, mds
+from training.data import cache, hub, mds
 from training.data.files import RawSet
 from training.data.order import Order
 from training.data.rows import Sample
@@ -124,9 +125,11 @@ class Source:
     """A folder or URL of MDS shards."""
 
     def __init__(self, path: str) -> None:
-        """Raises UserError."""
+        """Raises UserError, and `hub.NotHere` for a URL while nothing is downloaded."""
         self.path = path
         self._remote = Remote(path) if "://" in path else None
+        if self._remote is not None and is_offline.get():
+            raise hub.NotHere(f"`{path}` has its shards behind a URL, and --dry-run downloads nothing")
         self._limit = cache.limit()
         if self._remote is None:
             self._folder = Path(path).expanduser()

@@ -101,6 +101,7 @@ def test_a_pair_is_two_judged_answers(tokenizer: Tokenizer) -> None:
         ({"prompt": "Hi", "response": "Yes"}, "keys prompt, response; needed: prompt, chosen and rejected"),
         ({"prompt": "Hi", "chosen": "", "rejected": "No"}, "empty"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "No"}, "must be a text, a message, or a list of messages"),
+        ({"prompt": "Hi", "chosen": ["Yes"], "rejected": "No"}, "a list of messages; here is a text"),
         ({"chosen": [USER, YES], "rejected": [USER, YES, USER, NO, USER]}, "must be the assistant's"),
         ("no JSON", "not JSON|an object is needed"),
         ([1], "a row is a list; an object is needed"),
