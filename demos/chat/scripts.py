@@ -3,6 +3,7 @@
 Conversations are saved there and nowhere else.
 """
 
+ID = "conversation-id"  # of the element that holds the id of the conversation on the page
 # Made in the browser: the conversation needs no file on the server to become one here.
 DOWNLOAD = """([name, text]) => {
     const link = document.createElement("a");
@@ -31,15 +32,17 @@ SAVE = f"""(turns, conversation, system) => {{{STORE}
     const kept = conversation && turns.length ? [entry, ...others] : others;
     kept.length = Math.min(kept.length, 30);
     write(kept);
-    window.mptOpen = conversation;
     return [kept];
 }}"""
-# Of the thread's own script: what has come of an answer is kept when the tab is left in the middle of it.
+# Of the thread's own script: what has come of an answer is kept when the tab is left in the middle of it. The id is read
+# where the page holds it, and only what goes on from the saved turns replaces them.
 KEEP = f"""{STORE}
 addEventListener("pagehide", () => {{
-    const kept = read(), entry = kept.find((each) => each.id === window.mptOpen);
-    if (entry && props.value.length > entry.turns.length) {{
-        entry.turns = plain(props.value);
+    const conversation = document.querySelector("#{ID} :is(textarea, input)").value, turns = plain(props.value);
+    const kept = read(), entry = kept.find((each) => each.id === conversation);
+    const goesOn = (turn, n) => turn.role === turns[n]?.role && turn.content === turns[n].content;
+    if (entry && turns.length > entry.turns.length && entry.turns.every(goesOn)) {{
+        entry.turns = turns;
         write(kept);
     }}
 }});
