@@ -71,9 +71,25 @@ async def test_trouble_is_a_note_and_keeps_what_was_said(scripted: Any, text: st
 
 async def test_base_models_alone_are_refused_in_a_sentence(scripted: Any) -> None:
     scripted.style = "none"
-    [_, line] = await what_is_served(Server(scripted.url), presenter.chat_models, [None])
+    [picker, line, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, [None], ["one"])
+    assert (picker, listed) == (gr.skip(), ["one"])
     sentence = "The server serves base models only, which continue text and do not chat."
     assert line == f'<p class="mpt-state down" role="alert">{sentence}</p>'
+
+
+async def test_an_open_page_offers_a_model_that_is_served_later(scripted: Any) -> None:
+    scripted.models = ["one"]
+    [picker, _, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, [None], [])
+    assert (picker.choices, picker.value, listed) == ([("one", "one")], "one", ["one"])
+    [picker, _, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, ["one"], listed)
+    assert (picker, listed) == (gr.skip(), ["one"])  # or an open list would be closed
+    scripted.models = ["zero", "one"]
+    [picker, _, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, ["one"], listed)
+    assert (picker.choices, picker.value) == ([("zero", "zero"), ("one", "one")], "one")
+    assert listed == ["zero", "one"]
+    scripted.models = ["zero"]
+    [picker, *_] = await what_is_served(Server(scripted.url), presenter.chat_models, ["one"], listed)
+    assert (picker.choices, picker.value) == ([("zero", "zero")], "zero")
 
 
 async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
