@@ -431,6 +431,26 @@ def test_base_writes_in_place_and_tells_probabilities(
     expect(box).to_have_value(before)
 
 
+def test_enter_during_a_continuation_is_no_step_to_take_back(scripted: Any, show: Any, open_page: Any) -> None:
+    page = open_page(show("base", scripted.url))
+    box, undo = page.get_by_role("textbox", name="Text"), page.get_by_role("button", name="Undo")
+    page.get_by_text("Server ready").wait_for()
+    for n in (1, 2):  # and it is heard again after an answer
+        box.fill("slow please")
+        box.press("Enter")
+        expect(box).to_have_value(re.compile("word3 "))
+        with page.expect_response(re.compile("/run/predict|/queue/join")):
+            box.press("Enter")
+        expect(box).to_have_value(re.compile("word20 "))
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Continue").wait_for()
+        undo.click()
+        expect(box).to_have_value("slow please")
+        undo.click()
+        expect(page.locator("#numbers")).to_have_text("Nothing to take back.")
+        assert scripted.started == n
+
+
 def test_compare_streams_two_at_once_and_marks_where_they_differ(
     real_server: Any, scripted: Any, show: Any, open_page: Any, screenshot: Any
 ) -> None:
