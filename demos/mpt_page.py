@@ -223,8 +223,13 @@ async def what_is_served(
         for card, name in zip(picked, chosen, strict=True)
     ]
     notes = dict.fromkeys(join([licence_note(card), ABOUT.get(str(card["id"]), "")], " ") for card in picked)
-    line = f'<p class="mpt-state up" role="status"><b>Server ready.</b> {marked(" ".join(notes))}</p>'
+    line = f'<p class="mpt-state" role="status"><b>Server ready.</b> {marked(" ".join(notes))}</p>'
     return [*pickers, line, names]
+
+
+def text_of(sample: list[str]) -> str:
+    """The text of a gr.Dataset's sample that was chosen."""
+    return sample[0]
 
 
 def busy() -> tuple[Any, Any]:
