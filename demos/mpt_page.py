@@ -186,6 +186,7 @@ class Header:
             ]
         self.state = gr.HTML("", elem_id="server", **BARE)
         self._clock = gr.Timer(LOOK_EVERY_S)
+        self._listed = gr.State([])  # the models that the pickers offer
 
     def follow(self, page: gr.Blocks, server: Server, ordered: Callable[[list[Card]], list[Card]]) -> None:
         """Look at what the server serves when the page opens, when a model is picked, and from time to time.
@@ -193,32 +194,42 @@ class Header:
         ordered: the models that the page can use, the best first; it may raise SpaceError, which is shown.
         """
 
-        async def look(*chosen: str | None) -> list[Any]:
-            return await what_is_served(server, ordered, chosen)
+        async def look(listed: list[str], *chosen: str | None) -> list[Any]:
+            return await what_is_served(server, ordered, chosen, listed)
 
         # The tab's own title: of a site with several pages Gradio knows one title only.
         page.load(None, js=f"() => {{ document.title = {page.title!r}; }}")
         for event in (page.load, self._clock.tick, *(picker.input for picker in self.pickers)):
-            event(look, self.pickers, [*self.pickers, self.state], **QUICK)
+            event(look, [self._listed, *self.pickers], [*self.pickers, self.state, self._listed], **QUICK)
 
 
 async def what_is_served(
-    server: Server, ordered: Callable[[list[Card]], list[Card]], chosen: Sequence[str | None]
+    server: Server, ordered: Callable[[list[Card]], list[Card]], chosen: Sequence[str | None], listed: list[str]
 ) -> list[Any]:
-    """What each picker and the line below them become."""
+    """What each picker and the line below them become, and the models that the pickers then list.
+
+    listed: those that they list now.
+    """
     try:
         cards = ordered(await server.models())
     except SpaceError as error:
-        return [gr.skip() for _ in chosen] + [f'<p class="mpt-state down" role="alert">{marked(error.sentence)}</p>']
+        line = f'<p class="mpt-state down" role="alert">{marked(error.sentence)}</p>'
+        return [*(gr.skip() for _ in chosen), line, listed]
     names = [card["id"] for card in cards]
     picked = [cards[names.index(name) if name in names else min(n, len(cards) - 1)] for n, name in enumerate(chosen)]
     # A picker that is open would be closed by an update.
     pickers = [
-        gr.skip() if card["id"] == name else gr.Dropdown(names, value=card["id"])
+        gr.skip() if (card["id"], names) == (name, listed) else gr.Dropdown(names, value=card["id"])
         for card, name in zip(picked, chosen, strict=True)
     ]
     notes = dict.fromkeys(join([licence_note(card), ABOUT.get(str(card["id"]), "")], " ") for card in picked)
-    return [*pickers, f'<p class="mpt-state up" role="status"><b>Server ready.</b> {marked(" ".join(notes))}</p>']
+    line = f'<p class="mpt-state" role="status"><b>Server ready.</b> {marked(" ".join(notes))}</p>'
+    return [*pickers, line, names]
+
+
+def text_of(sample: list[str]) -> str:
+    """The text of a gr.Dataset's sample that was chosen."""
+    return sample[0]
 
 
 def busy() -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """What every Space asks of an OpenAI-style server: models, streams that can be stopped, errors as sentences.
 
-It is not about pages (that is `mpt_page.py`), and there is no Gradio in it. Both files are copied beside each Space's
+It is not about pages (that is `mpt_page.py`), and there is no Gradio in it. The file is copied beside each Space's
 `app.py`. The server may be `mpt serve`, a cluster or anybody's: what only ours offers (`/tokenize`, `prompt_style`,
 `licence`, reading progress) is used where it is there.
 """

@@ -1,7 +1,8 @@
-"""What a model wrote, as HTML that is safe by construction: Markdown and formulas, but every angle bracket is text.
+"""What a model wrote, as HTML that is safe by construction: Markdown and formulas, but no HTML of the text becomes HTML.
 
-Nothing is filtered out, because nothing of the text becomes markup that was not made here: `list<int>` shows as it is.
-An image becomes a link, so a browser fetches nothing before a click. The file is copied beside each Space's `app.py`.
+So nothing has to be filtered out: `list<int>` shows as it is. Markdown's own rules leave out its marks, a link's title, and
+what stands in a table's row beyond its columns. A link by reference (`[a]: b`) is text, or its definition would vanish. An
+image becomes a link, so a browser fetches nothing before a click. The file is copied beside each Space's `app.py`.
 """
 
 import html
@@ -25,7 +26,7 @@ def html_of(text: str) -> str:
 def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     # An image is then an exclamation mark and a link.
-    markdown.disable(["image"])
+    markdown.disable(["image", "reference"])
     # As in Pandoc: `$5 and $10` are prices.
     markdown.use(dollarmath_plugin, allow_space=False, allow_digits=False, double_inline=True, renderer=_formula)
     markdown.add_render_rule("link_open", _link_open)

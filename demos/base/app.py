@@ -5,12 +5,12 @@ import gradio as gr
 try:
     from demos import mpt_page, mpt_space
     from demos.base.coloured_text import coloured_text
-    from demos.base.presenter import BasePresenter, base_models_first, example, remember, take_back
+    from demos.base.presenter import BasePresenter, base_models_first, example, remember, rest, take_back
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
     from coloured_text import coloured_text  # type: ignore[no-redef]
-    from presenter import BasePresenter, base_models_first, example, remember, take_back  # type: ignore[no-redef]
+    from presenter import BasePresenter, base_models_first, example, remember, rest, take_back  # type: ignore[no-redef]
 
 EXAMPLES = [
     "Once upon a time there was a little fox who",
@@ -30,6 +30,7 @@ class Layout:
 
     def __init__(self) -> None:
         self.before = gr.State([])  # the text before each continuation, newest last
+        self.is_writing = gr.State(False)
         self.header = mpt_page.Header("Base model", "It answers nothing: it writes on where you stop.", CSS)
         self.model = self.header.pickers[0]
         self.text = coloured_text(
@@ -64,16 +65,16 @@ def build(server: mpt_space.Server) -> gr.Blocks:
         layout = Layout()
         layout.header.follow(page, server, base_models_first)
         settings = [layout.model, layout.max_tokens, layout.temperature, layout.top_p, layout.seed]
-        buttons = [layout.go, layout.stop]
+        at_work = [layout.is_writing, layout.go, layout.stop]
         asked = gr.on(
-            [layout.go.click, layout.text.submit], remember, [layout.text, layout.before], [layout.before, *buttons],
-            **mpt_page.QUICK,
+            [layout.go.click, layout.text.submit], remember, [layout.text, layout.before, layout.is_writing],
+            [layout.before, *at_work], **mpt_page.QUICK,
         )  # fmt: skip
         run = asked.then(
             presenter.write, [layout.text, *settings], [layout.text, layout.numbers, layout.table],
             concurrency_limit=mpt_page.N_AT_ONCE, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        run.then(mpt_page.idle, None, buttons, **mpt_page.QUICK)
+        run.then(rest, None, at_work, **mpt_page.QUICK)
         layout.stop.click(None, None, None, cancels=[run])
         shown = [layout.text, layout.before, layout.numbers, layout.table]
         layout.undo.click(take_back, [layout.text, layout.before], shown, cancels=[run], **mpt_page.QUICK)

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import gradio as gr
+
 try:
     from demos import mpt_page, mpt_space
     from demos.base.tokens import Score, Token, table_html, tokens_of
@@ -56,9 +58,17 @@ class BasePresenter:
         yield shown, line, table_html(new)
 
 
-def remember(now: Coloured, before: list[Coloured]) -> tuple[Any, ...]:
-    """What was before each continuation, newest last; and the buttons during one."""
-    return [*before, now][-N_UNDO:], *mpt_page.busy()
+def remember(now: Coloured, before: list[Coloured], is_writing: bool) -> Any:
+    """What was before each continuation, newest last; that one is written, and the buttons during it.
+
+    Enter does nothing while one is written.
+    """
+    return gr.skip() if is_writing else ([*before, now][-N_UNDO:], True, *mpt_page.busy())
+
+
+def rest() -> tuple[Any, ...]:
+    """That none is written, and the buttons then."""
+    return False, *mpt_page.idle()
 
 
 def take_back(now: Coloured, before: list[Coloured]) -> tuple[Coloured, list[Coloured], str, str]:

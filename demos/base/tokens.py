@@ -5,9 +5,7 @@ import math
 from typing import Any
 
 Score = tuple[str, float | None, dict[str, float]]  # a token, its log-probability, the likeliest there
-Token = dict[str, Any]  # where in the text it is, how likely it was (0 to 1), and a sentence for the popover
-
-
+Token = dict[str, Any]  # where it is in the text, how likely it was (0 to 1), and what is told of it: see _odds
 _REACH = 8  # characters: a token of half a character is not in the text
 
 
@@ -40,6 +38,7 @@ def table_html(tokens: list[Token]) -> str:
 
 
 def _odds(token: str, value: float | None, tops: dict[str, float]) -> list[str]:
+    """The token, its probability, and the others with theirs, for people to read."""
     others = sorted((each for each in tops.items() if each[0] != token), key=lambda each: -each[1])
     return [
         _visible(token),

@@ -55,7 +55,7 @@ def _answer_when_asked(layout: Layout, chat: presenter.ChatPresenter) -> list[An
         [layout.message, thread, layout.conversation_id, layout.is_busy, layout.send],
     )
     taken = gr.on([layout.message.submit, layout.send.click], *to_take, **quick)
-    chosen = layout.suggestions.click(presenter.suggestion, [layout.suggestions], [layout.message], **quick)
+    chosen = layout.suggestions.click(mpt_page.text_of, [layout.suggestions], [layout.message], **quick)
     retried = thread.retry(presenter.again, [thread], [thread], **quick)
     edited = thread.edit(presenter.edit, [thread], [thread], **quick)
     return [_answer_after(asked, layout, chat) for asked in (taken, chosen.then(*to_take, **quick), retried, edited)]

@@ -4,9 +4,11 @@ import gradio as gr
 
 try:
     from demos import mpt_page
+    from demos.chat.scripts import ID
     from demos.chat.thread import thread
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
+    from scripts import ID  # type: ignore[no-redef]
     from thread import thread  # type: ignore[no-redef]
 
 SUGGESTIONS = [
@@ -61,7 +63,8 @@ class Layout:
     """The components of one page."""
 
     def __init__(self) -> None:
-        self.conversation_id = gr.Textbox("", visible="hidden")  # no State: those are not known to the browser
+        # No State: those are not known to the browser.
+        self.conversation_id = gr.Textbox("", visible="hidden", elem_id=ID)
         self.saved = gr.JSON([], visible="hidden")
         self.deleted = gr.JSON(visible="hidden")
         self.is_busy = gr.Checkbox(False, visible="hidden")

@@ -133,10 +133,6 @@ def can_be_brought_back(deleted: dict[str, Any] | None) -> Any:
     return gr.Button(visible=bool(deleted and deleted["turns"]))
 
 
-def suggestion(sample: list[str]) -> str:
-    return sample[0]
-
-
 def suggested(model: str | None) -> Any:
     """Questions that a model can answer."""
     return gr.update(samples=[[text] for text in SUGGESTIONS_OF.get(str(model), SUGGESTIONS)])

@@ -3,6 +3,14 @@
 Conversations are saved there and nowhere else.
 """
 
+import json
+
+try:
+    from demos import mpt_page
+except ImportError:  # a copied Space has the module beside it
+    import mpt_page  # type: ignore[no-redef]
+
+ID = "conversation-id"  # of the element that holds the id of the conversation on the page
 # Made in the browser: the conversation needs no file on the server to become one here.
 DOWNLOAD = """([name, text]) => {
     const link = document.createElement("a");
@@ -31,15 +39,17 @@ SAVE = f"""(turns, conversation, system) => {{{STORE}
     const kept = conversation && turns.length ? [entry, ...others] : others;
     kept.length = Math.min(kept.length, 30);
     write(kept);
-    window.mptOpen = conversation;
     return [kept];
 }}"""
-# Of the thread's own script: what has come of an answer is kept when the tab is left in the middle of it.
+# Of the thread's own script: what has come of an answer is kept when the tab is left in the middle of it. The id is read
+# where the page holds it, and only what goes on from the saved turns replaces them.
 KEEP = f"""{STORE}
 addEventListener("pagehide", () => {{
-    const kept = read(), entry = kept.find((each) => each.id === window.mptOpen);
-    if (entry && props.value.length > entry.turns.length) {{
-        entry.turns = plain(props.value);
+    const conversation = document.querySelector("#{ID} :is(textarea, input)").value, turns = plain(props.value);
+    const kept = read(), entry = kept.find((each) => each.id === conversation);
+    const goesOn = (turn, n) => turn.role === turns[n]?.role && turn.content === turns[n].content;
+    if (entry && turns.length > entry.turns.length && entry.turns.every(goesOn)) {{
+        entry.turns = turns;
         write(kept);
     }}
 }});
@@ -56,16 +66,15 @@ DELETE = f"""(turns, conversation, system) => {{{STORE}
 }}"""
 # After an answer, also a cancelled one. In the browser, because a function of this process could come back after "New
 # conversation" has emptied the page, and bring the old one back.
-FINISH = """(turns) => {
-    const last = turns.at(-1), send = { __type__: "update", visible: true, interactive: true };
+FINISH = f"""(turns) => {{
+    const last = turns.at(-1), send = {{ __type__: "update", visible: true, interactive: true }};
     let under = null;
-    const say = (note) => (under = `<p class="mpt-quiet" role="status">${note}</p>`);
-    if (last?.role === "assistant" && !last.note) {
-        turns = [...turns.slice(0, -1), { ...last, note: "Stopped." }];
-        say("Stopped.");
-    } else if (last?.role === "user") {
+    if (last?.role === "assistant" && !last.note) {{
+        turns = [...turns.slice(0, -1), {{ ...last, note: "Stopped." }}];
+        under = {json.dumps(mpt_page.quiet("Stopped."))};
+    }} else if (last?.role === "user") {{
         const note = "Stopped before the first word.";
-        turns = [...turns, { role: "assistant", content: note, note, html: `<p>${note}</p>` }];
-    }
-    return [turns, under ?? { __type__: "update" }, false, send, { __type__: "update", visible: false }];
-}"""
+        turns = [...turns, {{ role: "assistant", content: note, note, html: `<p>${{note}}</p>` }}];
+    }}
+    return [turns, under ?? {{ __type__: "update" }}, false, send, {{ __type__: "update", visible: false }}];
+}}"""

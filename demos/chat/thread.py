@@ -61,6 +61,17 @@ const edit = (article, at) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); form.requestSubmit(); }
   };
 };
+// A browser has `navigator.clipboard` on this machine and over HTTPS only, and may refuse it.
+const copy = async (text) => {
+  try { await navigator.clipboard.writeText(text); return true; } catch { /* the older way follows */ }
+  const box = Object.assign(document.createElement("textarea"), { value: text, readOnly: true }), before = document.activeElement;
+  document.body.append(box);
+  box.select();
+  const isCopied = document.execCommand("copy");
+  box.remove();
+  before?.focus({ preventScroll: true });
+  return isCopied;
+};
 element.addEventListener("click", async (event) => {
   const button = event.target.closest("button[data-does]");
   if (!button) return;
@@ -68,8 +79,7 @@ element.addEventListener("click", async (event) => {
   if (does === "edit") edit(button.closest("article"), at);
   else if (does !== "copy") trigger(does, { index: at, value: content });
   else {
-    await navigator.clipboard.writeText(content);
-    button.textContent = "Copied";
+    button.textContent = (await copy(content)) ? "Copied" : "Not copied";
     setTimeout(() => (button.textContent = "Copy"), 1500);
   }
 });

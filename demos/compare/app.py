@@ -67,7 +67,7 @@ def build(server: mpt_space.Server) -> gr.Blocks:
         )
         run.then(mpt_page.idle, None, [go, stop], **mpt_page.QUICK)
         stop.click(None, None, None, cancels=[run])
-        examples.click(lambda sample: sample[0], [examples], [prompt], **mpt_page.QUICK)
+        examples.click(mpt_page.text_of, [examples], [prompt], **mpt_page.QUICK)
     return page
 
 

@@ -6,11 +6,12 @@ No layout is here. A visitor's state is in the page, so one presenter serves all
 import asyncio
 import html
 import re
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 try:
@@ -19,6 +20,7 @@ except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
     import mpt_space  # type: ignore[no-redef]
 
+_MOST_PAIRS = 200_000  # of equal words, each of one answer with each of the other: the time to compare grows with them
 Shown = tuple[str, str]  # an answer so far, and the note under it, as HTML
 
 
@@ -63,7 +65,8 @@ class ComparePresenter:
                 shown[column] = part
                 yield *_columns(shown), *mpt_page.busy()
             await asyncio.gather(*tasks)
-            yield *_columns(shown, marked(shown[0][0], shown[1][0])), *mpt_page.busy()
+            marks = await asyncio.to_thread(with_differences_marked, shown[0][0], shown[1][0])
+            yield *_columns(shown, marks), *mpt_page.busy()
         finally:
             for task in tasks:
                 task.cancel()
@@ -140,14 +143,27 @@ def answer_html(name: str, inside: str) -> str:
     )
 
 
-def marked(a: str, b: str) -> tuple[str, str]:
-    """Two answers as HTML, with the words marked that the other one does not have at that place."""
+def with_differences_marked(a: str, b: str) -> tuple[str, str]:
+    """Two answers as HTML, with the words marked that the other one does not have at that place.
+
+    Of answers that repeat themselves too much for that, all is marked from the first difference on.
+    """
     words_a, words_b = (re.findall(r"\s*\w+|\s*[^\w\s]|\s+$", text) for text in (a, b))
     if not words_a or not words_b:
         return html.escape(a), html.escape(b)
     parts: tuple[list[str], list[str]] = ([], [])
-    for kind, a1, a2, b1, b2 in SequenceMatcher(None, words_a, words_b).get_opcodes():
+    for kind, a1, a2, b1, b2 in _opcodes(words_a, words_b):
         for part, words in zip(parts, (words_a[a1:a2], words_b[b1:b2]), strict=True):
             text = html.escape("".join(words))
             part.append(text if kind == "equal" or not text else f"<mark>{text}</mark>")
     return "".join(parts[0]), "".join(parts[1])
+
+
+def _opcodes(a: list[str], b: list[str]) -> Sequence[tuple[str, int, int, int, int]]:
+    """What makes one list of the other, as `SequenceMatcher.get_opcodes` gives it."""
+    n_times = Counter(b)
+    if sum(n_times[word] for word in a) <= _MOST_PAIRS:
+        # With `autojunk` the words of a text of 200 that come often would count as junk, and the text as different.
+        return SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    n_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    return [("equal", 0, n_same, 0, n_same), ("replace", n_same, len(a), n_same, len(b))]

@@ -14,8 +14,10 @@ import yaml
 _MAX_YAML_CHARACTERS = 20_000
 _MAX_DIFFERENCES = 3
 _FENCE = re.compile(r"^```[\w-]*\n(.*?)(?:\n```.*)?$", re.DOTALL)
+# Not `JSON to YAML`, nor what is told of (`stored as JSON in Postgres`).
 _TO_JSON = re.compile(
-    r"\b(to|into|as|in|valid|write|make|give|return)\s+(me\s+)?(a\s+|an\s+|the\s+)?(valid\s+)?json\b", re.IGNORECASE
+    r"\b(to|into|as|in|valid|write|make|give|return)\s+(me\s+)?(a\s+|an\s+|the\s+)?(valid\s+)?json\b(?!\s+(to|into|in)\b)",
+    re.IGNORECASE,
 )
 # `Convert this to JSON:` is a sentence, though to YAML it would be a name without a value; `server:` is YAML.
 _ASKS = re.compile(r".*\b(yaml|json|convert|turn|translate|following|below|this)\b.*:", re.IGNORECASE)
@@ -77,11 +79,15 @@ def yaml_of(instruction: str) -> tuple[bool, Any]:
 
 
 def _is_sentence(first: str, rest: str, value: Any) -> bool:
-    """Whether the first line asks for something, though to YAML it is a name: `Convert this to JSON:`."""
-    if not rest.strip() or _ASKS.fullmatch(first.strip()):
+    """Whether the first line asks for something, though to YAML it is a name: `Convert this to JSON:`.
+
+    One word that asks (`Convert:`) does so where it has no value: `json:` above an indented line is a name.
+    """
+    if not rest.strip():
         return True
-    name = first.strip().removesuffix(":")
-    return isinstance(value, dict) and " " in name and value.get(name, "") is None
+    name, asks = first.strip().removesuffix(":"), _ASKS.fullmatch(first.strip()) is not None
+    is_empty = isinstance(value, dict) and value.get(name, "") is None
+    return asks or is_empty if " " in name else asks and is_empty
 
 
 def _parsed(text: str) -> Any:

@@ -245,11 +245,12 @@ class StoryWriterPresenter:
         return {self.layout.story: story, self.layout.paper: book_html.paper(book, story)}
 
     def _begun(self, book: Book, story: Story) -> Update:
+        write, stop = mpt_page.busy()
         return {
             self.layout.paper: book_html.paper(book, story),
             self.layout.status: book_html.reading([]),
-            self.layout.write: gr.update(visible=False),
-            self.layout.stop: gr.update(visible=True),
+            self.layout.write: write,
+            self.layout.stop: stop,
             self.layout.undo: gr.update(interactive=False),
             self.layout.export: gr.update(interactive=False),
             self.layout.is_writing: True,

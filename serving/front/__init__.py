@@ -52,7 +52,7 @@ def _page(needs_key: bool, docs: bool, demo: bool) -> str:
     parts = {
         "LINKS": shown,
         "NEEDS_KEY": "" if needs_key else "hidden",
-        "URL": "http://HOST:PORT/",
+        "LOCKED": "routes /docs and /metrics need" if docs else "route /metrics needs",
         "VERSION": html.escape(mpt.__version__),
         "STYLE": _text("page.css"),
         "SCRIPT": _text("page.js"),

@@ -73,22 +73,26 @@ function showCurl() {
   at("curl").textContent = `curl -s ${url} ${key}-H 'content-type: application/json' -d '${json}'`;
 }
 
-function pieceOf(event) {
+function choiceOf(event) {
   if (event.error) throw new Error(event.error.message);
-  const choice = event.choices?.[0];
-  return choice ? choice.text ?? choice.delta?.content ?? "" : "";
+  return event.choices?.[0] ?? {};
 }
 
+// Why the answer ended, by OpenAI's name. A stream without [DONE] was cut.
 async function answerInto(place, answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let rest = "", reason = null;
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the server ended the stream in the middle, so the answer is not complete; send it again");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line.startsWith("data: ") && line !== "data: [DONE]") place.append(pieceOf(JSON.parse(line.slice(6))));
+      if (line === "data: [DONE]") return reason;
+      if (!line.startsWith("data: ")) continue;
+      const choice = choiceOf(JSON.parse(line.slice(6)));
+      place.append(choice.text ?? choice.delta?.content ?? "");
+      reason = choice.finish_reason ?? reason;
     }
   }
 }
@@ -107,11 +111,13 @@ async function send(event) {
       method: "POST", headers: headers(), signal, body: JSON.stringify({ ...body, stream: true }),
     });
     if (!answer.ok) throw new Error(await failure(answer));
-    await answerInto(at("answer"), answer);
-    at("try-status").textContent = at("answer").textContent ? "" : "the answer is empty";
+    const reason = await answerInto(at("answer"), answer);
+    const empty = at("answer").textContent ? "" : "the answer is empty";
+    at("try-status").textContent = reason === "length" ? `cut at ${MAX_TOKENS} tokens` : empty;
   } catch (error) {
     at("try-status").textContent = signal.aborted ? "stopped" : error.message;
   } finally {
+    asked.abort();  // after an error the server may still be writing
     asked = null;
     at("send").disabled = false;
     at("stop").hidden = true;

@@ -37,6 +37,7 @@ class ScriptedServer:
     crowded_s: int = 2
     shows_tokens: bool = False
     vocabulary: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=lambda: ["scripted-chat"])  # all alike
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -53,9 +54,10 @@ class ScriptedServer:
             return {
                 "data": [
                     {
-                        "id": "scripted-chat", "context_length": self.context, "prompt_style": self.style,
+                        "id": name, "context_length": self.context, "prompt_style": self.style,
                         "licence": "CC-BY-NC-SA-4.0", "parent": None,
                     }
+                    for name in self.models
                 ]
             }  # fmt: skip
 

@@ -8,7 +8,7 @@ gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install 
 
 from demos.base.presenter import BasePresenter, remember, take_back  # noqa: E402
 from demos.base.tokens import tokens_of  # noqa: E402
-from demos.compare.presenter import ComparePresenter, marked, two_alike  # noqa: E402
+from demos.compare.presenter import ComparePresenter, two_alike, with_differences_marked  # noqa: E402
 from demos.mpt_space import Server  # noqa: E402
 from tests.demos.presenting import all_of, leave_after, until  # noqa: E402
 
@@ -61,14 +61,15 @@ async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
 
 def test_continuations_are_taken_back_one_by_one() -> None:
     one, two, three = map(coloured, ("one", "two", "three"))
-    before = remember(two, remember(one, [])[0])[0]
+    before = remember(two, remember(one, [], False)[0], False)[0]
+    assert remember(three, before, True) == gr.skip()  # Enter while one is written
     now, before, _, _ = take_back(three, before)
     assert (now, before) == (two, [one])
     now, before, _, _ = take_back(now, before)
     assert (now, before) == (one, [])
     assert take_back(now, before)[:2] == (one, [])
     for n in range(60):
-        before = remember(coloured(str(n)), before)[0]
+        before = remember(coloured(str(n)), before, False)[0]
     assert before == [coloured(str(n)) for n in range(10, 60)]
 
 
@@ -104,10 +105,19 @@ async def test_closing_the_handler_frees_the_server_of_both(scripted: Any) -> No
 
 
 def test_words_that_differ_are_marked_and_nothing_becomes_markup() -> None:
-    a, b = marked("The <old> cat sat.", "The <new> cat sat down.")
+    a, b = with_differences_marked("The <old> cat sat.", "The <new> cat sat down.")
     assert a == "The &lt;<mark>old</mark>&gt; cat sat."
     assert b == "The &lt;<mark>new</mark>&gt; cat sat<mark> down</mark>."
-    assert marked("", "<b>") == ("", "&lt;b&gt;")
+    assert with_differences_marked("", "<b>") == ("", "&lt;b&gt;")
+
+
+def test_long_texts_that_repeat_themselves_are_compared_word_by_word() -> None:
+    same = " very very good" * 100  # from 200 words on difflib takes what comes often for junk, unless told not to
+    a, b = with_differences_marked(f"cat{same}", f"dog{same}")
+    assert (a, b) == (f"<mark>cat</mark>{same}", f"<mark>dog</mark>{same}")
+    same *= 3  # which would take too long
+    a, b = with_differences_marked(f"Well, cat{same}", f"Well, dog{same}")
+    assert (a, b) == (f"Well,<mark> cat{same}</mark>", f"Well,<mark> dog{same}</mark>")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
 from demos.chat import presenter  # noqa: E402
+from demos.chat.layout import SUGGESTIONS_OF  # noqa: E402
 from demos.chat.presenter import ChatPresenter  # noqa: E402
 from demos.chat.turns import answered as bot  # noqa: E402
 from demos.chat.turns import asked as user  # noqa: E402
@@ -71,9 +72,25 @@ async def test_trouble_is_a_note_and_keeps_what_was_said(scripted: Any, text: st
 
 async def test_base_models_alone_are_refused_in_a_sentence(scripted: Any) -> None:
     scripted.style = "none"
-    [_, line] = await what_is_served(Server(scripted.url), presenter.chat_models, [None])
+    [picker, line, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, [None], ["one"])
+    assert (picker, listed) == (gr.skip(), ["one"])
     sentence = "The server serves base models only, which continue text and do not chat."
     assert line == f'<p class="mpt-state down" role="alert">{sentence}</p>'
+
+
+async def test_an_open_page_offers_a_model_that_is_served_later(scripted: Any) -> None:
+    scripted.models = ["one"]
+    [picker, _, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, [None], [])
+    assert (picker.choices, picker.value, listed) == ([("one", "one")], "one", ["one"])
+    [picker, _, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, ["one"], listed)
+    assert (picker, listed) == (gr.skip(), ["one"])  # or an open list would be closed
+    scripted.models = ["zero", "one"]
+    [picker, _, listed] = await what_is_served(Server(scripted.url), presenter.chat_models, ["one"], listed)
+    assert (picker.choices, picker.value) == ([("zero", "zero"), ("one", "one")], "one")
+    assert listed == ["zero", "one"]
+    scripted.models = ["zero"]
+    [picker, *_] = await what_is_served(Server(scripted.url), presenter.chat_models, ["one"], listed)
+    assert (picker.choices, picker.value) == ([("zero", "zero")], "zero")
 
 
 async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
@@ -150,3 +167,15 @@ def test_each_model_has_suggestions_it_can_answer() -> None:
     samples = {model: presenter.suggested(model)["samples"] for model in ("mpt-tiny-chat", "mpt-7b-chat", None)}
     assert ["What can you do?"] in samples["mpt-tiny-chat"]
     assert samples["mpt-7b-chat"] == samples[None] != samples["mpt-tiny-chat"]
+
+
+async def test_the_tiny_model_can_answer_what_the_page_suggests(real_server: Any) -> None:
+    about = {
+        "What can you do?": "remember", "Hi, my name is Greta": "Greta", "What is the capital of Norway?": "Oslo",
+        "What is ALiBi?": "distance",
+    }  # fmt: skip
+    assert set(about) == set(SUGGESTIONS_OF["mpt-tiny-chat"])
+    chat = ChatPresenter(Server(real_server.url))
+    for question, word in about.items():
+        turns, note, *_ = (await all_of(chat.answer([user(question)], "mpt-tiny-chat", "", 0, 1, 0, 64, 1, None)))[-1]
+        assert word in turns[1]["content"] and "cut at" not in note

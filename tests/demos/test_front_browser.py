@@ -20,8 +20,8 @@ CARDS = [
 ]
 
 
-def events(*pieces: dict[str, Any]) -> str:
-    return "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
+def events(*pieces: dict[str, Any], done: bool = True) -> str:
+    return "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n" * done
 
 
 @pytest.fixture
@@ -38,7 +38,10 @@ def front(stage: tuple[Any, str], open_page: Callable[..., Any]) -> tuple[Any, l
         elif path == "/v1/models":
             route.fulfill(json={"data": CARDS})
         elif path == "/v1/completions":
-            body = events({"choices": [{"text": MARKUP}]}, {"choices": [{"text": "\nend"}]})
+            ends = {"cut": "length"}.get(json.loads(route.request.post_data)["prompt"], "stop")
+            last = {"choices": [{"text": "\nend", "finish_reason": ends}]}, {"choices": [], "usage": {}}
+            is_whole = json.loads(route.request.post_data)["prompt"] != "broken"
+            body = events({"choices": [{"text": MARKUP, "finish_reason": None}]}, *last, done=is_whole)
             route.fulfill(content_type="text/event-stream", body=body)
         else:
             route.fulfill(content_type="text/event-stream", body=events({"error": {"message": "too long"}}))
@@ -65,6 +68,21 @@ def test_what_the_server_and_the_model_say_is_text(front: tuple[Any, list[Any]])
     assert page.locator("img, b").count() == 0 and page.title() == "MPT server"
     assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
     assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    page.wait_for_selector("#send:enabled")
+    assert page.inner_text("#try-status") == ""
+
+
+def test_an_answer_that_is_not_whole_is_told(front: tuple[Any, list[Any]]) -> None:
+    page, asked = front
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.wait_for_selector("#models tbody tr")
+    for prompt, says in (("cut", "cut at 256 tokens"), ("broken", "the server ended the stream in the middle")):
+        page.fill("#prompt", prompt)
+        page.click("#send")
+        page.locator("#try-status", has_text=says).wait_for()
+        assert page.inner_text("#answer") == f"{MARKUP}\nend"
+        assert json.loads(asked[-1].post_data)["max_tokens"] == 256
 
 
 def test_an_error_in_a_stream_is_told_and_the_shown_command_is_for_a_shell(front: tuple[Any, list[Any]]) -> None:
@@ -78,7 +96,10 @@ def test_an_error_in_a_stream_is_told_and_the_shown_command_is_for_a_shell(front
     page.get_by_text("The same with curl").click()
     shown = page.inner_text("#curl")
     assert r"""it'\''s $HOME""" in shown and '-H "authorization: Bearer $KEY"' in shown and KEY not in shown
+    keep = "const real = fetch; window.fetch = (...sent) => { window.signal = sent[1].signal; return real(...sent); }"
+    page.evaluate(f"() => {{ {keep} }}")
     page.click("#send")
     page.get_by_text("too long").wait_for()
+    assert page.evaluate("signal.aborted")  # the server is not left writing
     assert json.loads(asked[-1].post_data)["messages"] == [{"role": "user", "content": "it's $HOME"}]
     assert page.is_enabled("#send") and page.is_hidden("#stop")

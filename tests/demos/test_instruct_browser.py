@@ -108,6 +108,11 @@ def test_an_answer_is_checked_against_json_and_the_yaml(answer: str, verdict: st
     assert says in checked.sentence
 
 
+def test_a_name_that_could_ask_is_a_name() -> None:
+    assert check('{"json": {"indent": 2}}', "json:\n  indent: 2").verdict == "valid"
+    assert check('{"indent": 2}', "json:\n  indent: 2").verdict == "differs"
+
+
 @pytest.mark.parametrize(
     ("instruction", "value"),
     [
@@ -120,6 +125,9 @@ def test_an_answer_is_checked_against_json_and_the_yaml(answer: str, verdict: st
         ("Here is my config:\nname: x\nport: 3", {"name": "x", "port": 3}),
         ("name:\nport: 3", {"name": None, "port": 3}),
         ("Please convert to JSON\n\na: 1\n\nb: 2", {"a": 1, "b": 2}),
+        ("json:\n  indent: 2", {"json": {"indent": 2}}),  # one word is a name
+        ("convert:\n  from: a\nbelow:\n- b", {"convert": {"from": "a"}, "below": ["b"]}),
+        ("Convert:\na: 1", {"a": 1}),  # but one without a value
         ("Convert this:\n\n```yaml\na: 1\n```\nThank you", {"a": 1}),
     ],
 )

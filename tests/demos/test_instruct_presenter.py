@@ -55,9 +55,17 @@ async def test_where_json_is_asked_for_a_grammar_guides_the_answer(scripted: Any
         ("a: 1\n\nTurn this into valid JSON", True),
         ("Convert this JSON to YAML:\n\n{}", False),
         ("What is JSON?", False),
+        ("Convert this file in JSON to YAML:\n\n{}", False),
+        ("Write JSON to YAML rules", False),
+        ("Explain how data is stored as JSON in Postgres", False),
+        ("Answer in JSON", True),
+        ("Return the JSON, and nothing else", True),
     ):
         await all_of(presenter.answer(None, instruction, *SETTINGS))
         assert ("response_format" in scripted.bodies[-1]) == grammar, instruction
+        if grammar:
+            schema = scripted.bodies[-1]["response_format"]["json_schema"]["schema"]
+            assert schema == {"type": ["object", "array"]}  # YAML may be a list, which `json_object` refuses
     await all_of(presenter.answer(None, "Convert the following YAML to JSON:\n\na: 1", False, *SETTINGS[1:]))
     assert "response_format" not in scripted.bodies[-1]
 

@@ -69,6 +69,14 @@ async def test_its_links_lead_somewhere(kind, docs):
     assert '<form id="key-form" hidden>' in page
 
 
+@pytest.mark.parametrize(
+    ("docs", "routes"), [(True, "routes /docs and /metrics need the key"), (False, "route /metrics needs the key")]
+)
+async def test_the_page_names_the_routes_that_are_there(docs, routes):
+    page = await get(made("app", api_keys=(KEY,), docs=docs), accept=BROWSER)
+    assert f"The {routes} too" in page.text
+
+
 async def test_the_demos_are_linked_where_they_are():
     page = (await get(made("app", demo=True), accept=BROWSER)).text
     assert '<a href="demo/">/demo</a>' in page
@@ -76,12 +84,16 @@ async def test_the_demos_are_linked_where_they_are():
 
 async def test_the_policy_allows_the_page_and_nothing_else():
     page = await get(made("app"), accept=BROWSER)
-    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
-    for tag, directive in (("style", "style-src"), ("script", "script-src")):
+    digests = []
+    for tag in ("script", "style"):
         (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        assert policy[directive] == f"'sha256-{digest}'"
-    assert (policy["default-src"], policy["connect-src"], policy["form-action"]) == ("'none'", "'self'", "'none'")
+        digests.append(base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode())
+    script, style = digests
+    assert page.headers["content-security-policy"] == (
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    assert (page.headers["referrer-policy"], page.headers["cache-control"]) == ("no-referrer", "no-cache")
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page.text)  # nothing of other servers
     assert not re.findall(r"@[A-Z_]+@", page.text)
 
