@@ -58,11 +58,14 @@ class ChatPresenter:
         if not turns or turns[-1]["role"] != "user":
             yield gr.skip()
             return
+        at_work: tuple[Any, ...] = True, *mpt_page.busy()
         async with aclosing(self._answered(turns, Settings(*settings))) as parts:
             async for text, note, is_done in parts:
                 said = [answered(text, note if is_done else "")] if text or is_done else []
                 under = mpt_page.quiet(note) if note and (text or not is_done) else ""
-                yield [*turns, *said], under, True, *mpt_page.busy()
+                yield [*turns, *said], under, *at_work
+                # Once: a slow browser shows what came before Stop after it, which would hide Send for good.
+                at_work = gr.skip(), gr.skip(), gr.skip()
 
     async def _answered(self, turns: list[Turn], settings: Settings) -> AsyncGenerator[tuple[str, str, bool], None]:
         """The answer so far, the note under it, and whether that is all; what goes wrong becomes the note."""

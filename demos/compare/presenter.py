@@ -14,6 +14,8 @@ from difflib import SequenceMatcher
 from itertools import groupby, takewhile
 from typing import Any
 
+import gradio as gr
+
 try:
     from demos import mpt_page, mpt_space
 except ImportError:  # a copied Space has the modules beside it
@@ -55,6 +57,7 @@ class ComparePresenter:
         arrived: asyncio.Queue[tuple[int, Shown | None]] = asyncio.Queue()  # None: the column is finished
         columns = (Settings(*settings[:half]), Settings(*settings[half:]))
         tasks = [asyncio.create_task(self._fill(arrived, n, prompt, each)) for n, each in enumerate(columns)]
+        buttons: tuple[Any, Any] = mpt_page.busy()
         try:
             n_left = len(tasks)
             while n_left:
@@ -63,10 +66,11 @@ class ComparePresenter:
                     n_left -= 1
                     continue
                 shown[column] = part
-                yield *_columns(shown), *mpt_page.busy()
+                yield *_columns(shown), *buttons
+                buttons = gr.skip(), gr.skip()  # see ChatPresenter.answer
             await asyncio.gather(*tasks)
             marks = await asyncio.to_thread(with_differences_marked, shown[0][0], shown[1][0])
-            yield *_columns(shown, marks), *mpt_page.busy()
+            yield *_columns(shown, marks), *buttons
         finally:
             for task in tasks:
                 task.cancel()

@@ -78,9 +78,10 @@ async def test_both_columns_are_answered(scripted: Any, style: str, way: str) ->
     scripted.style = style
     right = (None, 0.5, 0.9, 16, 1.2, 7)
     updates = await all_of(ComparePresenter(Server(scripted.url)).answer("one two", *COLUMN, *right))
-    a, note_a, b, note_b, go, stop = updates[-1]
+    a, note_a, b, note_b, *buttons = updates[-1]
     assert ">one two</div>" in a and ">one two</div>" in b  # alike: nothing is marked
-    assert (go["visible"], stop["visible"]) == (False, True)
+    go, stop = updates[0][4:]
+    assert (go["visible"], stop["visible"]) == (False, True) and buttons == [gr.skip()] * 2  # said once
     for note in (note_a, note_b):
         assert ">2 tokens, first after " in note
         assert note.endswith(f" · {way}</p>")

@@ -30,13 +30,14 @@ async def test_an_answer_grows_under_its_question_and_ends_with_its_numbers(scri
     assert updates[0][0] == [user("one two three")]
     texts = [update[0][1]["content"] for update in updates if len(update[0]) == 2]
     assert all(after.startswith(before) for before, after in pairwise(texts))
-    turns, note, is_busy, send, stop = updates[-1]
+    turns, note, *at_work = updates[-1]
     assert turns[1]["content"] == "one two three"
     assert f'<p class="mpt-quiet" role="status">{turns[1]["note"]}</p>' == note
     assert turns[1]["note"].startswith("3 tokens, first after ")
     assert turns[1]["note"].endswith(" · 6 of 100 tokens of context")
-    assert is_busy  # until the page says that the event has ended
-    assert (send["visible"], stop["visible"]) == (False, True)
+    assert at_work == [gr.skip()] * 3  # said once, until the page says that the event has ended
+    is_busy, send, stop = updates[0][2:]
+    assert is_busy and (send["visible"], stop["visible"]) == (False, True)
 
 
 async def test_what_is_off_is_not_sent_and_what_is_set_is(scripted: Any) -> None:
