@@ -51,27 +51,34 @@ def _answer_when_asked(layout: Layout, chat: presenter.ChatPresenter) -> list[An
     quick, thread = mpt_page.QUICK, layout.thread
     to_take: tuple[Any, ...] = (
         presenter.take,
-        [layout.message, thread, layout.conversation_id, layout.is_busy],
-        [layout.message, thread, layout.conversation_id, layout.is_busy, layout.send],
+        [layout.message, thread, layout.conversation_id, layout.answering],
+        [layout.message, thread, layout.conversation_id, layout.answering, layout.send],
     )
     taken = gr.on([layout.message.submit, layout.send.click], *to_take, **quick)
     chosen = layout.suggestions.click(mpt_page.text_of, [layout.suggestions], [layout.message], **quick)
-    retried = thread.retry(presenter.again, [thread], [thread], **quick)
-    edited = thread.edit(presenter.edit, [thread], [thread], **quick)
+    retried = thread.retry(presenter.again, [thread], [thread, layout.answering], **quick)
+    edited = thread.edit(presenter.edit, [thread], [thread, layout.answering], **quick)
+    layout.arrived.change(None, *_arrivals(layout), js=scripts.SHOW, **quick)
     return [_answer_after(asked, layout, chat) for asked in (taken, chosen.then(*to_take, **quick), retried, edited)]
 
 
 def _answer_after(asked: Any, layout: Layout, chat: presenter.ChatPresenter) -> Any:
     """The event that streams an answer, and what follows it, after the event that asked."""
-    shown = [layout.thread, layout.numbers, layout.is_busy, layout.send, layout.stop]
     _save_after(asked, layout)
     run = asked.then(
-        chat.answer, [layout.thread, *layout.settings], shown, concurrency_limit=mpt_page.N_AT_ONCE,
-        concurrency_id="answers", show_progress="hidden", api_visibility="private",
+        chat.answer, [layout.thread, layout.answering, *layout.settings], [layout.arrived, layout.send, layout.stop],
+        concurrency_limit=mpt_page.N_AT_ONCE, concurrency_id="answers", show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    finished = run.then(None, [layout.thread], shown, js=scripts.FINISH, **mpt_page.QUICK)
-    _save_after(finished, layout)
+    # The end of an answer may come before the change that it makes.
+    _save_after(run.success(None, *_arrivals(layout), js=scripts.SHOW, **mpt_page.QUICK), layout)
+    _save_after(run.failure(None, *_arrivals(layout), js=scripts.END, **mpt_page.QUICK), layout)
     return run
+
+
+def _arrivals(layout: Layout) -> tuple[list[Any], list[Any]]:
+    """What goes into SHOW and END, and what comes of them."""
+    shown = [layout.thread, layout.numbers, layout.answering, layout.send, layout.stop]
+    return [layout.arrived, layout.answering, layout.thread], shown
 
 
 def _save_after(event: Any, layout: Layout) -> None:
@@ -86,8 +93,10 @@ def _take_back_and_empty(layout: Layout, runs: list[Any]) -> None:
     quick, thread = mpt_page.QUICK, layout.thread
     undone = thread.undo(presenter.undo, [thread], [thread, layout.message, layout.numbers], **quick)
     _save_after(undone, layout)
-    conversation, line = [thread, layout.conversation_id, layout.system], [layout.numbers, layout.send, layout.stop]
+    conversation = [thread, layout.conversation_id, layout.system]
+    line = [layout.numbers, layout.answering, layout.send, layout.stop]
     blank = [thread, layout.conversation_id, layout.chosen, *line]
+    _keep_before(layout.new.click, layout)
     layout.new.click(None, None, blank, js=scripts.START_NEW, cancels=runs, **quick)
     emptied = [layout.deleted, layout.saved, *blank]
     deleted = layout.delete.click(None, conversation, emptied, js=scripts.DELETE, cancels=runs, **quick)
@@ -100,8 +109,15 @@ def _take_back_and_empty(layout: Layout, runs: list[Any]) -> None:
     _save_after(back, layout)
 
 
+def _keep_before(event: Any, layout: Layout) -> None:
+    """Keep what has come of an answer before another conversation takes its place: events run as they were added."""
+    event(None, [layout.thread, layout.conversation_id], None, js=scripts.KEEP, **mpt_page.QUICK)
+
+
 def _open_and_export(layout: Layout, runs: list[Any]) -> None:
-    opened = [layout.thread, layout.conversation_id, layout.system, layout.numbers, layout.send, layout.stop]
+    conversation, line = [layout.thread, layout.conversation_id, layout.system], [layout.numbers, layout.answering]
+    opened = [*conversation, *line, layout.send, layout.stop]
+    _keep_before(layout.chosen.input, layout)
     layout.chosen.input(
         presenter.open_saved, [layout.chosen, layout.saved], opened, js=scripts.OPEN, cancels=runs, **mpt_page.QUICK
     )

@@ -67,7 +67,8 @@ class Layout:
         self.conversation_id = gr.Textbox("", visible="hidden", elem_id=ID)
         self.saved = gr.JSON([], visible="hidden")
         self.deleted = gr.JSON(visible="hidden")
-        self.is_busy = gr.Checkbox(False, visible="hidden")
+        self.answering = gr.Textbox("", visible="hidden")  # the id of the answer under way
+        self.arrived = gr.JSON(visible="hidden")  # what has come of one
         self.download = gr.JSON(visible="hidden")
         self.header = mpt_page.Header("Chat", "A conversation with a chat model.", CSS)
         self.model = self.header.pickers[0]

@@ -50,22 +50,21 @@ class ChatPresenter:
     def __init__(self, server: mpt_space.Server) -> None:
         self.server = server
 
-    async def answer(self, turns: list[Turn], *settings: Any) -> AsyncGenerator[Any, None]:
-        """Stream the answer to the last message under it: turns, numbers, is_busy, Send and Stop.
+    async def answer(self, turns: list[Turn], answering: str, *settings: Any) -> AsyncGenerator[Any, None]:
+        """Stream the answer to the last message: what has come of it, for `scripts.SHOW`, and Send and Stop.
 
-        Stop appears with the first piece: pressed before the event has begun it would cancel nothing.
+        answering: its id. Stop appears with the first piece: pressed before the event has begun it would cancel nothing.
         """
-        if not turns or turns[-1]["role"] != "user":
+        if not answering or not turns or turns[-1]["role"] != "user":
             yield gr.skip()
             return
-        at_work: tuple[Any, ...] = True, *mpt_page.busy()
+        buttons: tuple[Any, Any] = mpt_page.busy()
         async with aclosing(self._answered(turns, Settings(*settings))) as parts:
-            async for text, note, is_done in parts:
-                said = [answered(text, note if is_done else "")] if text or is_done else []
-                under = mpt_page.quiet(note) if note and (text or not is_done) else ""
-                yield [*turns, *said], under, *at_work
-                # Once: a slow browser shows what came before Stop after it, which would hide Send for good.
-                at_work = gr.skip(), gr.skip(), gr.skip()
+            async for text, note, is_last in parts:
+                said = answered(text, note if is_last else "") if text or is_last else None
+                under = mpt_page.quiet(note) if note and (text or not is_last) else ""
+                yield {"of": answering, "said": said, "under": under, "is_last": is_last}, *buttons
+                buttons = gr.skip(), gr.skip()
 
     async def _answered(self, turns: list[Turn], settings: Settings) -> AsyncGenerator[tuple[str, str, bool], None]:
         """The answer so far, the note under it, and whether that is all; what goes wrong becomes the note."""
@@ -93,23 +92,25 @@ class ChatPresenter:
 # -- events that ask nobody -------------------------------------------------------------------------------------------
 
 
-def take(text: str, turns: list[Turn], conversation: str, is_busy: bool) -> Any:
+def take(text: str, turns: list[Turn], conversation: str, answering: str) -> Any:
     """Put the message into the conversation; one that comes during an answer stays in its box."""
-    if is_busy:
+    if answering or not text.strip():
         return gr.skip()
-    if text.strip():
-        turns = [*turns, asked(text.strip())]
-    return "", turns, conversation or uuid.uuid4().hex, True, gr.Button(interactive=False)
+    return "", [*turns, asked(text.strip())], conversation or _new_id(), _new_id(), gr.Button(interactive=False)
 
 
-def again(turns: list[Turn], at: gr.RetryData) -> list[Turn]:
-    """The conversation up to the question, which is then answered anew."""
-    return turns[: last_question(turns, int(at.index)) + 1]
+def again(turns: list[Turn], at: gr.RetryData) -> tuple[list[Turn], str]:
+    """The conversation up to the question, which is then answered anew, and the answer's id."""
+    return turns[: last_question(turns, int(at.index)) + 1], _new_id()
 
 
-def edit(turns: list[Turn], at: gr.EditData) -> list[Turn]:
-    """The conversation up to the edited message, which is then answered anew."""
-    return [*turns[: int(at.index)], asked(str(at.value))]
+def edit(turns: list[Turn], at: gr.EditData) -> tuple[list[Turn], str]:
+    """The conversation up to the edited message, which is then answered anew, and the answer's id."""
+    return [*turns[: int(at.index)], asked(str(at.value))], _new_id()
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
 
 
 def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str, str]:
@@ -119,12 +120,12 @@ def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str, str]:
 
 
 def open_saved(conversation: str, saved: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """The turns, id and system prompt of a saved conversation, the note under it, and the buttons at rest."""
+    """The turns, id and system prompt of a saved conversation, the note under it, no answer, and the buttons at rest."""
     found = next((each for each in saved if each["id"] == conversation), None)
     if found is None:
-        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), *mpt_page.idle()
+        return (gr.skip(),) * 7
     turns = [restored(turn) for turn in found["turns"]]
-    return turns, found["id"], found["system"], under(turns), *mpt_page.idle()
+    return turns, found["id"], found["system"], under(turns), "", *mpt_page.idle()
 
 
 def bring_back(deleted: dict[str, Any]) -> tuple[Any, ...]:

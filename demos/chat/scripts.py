@@ -1,4 +1,4 @@
-"""What the chat page does in the browser: saved conversations, downloads, the end of an answer. JavaScript, as strings.
+"""What the chat page does in the browser: saved conversations, downloads, what comes of an answer. JavaScript, as strings.
 
 Conversations are saved there and nowhere else.
 """
@@ -30,7 +30,15 @@ STORE = """
             try { localStorage.setItem("mpt-chat", JSON.stringify(kept)); return; } catch { if (!kept.pop()) return; }
         }
     };
-    const plain = (turns) => turns.map(({ role, content, note }) => ({ role, content, note }));"""
+    const plain = (turns) => turns.map(({ role, content, note }) => ({ role, content, note }));
+    const keep = (conversation, shown) => {  // what goes on from the saved turns replaces them
+        const kept = read(), turns = plain(shown), entry = kept.find((each) => each.id === conversation);
+        const goesOn = (turn, n) => turn.role === turns[n]?.role && turn.content === turns[n].content;
+        if (entry && turns.length > entry.turns.length && entry.turns.every(goesOn)) {
+            entry.turns = turns;
+            write(kept);
+        }
+    };"""
 READ = f"() => {{{STORE} return [read()]; }}"
 OPEN = f"(chosen) => {{{STORE} return [chosen, read()]; }}"
 SAVE = f"""(turns, conversation, system) => {{{STORE}
@@ -41,22 +49,16 @@ SAVE = f"""(turns, conversation, system) => {{{STORE}
     write(kept);
     return [kept];
 }}"""
-# Of the thread's own script: what has come of an answer is kept when the tab is left in the middle of it. The id is read
-# where the page holds it, and only what goes on from the saved turns replaces them.
-KEEP = f"""{STORE}
-addEventListener("pagehide", () => {{
-    const conversation = document.querySelector("#{ID} :is(textarea, input)").value, turns = plain(props.value);
-    const kept = read(), entry = kept.find((each) => each.id === conversation);
-    const goesOn = (turn, n) => turn.role === turns[n]?.role && turn.content === turns[n].content;
-    if (entry && turns.length > entry.turns.length && entry.turns.every(goesOn)) {{
-        entry.turns = turns;
-        write(kept);
-    }}
-}});
-"""
-# An empty conversation: the turns, their id, the choice among the saved ones, the line below, Send and Stop.
-_BLANK = """[[], "", { __type__: "update", value: null }, "",
-        { __type__: "update", visible: true, interactive: true }, { __type__: "update", visible: false }]"""
+# What has come of an answer is kept when another conversation takes its place, and when the tab is left.
+KEEP = f"(turns, conversation) => {{{STORE} keep(conversation, turns); return []; }}"
+KEEP_AT_THE_END = f"""{STORE}
+addEventListener("pagehide", () => keep(document.querySelector("#{ID} :is(textarea, input)").value, props.value));
+"""  # a part of the thread's own script
+_SAME = '{ __type__: "update" }'
+_AT_REST = '{ __type__: "update", visible: true, interactive: true }, { __type__: "update", visible: false }'
+# An empty conversation: the turns, their id, the choice among the saved ones, the line below, no answer under way, Send
+# and Stop.
+_BLANK = f'[[], "", {{ __type__: "update", value: null }}, "", "", {_AT_REST}]'
 START_NEW = f"() => {_BLANK}"
 # What was deleted is handed to the page, which can bring it back as long as it is open.
 DELETE = f"""(turns, conversation, system) => {{{STORE}
@@ -64,17 +66,26 @@ DELETE = f"""(turns, conversation, system) => {{{STORE}
     write(kept);
     return [{{ id: conversation, system, turns: plain(turns) }}, kept, ...{_BLANK}];
 }}"""
-# After an answer, also a cancelled one. In the browser, because a function of this process could come back after "New
-# conversation" has emptied the page, and bring the old one back.
-FINISH = f"""(turns) => {{
-    const last = turns.at(-1), send = {{ __type__: "update", visible: true, interactive: true }};
-    let under = null;
-    if (last?.role === "assistant" && !last.note) {{
-        turns = [...turns.slice(0, -1), {{ ...last, note: "Stopped." }}];
-        under = {json.dumps(mpt_page.quiet("Stopped."))};
-    }} else if (last?.role === "user") {{
-        const note = "Stopped before the first word.";
-        turns = [...turns, {{ role: "assistant", content: note, note, html: `<p>${{note}}</p>` }}];
-    }}
-    return [turns, under ?? {{ __type__: "update" }}, false, send, {{ __type__: "update", visible: false }}];
+# What has come of an answer: into the thread, as long as that answer is under way. Gradio hands a page what a cancelled
+# event sent before it ended, and a slow one gets it when other turns stand there: it would put them away, also where the
+# page saves them. Both functions give the turns, the line below, the answer under way, Send and Stop.
+_WITH = """
+    const withWhatCame = (arrived, answering, turns) => {
+        const asked = turns.at(-1)?.role === "assistant" ? turns.slice(0, -1) : turns;
+        return arrived?.of === answering && arrived.said ? [...asked, arrived.said] : turns;
+    };"""
+SHOW = f"""(arrived, answering, turns) => {{{_WITH}
+    if (!answering || arrived?.of !== answering) return Array(5).fill({_SAME});
+    const rest = arrived.is_last ? ["", {_AT_REST}] : [answering, {_SAME}, {_SAME}];
+    return [withWhatCame(arrived, answering, turns), arrived.under, ...rest];
+}}"""
+# After an answer that was cancelled, or failed in this process.
+END = f"""(arrived, answering, turns) => {{{_WITH}
+    if (!answering) return Array(5).fill({_SAME});
+    turns = withWhatCame(arrived, answering, turns);
+    const last = turns.at(-1), rest = ["", {_AT_REST}];
+    if (last?.role === "assistant")
+        return [[...turns.slice(0, -1), {{ ...last, note: "Stopped." }}], {json.dumps(mpt_page.quiet("Stopped."))}, ...rest];
+    const note = "Stopped before the first word.";
+    return [[...turns, {{ role: "assistant", content: note, note, html: `<p>${{note}}</p>` }}], {_SAME}, ...rest];
 }}"""

@@ -8,10 +8,10 @@ import gradio as gr
 
 try:
     from demos import mpt_page
-    from demos.chat.scripts import KEEP
+    from demos.chat.scripts import KEEP_AT_THE_END
 except ImportError:  # a copied Space has the modules beside it
     import mpt_page  # type: ignore[no-redef]
-    from scripts import KEEP  # type: ignore[no-redef]
+    from scripts import KEEP_AT_THE_END  # type: ignore[no-redef]
 
 # Gradio evaluates it as JavaScript's template. No other text of a turn stands in it than its `html`.
 TEMPLATE = """
@@ -89,5 +89,10 @@ element.addEventListener("click", async (event) => {
 def thread() -> gr.HTML:
     """A component that holds turns; events `retry`, `edit` and `undo`, with gr.RetryData, gr.EditData and gr.UndoData."""
     return gr.HTML(
-        [], html_template=TEMPLATE, js_on_load=JAVASCRIPT + KEEP, elem_id="conversation", scale=1, **mpt_page.BARE
+        [],
+        html_template=TEMPLATE,
+        js_on_load=JAVASCRIPT + KEEP_AT_THE_END,
+        elem_id="conversation",
+        scale=1,
+        **mpt_page.BARE,
     )

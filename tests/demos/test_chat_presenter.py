@@ -17,6 +17,7 @@ from demos.mpt_space import Server  # noqa: E402
 from tests.demos.presenting import all_of, leave_after, until  # noqa: E402
 
 UNDER = '<p class="mpt-quiet" role="status">1 token</p>'
+ID = "of-the-answer"
 OFF = ("", 0.1, 1, 0, 20, 1, None)  # system prompt, temperature, top-p, top-k, tokens, repetition penalty, seed
 
 
@@ -26,29 +27,31 @@ def at(kind: type, index: Any, value: str = "") -> Any:
 
 async def test_an_answer_grows_under_its_question_and_ends_with_its_numbers(scripted: Any) -> None:
     chat = ChatPresenter(Server(scripted.url))
-    updates = await all_of(chat.answer([user("one two three")], "scripted-chat", *OFF))
-    assert updates[0][0] == [user("one two three")]
-    texts = [update[0][1]["content"] for update in updates if len(update[0]) == 2]
+    updates = await all_of(chat.answer([user("one two three")], ID, "scripted-chat", *OFF))
+    arrived = [update[0] for update in updates]
+    assert {each["of"] for each in arrived} == {ID}
+    assert arrived[0]["said"] is None and [each["is_last"] for each in arrived] == [False] * (len(arrived) - 1) + [True]
+    texts = [each["said"]["content"] for each in arrived if each["said"]]
     assert all(after.startswith(before) for before, after in pairwise(texts))
-    turns, note, *at_work = updates[-1]
-    assert turns[1]["content"] == "one two three"
-    assert f'<p class="mpt-quiet" role="status">{turns[1]["note"]}</p>' == note
-    assert turns[1]["note"].startswith("3 tokens, first after ")
-    assert turns[1]["note"].endswith(" · 6 of 100 tokens of context")
-    assert at_work == [gr.skip()] * 3  # said once, until the page says that the event has ended
-    is_busy, send, stop = updates[0][2:]
-    assert is_busy and (send["visible"], stop["visible"]) == (False, True)
+    said, under = arrived[-1]["said"], arrived[-1]["under"]
+    assert said["content"] == "one two three"
+    assert f'<p class="mpt-quiet" role="status">{said["note"]}</p>' == under
+    assert said["note"].startswith("3 tokens, first after ")
+    assert said["note"].endswith(" · 6 of 100 tokens of context")
+    send, stop = updates[0][1:]
+    assert (send["visible"], stop["visible"]) == (False, True)
+    assert updates[-1][1:] == (gr.skip(),) * 2  # said once: the page says when the answer is over
 
 
 async def test_what_is_off_is_not_sent_and_what_is_set_is(scripted: Any) -> None:
     chat = ChatPresenter(Server(scripted.url))
-    await all_of(chat.answer([user("one")], None, *OFF))
+    await all_of(chat.answer([user("one")], ID, None, *OFF))
     sent = {name: value for name, value in scripted.bodies[-1].items() if not name.startswith("stream")}
     one = [{"role": "user", "content": "one"}]
     assert sent == {
         "model": "scripted-chat", "messages": one, "temperature": 0.1, "top_p": 1, "max_tokens": 20
     }  # fmt: skip
-    await all_of(chat.answer([user("one")], None, " Be brief. ", 0, 0.5, 40.0, 16.0, 1.2, 7.0))
+    await all_of(chat.answer([user("one")], ID, None, " Be brief. ", 0, 0.5, 40.0, 16.0, 1.2, 7.0))
     sent = scripted.bodies[-1]
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
     numbers = ("temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
@@ -64,11 +67,11 @@ async def test_what_is_off_is_not_sent_and_what_is_set_is(scripted: Any) -> None
     ],
 )
 async def test_trouble_is_a_note_and_keeps_what_was_said(scripted: Any, text: str, content: str, sentence: str) -> None:
-    updates = await all_of(ChatPresenter(Server(scripted.url)).answer([user(text)], None, *OFF))
-    turns, note, *_ = updates[-1]
-    assert turns[1]["content"] == content
-    assert sentence in turns[1]["note"]
-    assert (note == "") == (text == "busy")  # the sentence stands in the conversation then
+    updates = await all_of(ChatPresenter(Server(scripted.url)).answer([user(text)], ID, None, *OFF))
+    last = updates[-1][0]
+    assert last["is_last"] and last["said"]["content"] == content
+    assert sentence in last["said"]["note"]
+    assert (last["under"] == "") == (text == "busy")  # the sentence stands in the conversation then
 
 
 async def test_base_models_alone_are_refused_in_a_sentence(scripted: Any) -> None:
@@ -95,15 +98,16 @@ async def test_an_open_page_offers_a_model_that_is_served_later(scripted: Any) -
 
 
 async def test_closing_the_handler_frees_the_server(scripted: Any) -> None:
-    answer = ChatPresenter(Server(scripted.url)).answer([user("slow please")], None, *OFF)
-    await leave_after(answer, lambda update: "word2" in update[0][-1]["content"])
+    answer = ChatPresenter(Server(scripted.url)).answer([user("slow please")], ID, None, *OFF)
+    await leave_after(answer, lambda update: "word2" in (update[0]["said"] or {}).get("content", ""))
     await until(lambda: scripted.closed == 1)
 
 
 async def test_no_question_asks_nobody(scripted: Any) -> None:
     chat = ChatPresenter(Server(scripted.url))
     for turns in ([], [user("one"), bot("two", "")]):
-        assert await all_of(chat.answer(turns, None, *OFF)) == [gr.skip()]
+        assert await all_of(chat.answer(turns, ID, None, *OFF)) == [gr.skip()]
+    assert await all_of(chat.answer([user("one")], "", None, *OFF)) == [gr.skip()]  # an empty message was sent
     assert scripted.started == 0
 
 
@@ -121,28 +125,30 @@ async def test_the_oldest_messages_leave_a_full_context(
     scripted.context = 40  # a quarter is kept for the answer: 30 tokens may be read
     pairs = [(user(f"question {n} of six"), bot(f"answer {n} of six", "1 token")) for n in range(6)]  # 8 tokens each
     turns = [turn for pair in pairs for turn in pair]
-    updates = await all_of(ChatPresenter(Server(scripted.url)).answer([*turns, user(last.strip())], None, *OFF))
+    updates = await all_of(ChatPresenter(Server(scripted.url)).answer([*turns, user(last.strip())], ID, None, *OFF))
     sent = [message["content"] for message in scripted.bodies[-1]["messages"]]
     assert sent[0] == first_sent
     assert len(sent) == 13 - n_dropped
     note = f"The oldest {n_dropped} messages no longer fit into the model's context and were left out. "
-    assert updates[-1][0][-1]["note"].startswith(note)
+    assert updates[-1][0]["said"]["note"].startswith(note)
 
 
 def test_a_message_is_taken_once_and_waits_during_an_answer() -> None:
-    box, turns, conversation, is_busy, send = presenter.take(" one ", [], "", False)
-    assert (box, turns, is_busy) == ("", [user("one")], True)
-    assert len(conversation) == 32
+    box, turns, conversation, answering, send = presenter.take(" one ", [], "", "")
+    assert (box, turns) == ("", [user("one")])
+    assert len(conversation) == len(answering) == 32 and conversation != answering
     assert not send.interactive
-    assert presenter.take("two", turns, conversation, True) == gr.skip()
-    assert presenter.take("  ", turns, conversation, False)[1:3] == (turns, conversation)
+    assert presenter.take("two", turns, conversation, answering) == gr.skip()
+    assert presenter.take("  ", turns, conversation, "") == gr.skip()
+    assert presenter.take("two", turns, conversation, "")[2] == conversation
 
 
 def test_retry_edit_and_undo_go_back_to_their_question() -> None:
     turns = [user("one"), bot("eins", "1 token"), user("two"), bot("zwei", "1 token")]
-    assert presenter.again(turns, at(gr.RetryData, 3)) == turns[:3]
-    assert presenter.again(turns, at(gr.RetryData, 0)) == turns[:1]
-    assert presenter.edit(turns, at(gr.EditData, 2, "three")) == [*turns[:2], user("three")]
+    asked = [presenter.again(turns, at(gr.RetryData, 3)), presenter.again(turns, at(gr.RetryData, 0))]
+    asked.append(presenter.edit(turns, at(gr.EditData, 2, "three")))
+    assert [each[0] for each in asked] == [turns[:3], turns[:1], [*turns[:2], user("three")]]
+    assert len({answering for _, answering in asked}) == 3
     assert presenter.undo(turns, at(gr.UndoData, 3)) == (turns[:2], "two", UNDER)
     assert presenter.undo(turns, at(gr.UndoData, 1)) == ([], "one", "")
 
@@ -151,10 +157,10 @@ def test_a_saved_conversation_opens_as_it_was() -> None:
     turns = [user("one"), bot("eins", "1 token")]
     kept = [{name: turn[name] for name in ("role", "content", "note")} for turn in turns]  # as the browser keeps them
     saved = [{"id": "a", "turns": kept, "system": "Be brief."}]
-    opened, conversation, system, note, send, stop = presenter.open_saved("a", saved)
-    assert (opened, conversation, system, note) == (turns, "a", "Be brief.", UNDER)
+    opened, conversation, system, note, answering, send, stop = presenter.open_saved("a", saved)
+    assert (opened, conversation, system, note, answering) == (turns, "a", "Be brief.", UNDER, "")
     assert (send["visible"], stop["visible"]) == (True, False)
-    assert presenter.open_saved("b", saved)[:4] == (gr.skip(),) * 4
+    assert presenter.open_saved("b", saved) == (gr.skip(),) * 7
     before = [  # as the page kept them while it was made of a gr.Chatbot
         {"role": "user", "content": [{"type": "text", "text": "one"}], "metadata": None},
         {"role": "assistant", "content": [{"type": "text", "text": "eins"}], "metadata": {"log": "1 token"}},
@@ -178,5 +184,5 @@ async def test_the_tiny_model_can_answer_what_the_page_suggests(real_server: Any
     assert set(about) == set(SUGGESTIONS_OF["mpt-tiny-chat"])
     chat = ChatPresenter(Server(real_server.url))
     for question, word in about.items():
-        turns, note, *_ = (await all_of(chat.answer([user(question)], "mpt-tiny-chat", "", 0, 1, 0, 64, 1, None)))[-1]
-        assert word in turns[1]["content"] and "cut at" not in note
+        last = (await all_of(chat.answer([user(question)], ID, "mpt-tiny-chat", "", 0, 1, 0, 64, 1, None)))[-1][0]
+        assert word in last["said"]["content"] and "cut at" not in last["under"]
