@@ -242,6 +242,15 @@ def idle() -> tuple[Any, Any]:
     return gr.update(visible=True, interactive=True), gr.update(visible=False)
 
 
+def after(run: Any, *event: Any, **options: Any) -> None:
+    """Let an event follow one that streams, however that ends: Gradio's `then` does not follow an exception.
+
+    A cancelled one has both a failure, at once, and a success, once all that it had sent has come.
+    """
+    for follow in (run.success, run.failure):
+        follow(*event, **options)
+
+
 # -- how a page is served --------------------------------------------------------------------------------------------
 
 ENTER = "Enter sends it, Shift+Enter begins a new line"  # said below each box

@@ -65,7 +65,7 @@ def build(server: mpt_space.Server) -> gr.Blocks:
         layout = Layout()
         layout.header.follow(page, server, base_models_first)
         settings = [layout.model, layout.max_tokens, layout.temperature, layout.top_p, layout.seed]
-        at_work = [layout.is_writing, layout.go, layout.stop]
+        at_work = [layout.is_writing, layout.go, layout.stop, layout.undo]
         asked = gr.on(
             [layout.go.click, layout.text.submit], remember, [layout.text, layout.before, layout.is_writing],
             [layout.before, *at_work], **mpt_page.QUICK,
@@ -74,11 +74,11 @@ def build(server: mpt_space.Server) -> gr.Blocks:
             presenter.write, [layout.text, *settings], [layout.text, layout.numbers, layout.table],
             concurrency_limit=mpt_page.N_AT_ONCE, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        run.then(rest, None, at_work, **mpt_page.QUICK)
+        mpt_page.after(run, rest, None, at_work, **mpt_page.QUICK)
         layout.stop.click(None, None, None, cancels=[run])
         shown = [layout.text, layout.before, layout.numbers, layout.table]
-        layout.undo.click(take_back, [layout.text, layout.before], shown, cancels=[run], **mpt_page.QUICK)
-        layout.examples.click(example, [layout.examples], [layout.text], cancels=[run], **mpt_page.QUICK)
+        layout.undo.click(take_back, [layout.text, layout.before], shown, **mpt_page.QUICK)
+        layout.examples.click(example, [layout.examples, layout.is_writing], [layout.text], **mpt_page.QUICK)
     return page
 
 

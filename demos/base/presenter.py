@@ -63,12 +63,12 @@ def remember(now: Coloured, before: list[Coloured], is_writing: bool) -> Any:
 
     Enter does nothing while one is written.
     """
-    return gr.skip() if is_writing else ([*before, now][-N_UNDO:], True, *mpt_page.busy())
+    return gr.skip() if is_writing else ([*before, now][-N_UNDO:], True, *mpt_page.busy(), gr.update(interactive=False))
 
 
 def rest() -> tuple[Any, ...]:
     """That none is written, and the buttons then."""
-    return False, *mpt_page.idle()
+    return False, *mpt_page.idle(), gr.update(interactive=True)
 
 
 def take_back(now: Coloured, before: list[Coloured]) -> tuple[Coloured, list[Coloured], str, str]:
@@ -78,8 +78,9 @@ def take_back(now: Coloured, before: list[Coloured]) -> tuple[Coloured, list[Col
     return before[-1], before[:-1], "", ""
 
 
-def example(sample: list[str]) -> Coloured:
-    return {"text": sample[0], "tokens": []}
+def example(sample: list[str], is_writing: bool) -> Any:
+    """An example in place of the text, unless that is being continued."""
+    return gr.skip() if is_writing else {"text": sample[0], "tokens": []}
 
 
 def why_it_ended(finish_reason: str | None, is_context_full: bool) -> str:

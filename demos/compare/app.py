@@ -65,7 +65,7 @@ def build(server: mpt_space.Server) -> gr.Blocks:
             show_progress="hidden",
             api_visibility="private",
         )
-        run.then(mpt_page.idle, None, [go, stop], **mpt_page.QUICK)
+        mpt_page.after(run, mpt_page.idle, None, [go, stop], **mpt_page.QUICK)
         stop.click(None, None, None, cancels=[run])
         examples.click(mpt_page.text_of, [examples], [prompt], **mpt_page.QUICK)
     return page

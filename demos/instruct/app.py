@@ -26,13 +26,12 @@ def build(server: mpt_space.Server) -> gr.Blocks:
         layout.header.follow(page, server, instruct_models)
         presenter = InstructPresenter(server, layout)
         running = _answer_when_asked(layout, presenter)
-        idle = [layout.status, layout.send, layout.stop, layout.is_answering]
+        idle = [layout.status, layout.send, layout.stop, layout.clear, layout.is_answering]
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        # Only once the event has ended: what it had sent before it was cancelled would come after the word "stopped".
-        running.then(presenter.rest, [layout.is_answering], idle, **private)
+        mpt_page.after(running, presenter.rest, [layout.is_answering], idle, **private)
         layout.stop.click(None, None, None, cancels=[running])
         shown = [layout.instruction, layout.prose, layout.code, layout.prompt, *idle]
-        layout.clear.click(presenter.clear, None, shown, cancels=[running], queue=False, api_visibility="private")
+        layout.clear.click(presenter.clear, None, shown, queue=False, api_visibility="private")
     return page
 
 
@@ -43,7 +42,7 @@ def _answer_when_asked(layout: Layout, presenter: InstructPresenter) -> Any:
         [layout.send.click, layout.instruction.submit],
         presenter.answer,
         [layout.model, layout.instruction, *layout.settings],
-        [*shown, layout.send, layout.stop, layout.is_answering],
+        [*shown, layout.send, layout.stop, layout.clear, layout.is_answering],
         concurrency_limit=mpt_page.N_AT_ONCE,
         show_progress="hidden",
         api_name="instruct",

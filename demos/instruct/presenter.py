@@ -120,12 +120,16 @@ class InstructPresenter:
             self.layout.status: reading,
             self.layout.send: send,
             self.layout.stop: stop,
+            self.layout.clear: gr.update(interactive=False),
             self.layout.is_answering: True,
         }
 
     def _idle(self) -> Update:
         send, stop = mpt_page.idle()
-        return {self.layout.send: send, self.layout.stop: stop, self.layout.is_answering: False}
+        clear = gr.update(interactive=True)
+        return {
+            self.layout.send: send, self.layout.stop: stop, self.layout.clear: clear, self.layout.is_answering: False
+        }  # fmt: skip
 
     def _shown(self, text: str) -> Update:
         """The answer so far, in the form its beginning asks for."""

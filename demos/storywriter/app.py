@@ -43,9 +43,10 @@ def _take_books(layout: Layout, presenter: StoryWriterPresenter) -> None:
     story = [layout.book, layout.story, layout.paper, layout.measure, layout.keep_end]
     shown = [layout.upload, *story, layout.status, layout.is_writing, *layout.buttons]
     at_once: dict[str, Any] = {"concurrency_limit": mpt_page.N_AT_ONCE, **QUIETLY}
-    layout.upload.upload(presenter.take_file, [layout.upload, layout.model], shown, **at_once)
-    layout.paste.blur(presenter.take_paste, [layout.paste, layout.model, layout.book], shown, **at_once)
-    layout.sample.click(presenter.take_sample, [layout.model], shown, **at_once)
+    state = [layout.model, layout.is_writing]
+    layout.upload.upload(presenter.take_file, [layout.upload, *state], shown, **at_once)
+    layout.paste.blur(presenter.take_paste, [layout.paste, *state, layout.book], shown, **at_once)
+    layout.sample.click(presenter.take_sample, state, shown, **at_once)
 
 
 def _write_when_asked(layout: Layout, presenter: StoryWriterPresenter) -> None:
@@ -57,8 +58,7 @@ def _write_when_asked(layout: Layout, presenter: StoryWriterPresenter) -> None:
         [layout.book, layout.story, layout.paper, layout.status, layout.keep_end, *buttons],
         concurrency_limit=mpt_page.N_AT_ONCE, **QUIETLY,
     )  # fmt: skip
-    # Only once the event has ended: what it had sent before it was cancelled would come after the word "stopped".
-    running.then(presenter.rest, [layout.story, layout.is_writing], [layout.status, *buttons], **QUIETLY)
+    mpt_page.after(running, presenter.rest, [layout.story, layout.is_writing], [layout.status, *buttons], **QUIETLY)
     layout.write.click(None, None, None, js=SHOW_STORY)
     layout.stop.click(None, None, None, cancels=[running])
     taken_back = [layout.story, layout.paper, layout.status, *buttons]

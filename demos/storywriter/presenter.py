@@ -91,9 +91,13 @@ class StoryWriterPresenter:
 
     # -- a book --------------------------------------------------------------------------------------------------------
 
-    async def take_file(self, path: str | None, model: str | None) -> AsyncGenerator[Update, None]:
+    async def take_file(self, path: str | None, model: str | None, is_writing: bool) -> AsyncGenerator[Update, None]:
         """Read an uploaded file and delete it."""
         if path is None:
+            return
+        if is_writing:
+            Path(path).unlink(missing_ok=True)
+            yield {self.layout.upload: None, **self._not_now()}
             return
         name = Path(path).name
         yield {self.layout.measure: mpt_page.quiet(f"Opening {name} ...")}
@@ -108,20 +112,30 @@ class StoryWriterPresenter:
             async for update in updates:
                 yield {self.layout.upload: None, **update}
 
-    async def take_sample(self, model: str | None) -> AsyncGenerator[Update, None]:
+    async def take_sample(self, model: str | None, is_writing: bool) -> AsyncGenerator[Update, None]:
         """A book of the public domain, for who has none at hand."""
+        if is_writing:
+            yield self._not_now()
+            return
         name, file = SAMPLE
         text = await asyncio.to_thread(read_book, Path(__file__).parent / file)
         async with aclosing(self._open(Book(name, text), model)) as updates:
             async for update in updates:
                 yield update
 
-    async def take_paste(self, text: str, model: str | None, now: Book | None) -> AsyncGenerator[Update, None]:
-        book = pasted(text, now)
+    async def take_paste(
+        self, text: str, model: str | None, is_writing: bool, now: Book | None
+    ) -> AsyncGenerator[Update, None]:
+        """The text of the box, unless `write_on` is to find it there."""
+        book = None if is_writing else pasted(text, now)
         if book is not None:
             async with aclosing(self._open(book, model)) as updates:
                 async for update in updates:
                     yield update
+
+    def _not_now(self) -> Update:
+        """A continuation that still comes would put another book away."""
+        return {self.layout.measure: mpt_page.trouble("Stop the writing first, then take another book.")}
 
     async def _open(self, book: Book, model: str | None) -> AsyncGenerator[Update, None]:
         """Show a new book in place of the one before, then its length."""

@@ -6,7 +6,7 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e .[demos]")
 
-from demos.base.presenter import BasePresenter, remember, take_back  # noqa: E402
+from demos.base.presenter import BasePresenter, example, remember, take_back  # noqa: E402
 from demos.base.tokens import tokens_of  # noqa: E402
 from demos.compare.presenter import ComparePresenter, two_alike, with_differences_marked  # noqa: E402
 from demos.mpt_space import Server  # noqa: E402
@@ -63,6 +63,7 @@ def test_continuations_are_taken_back_one_by_one() -> None:
     one, two, three = map(coloured, ("one", "two", "three"))
     before = remember(two, remember(one, [], False)[0], False)[0]
     assert remember(three, before, True) == gr.skip()  # Enter while one is written
+    assert example(["text"], True) == gr.skip() and example(["text"], False) == coloured("text")
     now, before, _, _ = take_back(three, before)
     assert (now, before) == (two, [one])
     now, before, _, _ = take_back(now, before)

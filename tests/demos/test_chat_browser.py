@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from demos import mpt_space
 from demos.chat import scripts
 from serving.ports import free_port
 from tests.demos import scripted_server
@@ -500,6 +501,42 @@ def test_base_writes_in_place_and_tells_probabilities(
     expect(tokens, 2)
     page.get_by_role("button", name="Undo").click()
     expect(box).to_have_value(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"),
+    [
+        ("chat", "Send"), ("base", "Continue"), ("compare", "Compare"), ("instruct", "Answer"),
+        ("storywriter", "Write on"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_page_itself_ends_the_answer(
+    name: str, asks: str, scripted: Any, show: Any, open_page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = []
+
+    def faulty(*given: Any, **options: Any) -> None:
+        faults.append(name)
+        raise RuntimeError("a fault of ours")
+
+    for method in ("chat", "complete"):
+        monkeypatch.setattr(mpt_space.Server, method, faulty)
+    page = open_page(show(name, scripted.url))
+    page.get_by_text("Server ready").wait_for()
+    if name == "chat":
+        page.get_by_role("textbox", name="Message").fill("one")
+    if name == "storywriter":
+        page.get_by_role("button", name="Take a sample").click()
+        page.get_by_text("too many").wait_for()
+    for n in (1, 2):  # also that it has ended for what comes next
+        page.get_by_role("button", name=asks, exact=True).click()
+        until(page, lambda n=n: len(faults) >= n * (2 if name == "compare" else 1))
+        page.wait_for_timeout(300)
+        page.get_by_role("button", name="Stop").wait_for(state="hidden")
+        page.get_by_role("button", name=asks, exact=True, disabled=False).wait_for()
+        if name == "chat":
+            expect(bots(page).last).to_have_text("Stopped before the first word.")
+            page.get_by_role("textbox", name="Message").fill("two")
 
 
 def test_enter_during_a_continuation_is_no_step_to_take_back(scripted: Any, show: Any, open_page: Any) -> None:

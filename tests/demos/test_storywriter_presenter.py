@@ -33,7 +33,7 @@ def buttons(page: dict[Any, Any], layout: Layout) -> list[Any]:
 async def test_a_file_is_measured_and_deleted(presenter: Any, tmp_path: Path) -> None:
     path = tmp_path / "Tale.txt"
     path.write_text("one two three")
-    page = page_after(await all_of(presenter.take_file(str(path), None)))
+    page = page_after(await all_of(presenter.take_file(str(path), None, False)))
     assert not path.exists()
     assert page[presenter.layout.book]["value"] == Book("Tale.txt", "one two three")
     assert "3 of 100 tokens, room for 97 more." in page[presenter.layout.measure]["value"]
@@ -44,7 +44,7 @@ async def test_a_file_is_measured_and_deleted(presenter: Any, tmp_path: Path) ->
 async def test_a_file_that_is_no_book_is_deleted_too(presenter: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes("naïve".encode("latin-1"))
-    page = page_after(await all_of(presenter.take_file(str(path), None)))
+    page = page_after(await all_of(presenter.take_file(str(path), None, False)))
     assert not path.exists()
     assert "<code>bad.txt</code> is not UTF-8: byte 3 is 0xef" in page[presenter.layout.measure]["value"]
     assert presenter.layout.book not in page
@@ -52,19 +52,30 @@ async def test_a_file_that_is_no_book_is_deleted_too(presenter: Any, tmp_path: P
 
 async def test_the_sample_is_a_book_that_stays_where_it_is(presenter: Any) -> None:
     for _ in range(2):
-        page = page_after(await all_of(presenter.take_sample(None)))
+        page = page_after(await all_of(presenter.take_sample(None, False)))
         book = page[presenter.layout.book]["value"]
         assert book.text.startswith("Alice’s Adventures in Wonderland")
         assert book.text.endswith("the happy summer days.")
 
 
+async def test_no_book_is_taken_while_another_is_continued(presenter: Any, tmp_path: Path) -> None:
+    path = tmp_path / "Tale.txt"
+    path.write_text("one")
+    taken = await all_of(presenter.take_file(str(path), None, True)) + await all_of(presenter.take_sample(None, True))
+    assert not path.exists()
+    for update in taken:
+        assert "Stop the writing first" in update[presenter.layout.measure]
+        assert presenter.layout.book not in update and presenter.layout.story not in update
+    assert await all_of(presenter.take_paste("one", None, True, None)) == []
+
+
 async def test_a_pasted_text_is_a_book_unless_one_was_uploaded(presenter: Any) -> None:
-    page = page_after(await all_of(presenter.take_paste("word " * 101, None, None)))
+    page = page_after(await all_of(presenter.take_paste("word " * 101, None, False, None)))
     assert "101 of 100 tokens: 1 too many." in page[presenter.layout.measure]["value"]
     assert page[presenter.layout.keep_end]["visible"]
     book = page[presenter.layout.book]["value"]
-    assert await all_of(presenter.take_paste("word " * 101, None, book)) == []  # the same again
-    assert await all_of(presenter.take_paste("other", None, Book("Tale.txt", "one"))) == []
+    assert await all_of(presenter.take_paste("word " * 101, None, False, book)) == []  # the same again
+    assert await all_of(presenter.take_paste("other", None, False, Book("Tale.txt", "one"))) == []
 
 
 async def test_a_continuation_is_written_under_its_ending_and_the_next_under_it(scripted: Any, presenter: Any) -> None:
