@@ -41,7 +41,9 @@ def check_writable(path: Path) -> None:
         os.close(_open(Path(f"{path}.lock")))
         os.close(_open(path))
     except OSError as error:
-        raise UserError(f"`--log-requests {path}` cannot be written: {error.strerror}; give another file") from error
+        raise UserError(
+            f"the request log `{path}` (log_requests) cannot be written: {error.strerror}; give another file"
+        ) from error
 
 
 class RequestLog:
@@ -53,7 +55,7 @@ class RequestLog:
         self._n_waiting, self._complained, self._lock = 0, float("-inf"), threading.Lock()
         check_writable(path)
         log.warning(
-            "WHAT CLIENTS ASK IS WRITTEN to %s (--log-requests): prompts, without addresses, phone numbers and keys of "
+            "WHAT CLIENTS ASK IS WRITTEN to %s (log_requests): prompts, without addresses, phone numbers and keys of "
             "known forms; tell your users",
             path,
         )

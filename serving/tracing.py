@@ -203,7 +203,9 @@ def _said_by(fields: Mapping[str, Any]) -> dict[str, Any]:
 def check_endpoint(endpoint: str | None) -> None:
     """Raises UserError for what is no URL."""
     if endpoint is not None and not re.fullmatch(r"https?://\S+", endpoint):
-        raise UserError(f"--otel-endpoint {endpoint} is no URL; give http://HOST:4318, where OTLP is taken over HTTP")
+        raise UserError(
+            f"the endpoint of spans, `{endpoint}` (otel_endpoint), is no URL; give http://HOST:4318, where OTLP is taken over HTTP"
+        )
 
 
 def spans_to(endpoint: str | None) -> Spans | None:
@@ -216,6 +218,6 @@ def spans_to(endpoint: str | None) -> Spans | None:
     except ModuleNotFoundError as error:
         missing = f"spans need `{error.name}`; {install('otel')}"
         if endpoint is not None:
-            raise UserError(f"--otel-endpoint: {missing}") from error
+            raise UserError(f"otel_endpoint: {missing}") from error
         log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set and no spans are sent: %s", missing)
         return None

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpt.catalog import is_adapter
+from mpt.catalog import ADAPTER_CONFIG, is_adapter
 from mpt.errors import CheckpointNotFound, MPTError
 from mpt.options import MODEL_NAME
 
@@ -31,7 +31,7 @@ def find_inside(folder: Path, asked: str) -> Path:
     root = folder.resolve()
     try:
         path = (root / asked).resolve(strict=True)
-        files = [(path / name).resolve(strict=True) for name in ("adapter_config.json", "adapter_model.safetensors")]
+        files = [(path / name).resolve(strict=True) for name in (ADAPTER_CONFIG, "adapter_model.safetensors")]
     except (OSError, RuntimeError):  # absent, not to be read, or a loop of links
         raise absent from None
     if path == root or not all(each.is_relative_to(root) for each in (path, *files)):

@@ -222,7 +222,7 @@ def test_a_full_disk_is_told_and_what_comes_later_is_written(tmp_path, monkeypat
 
 
 def test_a_file_that_cannot_be_written_is_told_at_start(tmp_path):
-    with pytest.raises(UserError, match=r"--log-requests /proc/none/r.jsonl.*cannot be written: No such file"):
+    with pytest.raises(UserError, match=r"`/proc/none/r.jsonl` \(log_requests\) cannot be written: No such file"):
         RequestLog(Path("/proc/none/r.jsonl"))
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="cannot be written"):

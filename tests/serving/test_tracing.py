@@ -126,7 +126,7 @@ async def test_spans_have_the_conventions_attributes_and_no_text(serving, monkey
 def test_it_is_off_unless_asked_for_and_says_what_it_needs(monkeypatch, caplog):
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert spans_to(None) is None
-    with pytest.raises(UserError, match=r"--otel-endpoint collector:4317 is no URL; give http://HOST:4318"):
+    with pytest.raises(UserError, match=r"`collector:4317` \(otel_endpoint\), is no URL; give http://HOST:4318"):
         spans_to("collector:4317")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(UserError, match="otel"):
