@@ -204,7 +204,8 @@ def check_endpoint(endpoint: str | None) -> None:
     """Raises UserError for what is no URL."""
     if endpoint is not None and not re.fullmatch(r"https?://\S+", endpoint):
         raise UserError(
-            f"the endpoint of spans, `{endpoint}` (otel_endpoint), is no URL; give http://HOST:4318, where OTLP is taken over HTTP"
+            f"the endpoint of spans, `{endpoint}` (otel_endpoint), is no URL; "
+            "give http://HOST:4318, where OTLP is taken over HTTP"
         )
 
 
