@@ -62,7 +62,7 @@ def container(*, memory: int | None = None, cpus: float | None = None) -> Iterat
 def _remove(folders: Sequence[Path]) -> None:
     """What is left in them is killed; a group can be removed once its last process is gone."""
     for folder in folders:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 100
         while folder.is_dir() and time.monotonic() < until:
             for pid in (folder / "cgroup.procs").read_text().split():
                 os.kill(int(pid), signal.SIGKILL)

@@ -100,7 +100,7 @@ def test_a_wheel_serves_its_models_and_its_page(wheel: Path, tmp_path: Path) -> 
         page = httpx.get(found[1], headers={"accept": "text/html"}).text
         listed = httpx.get(f"{found[1]}v1/models").json()["data"]
         body = {"model": "mpt-tiny", "prompt": "Once upon a time", "max_tokens": 4}
-        answer = httpx.post(f"{found[1]}v1/completions", json=body, timeout=60).json()
+        answer = httpx.post(f"{found[1]}v1/completions", json=body, timeout=100).json()
         server.terminate()
     assert "<h1>MPT server</h1>" in page and "function listModels" in page
     assert [card["id"] for card in listed] == ["mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter"]

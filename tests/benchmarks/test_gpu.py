@@ -216,7 +216,7 @@ def test_a_run_that_is_ended_says_in_which_part(tmp_path):
         if "right:" in line:
             break
     run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=60)
+    run.communicate(timeout=100)
     assert run.returncode == 128 + signal.SIGTERM
     parts = json.loads(out.read_text())["parts"]
     assert parts["card"]["outcome"] == "done" and parts["card"]["found"]["matmul_tflop_s"] > 0

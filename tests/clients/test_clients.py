@@ -72,7 +72,7 @@ def facts(url: str) -> dict[str, Any]:
     """What the server says to plain HTTP, greedily."""
 
     def ask(path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
+        answer = httpx.post(f"{url}{path}", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=100)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

@@ -148,7 +148,7 @@ def test_tokens_are_streamed_and_a_cancelled_stream_ends(source: Path, stream: S
     expected = generate(mpt.checkpoint.load(source), ROWS[0], 8, end_ids=(0,))
     partial = []
     while True:
-        event = events.get(timeout=20)
+        event = events.get(timeout=100)
         assert not isinstance(event, Exception), event
         if event.get_response().parameters["triton_final_response"].bool_param:
             break
@@ -156,16 +156,16 @@ def test_tokens_are_streamed_and_a_cancelled_stream_ends(source: Path, stream: S
         partial.append(event.as_numpy("output_ids")[0, 0, 5:length].tolist())
     assert partial == [expected[: n + 1] for n in range(len(expected))]
     client.async_stream_infer("fastertransformer", inputs(grpc, ROWS[:1], 3000, end_id=np.array([[2047]], np.uint32)))
-    events.get(timeout=20)
+    events.get(timeout=100)
     client.stop_stream(cancel_requests=True)
     # It no longer computes 3,000 tokens: the next request is answered at once.
     client.start_stream(lambda result, error: events.put(error or result))
     while not events.empty():
         events.get()
     client.async_stream_infer("fastertransformer", inputs(grpc, ROWS[1:2], 1))
-    answer = events.get(timeout=10)
+    answer = events.get(timeout=100)
     while isinstance(answer, Exception) or int(answer.as_numpy("response_input_lengths")[0, 0]) != 3:
-        answer = events.get(timeout=10)
+        answer = events.get(timeout=100)
     client.stop_stream()
 
 
@@ -174,6 +174,6 @@ def test_http_streams_events(stream: Server) -> None:
     request = urllib.request.Request(
         f"http://{stream.http}/v2/models/fastertransformer/generate_stream", json.dumps(body).encode()
     )
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=100) as response:
         lines = [line for line in response.read().decode().splitlines() if line.startswith("data: ")]
     assert 1 <= len(lines) <= 4 and "output_ids" in lines[0]

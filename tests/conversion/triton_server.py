@@ -71,7 +71,7 @@ def running(repository: Path, work: Path) -> Iterator[Server]:
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 100
     while time.monotonic() < until:
         if process.poll() is not None:
             break

@@ -125,5 +125,5 @@ def test_a_pipe_gets_what_is_written_and_stays_one(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         read = pool.submit(pipe.read_text)
         write_whole(pipe, "new")
-        assert read.result(30) == "new"
+        assert read.result(100) == "new"
     assert pipe.is_fifo()

@@ -122,7 +122,7 @@ print(json.dumps([found.free, found.total, str(found)]))
 
 
 def said(command: list[str]) -> tuple[int, int, str]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     free, total, words = json.loads(done.stdout)
     return free, total, words
 
@@ -145,7 +145,7 @@ def test_a_real_ulimit(flag: str, name: str) -> None:
 def test_a_real_containers_quota() -> None:
     code = "from mpt import processors; print(processors.n_cpus())"
     with container(cpus=1.0) as limited:
-        done = subprocess.run(limited.command(sys.executable, "-c", code), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(limited.command(sys.executable, "-c", code), capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "1", done.stderr
 
 

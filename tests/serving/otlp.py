@@ -19,7 +19,7 @@ class Receiver:
 
     def wait_for(self, wanted: Callable[[Any], bool], n: int = 1) -> list[Any]:
         """Spans of which this is true, once there are so many."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 100
         while time.monotonic() < until:
             if len(found := [span for span in list(self.spans) if wanted(span)]) >= n:
                 return found

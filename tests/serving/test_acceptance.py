@@ -24,8 +24,6 @@ from serving.ports import free_port
 from tests.serving.otlp import Receiver, attributes, receiving
 from tests.serving.servers import Server, running, serve_config
 
-pytestmark = pytest.mark.timeout(300)  # a cluster starts in the first test's time, on a machine that is busy
-
 KEY, OTHER_KEY, SLOW_KEY = "sk-test-of-the-client", "sk-test-of-another", "sk-test-of-few-tokens"
 NARROW_KEY, POOR_KEY = "sk-test-of-few-models", "sk-test-of-a-budget"
 LEAVING_KEY, LEAVING_LIMIT = "sk-test-of-one-who-leaves", 20_000  # tokens a minute
@@ -129,12 +127,12 @@ def ignoring_eos(**more: object) -> dict[str, object]:
 def post(url: str, body: object, path: str = "/v1/completions", key: str = KEY, **more) -> httpx.Response:
     content = body if isinstance(body, str | bytes) else json.dumps(body)
     headers = {"Authorization": f"Bearer {key}", "content-type": "application/json", **more}
-    return httpx.post(url + path, content=content, headers=headers, timeout=60)
+    return httpx.post(url + path, content=content, headers=headers, timeout=100)
 
 
 def total(url: str, metric: str, model: str) -> float:
     """A metric of a model, over all its replicas."""
-    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).text
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=100).text
     lines = [line for line in text.splitlines() if line.startswith(f"{metric}{{") and f'model_name="{model}"' in line]
     return sum(float(line.split()[-1]) for line in lines)
 
@@ -345,7 +343,7 @@ def test_a_good_request_id_is_echoed_once(url):
 
 def raw(url: str, *lines: bytes, body: bytes = b"") -> bytes:
     """What comes, until the server closes, for a head as it is."""
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=100) as connection:
         connection.sendall(b"\r\n".join([*lines, b"connection: close", b"", body]))
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
@@ -400,7 +398,7 @@ def test_clients_that_go_away_stop_their_generation(url, stream):
         with httpx.Client(timeout=0.15) as impatient:
             if stream:
                 with impatient.stream(
-                    "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=30
+                    "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=100
                 ) as answer:
                     next(answer.iter_lines())
             else:
@@ -565,7 +563,7 @@ def served(url: str) -> float:
 
 def lines_of(server: Server, words: str, n: int) -> list[str]:
     """So many lines of the log that have these words, when they are there."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 100
     while len(found := [line for line in list(server.lines) if words in line]) < n and time.monotonic() < until:
         time.sleep(0.02)
     return found
@@ -586,7 +584,7 @@ def test_clients_that_leave_early_pay_for_what_was_computed(server, url):
         ("/api/chat", {"model": "chat", "messages": said, "options": {"num_predict": 1500}}),
     ]
     for path, more in streams:
-        with httpx.stream("POST", url + path, json={"stream": True, **more}, headers=headers, timeout=30) as answer:
+        with httpx.stream("POST", url + path, json={"stream": True, **more}, headers=headers, timeout=100) as answer:
             assert answer.status_code == 200
             for _ in zip(range(60), answer.iter_lines(), strict=False):
                 pass
@@ -619,7 +617,7 @@ def test_a_key_uses_its_models_and_sees_no_others(url):
 
     def ask(path: str, body: dict[str, object] | None = None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {NARROW_KEY}"}
-        return httpx.request("GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=60)
+        return httpx.request("GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=100)
 
     hello = [{"role": "user", "content": "Hi"}]
     assert [card["id"] for card in ask("/v1/models").json()["data"]] == ["base:loud", "chat"]
@@ -658,7 +656,7 @@ def test_a_budget_of_tokens_is_kept_in_a_file(server, url):
     ask = {"model": "base", "prompt": "1234567890", "max_tokens": 20, **ignoring_eos()}
     assert post(url, ask, key=POOR_KEY).status_code == 200
     for _ in range(200):
-        metrics = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {POOR_KEY}"}, timeout=30)
+        metrics = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {POOR_KEY}"}, timeout=100)
         assert metrics.status_code == 200  # nothing is charged for it
         refused = post(url, {**ask, "max_tokens": 100}, key=POOR_KEY)
         assert refused.status_code == 429
@@ -668,15 +666,15 @@ def test_a_budget_of_tokens_is_kept_in_a_file(server, url):
     assert "30 are left of your tokens_per_month of 60" in refused.json()["error"]["message"]
     assert (refused.json()["error"]["code"], refused.headers["x-should-retry"]) == ("insufficient_quota", "false")
     assert 'mpt_rate_limited_total{kind="tokens_per_month"' in httpx.get(
-        f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+        f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=100
     ).text  # fmt: skip
     assert post(url, {**ask, "max_tokens": 5}).status_code == 200
 
 
 def test_every_process_says_what_it_takes(server, url):
     """The one of `mpt serve`; the router and both replicas of a cluster, told apart by `replica`."""
-    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).text
-    commit = httpx.get(f"{url}/version", headers={"Authorization": f"Bearer {KEY}"}, timeout=30).json()["commit"]
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=100).text
+    commit = httpx.get(f"{url}/version", headers={"Authorization": f"Bearer {KEY}"}, timeout=100).json()["commit"]
     memory = [line for line in text.splitlines() if line.startswith("process_resident_memory_bytes")]
     builds = [line for line in text.splitlines() if line.startswith("mpt_build_info{")]
     assert len(memory) == len(builds) == (1 if server.kind == "serve" else 3)
@@ -739,15 +737,15 @@ def test_it_leaves_when_told(server):
     """Last: running answers end, meanwhile it is not ready, the exit code is 0. Eight samples give time to look."""
     body = {"model": "base", "prompt": "a", "max_tokens": 1900, "n": 8, "stream": True, **ignoring_eos()}
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=100) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
-        while (ready := httpx.get(f"{server.url}/ready", timeout=30)).status_code == 200:
+        while (ready := httpx.get(f"{server.url}/ready", timeout=100)).status_code == 200:
             pass
         assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
-        alive = httpx.get(f"{server.url}/health", timeout=30)
+        alive = httpx.get(f"{server.url}/health", timeout=100)
         assert (alive.status_code, alive.json()["status"]) == (503, "shutting down")
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
-    assert server.process.wait(60) == 0
+    assert server.process.wait(100) == 0

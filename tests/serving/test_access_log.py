@@ -58,7 +58,7 @@ def router(fleet: FakeFleet, kept: Kept | None = None) -> FastAPI:
 
 async def ask(app: FastAPI, path: str = "/v1/completions", headers: dict | None = KEY, **body) -> httpx.Response:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        return await client.post(path, json={**BODY, **body}, headers=headers, timeout=60)
+        return await client.post(path, json={**BODY, **body}, headers=headers, timeout=100)
 
 
 def cut_short(app: FastAPI, error: str) -> float:

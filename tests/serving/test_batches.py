@@ -92,7 +92,7 @@ def begin(client: openai.OpenAI, file_id: str, endpoint: str = "/v1/completions"
 
 
 def over(client: openai.OpenAI, batch_id: str) -> Any:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 100
     while time.monotonic() < until:
         batch = client.batches.retrieve(batch_id)
         if batch.status in ("completed", "failed", "expired", "cancelled"):

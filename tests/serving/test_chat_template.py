@@ -60,7 +60,7 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 async def ask(serving: Serving, method: str, path: str, **body: Any) -> httpx.Response:
     transport = httpx.ASGITransport(make_app(serving))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=100) as client:
         return await client.request(method, path, **({"json": body} if body else {}))
 
 

@@ -170,7 +170,7 @@ def test_where_all_work_others_get_503_and_probes_their_answer(places, app):
 
 def test_a_client_that_reads_nothing_loses_its_stream(places, app):
     with connected(places, b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n", buffer=4096):
-        assert app.left.wait(30)
+        assert app.left.wait(100)
         until(lambda: places.n_open == 0)
 
 
@@ -185,7 +185,7 @@ def test_a_client_that_reads_slowly_keeps_its_stream(places, app):
                 assert piece, "it was cut off"
                 left -= len(piece)
         assert not app.left.is_set()
-    assert app.left.wait(30)
+    assert app.left.wait(100)
 
 
 @pytest.mark.parametrize("more", [b"", b"connection: close\r\n"])

@@ -85,7 +85,7 @@ async def test_an_embedding_that_was_sent_back_is_read_from_its_beginning(servin
     forward, both_are_here = engine._backend.forward, threading.Event()
 
     def wait_for_both(work):
-        assert both_are_here.wait(30)
+        assert both_are_here.wait(100)
         return forward(work)
 
     async def chat() -> None:

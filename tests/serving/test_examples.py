@@ -63,7 +63,7 @@ def by_compose() -> tuple[list[str], dict[str, str]]:
 def systemd(*arguments: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd here")
-    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=100)
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit_and_little_that_is_open(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_command_runs_with_its_environment_and_stops_at_its_signal(how, tmp_
         assert httpx.get(SERVICE["healthcheck"]["test"][-1].replace("8000", str(port))).status_code == 200
         ask = {"model": "mpt-tiny-chat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         headers = {"authorization": "Bearer sk-of-the-example"}
-        assert httpx.post(f"{url}/v1/chat/completions", json=ask, headers=headers, timeout=60).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json=ask, headers=headers, timeout=100).status_code == 200
         assert httpx.post(f"{url}/v1/chat/completions", json=ask).status_code == 401
     finally:
         code = server.stop(signal.Signals[unit()["KillSignal"]])
@@ -141,5 +141,5 @@ def test_the_command_runs_with_its_environment_and_stops_at_its_signal(how, tmp_
 def test_a_mistake_in_the_file_ends_with_the_code_that_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "serve.yaml").write_text("models: {a: {root: mpt-tiny, max_runing: 3}}\n")
     command = [sys.executable, "-m", "mpt", "serve", "--config", str(tmp_path / "serve.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert str(done.returncode) in unit()["RestartPreventExitStatus"].split()

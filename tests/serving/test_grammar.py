@@ -63,7 +63,7 @@ def serving(model, tokenizer) -> Iterator[Serving]:
 
 async def post(serving: Serving, path: str = "/v1/completions", **body: Any) -> httpx.Response:
     transport = httpx.ASGITransport(make_app(serving))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=100) as client:
         return await client.post(path, json={"model": "base", "max_tokens": 400, **body})
 
 

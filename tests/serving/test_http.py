@@ -62,7 +62,7 @@ async def ask(app: FastAPI, method: str, path: str, content: bytes = b"", **head
 
 @contextmanager
 def connected(url: str) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=100) as connection:
         yield connection
 
 

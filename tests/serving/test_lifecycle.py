@@ -62,7 +62,7 @@ class Gate:
 
     def __call__(self, name, *arguments):
         self.opened.append(name)
-        assert self.may.wait(60)
+        assert self.may.wait(100)
         return open_endpoint(name, *arguments)
 
 
@@ -99,7 +99,7 @@ def serve(folders, gate) -> Iterator[Callable[..., Serving]]:
 
 def client_of(serving: Serving, **headers: str) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(make_app(serving))
-    return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers, timeout=60)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers, timeout=100)
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -243,7 +243,7 @@ def test_a_stream_is_kept_alive_until_its_model_is_there(url, gate):
         "/v1/chat/completions": {"model": "b", "messages": messages, "max_tokens": 5000, "stream": True},
     }
     with ExitStack() as stack:
-        client = stack.enter_context(httpx.Client(base_url=where, timeout=60))
+        client = stack.enter_context(httpx.Client(base_url=where, timeout=100))
         streams = [stack.enter_context(client.stream("POST", path, json=body)) for path, body in bodies.items()]
         lines = [stream.iter_lines() for stream in streams]
         for stream, each in zip(streams, lines, strict=True):
@@ -549,7 +549,7 @@ def test_an_unloaded_model_is_gone_and_so_is_its_thread(large):
     )
     with listening(make_app(serving), log_level="critical", ws="none", timeout_keep_alive=600) as url:
         n_engines = sum(thread.name == "engine" for thread in threading.enumerate())
-        with httpx.Client(base_url=url, timeout=60) as asking, httpx.Client(base_url=url, timeout=60) as ordering:
+        with httpx.Client(base_url=url, timeout=100) as asking, httpx.Client(base_url=url, timeout=100) as ordering:
             for _ in range(2):
                 asking.post("/v1/completions", json={"model": "large", **GREEDY}).raise_for_status()
                 weights = weakref.ref(serving.endpoints["large"].engine._backend.model)
@@ -565,7 +565,7 @@ def test_loading_and_unloading_does_not_make_a_server_grow(large):
     options = ("--model", f"large={large}", "--load", "on-request", "--allow-model-loading", "all", "--kv-gb", "0.05")
     with servers.running("serve", "--port", "0", "--device", "cpu", *options) as server:
         process, after = psutil.Process(server.process.pid), []
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=100) as client:
             for _ in range(6):
                 client.post("/v1/completions", json={"model": "large", **GREEDY}).raise_for_status()
                 client.post("/v1/models/unload", json={"model": "large"}).raise_for_status()
@@ -650,12 +650,12 @@ def test_sigterm_during_a_load_sends_who_waits_away_and_ends_the_process(folders
     options = ("--models-dir", str(folders), "--load", "on-request", "--model", f"slow={folders / 'a'}")
     server = servers.start("serve", "--port", "0", *options, program=("-c", SLOW))
     try:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url, timeout=100) as client:
             assert client.post("/v1/completions", json={"model": "b", **GREEDY}).status_code == 200
             with client.stream("POST", "/v1/completions", json={"model": "slow", **GREEDY, "stream": True}) as waiting:
                 asyncio.run(until(lambda: any("opening" in line for line in server.lines)))
                 os.kill(server.process.pid, signal.SIGTERM)
                 assert '"code":"shutting_down"' in waiting.read().decode()
-        assert server.process.wait(30) == 0
+        assert server.process.wait(100) == 0
     finally:
         server.stop(signal.SIGKILL)

@@ -51,7 +51,7 @@ def postgres() -> Iterator[str]:
     process = subprocess.Popen([*started, "-c", "listen_addresses=127.0.0.1"], **quiet)
     url = f"postgresql://mpt@127.0.0.1:{port}/postgres"
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 100
         while True:
             try:
                 with Sql(url).transaction():
@@ -62,7 +62,7 @@ def postgres() -> Iterator[str]:
         yield url
     finally:
         process.send_signal(signal.SIGINT)  # without waiting for its clients
-        process.wait(30)
+        process.wait(100)
         shutil.rmtree(folder)
 
 
@@ -207,7 +207,7 @@ def ask(model, tokenizer, tmp_path: Path) -> Iterator[Callable[..., httpx.Respon
             )  # fmt: skip
             app = make_app(Serving(options, endpoints={"base": endpoint}))
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-                work = [client.request(*each[:2], headers=each[2], json=each[3], timeout=60) for each in requests]
+                work = [client.request(*each[:2], headers=each[2], json=each[3], timeout=100) for each in requests]
                 return await asyncio.gather(*work)
 
         yield lambda *requests: asyncio.run(send(list(requests)))
@@ -226,7 +226,7 @@ def completion(n_tokens: int, **more: object) -> dict[str, object]:
 
 def month_of(path: Path) -> int:
     """What the key has used, once everything is written."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 100
     while time.monotonic() < until:
         with sqlite3.connect(path) as database:
             if not database.execute("SELECT COUNT(*) FROM mpt_quota_holds").fetchone()[0]:

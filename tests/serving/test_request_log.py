@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_or_slow_loses_lines_and_no_requests(tmp_path, monke
     released = threading.Event()
 
     def full(line: bytes) -> None:
-        released.wait(20)
+        released.wait(100)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(log, "_write", full)

@@ -229,7 +229,10 @@ def test_secrets_are_not_printed(folder):
     (folder / "s.yaml").write_text("api_keys: [sk-secret]\n")
     for words in (["--api-key", "sk-secret"], ["--config", str(folder / "s.yaml")]):
         done = subprocess.run(
-            [sys.executable, "-m", "mpt", "serve", *words, "--print-config"], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "mpt", "serve", *words, "--print-config"],
+            capture_output=True,
+            text=True,
+            timeout=100,
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert "--api-key-file" in done.stderr and "sk-secret" not in done.stderr

@@ -35,7 +35,7 @@ def serving() -> Iterator[Serving]:
 @pytest.fixture
 async def client(serving) -> Any:
     transport = httpx.ASGITransport(make_app(serving))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=100) as client:
         yield client
 
 

@@ -32,7 +32,7 @@ def help_of(command: str, before: str = "") -> str:
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -210,12 +210,12 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(three_rows:
     run = dataclasses.replace(three_rows, steps=60, checkpoint_every=50)
     process = start(run)
     metrics = Path(run.out) / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not metrics.is_file() or metrics.read_text().count("\n") < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=100)[1]
     assert process.returncode == 75
     assert "the same command goes on" in error.splitlines()[-1]
     stopped_at = len(losses(run))
@@ -231,10 +231,10 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(three_rows:
 
 def test_a_mistake_is_found_before_ranks_are_started(three_rows: Run) -> None:
     process = start(dataclasses.replace(three_rows, data="yaml_to_jsn"))
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=100)[1]
     assert process.returncode == 2
     assert error == "train: no dataset `yaml_to_jsn`; did you mean `yaml_to_json`?\n"
     process = start(dataclasses.replace(three_rows, max_seq_len=10**9))
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=100)[1]
     assert process.returncode == 2 and "one sequence of 1000000000 tokens needs about" in error
     assert not Path(three_rows.out).exists()

@@ -11,7 +11,7 @@ import httpx
 asked = json.load(sys.stdin)
 headers = {"Content-Type": "application/json", "Authorization": f"Bearer {asked['key']}"}
 headers |= {"X-OpenWebUI-User-Name": "Greta", "X-OpenWebUI-User-Role": "admin", "X-OpenWebUI-Chat-Id": "c-1"}
-server = httpx.Client(base_url=asked["url"], headers=headers, timeout=60)
+server = httpx.Client(base_url=asked["url"], headers=headers, timeout=100)
 chat, base, hello = asked["chat"], asked["base"], asked["hello"]
 tool = {"type": "function", "function": asked["tool"]}
 options = {  # each that its settings have

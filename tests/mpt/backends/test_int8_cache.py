@@ -228,7 +228,7 @@ def opened(folder: Path, **options: object) -> endpoints.Endpoint:
 def test_a_server_answers(folder):
     with servers.running("serve", "--port", "0", "--model", f"base={folder}", "--kv-cache", "int8") as server:
         body = {"model": "base", "prompt": list(range(4, 44)), "max_tokens": 20, "temperature": 0, "ignore_eos": True}
-        [choice] = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]
+        [choice] = httpx.post(f"{server.url}/v1/completions", json=body, timeout=100).json()["choices"]
         assert choice["finish_reason"] == "length"
         metrics = httpx.get(f"{server.url}/metrics").text
         assert any("int8 KV cache" in line for line in server.lines)

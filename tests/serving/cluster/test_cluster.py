@@ -39,8 +39,6 @@ from serving.ports import free_port
 from tests.serving.cluster.ray_driver import environment
 from tests.serving.servers import serve_config
 
-pytestmark = pytest.mark.timeout(300)  # a cluster starts in the first test's time, on a machine that is busy
-
 # -- options -------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +97,7 @@ def test_a_second_router_runs_where_it_fits_and_what_is_given_stays(monkeypatch,
 
 def refusal(*options: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "mpt", "cluster", *options], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "mpt", "cluster", *options], capture_output=True, text=True, timeout=100
     )
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
@@ -488,7 +486,7 @@ class Cluster:
         with contextlib.suppress(BrokenPipeError):  # it has failed
             self._process.stdin.close()
         try:
-            self._process.wait(60)
+            self._process.wait(100)
         except subprocess.TimeoutExpired:
             self._process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -538,7 +536,7 @@ def events(
     body = {"model": model, "prompt": "a", "max_tokens": n_tokens, "stream": True, "ignore_eos": True}
     found = []
     asked = f"{url or cluster.url}/v1/completions"
-    with httpx.stream("POST", asked, json=body, timeout=60, headers=WITH_KEY) as answer:
+    with httpx.stream("POST", asked, json=body, timeout=100, headers=WITH_KEY) as answer:
         for line in answer.iter_lines():
             if line:
                 found.append(line)
@@ -571,14 +569,14 @@ def test_a_killed_replica_loses_its_own_streams_only_and_comes_back(cluster):
     with ThreadPoolExecutor(3) as pool:
         lost = [pool.submit(events, cluster, "one", 1900, event) for event in begun[:2]]
         kept = pool.submit(events, cluster, "two", 1900, begun[2])
-        assert all(event.wait(30) for event in begun)
+        assert all(event.wait(100) for event in begun)
         (victim,) = cluster.replicas("one")
         os.kill(victim.pid, signal.SIGKILL)
         for stream_ in lost:
-            lines = stream_.result(30)
+            lines = stream_.result(100)
             assert '"code":"replica_lost"' in lines[-1] and "data: [DONE]" not in lines
-        assert kept.result(60)[-1] == "data: [DONE]"
-    until = time.monotonic() + 60
+        assert kept.result(100)[-1] == "data: [DONE]"
+    until = time.monotonic() + 100
     while (answer := cluster.post(model="one")).status_code == 503 and time.monotonic() < until:
         assert answer.json()["error"]["code"] in ("replica_lost", "overloaded", "queue_timeout")
         time.sleep(0.5)
@@ -649,6 +647,7 @@ def test_models_that_come_and_go_keys_and_limits_restart_nothing(cluster, args, 
     assert before == pids(cluster, "one", "two", "Router", "Settings") and len(before) == 5
 
 
+@pytest.mark.timeout(600)  # Ray starts another node beside clients and other tests
 def test_a_changed_model_restarts_itself_only_and_a_node_that_must_go_ends_its_streams(cluster, args):
     """The new replica fits on a node only that joins later, so the old one answers meanwhile.
 
@@ -664,10 +663,10 @@ def test_a_changed_model_restarts_itself_only_and_a_node_that_must_go_ends_its_s
         with Asking(cluster, ("one", "two")) as asking:
             deployed = pool.submit(cluster.deploy, changed)
             until(lambda: cluster.get("/v1/models/one").get("context_length") == 16_000)
-            assert [cluster.post(model="one", timeout=20).status_code for _ in range(3)] == [200] * 3
+            assert [cluster.post(model="one", timeout=100).status_code for _ in range(3)] == [200] * 3
             assert one == pids(cluster, "one")
             node, its_url = cluster.join(drain)
-            deployed.result(100)
+            deployed.result(300)
         assert asking.failures == [] and one.isdisjoint(pids(cluster, "one"))
         assert others == pids(cluster, "two", "Router", "Settings") and len(others) == 4
         until(lambda: answers(f"{its_url}/health"))
@@ -676,12 +675,12 @@ def test_a_changed_model_restarts_itself_only_and_a_node_that_must_go_ends_its_s
             pool.submit(events, cluster, "one", 8_000, each, url)
             for each, url in zip(begun, (cluster.url, its_url), strict=True)
         ]
-        assert all(each.wait(30) for each in begun)
+        assert all(each.wait(100) for each in begun)
         node.send_signal(signal.SIGTERM)
         time.sleep(2 * rays_s)
         assert not any(stream_.done() for stream_ in streams)
         assert cluster.post(model="one").status_code == 200
-        assert [stream_.result(60)[-1] for stream_ in streams] == ["data: [DONE]"] * 2
+        assert [stream_.result(100)[-1] for stream_ in streams] == ["data: [DONE]"] * 2
 
 
 def answers(url: str) -> bool:
@@ -690,7 +689,7 @@ def answers(url: str) -> bool:
     return False
 
 
-def until(holds: Callable[[], bool], within_s: float = 100.0) -> None:
+def until(holds: Callable[[], bool], within_s: float = 200.0) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline

@@ -26,8 +26,6 @@ from serving.cluster import guard
 from serving.ports import free_port
 from tests.serving.servers import Server, serve_config, start
 
-pytestmark = pytest.mark.timeout(300)  # a cluster starts in the first test's time, on a machine that is busy
-
 WAIT_S = 60  # for what takes a few seconds on an idle machine
 GONE = EngineStopped.exit_code
 

@@ -227,7 +227,7 @@ def test_the_command_tells_in_lines_and_exit_codes(cluster, tmp_path):
 
     def run(*options: str) -> tuple[int, list[str], list[str]]:
         command = [sys.executable, "-m", "mpt", "cluster", "reload", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
     code, said, wrong = run("--port", str(port), "--config", str(other))

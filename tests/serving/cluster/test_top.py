@@ -59,7 +59,7 @@ def test_the_table_fits_a_narrow_terminal():
 def test_what_cannot_be_looked_at_is_one_line(monkeypatch):
     done = subprocess.run(
         [sys.executable, "-m", "mpt", "top", "--once", "--url", "http://127.0.0.1:9"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("mpt: ") and done.stderr.count("\n") == 1
     for answer, words in (

@@ -269,5 +269,5 @@ def test_processes_share_a_cache(tmp_path: Path, tiny: Path) -> None:
     env = {**os.environ, "MPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[3])}
     command = [sys.executable, "-c", _READ, made.as_uri()]
     readers = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    answers = [reader.communicate(timeout=60)[0] for reader in readers]
+    answers = [reader.communicate(timeout=100)[0] for reader in readers]
     assert answers == [f"{Source(str(made)).tokens(0).tolist()}\n"] * 3
