@@ -28,6 +28,7 @@ def build(server: mpt_space.Server) -> gr.Blocks:
         running = _answer_when_asked(layout, presenter)
         idle = [layout.status, layout.send, layout.stop, layout.clear, layout.is_answering]
         private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # Through the queue: what was sent before a cancellation comes before the word "stopped" then.
         mpt_page.after(running, presenter.rest, [layout.is_answering], idle, **private)
         layout.stop.click(None, None, None, cancels=[running])
         shown = [layout.instruction, layout.prose, layout.code, layout.prompt, *idle]
