@@ -58,6 +58,7 @@ def _write_when_asked(layout: Layout, presenter: StoryWriterPresenter) -> None:
         [layout.book, layout.story, layout.paper, layout.status, layout.keep_end, *buttons],
         concurrency_limit=mpt_page.N_AT_ONCE, **QUIETLY,
     )  # fmt: skip
+    # Through the queue: what was sent before a cancellation comes before the word "stopped" then.
     mpt_page.after(running, presenter.rest, [layout.story, layout.is_writing], [layout.status, *buttons], **QUIETLY)
     layout.write.click(None, None, None, js=SHOW_STORY)
     layout.stop.click(None, None, None, cancels=[running])
