@@ -137,7 +137,7 @@ def test_a_changed_file_is_deployed_and_a_model_that_goes_is_forgotten_first(clu
         ({"root": "mpt-8b"}, {}, "mpt-8b"),
         ({"root": "mpt-tiny", "num_cpus": 64}, {}, "64.2 CPUs"),
         ({"root": "mpt-tiny"}, {"api_key_file": "/nowhere/keys"}, "/nowhere/keys"),
-        ({"root": "mpt-tiny"}, {"otel_endpoint": "localhost"}, "localhost is no URL"),
+        ({"root": "mpt-tiny"}, {"otel_endpoint": "localhost"}, "`localhost` (otel_endpoint), is no URL"),
         ({"root": "mpt-tiny"}, {"log_requests": "/nowhere/log"}, "/nowhere/log"),
         ({"root": "mpt-tiny"}, {"no_auth": True, "api_keys": ["sk-1"]}, "contradict"),
     ],
