@@ -1,6 +1,7 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,17 @@ torch.set_num_threads(1)  # tiny models are faster on one thread, and machines t
 
 def pytest_configure(config: pytest.Config) -> None:
     devices.choose(config.option.markexpr)
+    _let_children_hear()
+
+
+def _let_children_hear() -> None:
+    """What is ignored here is ignored by processes that tests start; a handler is not inherited.
+
+    `nohup make test &` has both signals ignored, and tests send them.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.hookimpl(tryfirst=True)
