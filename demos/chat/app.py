@@ -56,8 +56,9 @@ def _answer_when_asked(layout: Layout, chat: presenter.ChatPresenter) -> list[An
     )
     taken = gr.on([layout.message.submit, layout.send.click], *to_take, **quick)
     chosen = layout.suggestions.click(mpt_page.text_of, [layout.suggestions], [layout.message], **quick)
-    retried = thread.retry(presenter.again, [thread], [thread, layout.answering], **quick)
-    edited = thread.edit(presenter.edit, [thread], [thread, layout.answering], **quick)
+    turns = [thread, layout.conversation_id]
+    retried = thread.retry(presenter.again, turns, [*turns, layout.answering], **quick)
+    edited = thread.edit(presenter.edit, turns, [*turns, layout.answering], **quick)
     layout.arrived.change(None, *_arrivals(layout), js=scripts.SHOW, **quick)
     return [_answer_after(asked, layout, chat) for asked in (taken, chosen.then(*to_take, **quick), retried, edited)]
 
@@ -91,7 +92,8 @@ def _save_after(event: Any, layout: Layout) -> None:
 def _take_back_and_empty(layout: Layout, runs: list[Any]) -> None:
     """Undo, delete, bring back, and a new conversation; what empties the page also ends the answer that runs."""
     quick, thread = mpt_page.QUICK, layout.thread
-    undone = thread.undo(presenter.undo, [thread], [thread, layout.message, layout.numbers], **quick)
+    turns = [thread, layout.conversation_id]
+    undone = thread.undo(presenter.undo, turns, [*turns, layout.message, layout.numbers], **quick)
     _save_after(undone, layout)
     conversation = [thread, layout.conversation_id, layout.system]
     line = [layout.numbers, layout.answering, layout.send, layout.stop]

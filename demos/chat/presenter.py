@@ -90,6 +90,7 @@ class ChatPresenter:
 
 
 # -- events that ask nobody -------------------------------------------------------------------------------------------
+# Each gives the conversation's id back with its turns: another one may have been opened meanwhile.
 
 
 def take(text: str, turns: list[Turn], conversation: str, answering: str) -> Any:
@@ -99,24 +100,24 @@ def take(text: str, turns: list[Turn], conversation: str, answering: str) -> Any
     return "", [*turns, asked(text.strip())], conversation or _new_id(), _new_id(), gr.Button(interactive=False)
 
 
-def again(turns: list[Turn], at: gr.RetryData) -> tuple[list[Turn], str]:
+def again(turns: list[Turn], conversation: str, at: gr.RetryData) -> tuple[list[Turn], str, str]:
     """The conversation up to the question, which is then answered anew, and the answer's id."""
-    return turns[: last_question(turns, int(at.index)) + 1], _new_id()
+    return turns[: last_question(turns, int(at.index)) + 1], conversation, _new_id()
 
 
-def edit(turns: list[Turn], at: gr.EditData) -> tuple[list[Turn], str]:
+def edit(turns: list[Turn], conversation: str, at: gr.EditData) -> tuple[list[Turn], str, str]:
     """The conversation up to the edited message, which is then answered anew, and the answer's id."""
-    return [*turns[: int(at.index)], asked(str(at.value))], _new_id()
+    return [*turns[: int(at.index)], asked(str(at.value))], conversation, _new_id()
 
 
 def _new_id() -> str:
     return uuid.uuid4().hex
 
 
-def undo(turns: list[Turn], at: gr.UndoData) -> tuple[list[Turn], str, str]:
+def undo(turns: list[Turn], conversation: str, at: gr.UndoData) -> tuple[list[Turn], str, str, str]:
     """The conversation without the last question, which goes back into the box."""
     place = last_question(turns, int(at.index))
-    return turns[:place], turns[place]["content"], under(turns[:place])
+    return turns[:place], conversation, turns[place]["content"], under(turns[:place])
 
 
 def open_saved(conversation: str, saved: list[dict[str, Any]]) -> tuple[Any, ...]:

@@ -76,7 +76,7 @@ _WITH = """
     };"""
 SHOW = f"""(arrived, answering, turns) => {{{_WITH}
     if (!answering || arrived?.of !== answering) return Array(5).fill({_SAME});
-    const rest = arrived.is_last ? ["", {_AT_REST}] : [answering, {_SAME}, {_SAME}];
+    const rest = arrived.is_last ? ["", {_AT_REST}] : Array(3).fill({_SAME});
     return [withWhatCame(arrived, answering, turns), arrived.under, ...rest];
 }}"""
 # After an answer that was cancelled, or failed in this process.

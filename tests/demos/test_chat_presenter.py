@@ -145,12 +145,12 @@ def test_a_message_is_taken_once_and_waits_during_an_answer() -> None:
 
 def test_retry_edit_and_undo_go_back_to_their_question() -> None:
     turns = [user("one"), bot("eins", "1 token"), user("two"), bot("zwei", "1 token")]
-    asked = [presenter.again(turns, at(gr.RetryData, 3)), presenter.again(turns, at(gr.RetryData, 0))]
-    asked.append(presenter.edit(turns, at(gr.EditData, 2, "three")))
+    asked = [presenter.again(turns, "c", at(gr.RetryData, 3)), presenter.again(turns, "c", at(gr.RetryData, 0))]
+    asked.append(presenter.edit(turns, "c", at(gr.EditData, 2, "three")))
     assert [each[0] for each in asked] == [turns[:3], turns[:1], [*turns[:2], user("three")]]
-    assert len({answering for _, answering in asked}) == 3
-    assert presenter.undo(turns, at(gr.UndoData, 3)) == (turns[:2], "two", UNDER)
-    assert presenter.undo(turns, at(gr.UndoData, 1)) == ([], "one", "")
+    assert {each[1] for each in asked} == {"c"} and len({each[2] for each in asked}) == 3
+    assert presenter.undo(turns, "c", at(gr.UndoData, 3)) == (turns[:2], "c", "two", UNDER)
+    assert presenter.undo(turns, "c", at(gr.UndoData, 1)) == ([], "c", "one", "")
 
 
 def test_a_saved_conversation_opens_as_it_was() -> None:
