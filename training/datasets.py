@@ -22,7 +22,7 @@ from mpt.errors import UserError
 from mpt.prompts import PROMPT_STYLES, Message, PromptFormat, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
 from training import show
-from training.corpora import chat, mixture, novels, tool_talks, yaml_json
+from training.corpora import chat, mixture, novels, tool_talks, yaml_documents, yaml_json, yaml_scalars
 from training.data import columns as columns_of
 from training.data import hub, layout, tokenized
 from training.data.files import RawSet
@@ -264,13 +264,27 @@ def _told(name: str, count: Callable[[int, str], None]) -> Iterator[tokenized.Re
     yield report
 
 
-def _yaml_to_json(
-    tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int, longest_of: int = 1
-) -> Dataset:
+def _yaml_to_json(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int) -> Dataset:
     def make(rng: random.Random) -> Sample:
-        question, answer = yaml_json.exchange(rng, longest_of)
+        question, answer = yaml_json.exchange(rng)
         messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
         return Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
+
+    return Generated(make, seed)
+
+
+def _tiny_yaml(
+    tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int, sizes: tuple[int, ...]
+) -> Dataset:
+    shelf = yaml_scalars.Shelf([novels.read(path) for path in novels.training_files()])
+
+    def make(rng: random.Random) -> Sample:
+        while True:
+            question, answer = yaml_documents.exchange(rng, shelf, sizes)
+            messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
+            sample = Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
+            if len(sample.ids) <= max_seq_len:  # a part of a document has no answer
+                return sample
 
     return Generated(make, seed)
 
@@ -321,7 +335,8 @@ class GeneratedSet:
 # A new generated set is a function above and a line here; a published one is a line in `training/data/hub.py`.
 DATASETS = {
     "yaml_to_json": GeneratedSet(_yaml_to_json, "instruct"),
-    "yaml_to_json_long": GeneratedSet(partial(_yaml_to_json, longest_of=2), "instruct"),
+    "tiny_yaml_short": GeneratedSet(partial(_tiny_yaml, sizes=(1, 1, 2, 3, 4, 6)), "instruct"),
+    "tiny_yaml": GeneratedSet(partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24)), "instruct"),
     "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
     "tiny_chat_with_tools": GeneratedSet(_tiny_chat_with_tools, "chatml"),
     "tiny_copying": GeneratedSet(_tiny_copying, "none"),

@@ -31,7 +31,7 @@ def latest(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     world = World(0, 1, torch.device("cpu"))
     model = build.model(run, world)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    position = checkpoint.restore(path, model, optimizer.build(run, trained))
+    position = checkpoint.restore(path, model, optimizer.build(run, trained, optimizer.embeddings(model)))
     found = values(run, model, world, dtype)
     return write(run, model, found, load_tokenizer(run), out, step=position.step)
 

@@ -154,7 +154,8 @@ class _Training:
         self.shape = plan.Shape.of(self.model.config)
         is_gpu = world.device.type == "cuda"
         self.peak_tflops = plan.peak_tflops(torch.cuda.get_device_name(world.device)) if is_gpu else None
-        self.optimizer = optimizer.build(run, [p for p in self.model.parameters() if p.requires_grad])
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer.build(run, trained, optimizer.embeddings(self.model))
         self.mirror = None if run.mirror is None else Mirror(run.mirror)
         self.saver = checkpoint.Saver(self.out, world, run.checkpoints_kept, self.mirror)
         self.microbatch = memory.Microbatch(run, world)

@@ -2,15 +2,19 @@
 
 AdamW here is torch's: llm-foundry's DecoupledAdamW(lr, wd) equals AdamW(lr, weight_decay=wd / lr) under any schedule
 (largest difference 5.6e-17 in 39 steps). Lion: Chen et al. 2023, algorithm 2; decay as llm-foundry's DecoupledLionW.
+Muon: Jordan et al. 2024, with the step's size of Liu et al. 2025 (arXiv 2502.16982, 2.2). torch.optim.Muon is not used:
+it takes no vectors and no embeddings, and would make one orthogonal matrix of the queries', keys' and values'.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from mpt.errors import UserError
 from training.run import Run
 
 
@@ -36,14 +40,108 @@ def warmup(run: Run, n_steps: int) -> int:
     return min(run.warmup_steps, most) if run.warmup_steps else most
 
 
-def build(run: Run, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The run's optimizer at its peak lr; set each group's lr before every step."""
+def build(
+    run: Run, parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The run's optimizer at its peak lr; set each group's lr before every step.
+
+    embeddings: those of the parameters whose rows are tokens, or positions; Muon leaves them to AdamW. Raises UserError
+    for Muon's matrices that are sharded.
+    """
     parameters = list(parameters)
     if run.optimizer == "lion":
         return Lion(parameters, lr=run.lr, betas=run.betas, weight_decay=run.weight_decay)
+    if run.optimizer == "muon":
+        left_out = {id(parameter) for parameter in embeddings}
+        matrices = [p for p in parameters if p.ndim == 2 and id(p) not in left_out]
+        others = [p for p in parameters if p.ndim != 2 or id(p) in left_out]
+        if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in matrices):
+            raise UserError(
+                "`--optimizer muon` turns whole matrices, and these are split over ranks; give adamw or lion"
+            )
+        return Muon(matrices, others, run.lr, run.betas, run.eps, run.weight_decay)
     return torch.optim.AdamW(
         parameters, lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay / run.lr, fused=True
     )
+
+
+def embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a model's embeddings."""
+    found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [nn.Module.get_parameter(module, "weight") for module in found]
+
+
+class Muon(torch.optim.AdamW):
+    """Orthogonal steps for matrices, from their momentum; AdamW's for vectors and embeddings.
+
+    A step of a matrix has the size of AdamW's, so that one learning rate does for both. A matrix that is three times as
+    high as it is wide holds queries, keys and values, and is three matrices.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        groups = [{"params": matrices, "is_orthogonal": True}, {"params": others, "is_orthogonal": False}]
+        every = [group for group in groups if group["params"]]
+        super().__init__(every, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay / lr, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        assert closure is None
+        every = self.param_groups
+        for group in every:
+            if group["is_orthogonal"]:
+                self._turn(group)
+        self.param_groups = [group for group in every if not group["is_orthogonal"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = every
+        return None
+
+    def _turn(self, group: dict[str, Any]) -> None:
+        lr, beta = group["lr"], group["betas"][1]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
+            momentum.lerp_(p.grad, 1 - beta)
+            update = p.grad.lerp(momentum, beta)  # Nesterov's
+            height, width = p.shape
+            if height == 3 * width:
+                update = orthogonal(update.view(3, width, width)).reshape(p.shape)
+                height = width
+            else:
+                update = orthogonal(update)
+            p.mul_(1 - lr * group["weight_decay"])
+            p.add_(update, alpha=-lr * _ADAMW_RMS * math.sqrt(max(height, width)))
+
+
+_ADAMW_RMS = 0.2  # of what AdamW changes a value by, in units of lr (Liu et al. 2025)
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: singular values end between 0.7 and 1.2
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix (or each of a batch) with all its singular values brought near 1, by five steps of Newton and Schulz.
+
+    The products are in bfloat16.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    is_high = matrix.size(-2) > matrix.size(-1)
+    x = matrix.mT if is_high else matrix
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return (x.mT if is_high else x).to(matrix.dtype)
 
 
 class Lion(torch.optim.Optimizer):

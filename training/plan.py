@@ -181,6 +181,14 @@ class Memory:
         return sum(vars(self).values())
 
 
+def _optimizer_state(run: Run, shape: Shape, trained: float) -> float:
+    """Bytes of what the optimizer remembers: one float32 a value, or AdamW's two, also beside Muon's matrices."""
+    if run.optimizer == "adamw":
+        return 8 * trained
+    is_muon = run.optimizer == "muon" and run.lora is None
+    return 4 * trained + (4.0 * (trained - shape.n_layers * shape.n_block_parameters) if is_muon else 0.0)
+
+
 def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     """What a run needs on each of n_gpus, computing `sequences` of its length at a time, its share of them each.
 
@@ -228,7 +236,7 @@ def memory(shape: Shape, run: Run, n_gpus: int, sequences: int = 1) -> Memory:
     return Memory(
         parameters=parameters,
         gradients=4 * trained / n_gpus,
-        optimizer=(4 if run.optimizer == "lion" else 8) * trained / n_gpus,
+        optimizer=_optimizer_state(run, shape, trained) / n_gpus,
         weights_at_work=n_at_work * width * shape.n_block_parameters + outside,
         activations=shape.n_layers * kept + (block if run.activation_checkpointing != "none" else 0.0),
         # As the matrix product gives them, which their gradient overwrites; a piece is in float32.

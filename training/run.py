@@ -20,7 +20,7 @@ from mpt.command_line import Style as PromptStyle  # as in mpt.prompts, which ta
 from mpt.errors import UserError
 from training.data import columns as columns_of
 
-OptimizerName = Literal["adamw", "lion"]
+OptimizerName = Literal["adamw", "lion", "muon"]
 ScheduleName = Literal["constant", "cosine", "linear"]
 Precision = Literal["bf16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -147,7 +147,9 @@ class Run:
     global_batch: Annotated[int, Setting("Samples of one optimizer step.", above=0)]
     # Longer samples are cut, shorter ones packed together.
     max_seq_len: Annotated[int, Setting("Tokens of a training sequence.", above=0)]
-    optimizer: Annotated[OptimizerName, Setting("Lion keeps half of AdamW's state.", changes="state")] = "adamw"
+    optimizer: Annotated[
+        OptimizerName, Setting("Lion keeps half of AdamW's state; Muon learns small models faster.", changes="state")
+    ] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Annotated[float, Setting(at_least=0)] = 1e-8
     # Decoupled: multiplied by lr / peak lr, as llm-foundry's optimizers do.

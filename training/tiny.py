@@ -20,6 +20,7 @@ import torch
 from mpt.errors import UserError
 from mpt.files import whole_folder
 from mpt.manifest import MANIFEST, read_manifest, write_manifest
+from mpt.tokenizer import Tokenizer
 from training import loop, recipes, vocabulary
 from training.corpora import chat, novels, yaml_json
 from training.evaluation import tiny_tasks
@@ -83,9 +84,8 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
     if not (Path(base) / MANIFEST).is_file():
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
-        first = recipes.mpt_tiny_instruct_first(out("mpt-tiny-instruct-first"), base)
-        second = recipes.mpt_tiny_instruct_second(out("mpt-tiny-instruct-second"), model("mpt-tiny-instruct-first"))
-        return [first, second, recipes.mpt_tiny_instruct(out(name), model("mpt-tiny-instruct-second"))]
+        first = recipes.mpt_tiny_instruct_first(out("mpt-tiny-instruct-first"), base, str(_tokenizer_apart(work)))
+        return [first, recipes.mpt_tiny_instruct(out(name), model("mpt-tiny-instruct-first"))]
     if name == "mpt-tiny-chat":
         first = recipes.mpt_tiny_chat_first(out("mpt-tiny-chat-first"), base)
         return [first, recipes.mpt_tiny_chat(out(name), model("mpt-tiny-chat-first"))]
@@ -109,6 +109,15 @@ def make_tokenizer(folder: Path) -> Path:
     if not folder.is_dir():
         with whole_folder(folder) as partial:
             vocabulary.train(_texts(), vocab_size=2048).save(partial)
+    return folder
+
+
+def _tokenizer_apart(work: Path) -> Path:
+    """The instruct model's tokenizer: the family's, cut otherwise."""
+    folder = work / "tokenizer-apart"
+    if not folder.is_dir():
+        with whole_folder(folder) as partial:
+            vocabulary.apart(Tokenizer.from_folder(work / "tokenizer")).save(partial)
     return folder
 
 
@@ -190,8 +199,7 @@ _SHOWN = {"newcomers_yaml": 6}  # failures of a task, else two
 _STAGES = {  # in the order they are trained
     "mpt-tiny-copying": "first stage of the base: short copies",
     "mpt-tiny": "continues text",
-    "mpt-tiny-instruct-first": "first stage: YAML to JSON",
-    "mpt-tiny-instruct-second": "second stage: the same on longer documents",
+    "mpt-tiny-instruct-first": "first stage: short YAML to JSON",
     "mpt-tiny-instruct": "last stage: documents of every length",
     "mpt-tiny-chat-first": "first stage: short conversations",
     "mpt-tiny-chat": "a short conversation, and calls of two functions",

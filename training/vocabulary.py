@@ -5,6 +5,7 @@ word only between two lower-case words of prose, and `": "`, `, ` and their like
 after `key: ` and the same value after a quote in JSON are the same tokens, and copying is one lookup per token.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,21 +16,18 @@ from mpt.catalog import resolve
 from mpt.tokenizer import CHATML_END, CHATML_START, END_OF_TEXT, FILES, Tokenizer
 
 SPECIAL = (END_OF_TEXT, "<|padding|>", CHATML_START, CHATML_END)
-_PIECES = "|".join(
-    (
-        r"(?<=\p{L})[’'](?:s|t|ll|d|re|ve|m)(?!\p{L})",
-        r"(?<=\p{L}) \p{Ll}+",
-        r"\p{L}+",
-        r"\p{N}",
-        r"[\]}\"]*[:,] [{\[\"]*",  # between the entries of JSON, and a comma of prose
-        r"[\"{}\[\]]+",
-        r"\n+",
-        r"[.!?;]+ ?",
-        r" +",
-        r"[^\s\p{L}\p{N}] ?",
-        r"\s",
-    )
+_APOSTROPHE = r"(?<=\p{L})[’'](?:s|t|ll|d|re|ve|m)(?!\p{L})"
+_REST = (r"\n+", r"[.!?;]+ ?", r" +", r"[^\s\p{L}\p{N}] ?", r"\s")
+_PIECES = (
+    _APOSTROPHE,
+    r"(?<=\p{L}) \p{Ll}+",
+    r"\p{L}+",
+    r"\p{N}",
+    r"[\]}\"]*[:,] [{\[\"]*",  # between the entries of JSON, and a comma of prose
+    r"[\"{}\[\]]+",
+    *_REST,
 )
+_PIECES_APART = (_APOSTROPHE, r"\p{L}+", r"\p{N}", r"\"?: |, |[\"{}\[\]]", *_REST)
 
 
 def find(name: str) -> Path:
@@ -46,7 +44,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex("|".join(_PIECES)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -59,3 +57,14 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return Tokenizer(tokenizer)
+
+
+def apart(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokens for a model that copies between YAML and JSON: each bracket, each quote and each space is one.
+
+    How many brackets close is then decided one by one. A word that begins a line of a folded text is the same tokens
+    as after a space.
+    """
+    state = json.loads(tokenizer.to_json())
+    state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "|".join(_PIECES_APART)
+    return Tokenizer.from_json(json.dumps(state), "the tokenizer of the instruct model")

@@ -79,10 +79,10 @@ def test_two_ranks_sample_and_examine_what_one_does(ranks: Ranks, watched: Run) 
 
 
 def test_what_is_sampled_without_prompts_is_the_first_held_out_rows(small_run: Run) -> None:
-    run = dataclasses.replace(small_run, steps=2, sample_every=2, eval_data="yaml_to_json_long", eval_samples=2)
+    run = dataclasses.replace(small_run, steps=2, sample_every=2, eval_data="yaml_to_json", eval_samples=2)
     loop.fit(run)
     tokenizer = batches.load_tokenizer(run)
-    ids, learned = batches.load_data(run, tokenizer, "yaml_to_json_long").sample(0)
+    ids, learned = batches.load_data(run, tokenizer, "yaml_to_json").sample(0)
     first = [bool(x) for x in learned].index(True)
     assert of(run, "sample")[0]["prompt"] == tokenizer.decode(ids[:first][-256:])
 

@@ -148,7 +148,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
     assert float(opt.state[model.weight]["step"]) == 1
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_what_an_optimizer_remembers_is_restored_where_a_step_leaves_it(
     small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
 ) -> None:

@@ -42,6 +42,64 @@ def test_lion_follows_its_paper(small_run: Run) -> None:
     torch.testing.assert_close(parameter.detach(), p)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32)])
+def test_muon_steps_as_torch_does(small_run: Run, shape: tuple[int, int]) -> None:
+    """torch.optim.Muon with the step's size of Liu et al.; it too multiplies in bfloat16, in another order."""
+    run = dataclasses.replace(small_run, optimizer="muon", lr=1e-2, betas=(0.9, 0.95), weight_decay=0.03)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    muon = optimizer.build(run, [ours])
+    other = torch.optim.Muon([theirs], lr=1e-2, momentum=0.95, weight_decay=0.03 / 1e-2, adjust_lr_fn="match_rms_adamw")
+    for step in range(10):
+        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        other.step()
+    changed = (theirs - start).abs().mean()
+    assert changed > 0.02
+    assert float((ours - theirs).abs().mean().detach()) < 0.01 * changed
+
+
+def test_muon_turns_queries_keys_and_values_apart(small_run: Run) -> None:
+    run = dataclasses.replace(small_run, optimizer="muon", lr=1e-2, betas=(0.9, 0.95))
+    gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    gradient[:8] *= 1000  # of one part alone
+    whole = nn.Parameter(torch.zeros(24, 8))
+    parts = [nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
+    muon = optimizer.build(run, [whole, *parts])
+    whole.grad = gradient
+    for part, its in zip(parts, gradient.split(8), strict=True):
+        part.grad = its.clone()
+    muon.step()
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=0.02, atol=1e-4)
+
+
+def test_muon_leaves_vectors_and_embeddings_to_adamw(small_run: Run) -> None:
+    run = dataclasses.replace(small_run, optimizer="muon", lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4))
+    twin = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4))
+    twin.load_state_dict(model.state_dict())
+    muon = optimizer.build(run, model.parameters(), optimizer.embeddings(model))
+    adamw = optimizer.build(dataclasses.replace(run, optimizer="adamw"), twin.parameters())
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            other.grad = parameter.grad.clone()
+        muon.step()
+        adamw.step()
+    assert torch.equal(model[0].weight, twin[0].weight)
+    assert torch.equal(model[1].bias, twin[1].bias)
+    assert not torch.equal(model[1].weight, twin[1].weight)
+
+
+def test_orthogonal_has_singular_values_near_one() -> None:
+    matrix = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(optimizer.orthogonal(matrix))
+    assert values.shape == (3, 12)
+    assert 0.6 < float(values.min()) < float(values.max()) < 1.3
+
+
 def test_adamw_decays_decoupled_from_the_learning_rate(small_run: Run) -> None:
     """llm-foundry's DecoupledAdamW by hand: the weight shrinks by lr / peak lr * wd, whatever lr is."""
     run = dataclasses.replace(small_run, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.03)

@@ -371,11 +371,8 @@ _OTHER_REQUESTS = (
 )  # fmt: skip
 
 
-def exchange(rng: random.Random, longest_of: int = 1) -> tuple[str, str]:
-    """A training instruction and its response: mostly YAML to JSON; some backwards, some to be declined.
-
-    longest_of: how many documents are drawn, of which the longest is taken.
-    """
+def exchange(rng: random.Random) -> tuple[str, str]:
+    """A training instruction and its response: mostly YAML to JSON; some backwards, some to be declined."""
     kind = rng.random()
     if kind < 0.02:
         request = rng.choice(_OTHER_REQUESTS).format(
@@ -383,7 +380,7 @@ def exchange(rng: random.Random, longest_of: int = 1) -> tuple[str, str]:
             name=words.first_name(rng, False),
         )  # fmt: skip
         return request, ONLY_YAML
-    document = max((pair(rng) for _ in range(longest_of)), key=lambda document: len(document.yaml))
+    document = pair(rng)
     if kind < 0.08:  # one style only, so that there is one right answer
         return instruction(rng, document.json, REVERSED_INSTRUCTIONS), canonical_yaml(document.value)
     text = without_spaces(document.yaml, rng) if kind < 0.11 else document.yaml
