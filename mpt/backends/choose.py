@@ -8,7 +8,7 @@ it without a server. Not here: what a backend can do (`capabilities.py`), how mu
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,6 +33,9 @@ from mpt.options import ModelOptions, chunk_alone
 from mpt.packed import rounding
 from mpt.packed.layers import as_it_lies
 
+if TYPE_CHECKING:
+    from mpt.backends.paged_backend import Steps
+
 Kind = Literal["one token", "few tokens", "prompt", "draw"]
 _SUBJECTS: dict[Kind, str] = {
     "one token": "steps of one token",
@@ -40,6 +43,7 @@ _SUBJECTS: dict[Kind, str] = {
     "prompt": "prompts",
     "draw": "draws",
 }
+_NOT_CAPTURED = "a step with sums over processes is not captured as a CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Choice:
     capabilities: Capabilities
     dtype: torch.dtype | None = None
     stay_packed: bool = False
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the KV cache lies in pages on a GPU, or on several."""
+        return self.backend in ("paged", "sharded") and self.device == "cuda"
 
     def sentences(self) -> Iterator[str]:
         """What runs and why nothing faster does, the kinds of steps that run alike in one sentence."""
@@ -109,10 +118,11 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         verify_manifest(folder)
         return OnnxBackend(folder, choice.device)
     assert choice.dtype is not None, choice
+    steps = _largest_steps(options) if choice.is_paged else None
     if choice.backend == "sharded":
         from mpt.backends.sharded_backend import open_sharded
 
-        return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device)
+        return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device, steps=steps)
     assert choice.backend in ("torch", "paged"), choice
     pack = None
     if choice.stay_packed:  # packed anew only for C, which multiplies with blocks in bfloat16 models
@@ -121,18 +131,23 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         pack = rounding.four_bits
     model = load(folder, dtype=choice.dtype, device=choice.device, pack=pack)
     if choice.backend == "paged":
-        from mpt.backends.paged_backend import PagedBackend, Steps
+        from mpt.backends.paged_backend import PagedBackend
 
-        options = options.sized(is_paged=True)
-        assert options.max_running is not None and options.prefill_chunk is not None
-        n_prompt = chunk_alone(options.prefill_chunk)
-        return PagedBackend(model, steps=Steps(options.max_running, n_prompt, options.context_length))
+        return PagedBackend(model, steps=steps)
     from mpt.backends.quantization import quantize_model
     from mpt.backends.torch_backend import TorchBackend
 
     if options.quantize == "int8":
         quantize_model(model)
     return TorchBackend(model, int8_cache=options.kv_cache == "int8")
+
+
+def _largest_steps(options: ModelOptions) -> "Steps":
+    from mpt.backends.paged_backend import Steps
+
+    options = options.sized(is_paged=True)
+    assert options.max_running is not None and options.prefill_chunk is not None
+    return Steps(options.max_running, chunk_alone(options.prefill_chunk), options.context_length)
 
 
 # -- one function a backend ------------------------------------------------------------------------------------------
@@ -187,44 +202,46 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
 
 def _paged(folder: Path, options: ModelOptions) -> Choice:
     """A model in this process on CUDA, its cache in pages."""
-    from mpt.backends.flash import prompt_kernel
-    from mpt.backends.paged_attention import has_triton
-
     config = read_config(folder)
     dtype = _dtype(folder, config, options, "cuda")
-    prompt = Step("prompt", *prompt_kernel(dtype, AttentionSpec.of(config).d_head))
-    no_triton = None if has_triton() else "Triton is not installed"
-    if no_triton is None:
-        one, few = Step("one token", "Triton inside CUDA graphs"), Step("few tokens", "Triton")
-    else:
-        one, few = Step("one token", "torch inside CUDA graphs", no_triton), Step("few tokens", "torch", no_triton)
+    few, prompt = _over_pages(config, dtype)
     return Choice(
         backend="paged",
         device="cuda",
         precision=_name(dtype),
-        steps=(one, few, prompt, _draw("cuda")),
+        steps=(replace(few, kind="one token", runs=f"{few.runs} inside CUDA graphs"), few, prompt, _draw("cuda")),
         capabilities=capabilities.PAGED,
         dtype=dtype,
     )
 
 
 def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> Choice:
-    """A model over several processes, each with a share of the heads."""
+    """A model over several processes, each with a share of the heads: in pages on CUDA, in torch on CPU."""
     dtype = _dtype(folder, config, options, device)
-    why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True, packed=())
+    if device == "cuda":
+        few, prompt = _over_pages(config, dtype)
+        one = Step("one token", few.runs, few.why_not_faster or _NOT_CAPTURED)
+    else:
+        why_not = why_no_step(config, dtype=dtype, device=device, int8_weights=False, is_shared=True, packed=())
+        few, prompt = Step("few tokens", "torch", why_not), Step("prompt", "torch", why_not)
+        one = replace(few, kind="one token")
     return Choice(
         backend="sharded",
         device=device,
         precision=f"{_name(dtype)} in {options.tensor_parallel} processes",
-        steps=(
-            Step("one token", "torch", why_not),
-            Step("few tokens", "torch", why_not),
-            Step("prompt", "torch", why_not),
-            _draw(device),
-        ),
-        capabilities=capabilities.SHARDED,
+        steps=(one, few, prompt, _draw(device)),
+        capabilities=replace(capabilities.SHARDED, returns_early=device == "cuda"),
         dtype=dtype,
     )
+
+
+def _over_pages(config: MPTConfig, dtype: torch.dtype) -> tuple[Step, Step]:
+    """What runs steps of few tokens and prompts over a cache in pages on CUDA."""
+    from mpt.backends.flash import prompt_kernel
+    from mpt.backends.paged_attention import has_triton
+
+    few = Step("few tokens", "Triton") if has_triton() else Step("few tokens", "torch", "Triton is not installed")
+    return few, Step("prompt", *prompt_kernel(dtype, AttentionSpec.of(config).d_head))
 
 
 def _onnx(folder: Path, options: ModelOptions) -> Choice:

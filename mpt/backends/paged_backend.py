@@ -8,6 +8,9 @@ A step in which every row reads one token takes a fixed shape, padded to a numbe
 that graphs are kept for. All other steps go through one packed pass like `TorchBackend`'s: rows with a few tokens
 through the decode kernel together, longer ones together through what `prompt_kernel` chose.
 
+The model may be a share of one (`mpt/sharding.py`): pages then hold the heads of this process, and its projections sum
+over the processes. Which sums a step takes, and of what shape, follows from the rows and their tokens alone.
+
 Accounting: the engine counts each row's pages as its own, so pages that rows share are counted more than once, and the
 pool always has what the engine believes is free. Kept prefixes are given up somewhat sooner than they would have to be.
 
@@ -48,7 +51,7 @@ from mpt.backends.paged_attention import (
     uses_triton,
 )  # fmt: skip
 from mpt.errors import MachineRefused
-from mpt.model import Attend, MPTForCausalLM
+from mpt.model import Attend, MPTAttention, MPTForCausalLM
 
 _FEW_TOKENS = 16  # a row that reads at most so many goes through the decode kernel
 _capturing = threading.Lock()  # models that share a process capture one after another
@@ -97,8 +100,10 @@ class PagedBackend:
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
         weight = model.transformer.wte.weight
         self._device, self._dtype = weight.device, weight.dtype
-        spec = model.transformer.attention
-        self._n_layers, self._n_kv, self._d_head = config.n_layers, spec.n_kv_heads, spec.d_head
+        spec, attn = model.transformer.attention, model.transformer.blocks[0].attn
+        assert isinstance(attn, MPTAttention)
+        self._n_heads, self._n_kv = attn.n_heads, attn.n_kv_heads  # of this process, where the model is shared out
+        self._n_layers, self._d_head = config.n_layers, spec.d_head
         self.bytes_per_token = 2 * self._n_layers * self._n_kv * self._d_head * weight.itemsize
         self._scale, self._slopes = spec.scale, model.transformer.alibi_slopes()
         self._triton, self._drop = uses_triton(weight) if triton is None else triton, drop
@@ -119,7 +124,12 @@ class PagedBackend:
         self._returned: deque[list[int]] = deque()  # page lists of rows that are gone, from any thread
 
     def allocate(self, kv_bytes: int) -> None:
-        """Make the pool: as many pages as fit, and page 0, which no row has. Raises MachineRefused."""
+        self.make_pool(kv_bytes)
+        if self.needs_warm_up:
+            self.warm_up()
+
+    def make_pool(self, kv_bytes: int) -> None:
+        """As many pages as fit, and page 0, which no row has. Raises MachineRefused."""
         n_pages = kv_bytes // (self.bytes_per_token * PAGE) + 1
         try:
             self._pages = Pages.empty(self._n_layers, n_pages, self._n_kv, self._d_head, self._dtype, self._device)
@@ -129,8 +139,11 @@ class PagedBackend:
             ) from error
         self._free, self._users = list(range(n_pages - 1, 0, -1)), [0] * n_pages
         self._graphs = Graphs(self._record, self._shapes())
-        if self._device.type == "cuda" or self._has_graphs:
-            self.warm_up()
+
+    @property
+    def needs_warm_up(self) -> bool:
+        """Whether something is compiled or captured for the steps."""
+        return self._device.type == "cuda" or self._has_graphs
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -162,8 +175,8 @@ class PagedBackend:
         """One layer's attention of T tokens of each row, all of page 0, the first row as long as the shape allows."""
         rows = [PagedRow(length=0, pages=[0]) for _ in range(shape.n_rows)]
         rows[0] = PagedRow(length=shape.width * PAGE - T, pages=[0] * shape.width)
-        n_heads, dtype = self.model.config.n_heads, self._dtype
-        queries = torch.zeros(shape.n_rows * T, n_heads, self._d_head, dtype=dtype, device=self._device)
+        size = (shape.n_rows * T, self._n_heads, self._d_head)
+        queries = torch.zeros(size, dtype=self._dtype, device=self._device)
         self._few([(row, T, at * T) for at, row in enumerate(rows)])(0, queries, torch.empty_like(queries))
 
     @property
@@ -219,12 +232,22 @@ class PagedBackend:
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
+        rows = self.make_own(work)
+        if len(work) <= ROWS[-1] and all(map(_is_one_token, work)):
+            logits = self._decode(rows, [item.tokens[0] for item in work])
+            wanted = [at for at, item in enumerate(work) if item.n_logits]
+            return logits if len(wanted) == len(work) else logits[wanted]
+        return self._packed.run(work, self._attend(rows, [len(item.tokens) for item in work]))
+
+    def make_own(self, work: Sequence[Work]) -> list[PagedRow]:
+        """The rows of a step, each with the pages it writes into to itself. Raises RuntimeError without a free page.
+
+        `forward` begins with it, and nothing that it does later needs a page.
+        """
         rows = [_own_row(item) for item in work]
         for row, item in zip(rows, work, strict=True):
             self._make_own(row, len(item.tokens))
-        if len(work) <= ROWS[-1] and all(map(_is_one_token, work)):
-            return self._decode(rows, [item.tokens[0] for item in work])
-        return self._packed.run(work, self._attend(rows, [len(item.tokens) for item in work]))
+        return rows
 
     def close(self) -> None:
         self._graphs.clear()
@@ -461,4 +484,4 @@ def _own_row(item: Work) -> PagedRow:
 
 
 def _is_one_token(item: Work) -> bool:
-    return len(item.tokens) == item.n_logits == 1 and item.adapter is None and item.hidden is None
+    return len(item.tokens) == 1 and item.adapter is None and item.hidden is None

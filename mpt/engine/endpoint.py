@@ -98,7 +98,7 @@ def _open(name: str, options: ModelOptions, n_sharing: int, promised_bytes: int)
     folder, entry = resolve(root), describe(root)
     config = read_config(folder)
     choice = choose(name, folder, options)
-    options = options.sized(is_paged=choice.backend == "paged")
+    options = options.sized(is_paged=choice.is_paged)
     assert options.max_running is not None and options.prefill_chunk is not None
     if address is None:
         threads = choose_threads(options.threads)

@@ -14,6 +14,7 @@ import torch
 
 from mpt.backends.backend import Backend
 from mpt.backends.choose import Choice, choose
+from mpt.backends.sharded_backend import ShardedBackend
 from mpt.catalog import resolve
 from mpt.checkpoint import read_config, stored_tensors, weight_files
 from mpt.errors import DamagedFile, MachineRefused
@@ -133,6 +134,8 @@ def kv_budget(
     and others will take for their weights. Raises MachineRefused.
     """
     memory = free_memory(choice.device)
+    if choice.is_paged and isinstance(backend, ShardedBackend):
+        memory = replace(memory, free=backend.least_free_bytes())  # each GPU gets as many pages as the others
     free = memory.free - promised_bytes
     if choice.stay_packed and backend.model is not None:
         free -= packed_bytes(backend.model)  # mapped: they count as free until they are read

@@ -104,7 +104,7 @@ def application(args: Mapping[str, Any], leaving: Mapping[str, ReplicaOptions]) 
 
 def _deployment(name: str, model: ReplicaOptions, http: ReplicaHttp) -> serve.Deployment:
     """How Ray runs one model."""
-    max_running = model.sized(is_paged=model.num_gpus > 0 and model.tensor_parallel == 1).max_running
+    max_running = model.sized(is_paged=model.num_gpus > 0).max_running
     assert max_running is not None
     n = model.tensor_parallel  # processes, all of them in the replica's own actor, so on one machine
     actor = {"num_cpus": model.num_cpus * n, "num_gpus": model.num_gpus * n, "resources": dict(model.resources)}
