@@ -25,7 +25,7 @@ from mpt.sharding import Shard
 ROOT = Path(__file__).parents[1]
 MEET = datetime.timedelta(seconds=60)  # a process that waits longer has lost the other one
 NOT_IN_THE_SECOND = 12345  # bytes of a pool that only the first process has
-FREE = (3_000, 2_000)  # bytes of memory that the processes say is free
+FREE = (3_000_000_000, 2_000_000_000)  # bytes of their GPUs' memory that are free, as the processes say
 
 
 class InPages(PagedBackend):
@@ -87,7 +87,7 @@ class SecondRank:
 
 def main() -> None:
     torch.set_num_threads(1)
-    torch.cuda.mem_get_info = lambda: (FREE[1], 10_000)  # type: ignore[assignment]
+    torch.cuda.mem_get_info = lambda: (FREE[1], 2 * FREE[1])  # type: ignore[assignment]
     for line in sys.stdin:
         follow(share(1, *json.loads(line)))
         dist.destroy_process_group()

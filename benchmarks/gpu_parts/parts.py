@@ -31,7 +31,7 @@ PARTS = (
     Part("cold_start", "process to first token, the longest step from 1 to 64 streams, empty caches", 75, True, True),
     Part("sampling", "greedy, top-p, penalties and a grammar's mask at 64 x 50,432", 30),
     Part("kernel_choices", "products, attention of prompts, decode with other options, block masks", 120),
-    Part("two_processes", "tensor parallelism: two processes on one GPU over gloo", 45),
+    Part("two_processes", "tensor parallelism: two processes on one GPU over gloo", 75),
     Part("in_onnxruntime", "onnxruntime on CUDA, where it is installed", 45),
 )
 NAMES = tuple(part.name for part in PARTS)

@@ -3,7 +3,9 @@
     python -m benchmarks.gpu_parts.two_processes MEETING FOLDER DEVICE DTYPE     # the other process; the part starts it
 
 Both processes are on the first GPU and speak over gloo, since NCCL refuses two ranks on one GPU: a check of what is
-computed, not a measure of its speed. Where two GPUs are there, the product's own way over NCCL is run as well.
+computed, not a measure of its speed. Each computes its share as the product does on CUDA, over pages and through our
+kernels; the one process beside them is plain torch. Where two GPUs are there, the product's own way over NCCL is run
+as well.
 """
 
 import datetime
@@ -21,12 +23,14 @@ import torch.distributed as dist
 import mpt
 from benchmarks.gpu_parts.bench import Bench, make_model, make_tokenizer, random_text
 from mpt.backends.backend import Backend, Work
-from mpt.backends.sharded_backend import ShardedBackend, follow, open_sharded
+from mpt.backends.paged_backend import Steps
+from mpt.backends.sharded_backend import ShardedBackend, Share, follow, open_sharded, share_of
 from mpt.backends.torch_backend import TorchBackend
 from mpt.sharding import Shard
 
 SHAPE = {"d_model": 256, "n_heads": 4, "n_layers": 4, "vocab_size": 512}
 N_READ, N_WRITTEN = 300, 16
+STEPS = Steps(n_rows=1, n_prompt=N_READ, context=N_READ + N_WRITTEN)
 MEET = datetime.timedelta(seconds=60)  # a process that waits longer has lost the other one
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8 * 2**-8}  # of the largest logit; a rounding in each half of a block
 
@@ -67,7 +71,7 @@ def over_nccl(bench: Bench, folder: Path) -> None:
     dtype = torch.float32
     model = make_model(SHAPE, bench.device, dtype)
     expected, tokens = greedy(TorchBackend(model), None)
-    backend = open_sharded(folder / "float32", 2, dtype=dtype, device="cuda")
+    backend = open_sharded(folder / "float32", 2, dtype=dtype, device="cuda", steps=STEPS)
     try:
         started = time.perf_counter()
         found, _ = greedy(backend, tokens)
@@ -101,13 +105,13 @@ def greedy(backend: Backend, follows: list[int] | None) -> tuple[torch.Tensor, l
     return torch.stack(logits), tokens
 
 
-def meet(meeting: Path, rank: int, folder: Path, device: str, dtype: torch.dtype) -> TorchBackend:
+def meet(meeting: Path, rank: int, folder: Path, device: str, dtype: torch.dtype) -> Share:
     """One of the two processes, its share loaded: both on the first GPU."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     kind = "cpu:gloo,cuda:gloo" if device == "cuda" else "gloo"
     dist.init_process_group(kind, init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=MEET)
     where = "cuda:0" if device == "cuda" else device
-    backend = TorchBackend(mpt.load(folder, dtype=dtype, device=where, shard=Shard(rank, 2)))
+    backend = share_of(mpt.load(folder, dtype=dtype, device=where, shard=Shard(rank, 2)), STEPS)
     dist.barrier()
     return backend
 

@@ -295,10 +295,10 @@ def _load(folder: Path, rank: int, n: int, dtype: torch.dtype, device: str, step
 def share_of(model: MPTForCausalLM, steps: Steps | None) -> Share:
     """What computes one process's share, in pages where the steps are told.
 
-    Without CUDA graphs. A captured step would hold its sums over the processes, which NCCL allows; but processes must
-    then have the same graphs at every step, and each captures as many as its own time and memory allow.
+    Without CUDA graphs. NCCL allows sums over the processes inside one, but each process captures what its own time and
+    memory allow, and one that misses a graph runs a larger one, whose sums have another shape.
     """
-    # TODO: capture them once the processes agree on each graph, and two GPUs have shown that it answers alike.
+    # TODO: capture them once the processes agree on each graph, and two GPUs have shown that they answer alike.
     return TorchBackend(model) if steps is None else PagedBackend(model, steps=steps, graphs=False)
 
 

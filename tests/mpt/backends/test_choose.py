@@ -9,6 +9,7 @@ import torch
 from mpt.backends import choose as choosing
 from mpt.backends.choose import choose, open_backend
 from mpt.backends.native import library
+from mpt.backends.paged_backend import Steps
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UnsupportedConfig, UserError
 from mpt.options import ModelOptions
@@ -100,6 +101,35 @@ def test_on_a_gpu_the_cache_has_pages(machine, tmp_path):
     assert runs(choice)["few tokens"] == ("torch", "Triton is not installed")
     assert runs(choice)["prompt"] == ("flash-attn 2", None)
     assert choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu")).backend == "torch"
+
+
+def test_shares_of_a_model_have_pages_on_gpus_and_run_outside_graphs(machine, tmp_path):
+    machine(cuda=True)
+    shared = ModelOptions("m", tensor_parallel=2)
+    choice = choose("m", folder_of(tmp_path), shared)
+    assert (choice.backend, choice.device, choice.is_paged) == ("sharded", "cuda", True)
+    assert runs(choice)["one token"] == ("Triton", "a step with sums over processes is not captured as a CUDA graph")
+    assert runs(choice)["few tokens"] == ("Triton", None)
+    assert runs(choice)["prompt"] == ("FlexAttention", None)
+    assert choice.capabilities.returns_early
+    machine(cuda=True, triton=False)
+    assert runs(choose("m", tmp_path, shared))["one token"] == ("torch", "Triton is not installed")
+    on_cpu = choose("m", tmp_path, ModelOptions("m", tensor_parallel=2, device="cpu"))
+    assert not on_cpu.is_paged and not on_cpu.capabilities.returns_early
+    assert runs(on_cpu)["one token"][0] == runs(on_cpu)["prompt"][0] == "torch"
+
+
+def test_shares_in_pages_are_opened_for_the_largest_steps_of_the_engine(machine, tmp_path, monkeypatch):
+    machine(cuda=True)
+    opened = []
+    monkeypatch.setattr(
+        "mpt.backends.sharded_backend.open_sharded", lambda *arguments, **options: opened.append((arguments, options))
+    )
+    options = ModelOptions("m", tensor_parallel=2, max_running=7, prefill_chunk=64, context_length=99)
+    folder = folder_of(tmp_path)
+    open_backend(choose("m", folder, options), folder, options)
+    steps = Steps(n_rows=7, n_prompt=256, context=99)  # alone, a prompt is read in chunks of four times as many
+    assert opened == [((folder, 2), {"dtype": torch.bfloat16, "device": "cuda", "steps": steps})]
 
 
 @pytest.mark.parametrize("option", [{"quantize": "int8"}, {"kv_cache": "int8"}])

@@ -73,10 +73,13 @@ from pathlib import Path
 from mpt.tokenizer import Tokenizer
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
+from mpt.backends.paged_backend import Steps
 from mpt.backends.sharded_backend import open_sharded
 
-async def main(folder, prompts):
-    backend = open_sharded(Path(folder), 2, dtype=torch.float32, device="cpu")
+async def main(folder, prompts, in_pages):
+    steps = Steps(n_rows=3, n_prompt=64, context=1024) if in_pages else None
+    backend = open_sharded(Path(folder), 2, dtype=torch.float32, device="cpu", steps=steps)
+    backend.allocate(backend.bytes_per_token * 256 * 3)
     # a budget of a few rows: prefixes are copied, rows grow, the youngest are sent back
     engine = Engine(backend, Tokenizer.from_folder(folder), context_length=1024, prefill_chunk=16, max_running=3,
                     kv_bytes=backend.bytes_per_token * 256 * 3)
@@ -89,20 +92,21 @@ async def main(folder, prompts):
     engine.close()
     print(json.dumps([answers, stats.n_preemptions, stats.prefix_hits_tokens, backend.bytes_per_token]))
 
-asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
+asyncio.run(main(sys.argv[1], *json.loads(sys.argv[2])))
 """
 
 
-@pytest.mark.parametrize("shape", ["grouped", "positions", "storywriter"])
-def test_two_processes_give_the_greedy_tokens_of_one(shape, tokenizer, tmp_path):
-
+@pytest.mark.parametrize(
+    ("shape", "in_pages"), [("grouped", False), ("positions", False), ("storywriter", False), ("storywriter", True)]
+)
+def test_two_processes_give_the_greedy_tokens_of_one(shape, in_pages, tokenizer, tmp_path):
     torch.manual_seed(1)
     model = mpt.MPTForCausalLM(small(**SHAPES[shape])).eval()
     mpt.save(model, tmp_path / "m", tokenizer=tokenizer)
     beginning = [(7 * k) % 250 for k in range(90)]
     prompts = [([*beginning, k], n) for k, n in enumerate((20, 300, 40, 280, 30))]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "m"), json.dumps(prompts)],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "m"), json.dumps([prompts, in_pages])],
         capture_output=True, text=True, timeout=100, cwd=Path(mpt.__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

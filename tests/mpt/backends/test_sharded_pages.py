@@ -11,9 +11,11 @@ from torch import Tensor
 
 import mpt
 from mpt.backends.backend import Backend, Row, Work
+from mpt.backends.choose import Choice
 from mpt.backends.paged_attention import PAGE
 from mpt.backends.paged_backend import PagedBackend
 from mpt.backends.sharded_backend import ShardedBackend
+from mpt.engine.room import kv_budget
 from mpt.errors import MachineRefused
 from mpt.generation import generate
 from mpt.model import MPTForCausalLM
@@ -225,6 +227,9 @@ def test_a_pool_that_one_process_has_no_memory_for_is_refused_in_both(shared) ->
         shared.allocate(1 << 60)
 
 
-def test_the_memory_that_is_free_is_that_of_the_gpu_with_the_least(shared, monkeypatch) -> None:
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (FREE[0], 10_000))
+def test_the_budget_is_what_the_gpu_with_the_least_free_memory_has(shared, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (FREE[0], 2 * FREE[0]))
     assert shared.least_free_bytes() == FREE[1]
+    choice = Choice("sharded", "cuda", "float32 in 2 processes", (), shared.capabilities)
+    kv_bytes, _ = kv_budget(shared, 1 << 40, 1, choice, n_sharing=1, promised_bytes=0)
+    assert kv_bytes == 0.6 * FREE[1]
