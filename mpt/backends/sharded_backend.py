@@ -79,7 +79,7 @@ class ShardedBackend:
         self._tell(_ALLOCATE, [kv_bytes])
         try:
             _allocate(self._local, kv_bytes)
-        except MachineRefused:
+        except BaseException:  # the others may be waiting in the middle of a warm-up
             self.close()
             raise
 
