@@ -23,7 +23,7 @@ from mpt.errors import MachineRefused
 from mpt.sharding import Shard
 
 ROOT = Path(__file__).parents[1]
-MEET = datetime.timedelta(seconds=60)  # a process that waits longer has lost the other one
+MEET = datetime.timedelta(seconds=100)  # a process that waits longer has lost the other one
 NOT_IN_THE_SECOND = 12345  # bytes of a pool that only the first process has
 FREE = (3_000_000_000, 2_000_000_000)  # bytes of their GPUs' memory that are free, as the processes say
 
@@ -74,15 +74,16 @@ class SecondRank:
         asked = (str(meeting), str(folder), triton, warm_up)
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(asked), file=self._process.stdin, flush=True)
+        backend = ShardedBackend(share(0, *asked), [])
         try:
-            yield ShardedBackend(share(0, *asked), [])
+            yield backend
         finally:
             dist.destroy_process_group()
             answer = self._process.stdout.readline()
         assert answer == "it has ended\n", answer
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=100)
 
 
 def main() -> None:
