@@ -233,12 +233,15 @@ def _onnx(folder: Path, options: ModelOptions) -> Choice:
     stored = str(manifest.get("dtype", "its own"))
     if options.dtype not in ("auto", stored):
         raise UserError(f"`{folder}` was converted to {stored}; --dtype {options.dtype} needs another conversion")
-    from mpt.backends.onnx_session import find_device
+    from mpt.backends.onnx_session import cuda_build, find_device, has_gpu
 
+    device = find_device(options.device)
     alone = "its graph returns a longer cache, so each step copies it and sequences are computed one by one"
+    if device == "cpu" and options.device == "auto" and has_gpu():
+        alone += f"; onnxruntime here is built without CUDA, so the GPU is left alone: {cuda_build()}"
     return Choice(
         backend="onnx",
-        device=find_device(options.device),
+        device=device,
         precision=stored,
         steps=(
             Step("one token", "onnxruntime", alone),
