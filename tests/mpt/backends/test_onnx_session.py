@@ -58,12 +58,20 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(folder, for_cuda, monkey
         Session(folder, "cuda")
     with pytest.raises(MachineRefused, match=said):
         OnnxBackend(folder, "cuda")
-    with pytest.raises(MachineRefused, match=said):
-        open_endpoint("base", ModelOptions(str(folder), device="cuda"))
     monkeypatch.setattr(onnx_session, "has_gpu", lambda: True)
     with pytest.raises(MachineRefused, match=said):
         Session(folder)
     assert Session(folder, "cpu").providers == [CPU]
+
+
+def test_a_server_does_not_open_it(folder, for_cuda, monkeypatch):
+    asked = ModelOptions(str(folder), device="cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MachineRefused, match=r"needs torch to see the GPU too.*--device cpu"):
+        open_endpoint("base", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(MachineRefused, match="did not load CUDA and would compute on the CPU"):
+        choose.open_backend(choose.choose("base", folder, asked), folder, asked)
 
 
 def test_onnxruntimes_own_fallback_and_tf32_are_off(folder, for_cuda):
@@ -193,11 +201,10 @@ def test_a_cut_cache_is_the_beginning_and_leaves_the_whole_as_it_was(folder):
     whole, _ = session.extend(None, list(range(5, 25)))
     before = [whole[n].numpy().copy() for n in range(len(whole))]
     _, expected = session.extend(None, [*range(5, 17), 40])
-    for cut in (session.cut(whole, 12), session._cut_on_host(whole, 12)):
-        assert n_stored(cut) == 12
-        _, logits = session.extend(cut, [40])
-        np.testing.assert_allclose(logits, expected, atol=5e-5)
-        for n, kept in enumerate(before):
-            np.testing.assert_array_equal(cut[n].numpy(), kept[:, :, :12])
-            np.testing.assert_array_equal(whole[n].numpy(), kept)
+    cut = session.cut(whole, 12)
+    _, logits = session.extend(cut, [40])
+    np.testing.assert_allclose(logits, expected, atol=5e-5)
+    for n, kept in enumerate(before):
+        np.testing.assert_array_equal(cut[n].numpy(), kept[:, :, :12])
+        np.testing.assert_array_equal(whole[n].numpy(), kept)
     assert session.cut(whole, 20) is whole and n_stored(session.cut(whole, 0)) == 0
