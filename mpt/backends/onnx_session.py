@@ -30,6 +30,7 @@ Cache = Any  # an OrtValueVector on the session's device: keys and values of eac
 _ALL = 2**62
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _CUDNN = 9  # of onnxruntime since 1.19; its module names CUDA's version, not this one
+_OR_CPU = "or take --device cpu (where a command has none, set CUDA_VISIBLE_DEVICES to nothing)"
 _COMPUTES = {"Attention", "FusedMatMul", "MatMulNBits", "LayerNormalization", "Gelu"}  # most of a step's time
 _NOT_A_GRAPH = {"InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel"}  # onnxruntime's exceptions of a bad file
 
@@ -152,9 +153,7 @@ def find_device(device: str) -> str:
     if _CUDA in ort.get_available_providers():
         return "cuda" if device == "cuda" or has_gpu() else "cpu"
     if device == "cuda" or ("onnxruntime-gpu" in _installed() and has_gpu()):
-        raise MachineRefused(
-            f"onnxruntime {ort.__version__} here is built without CUDA; {cuda_build()}, or take --device cpu"
-        )
+        raise MachineRefused(f"onnxruntime {ort.__version__} here is built without CUDA; {cuda_build()}, {_OR_CPU}")
     return "cpu"
 
 
@@ -235,5 +234,5 @@ def _needs() -> str:
     cuda = f"CUDA {ort.cuda_version.partition('.')[0]}" if ort.cuda_version else "CUDA"
     return (
         f"onnxruntime {ort.__version__} needs {cuda} and cuDNN {_CUDNN}, which the package "
-        "`onnxruntime-gpu[cuda,cudnn]` brings, and a driver for them; or take --device cpu"
+        f"`onnxruntime-gpu[cuda,cudnn]` brings, and a driver for them; {_OR_CPU}"
     )
