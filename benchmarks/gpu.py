@@ -14,8 +14,8 @@ It needs this checkout, torch 2.11 or later with CUDA, transformers, and the pac
 tests import; onnx and onnxruntime-gpu only for their part. Weights are random, in MPT-7B's shape on a card of 80 GB or
 more, in the 1B shape on a smaller one. Nothing is downloaded.
 
-Exit code: 0 all was measured, 1 something failed, is wrong or had no time, 5 no GPU. Progress goes to stderr, the page
-with the tables to stdout and beside the JSON.
+Exit code: 0 all was measured, 1 something failed, is wrong, had no time or cannot be run here, 5 no GPU. Progress goes
+to stderr, the page with the tables to stdout and beside the JSON.
 """
 
 import argparse
@@ -138,7 +138,8 @@ def run_child(
 ) -> dict[str, Any]:
     """Run a part's process and all that it starts, to its end or to the limit; what its file has, and how it ended.
 
-    outcome: `done`, `failed` (a measurement, or the process), `out of time`, or `no GPU`.
+    outcome: `done`, `failed` (a measurement, or the process), `out of time`, `not run` (this machine lacks
+    something), or `no GPU`.
     """
     began = time.monotonic()
     child = subprocess.Popen(
@@ -176,6 +177,8 @@ def _outcome(part: Mapping[str, Any], code: int, is_late: bool, limit_s: float, 
     if code:
         said = next((line for line in reversed(last) if line.strip()), "nothing was said")
         return "failed", f"the process ended with {code}: {said.strip()[:300]}"
+    if part.get("not_run"):
+        return "not run", part["not_run"]
     if "no time was left" in part.get("left_out", {}).values():
         return "out of time", "some measurements had no time"
     return "done", "; ".join(f"{name}: {why}" for name, why in part.get("left_out", {}).items())
@@ -248,7 +251,7 @@ def main() -> int:
                 run.found["parts"][part.name] = taken
                 note_shape(run, taken, asked.rehearse)
                 run.keep()
-                run.say(f"{part.name}: {taken['outcome']}" + (f" ({taken['reason']})" if taken["reason"] else ""))
+                run.say(f"{part.name}: {report.ended(taken)}")
     finally:
         if run.found["parts"]:
             run.keep()

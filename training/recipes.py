@@ -298,7 +298,7 @@ def mpt_tiny_instruct_first(out: str, base: str, tokenizer: str) -> Run:
 def mpt_tiny_instruct(out: str, base: str) -> Run:
     """The same from its first stage, on documents of every length."""
     return _tiny(
-        "mpt-tiny-instruct", base, "tiny_yaml", out, global_batch=32, steps=2400, optimizer="muon", lr=2e-3,
+        "mpt-tiny-instruct", base, "tiny_yaml", out, global_batch=32, steps=2000, optimizer="muon", lr=2e-3,
         schedule="linear", warmup_steps=20, seed=18, prompt_style="instruct",
     )  # fmt: skip
 

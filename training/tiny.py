@@ -138,7 +138,8 @@ scores them and writes this page.
 
 Each is good at one narrow thing and at nothing else: the weights are 7 MB. They are trained on generated text and on
 public-domain novels; The Great Gatsby is kept out of training and used for scoring, and every invented name of a scored
-document or conversation is one that training never generates.
+document or conversation is one that training never generates. The instruct model's tokenizer has the same tokens as the
+others' and cuts text otherwise: each bracket, quote and space of JSON is a token of its own.
 
 Of the task `tools`, `call` counts the answers that must call `get_time` or `calculate` as
 [mpt/toy_tools.py](../mpt/toy_tools.py) declares them, `call of another declaration` those that must call such a
@@ -146,12 +147,13 @@ function with another name, argument or description. Functions are declared in a
 only for something else. Held out are names, numbers of three digits and more, and the wordings of the questions, but
 for those that ask for two things at once, name a city alone, or ask for one more.
 
-The instruct model has two scores. `yaml_to_json` asks for documents of the generator that trained it. `newcomers_yaml`
-asks for what no generator made: 200 documents written by hand
-([training/evaluation/newcomers_yaml](../training/evaluation/newcomers_yaml)), such as compose files, CI workflows,
-Kubernetes manifests, people, prose and numbers, of 3 to 60 lines and in a dozen languages, and 24 with anchors, tags
-and the like, which are to be refused by name. The second score is what to expect of your own YAML. `exact` is right to
-the last character; `guided` answers are held to JSON by a grammar, as `response_format` does.
+The instruct model has two scores. `yaml_to_json` asks for persons, addresses and the like, from the generator that made
+a seventh of its training; another one made the rest, YAML of any shape. `newcomers_yaml` asks for what no generator
+made: 200 documents written by hand ([training/evaluation/newcomers_yaml](../training/evaluation/newcomers_yaml)), such
+as compose files, CI workflows, Kubernetes manifests, people, prose and numbers, of 3 to 60 lines and in a dozen
+languages, and 24 with anchors, tags and the like, which are to be refused by name. The second score is what to expect of
+your own YAML. `exact` is right to the last character; `guided` answers are held to JSON by a grammar, as
+`response_format` does.
 
 The aims were 95 % exact for instruct on generated documents and 90 % on newcomers' ones, 95 % right for chat, and a
 loss at positions 60,000 to 65,536 no worse than at 1,000 to 2,000 for the storywriter; the scores below say what was

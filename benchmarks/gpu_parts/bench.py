@@ -103,6 +103,7 @@ class Bench:
     rows: list[tuple[str, str, str]] = field(default_factory=list)  # of the part's table: what, measured, beside it
     failures: dict[str, str] = field(default_factory=dict)  # measurements that failed, and why
     left_out: dict[str, str] = field(default_factory=dict)  # measurements that were not begun, and why
+    not_run: str = ""  # why the whole part is not
 
     @property
     def is_cuda(self) -> bool:
@@ -129,6 +130,11 @@ class Bench:
         self.left_out[name] = why
         self.row(name, "not measured", why)
 
+    def refuse(self, what: str, why: str) -> None:
+        """The part cannot be run here: it is told as not run, not as done."""
+        self.not_run = why
+        self.row(what, "not run", why)
+
     def measure(self, name: str, work: Callable[[], object]) -> None:
         """One measurement; one that fails, or has no time left, says so and leaves the others alone."""
         if self.left_s < _ENOUGH_S:
@@ -152,7 +158,7 @@ class Bench:
     def _keep(self) -> None:
         if self.file is not None:
             partial = self.file.with_name(self.file.name + ".partial")
-            kept = {name: getattr(self, name) for name in ("found", "rows", "failures", "left_out")}
+            kept = {name: getattr(self, name) for name in ("found", "rows", "failures", "left_out", "not_run")}
             partial.write_text(json.dumps(kept, indent=1))
             partial.replace(self.file)
 

@@ -77,13 +77,19 @@ def _against(goal: Goal, found: Found, run: Mapping[str, Any]) -> str:
 
 
 def _section(name: str, what: str, part: Mapping[str, Any]) -> list[str]:
-    reason = f" ({part['reason']})" if part.get("reason") else ""
-    lines = [f"## {name}: {what}", "", f"{part['outcome']}{reason}, {part['seconds']:,.0f} s", ""]
+    lines = [f"## {name}: {what}", "", f"{ended(part)}, {part['seconds']:,.0f} s", ""]
     rows = part.get("rows", [])
     if rows:
         lines += ["| what | measured | beside it |", "|---|---|---|"]
         lines += ["| " + " | ".join(_cell(text) for text in row) + " |" for row in rows]
     return lines
+
+
+def ended(part: Mapping[str, Any]) -> str:
+    """How a part ended, and why."""
+    if part["outcome"] == "not run":
+        return f"not run: {part['reason']}"
+    return str(part["outcome"]) + (f" ({part['reason']})" if part.get("reason") else "")
 
 
 def _cell(text: str) -> str:

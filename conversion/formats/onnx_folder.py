@@ -62,7 +62,7 @@ def runners(source: Source, target: Source, folder: Path) -> list[Runner]:
     from mpt.backends.onnx_session import Session
 
     session = Session(folder)
-    return [Runner("onnxruntime", session.forward, extend=session.extend)]
+    return [Runner(f"onnxruntime on {session.device}", session.forward, extend=session.extend)]
 
 
 def _genai(source: Source) -> dict[str, Any]:

@@ -245,17 +245,26 @@ def _over_pages(config: MPTConfig, dtype: torch.dtype) -> tuple[Step, Step]:
 
 
 def _onnx(folder: Path, options: ModelOptions) -> Choice:
-    """A folder of `mpt convert --to onnx`. Raises UserError for a dtype it was not converted to."""
+    """A folder of `mpt convert --to onnx`. Raises UserError for a dtype it was not converted to, MachineRefused where
+    CUDA is to compute and onnxruntime or torch has none."""
     manifest = read_manifest(folder) or {}
     stored = str(manifest.get("dtype", "its own"))
     if options.dtype not in ("auto", stored):
         raise UserError(f"`{folder}` was converted to {stored}; --dtype {options.dtype} needs another conversion")
-    from mpt.backends.onnx_session import find_device
+    from mpt.backends.onnx_session import cuda_build, find_device, has_gpu
 
+    device = find_device(options.device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineRefused(
+            "serving an ONNX folder on CUDA needs torch to see the GPU too: it counts its memory and cuts KV caches; "
+            f"torch {torch.__version__} sees none, so install its build for CUDA, or take --device cpu"
+        )
     alone = "its graph returns a longer cache, so each step copies it and sequences are computed one by one"
+    if device == "cpu" and options.device == "auto" and has_gpu():
+        alone += f"; onnxruntime here is built without CUDA, so the GPU is left alone: {cuda_build()}"
     return Choice(
         backend="onnx",
-        device=find_device(options.device),
+        device=device,
         precision=stored,
         steps=(
             Step("one token", "onnxruntime", alone),

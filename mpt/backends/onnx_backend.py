@@ -1,7 +1,8 @@
 """A converted ONNX folder behind the engine: onnxruntime computes, one sequence at a time.
 
-Each step copies a sequence's cache once, since the graph returns it longer by the step's tokens; sequences are not
-batched. Slower than the torch backend with many streams, and for int8 and int4 folders faster with one.
+Each step copies a sequence's cache once, on its device, since the graph returns it longer by the step's tokens;
+sequences are not batched. Slower than the torch backend with many streams, and for int8 and int4 folders faster with
+one.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ _MASK_BYTES = 256_000_000  # most of the attention mask (H, T, S) of one run; lo
 
 @dataclass(eq=False)
 class OnnxRow(Row):
-    """kv: keys and values of each layer, (1, KV heads, P, D). reserved: tokens that are promised to it."""
+    """kv: of the session, (1, KV heads, P, D) each. reserved: tokens that are promised to it."""
 
     kv: Cache
     reserved: int
@@ -61,8 +62,7 @@ class OnnxBackend:
 
     def copy(self, source: Row, n_tokens: int, capacity: int) -> OnnxRow:
         assert isinstance(source, OnnxRow)
-        kv = [part[:, :, :n_tokens].copy() for part in source.kv]
-        return OnnxRow(kv, reserved=capacity, length=n_tokens)
+        return OnnxRow(self.session.cut(source.kv, n_tokens), reserved=capacity, length=n_tokens)
 
     def close(self) -> None:
         pass
@@ -74,7 +74,7 @@ class OnnxBackend:
         """Logits (n_logits, V) of one row, whose cache grows by its tokens."""
         row, tokens = item.row, item.tokens
         assert isinstance(row, OnnxRow)
-        cache = row.kv if row.kv[0].shape[2] == row.length else [part[:, :, : row.length] for part in row.kv]
+        cache = self.session.cut(row.kv, row.length)
         n_stored = row.length + len(tokens)
         at_once = max(1, _MASK_BYTES // (4 * self._n_heads * n_stored))
         parts = []

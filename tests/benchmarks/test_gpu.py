@@ -194,6 +194,26 @@ def test_how_a_part_ended_is_told(tmp_path, code, outcome, reason):
     assert part["outcome"] == outcome and reason in part["reason"]
 
 
+def test_a_part_that_this_machine_cannot_run_is_not_done(monkeypatch, tmp_path):
+    why = "onnxruntime did not load CUDA and would compute on the CPU: no libcublasLt.so.13"
+    file, out = tmp_path / "part.json", tmp_path / "run.json"
+    program = f"open({str(file)!r}, 'w').write({json.dumps({'not_run': why})!r})"
+    part = gpu.run_child([sys.executable, "-c", program], file, 20.0)
+    assert (part["outcome"], part["reason"]) == ("not run", why)
+    told = []
+
+    def pretend(command, file, limit_s, environment, told_before):
+        told.append(command[3])
+        return part if command[3] == "in_onnxruntime" else taken(command[3])
+
+    monkeypatch.setattr(gpu, "run_child", pretend)
+    assert start(monkeypatch, "--out", str(out)) == 1
+    assert f"\n\nnot run: {why}, " in out.with_suffix(".md").read_text()
+    told.clear()
+    assert start(monkeypatch, "--out", str(out), "--resume") == 1
+    assert told == ["in_onnxruntime"]
+
+
 def test_what_a_part_had_when_the_run_was_ended_is_kept(monkeypatch, tmp_path):
     def is_ended(command, file, limit_s, environment, told):
         file.write_text('{"found": {"first": 1}, "rows": []}')

@@ -5,11 +5,21 @@ import json
 import time
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks.gpu_parts import bench, child, gpu_tests, kernel_choices, many_requests, right, training_right
+from benchmarks.gpu_parts import (
+    bench,
+    child,
+    gpu_tests,
+    in_onnxruntime,
+    kernel_choices,
+    many_requests,
+    right,
+    training_right,
+)
 from benchmarks.gpu_parts.bench import SCALES, Bench
 from benchmarks.gpu_parts.parts import NAMES
 from mpt.config import MPTConfig
@@ -75,6 +85,33 @@ def test_prompts_that_are_found_again_do_not_count_as_read(cpu, monkeypatch):
     )
     many_requests.ours(cpu, cpu.model())
     assert cpu.found["requests"]["greedy"]["5"]["prompt_tokens_read"] == 5
+
+
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        (["CPUExecutionProvider"], "is built without CUDA"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], "did not load CUDA and would compute on the CPU"),
+    ],
+)
+def test_onnxruntime_that_does_not_compute_on_cuda_is_not_run(cpu, monkeypatch, tmp_path, known, why):
+    """Without CUDA in its build, or with a provider that does not load: onnxruntime then takes the CPU in silence."""
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda path, options, **_: real(path, options, providers=known[-1:])
+    )
+    cpu.device = torch.device("cuda")
+    in_onnxruntime.run(cpu)
+    kept = json.loads((tmp_path / "part.json").read_text())
+    assert why in kept["not_run"] and kept["rows"] == [["onnxruntime", "not run", kept["not_run"]]]
+    assert not kept["failures"]
+
+
+def test_a_missing_onnxruntime_is_not_run(cpu, monkeypatch):
+    monkeypatch.setattr(in_onnxruntime.importlib.util, "find_spec", lambda name: None if name == "onnx" else name)
+    in_onnxruntime.run(cpu)
+    assert cpu.not_run == "onnx not installed" and not cpu.failures
 
 
 def test_operations_are_counted_as_by_hand():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ import mpt.checkpoint
 from conversion.convert import convert
 from conversion.options import Options
 from conversion.quantised import dequantise, quantise
+from mpt.backends import onnx_session
 from mpt.backends.onnx_session import Session
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
@@ -43,9 +45,28 @@ def test_chunks_padding_and_cache_reuse_give_the_models_logits(shape: str, tmp_p
         parts.append(logits[0])
     torch.testing.assert_close(torch.from_numpy(np.concatenate(parts)), alone[0], rtol=0, atol=5e-5)
     # The cache of a row's first 20 tokens, used again for another continuation.
-    prefix = [part[:, :, :20] for part in cache or []]
+    prefix = session.cut(cache, 20)
     _, logits = session.extend(prefix, ids[0, 20:].tolist(), 20)
     torch.testing.assert_close(torch.from_numpy(logits[0]), alone[0][20:], rtol=0, atol=5e-5)
+
+
+def test_a_verification_tells_where_onnxruntime_computed_or_why_not(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_session, "has_gpu", lambda: False)
+    report = convert(checkpoint, tmp_path / "cpu", Options(to="onnx"))
+    assert "onnxruntime on cpu, 1, 17, 256" in report.render() and all(check.ok for check in report.checks)
+    real = onnxruntime.InferenceSession  # with a provider for CUDA that does not load: on the CPU, and nothing raised
+    monkeypatch.setattr(onnx_session, "has_gpu", lambda: True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, **_: real(path, options, providers=["CPUExecutionProvider"]),
+    )
+    report = convert(checkpoint, tmp_path / "cuda", Options(to="onnx"))
+    (numbers,) = (check for check in report.checks if check.level == 3)
+    assert numbers.ok is None and "did not load CUDA and would compute on the CPU" in numbers.detail
 
 
 def test_a_batch_decodes_with_left_padding(tmp_path: Path) -> None:
@@ -53,7 +74,7 @@ def test_a_batch_decodes_with_left_padding(tmp_path: Path) -> None:
     ids = random_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    _, *cache = session.run(ids.numpy(), mask.numpy(), session.empty(2), 1)
+    _, cache = session.run(ids.numpy(), mask.numpy(), session.empty(2), 1)
     new = torch.tensor([[7], [9]])
     longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
     logits = session.run(new.numpy(), longer.numpy(), cache, 1)[0]
