@@ -151,8 +151,8 @@ The instruct model has two scores. `yaml_to_json` asks for persons, addresses an
 a seventh of its training; another one made the rest, YAML of any shape. `newcomers_yaml` asks for what no generator
 made: 200 documents written by hand ([training/evaluation/newcomers_yaml](../training/evaluation/newcomers_yaml)), such
 as compose files, CI workflows, Kubernetes manifests, people, prose and numbers, of 3 to 60 lines and in a dozen
-languages, and 24 with anchors, tags and the like, which are to be refused by name. The second score is what to expect of
-your own YAML. `exact` is right to the last character; `guided` answers are held to JSON by a grammar, as
+languages, and 24 with anchors, tags and the like, which are to be refused by name. The second score is what to expect
+of your own YAML. `exact` is right to the last character; `guided` answers are held to JSON by a grammar, as
 `response_format` does.
 
 The aims were 95 % exact for instruct on generated documents and 90 % on newcomers' ones, 95 % right for chat, and a
