@@ -3,12 +3,12 @@
 FlexAttention through Triton is what reads them where nothing else is known to be better. `flash_attn` is one name for
 two libraries: version 2 brings `flash_attn_varlen_func`, which takes ALiBi's slopes and pages; version 4 brings
 `flash_attn.cute`, which FlexAttention can be compiled to. Either may be there, both, or one that does not load, so
-what counts is what can be imported. Not here: FlexAttention's masks (`mpt/backends/paged_attention.py`).
+what counts is what can be imported. Not here: FlexAttention's masks (`mpt/backends/paged_attention.py`), and whether
+version 2 loads (`mpt/flash_2.py`).
 """
 
 import functools
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn.attention import flex_attention
 
 from mpt import attention
 from mpt.backends.paged_attention import KERNEL_OPTIONS, PAGE, Part, Prompts
+from mpt.flash_2 import flash_2, is_installed, why_no_flash_2
 
 PromptKernel = Literal["FlexAttention", "FlexAttention through flash-attn 4", "flash-attn 2"]
 FLASH_4_OPTIONS = {"BACKEND": "FLASH"}
@@ -36,31 +37,12 @@ def prompt_kernel(dtype: torch.dtype, d_head: int) -> tuple[PromptKernel, str | 
     if capability < (8, 0):
         return "FlexAttention", f"flash-attn is for compute capability 8.0 and later, and this GPU has {capability}"
     if capability < (9, 0):
-        why_not = why_no_flash_2()
+        why_not = why_no_flash_2(d_head)
         return ("FlexAttention", why_not) if why_not else ("flash-attn 2", None)
-    if _installed("flash_attn.cute") is None:
+    if not is_installed("flash_attn.cute"):
         return "FlexAttention", None
     why_not = why_no_flash_4(dtype, d_head)
     return ("FlexAttention", why_not) if why_not else ("FlexAttention through flash-attn 4", None)
-
-
-def why_no_flash_2() -> str | None:
-    """Why flash-attn 2 cannot be called, None where it can."""
-    if _installed("flash_attn") is None:
-        return "flash-attn 2 is not installed"
-    try:
-        flash_2()
-    except ImportError as error:
-        return f"flash-attn 2 does not load, perhaps it is another version or for another torch ({error})"
-    return None
-
-
-def flash_2() -> Callable[..., Tensor]:
-    """flash-attn 2's attention over rows of any lengths, with gradients. Raises ImportError."""
-    from flash_attn import flash_attn_varlen_func
-
-    kernel: Callable[..., Tensor] = flash_attn_varlen_func
-    return kernel
 
 
 @functools.cache
@@ -95,13 +77,6 @@ def _difference(dtype: torch.dtype, d_head: int, device: str = "cuda") -> float:
             for options in (FLASH_4_OPTIONS, KERNEL_OPTIONS)
         )
     return float((one - other).abs().max().nan_to_num(torch.inf))
-
-
-def _installed(name: str) -> object | None:
-    try:
-        return importlib.util.find_spec(name)
-    except ImportError:  # of the package that it is in
-        return None
 
 
 class FlashPrompts:
