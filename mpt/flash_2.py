@@ -21,9 +21,7 @@ def why_no_flash_2(d_head: int) -> str | None:
         return "flash-attn 2 is not installed"
     try:
         flash_2()
-    except (
-        Exception
-    ) as error:  # its own code runs at import, and may fail in any way beside a torch it was not built for
+    except Exception as error:  # its code runs at import, and beside another torch that may fail in any way
         return f"flash-attn 2 does not load, perhaps it is another version or for another torch ({error})"
     return None
 

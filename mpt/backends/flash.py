@@ -19,6 +19,7 @@ from torch.nn.attention import flex_attention
 from mpt import attention
 from mpt.backends.paged_attention import KERNEL_OPTIONS, PAGE, Part, Prompts
 from mpt.flash_2 import flash_2, is_installed, why_no_flash_2
+from mpt.transfer import to_device
 
 PromptKernel = Literal["FlexAttention", "FlexAttention through flash-attn 4", "flash-attn 2"]
 FLASH_4_OPTIONS = {"BACKEND": "FLASH"}
@@ -88,13 +89,13 @@ class FlashPrompts:
         table = np.zeros((len(parts), max(len(part.pages) for part in parts)), dtype=np.int32)
         for line, part in zip(table, parts, strict=True):
             line[: len(part.pages)] = part.pages
-        self._table = torch.from_numpy(table).to(device)
+        self._table = to_device(table, device)
         self._ends = [  # of queries and of keys, from 0
-            torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device) for lengths in (n_tokens, stored)
+            to_device(np.cumsum([0, *lengths], dtype=np.int32), device) for lengths in (n_tokens, stored)
         ]
         self._longest = max(n_tokens), max(stored)
         tokens = np.concatenate([np.arange(part.start, part.start + part.n_tokens) for part in parts])
-        self.tokens = torch.from_numpy(tokens).to(device)
+        self.tokens = to_device(tokens, device)
 
     def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor) -> Tensor:
         """As `Prompts.attend`."""
