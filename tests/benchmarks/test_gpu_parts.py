@@ -88,7 +88,7 @@ def test_entropy_and_what_the_best_tokens_hold_are_those_of_a_distribution_known
 
 
 def test_zipfs_logits_have_the_entropies_that_the_part_claims():
-    """The sums over k^-s were made in numpy: 4.48 nats for s = 1.3, 0.79 for 2.8, 1.88 on average of 64 rows between."""
+    """Sums over k^-s made in numpy: 4.48 nats for s = 1.3, 0.79 for 2.8, 1.88 on average of 64 rows between."""
     found = bench.entropies(bench.zipf_logits(64, 50_432, sampling.EXPONENTS))
     assert float(found[0]) == pytest.approx(4.48, abs=0.05) and float(found[-1]) == pytest.approx(0.79, abs=0.05)
     assert float(found.mean()) == pytest.approx(1.88, abs=0.05)
