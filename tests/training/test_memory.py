@@ -120,7 +120,7 @@ def test_on_ampere_all_layers_of_a_bf16_step_share_flash_attn_2s_documents(
     precision: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Autocast decides, as in a step; a stand-in computes. Its gradients are those of the kernels of the CPU."""
-    model, ends = twelve_layers(), []
+    model, ends = twelve_layers(), list[Tensor]()
     monkeypatch.setattr(attention, "takes_flex", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
