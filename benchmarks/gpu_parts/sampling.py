@@ -36,10 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 EXPONENTS = (1.3, 2.8)
-FLAT = {
-    "flat logits, top-p 0.95": 3.0,
-    "flatter logits, top-p 0.95": 1.3,
-}  # of normally distributed ones, the deviation
+# The deviation of normally distributed ones.
+FLAT = {"flat logits, top-p 0.95": 3.0, "flatter logits, top-p 0.95": 1.3}
 
 
 def run(bench: Bench) -> None:
