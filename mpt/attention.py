@@ -13,11 +13,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mpt.flash_2 import flash_2, why_no_flash_2
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -203,19 +205,43 @@ def _attend_past(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | N
     return _merge(left, left_lse, own, own_lse)
 
 
+DocumentsKernel = Literal["torch", "FlexAttention", "flash-attn 2"]
+
+
+def documents_kernel(device: torch.device, dtype: torch.dtype, d_head: int) -> tuple[DocumentsKernel, str | None]:
+    """What attends within packed documents there, and why nothing faster does. dtype: of queries, keys and values.
+
+    The wish for speed is flash-attn 2 on Ampere and Ada (compute capability 8), FlexAttention on every other GPU.
+    """
+    if not takes_flex(device):
+        return "torch", None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "FlexAttention", f"flash-attn is for bfloat16 and float16, and attention is in {str(dtype)[6:]} here"
+    if torch.cuda.get_device_capability(device)[0] != 8:
+        return "FlexAttention", None
+    why_not = why_no_flash_2(d_head)
+    return ("FlexAttention", why_not) if why_not else ("flash-attn 2", None)
+
+
 class Documents:
     """Packed rows in which no document sees another: what all layers of a step share, made once.
 
     Equal to attending each document alone: ALiBi sees distances only, so positions need no reset.
     """
 
-    def __init__(self, sequence_id: Tensor, *, scale: float, slopes: Tensor | None = None) -> None:
+    def __init__(
+        self, sequence_id: Tensor, *, scale: float, slopes: Tensor | None = None, kernel: DocumentsKernel | None = None
+    ) -> None:
         """sequence_id: (B, T), the document each position belongs to, each document in one piece; -1 is padding, whose
-        output is zero. slopes: (H,) float32.
+        output is zero. slopes: (H,) float32. kernel: as `documents_kernel` has it; None for one that takes any dtype.
         """
         self._scale, self._slopes = scale, slopes
-        if takes_flex(sequence_id.device):
-            T = sequence_id.shape[1]
+        self._kernel = kernel or ("FlexAttention" if takes_flex(sequence_id.device) else "torch")
+        T = sequence_id.shape[1]
+        if self._kernel == "flash-attn 2":
+            self._flash, self._longest, self._padding = flash_2(), T, (sequence_id < 0).flatten()
+            self._ends = _ends(sequence_id)
+        elif self._kernel == "FlexAttention":
             self._sight = see(T, T, sequence_id.device, first_key=_first_keys(sequence_id))
         else:
             self._lengths, self._is_padding = _documents(sequence_id)
@@ -223,7 +249,9 @@ class Documents:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within each document, (B, H, T, D)."""
-        if takes_flex(q.device):
+        if self._kernel == "flash-attn 2":
+            return self._attend_by_flash(q, k, v)
+        if self._kernel == "FlexAttention":
             return _flex(q, k, v, self._scale, self._slopes, self._sight)
         # Rows are laid end to end and split at the borders once: a slice per document would cost each backward a
         # zero-filled copy of the whole batch (measured: 14 times slower for 64 documents).
@@ -235,6 +263,19 @@ class Documents:
             for qs, ks, vs, padding in zip(*parts, self._is_padding, strict=True)
         ]
         return torch.cat(pieces, dim=2).view(H, B, T, D).transpose(0, 1)
+
+    def _attend_by_flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows laid end to end, (B * T, H, D), which is how the projection has left them.
+
+        Two backward passes over the same numbers must give the same: a resumed run is equal to the bit.
+        """
+        B, H, T, D = q.shape
+        laid = (x.to(v.dtype).transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (q, k, v))  # `qk_ln` widens two
+        out = self._flash(
+            *laid, self._ends, self._ends, self._longest, self._longest,
+            softmax_scale=self._scale, causal=True, alibi_slopes=self._slopes, deterministic=True,
+        )  # fmt: skip
+        return out.masked_fill(self._padding[:, None, None], 0).view(B, T, H, D).transpose(1, 2)
 
 
 def eager(
@@ -288,11 +329,26 @@ def _merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> 
 
 def _documents(sequence_id: Tensor) -> tuple[list[int], list[bool]]:
     """Length of each run of one document, rows end to end, and whether it is padding (-1)."""
-    starts = torch.ones_like(sequence_id, dtype=torch.bool)
-    starts[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
-    first = starts.flatten().nonzero().flatten()  # (runs,)
+    first = _begins(sequence_id).flatten().nonzero().flatten()  # (runs,)
     lengths = torch.diff(first, append=first.new_tensor([sequence_id.numel()]))
     return lengths.tolist(), (sequence_id.flatten()[first] < 0).tolist()
+
+
+def _begins(sequence_id: Tensor) -> Tensor:
+    """Where a document, or padding, begins, (B, T) bool."""
+    begins = torch.ones_like(sequence_id, dtype=torch.bool)
+    begins[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
+    return begins
+
+
+def _ends(sequence_id: Tensor) -> Tensor:
+    """0 and the end of each document, rows end to end, int32: flash-attn's `cu_seqlens`. Its length waits for the GPU.
+
+    Padding is cut every 128 positions, so that its attention, of which nothing is used, costs next to nothing.
+    """
+    cut = torch.arange(sequence_id.shape[1], device=sequence_id.device) % _TILE == 0
+    first = (_begins(sequence_id) | ((sequence_id < 0) & cut)).flatten().nonzero().flatten()
+    return F.pad(first, (0, 1), value=sequence_id.numel()).int()
 
 
 # -- FlexAttention: on CUDA one fused kernel, forward and backward, whatever the mask ---------------------------------
@@ -356,9 +412,7 @@ def _tiles(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _first_keys(sequence_id: Tensor) -> Tensor:
     """Where the document of each position begins, (B, T) int32; T for padding."""
     T = sequence_id.shape[1]
-    begins = torch.ones_like(sequence_id, dtype=torch.bool)
-    begins[:, 1:] = sequence_id[:, 1:] != sequence_id[:, :-1]
-    first = torch.where(begins, torch.arange(T, device=sequence_id.device), 0).cummax(-1).values
+    first = torch.where(_begins(sequence_id), torch.arange(T, device=sequence_id.device), 0).cummax(-1).values
     return first.masked_fill(sequence_id < 0, T).int()
 
 

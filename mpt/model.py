@@ -173,6 +173,17 @@ class MPTModel(MPTPreTrainedModel):
         slopes = self.attention.slopes()
         return None if slopes is None else slopes[self.heads].to(self.norm_f.weight.device)
 
+    def documents_kernel(self) -> tuple[attention.DocumentsKernel, str | None]:
+        """What attends within packed documents where these weights are, and why nothing faster does.
+
+        Autocast decides in which dtype; without it the weights do.
+        """
+        weight = self.norm_f.weight
+        kind, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return attention.documents_kernel(weight.device, dtype, self.attention.d_head)
+
     def alibi_bias(self, n_keys: int) -> Tensor | None:
         """ALiBi's bias for n_keys keys, (1, H, 1, S) float32, a view of a table that grows; None without ALiBi."""
         device = self.norm_f.weight.device
@@ -247,7 +258,8 @@ class MPTModel(MPTPreTrainedModel):
         key_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask[:, -S:].bool()
         p = self.config.attention["attn_pdrop"] if self.training else 0.0
         if sequence_id is not None and not p:
-            documents = attention.Documents(sequence_id, scale=scale, slopes=self.alibi_slopes())
+            kernel, _ = self.documents_kernel()
+            documents = attention.Documents(sequence_id, scale=scale, slopes=self.alibi_slopes(), kernel=kernel)
             return lambda layer, q, k, v: documents.attend(q, k, v)
         bias = self.alibi_bias(S)
         device = self.norm_f.weight.device

@@ -18,8 +18,11 @@ from torch import Tensor
 from mpt.backends.native.draw import draw
 from mpt.backends.native.library import Unavailable, load
 from mpt.draw_parameters import DrawParameters
+from mpt.transfer import to_device
 
-_N_BEST = 1024  # on CUDA, where sorting 50,432 float64 numbers of each row costs more than the rest of a draw
+# On CUDA, where sorting all 50,432 logits of each row costs more than the rest of a draw. Rows for which the first
+# number of tokens is too few go on to the second, and are sorted whole after that.
+N_BEST = (1024, 8192)
 
 
 def columns(rows: Sequence[DrawParameters]) -> dict[str, Tensor]:
@@ -82,7 +85,7 @@ def penalize(logits: Tensor, rows: Sequence[int], wanted: Sequence[Penalties]) -
     strengths = np.array([each[1:] for each in wanted], dtype=np.float32)  # (rows, 3)
     per_token = np.repeat(strengths, n_seen, axis=0).T  # (3, N)
     times = np.concatenate([each.counts.times for each in wanted])
-    table = torch.from_numpy(np.vstack([per_token, times])).to(logits.device)
+    table = to_device(np.vstack([per_token, times]), logits.device)
     presence, frequency, repetition, count = table
     seen = logits.view(-1)[at]
     seen = torch.where(seen > 0, seen / repetition, seen * repetition)
@@ -92,12 +95,12 @@ def penalize(logits: Tensor, rows: Sequence[int], wanted: Sequence[Penalties]) -
 def places(logits: Tensor, rows: Sequence[int], ids: Sequence[np.ndarray]) -> Tensor:
     """Where these ids of each of these rows lie in logits, (B, V) in one piece, laid end to end: (N,) int64."""
     laid = [row * logits.shape[1] + of for row, of in zip(rows, ids, strict=True)]
-    return torch.from_numpy(np.concatenate(laid)).to(logits.device)
+    return to_device(np.concatenate(laid), logits.device)
 
 
 def ban_others(logits: Tensor, allowed: np.ndarray) -> None:
     """Set all but the allowed tokens, (V,) bool, to -inf in a row of logits, (V,), in place."""
-    logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+    logits.masked_fill_(~to_device(allowed, logits.device), -torch.inf)
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def sample(logits: Tensor, *, uniform: Tensor, **columns: Tensor) -> Tensor:
         return greedy(logits)
     if logits.device.type == "cpu" and _draws_in_c():
         return draw(logits, uniform=uniform, **columns)
-    return sample_in_torch(logits, uniform=uniform, n_best=_N_BEST if logits.is_cuda else None, **columns)
+    return sample_in_torch(logits, uniform=uniform, n_best=N_BEST if logits.is_cuda else (), **columns)
 
 
 def sample_in_torch(
@@ -127,37 +130,47 @@ def sample_in_torch(
     top_p: Tensor,
     top_k: Tensor,
     min_p: Tensor,
-    n_best: int | None = None,
+    n_best: Sequence[int] = (),
 ) -> Tensor:
-    """What `sample` gives, on any device. n_best: how many tokens to look among first for those that filters keep."""
+    """What `sample` gives, on any device. n_best: among how many tokens to look for those that filters keep, before all
+    are sorted; rising.
+    """
     out, drawn = greedy(logits), temperature > 0
     filtered = drawn & ((top_p < 1) | (top_k > 0) | (min_p > 0))
     plain = drawn & ~filtered
     device = logits.device
     if bool(plain.any()):
-        rows = plain.nonzero()[:, 0].to(device)
-        out[rows] = _draw(_probabilities(logits[rows], temperature[plain].to(device)), uniform[plain].to(device))
+        rows = to_device(plain.nonzero()[:, 0], device)
+        asked = [to_device(column[plain], device) for column in (temperature, uniform)]
+        out[rows] = _draw(_probabilities(logits[rows], asked[0]), asked[1])
     if bool(filtered.any()):
-        rows = filtered.nonzero()[:, 0].to(device)
-        asked = [column[filtered].to(device) for column in (uniform, temperature, top_p, top_k, min_p)]
-        out[rows] = _draw_filtered(n_best or logits.shape[-1], logits[rows], *asked)
+        rows = to_device(filtered.nonzero()[:, 0], device)
+        asked = [to_device(column[filtered], device) for column in (uniform, temperature, top_p, top_k, min_p)]
+        out[rows] = _draw_filtered(n_best, logits[rows], *asked)
     return out
 
 
 def _draw_filtered(
-    n_best: int, logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor
+    n_best: Sequence[int],
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
 ) -> Tensor:
     """The token of each row from what its filters keep, (B,)."""
     probs = _probabilities(logits, temperature)
-    if n_best < probs.shape[-1]:
+    if n_best and n_best[0] < probs.shape[-1]:
         return _draw_among_best(n_best, probs, logits, uniform, temperature, top_p, top_k, min_p)
-    ordered, token = torch.sort(probs, dim=-1, descending=True, stable=True)
+    token = torch.sort(logits, dim=-1, descending=True, stable=True).indices  # half the bytes of their probabilities
+    ordered = probs.gather(-1, token)
     kept = _keep(ordered, ordered.sum(-1), top_p, top_k, min_p)
     return _draw(torch.zeros_like(probs).scatter(-1, token, kept), uniform)
 
 
 def _draw_among_best(
-    n_best: int,
+    n_best: Sequence[int],
     probs: Tensor,
     logits: Tensor,
     uniform: Tensor,
@@ -166,12 +179,12 @@ def _draw_among_best(
     top_k: Tensor,
     min_p: Tensor,
 ) -> Tensor:
-    """`_draw_filtered` without sorting all: the n_best of each row nearly always hold what its filters keep.
+    """`_draw_filtered` without sorting all: the first n_best of each row nearly always hold what its filters keep.
 
     That is sure where one filter ends before the least of them, and so before others that equal it. Rows where it is
-    not are drawn from all.
+    not are drawn from the next n_best, or from all.
     """
-    ids = torch.topk(logits, n_best, dim=-1, sorted=False).indices.sort(-1).values  # (B, N), in the order of the ids
+    ids = torch.topk(logits, n_best[0], dim=-1, sorted=False).indices.sort(-1).values  # (B, N), in the order of the ids
     best, own, total = logits.gather(-1, ids), probs.gather(-1, ids), probs.sum(-1)
     place = torch.sort(best, dim=-1, descending=True, stable=True).indices
     kept = _keep(own.gather(-1, place), total, top_p, top_k, min_p)
@@ -185,7 +198,7 @@ def _draw_among_best(
     unsure = (~(by_rank | ((top_k <= 0) & (by_mass | by_share)))).nonzero()[:, 0]
     if len(unsure):
         columns = (logits, uniform, temperature, top_p, top_k, min_p)
-        token[unsure] = _draw_filtered(logits.shape[-1], *(column[unsure] for column in columns))
+        token[unsure] = _draw_filtered(n_best[1:], *(column[unsure] for column in columns))
     return token
 
 

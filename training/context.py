@@ -55,6 +55,7 @@ def hidden_states(model: MPTForCausalLM, ids: Tensor, sequence_id: Tensor, conte
         sequence_id,
         scale=model.transformer.attention.scale,
         slopes=None if slopes is None else slopes.chunk(context.n)[context.rank],
+        kernel=model.transformer.documents_kernel()[0],
     )
 
     def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from training.mirror import Mirror
 from training.objective import of_run
 from training.run import Run
 from training.spikes import SpikeRule
-from training.step import Metrics, train_step
+from training.step import Metrics, autocast, train_step
 from training.trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -243,7 +243,17 @@ class _Training:
             log.info("resuming `%s` at step %d of %d", self.out, step, self.n_steps)
         if not resumes and self.warmup:
             facts["warmup"] = self.warmup
+        facts["attention"] = self.attention()
         self.logbook.write("resume" if resumes else "start", **facts)
+
+    def attention(self) -> str:
+        """Which kernel attends within packed documents, and why nothing faster does; on a GPU the log has it too."""
+        with autocast(self.world.device, self.run):
+            kernel, why_not = self.model.transformer.documents_kernel()
+        words = kernel + (f" ({why_not})" if why_not else "")
+        if self.world.device.type == "cuda":
+            log.info("attention within packed documents runs through %s", words)
+        return words
 
     def settle(self, step: int) -> None:
         """Take what this start changes of the run. step: where it stands, -1 without a checkpoint. Raises UserError."""

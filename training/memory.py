@@ -34,6 +34,7 @@ _KEPT = {
     torch.ops.higher_order.flex_attention,  # in a block that is compiled whole
     torch.ops.higher_order.inductor_compiled_code,  # in one that is not, see `_compiled_flex` in mpt/attention.py
 }
+_FLASH_2 = "_flash_attn_varlen_forward"  # flash-attn 2's, in a namespace that its versions call differently
 
 
 class Microbatch:
@@ -111,7 +112,8 @@ def checkpoint_activations(model: MPTForCausalLM, how: ActivationCheckpointing) 
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = op in _KEPT or op.name().rpartition("::")[2] == _FLASH_2
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def available(device: torch.device, n_ranks: int = 1, *, are_here: bool = False) -> Memory:

@@ -26,7 +26,11 @@ from mpt.backends.paged_backend import PagedBackend
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from mpt.sampling import N_BEST
 
+# A calibrated model's mean entropy is its loss; LLaMA-7B's is about 1.8 nats a token after 10^12 tokens (Touvron et al.
+# 2023, figure 1).
+TRAINED_NATS = 1.8
 _ENOUGH_S = 5.0  # a measurement is not begun with less time than this
 
 
@@ -317,6 +321,49 @@ def make_tokenizer(n_vocab: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         raw.save(f"{folder}/tokenizer.json")
         return Tokenizer.from_folder(Path(folder))
+
+
+def zipf_logits(n: int, n_vocab: int, exponents: tuple[float, float]) -> Tensor:
+    """Logits (n, V) float32 in which the k-th likeliest token of a row has a probability like k^-exponent.
+
+    The rows' exponents lie evenly between two; which token is the k-th differs between rows. Rounded to bfloat16, as a
+    model's are, so that many far down are equal.
+    """
+    numbers = torch.Generator().manual_seed(0)
+    exponent = torch.linspace(*exponents, n)[:, None]
+    ranks = torch.stack([torch.randperm(n_vocab, generator=numbers) for _ in range(n)]) + 1
+    return (-exponent * ranks.log()).bfloat16().float()
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Of the distribution that each row of logits stands for, (B,) in nats."""
+    logs = logits.double().log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)
+
+
+def short_of(logits: Tensor, top_p: float) -> float:
+    """The share of rows whose N_BEST[0] likeliest tokens hold no more than top_p, so that a draw looks among more."""
+    n = min(N_BEST[0], logits.shape[-1])
+    mass = logits.double().softmax(-1).topk(n, dim=-1).values.sum(-1)
+    return float((mass <= top_p).double().mean())
+
+
+@torch.no_grad()
+def sharpen(model: MPTForCausalLM, backend: PagedBackend, nats: float = TRAINED_NATS) -> Tensor:
+    """Scale the last norm until what the model says next of random text has this mean entropy; the logits then, (N, V).
+
+    Random weights give nearly flat logits, among which top-p keeps most of the vocabulary. The likeliest token stays.
+    """
+    n = min(256, backend.capacity_for(1))
+    row = backend.reserve(None, n)
+    logits = backend.forward([Work(row, random_text(n, backend.vocab_size, "sharpen"), n)]).float()
+    low, high = 0.0, 100.0
+    for _ in range(30):  # entropy falls as the factor grows
+        factor = (low + high) / 2
+        low, high = (factor, high) if float(entropies(logits * factor).mean()) > nats else (low, factor)
+    for weight in model.transformer.norm_f.parameters():
+        weight.mul_(factor)
+    return logits * factor
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

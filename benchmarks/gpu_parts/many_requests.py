@@ -1,7 +1,8 @@
 """Many requests at once through the engine, scheduling and sampling included, and transformers' `generate` beside it.
 
 Every storm has prompts of its own, so that the prefix cache helps with none: the rows say how many prompt tokens were
-read, not found.
+read, not found. The weights are random, and the last norm is scaled until the model's entropy is a trained one's, so
+that top-p keeps as many tokens as it would there; a row says what share of draws looks among more than the best 1,024.
 """
 
 import asyncio
@@ -11,13 +12,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu_parts.bench import Bench, make_tokenizer, pool, prefill_chunk, random_text, transformers_model
+from benchmarks.gpu_parts.bench import (
+    Bench,
+    entropies,
+    make_tokenizer,
+    pool,
+    prefill_chunk,
+    random_text,
+    sharpen,
+    short_of,
+    transformers_model,
+)
 from mpt.backends.paged_attention import PAGE
 from mpt.backends.paged_backend import PagedBackend
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
 from mpt.model import MPTForCausalLM
+from mpt.sampling import N_BEST
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 KINDS: dict[str, dict[str, Any]] = {
@@ -39,6 +52,7 @@ def ours(bench: Bench, model: MPTForCausalLM) -> None:
     n, most = bench.scale.stream_tokens, max(bench.scale.streams)
     n_tokens = most * (2 * n + PAGE)
     backend = pool(PagedBackend(model), n_tokens)
+    tell_entropy(bench, sharpen(model, backend))
     engine = Engine(
         backend, make_tokenizer(300), context_length=8192, kv_bytes=n_tokens * backend.bytes_per_token,
         max_running=most, max_waiting=4 * most, prefill_chunk=prefill_chunk(bench.is_cuda),
@@ -51,6 +65,16 @@ def ours(bench: Bench, model: MPTForCausalLM) -> None:
             bench.measure(f"{most} requests, {kind}", lambda k=kind, w=wanted: storms(bench, engine, most, k, w))
     finally:
         engine.close()
+
+
+def tell_entropy(bench: Bench, logits: Tensor) -> None:
+    top_p = KINDS["top-p 0.95"]["top_p"]
+    nats, short = float(entropies(logits).mean()), short_of(logits, top_p)
+    bench.note(mean_entropy=nats, short_rows=short)
+    bench.row(
+        "entropy of what the model says next", f"{nats:.1f} nats",
+        f"for {short:.0%} of draws with top-p {top_p:g} the best {N_BEST[0]:,} tokens are too few",
+    )  # fmt: skip
 
 
 @dataclass

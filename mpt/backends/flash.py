@@ -3,12 +3,12 @@
 FlexAttention through Triton is what reads them where nothing else is known to be better. `flash_attn` is one name for
 two libraries: version 2 brings `flash_attn_varlen_func`, which takes ALiBi's slopes and pages; version 4 brings
 `flash_attn.cute`, which FlexAttention can be compiled to. Either may be there, both, or one that does not load, so
-what counts is what can be imported. Not here: FlexAttention's masks (`mpt/backends/paged_attention.py`).
+what counts is what can be imported. Not here: FlexAttention's masks (`mpt/backends/paged_attention.py`), and whether
+version 2 loads (`mpt/flash_2.py`).
 """
 
 import functools
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch.nn.attention import flex_attention
 
 from mpt import attention
 from mpt.backends.paged_attention import KERNEL_OPTIONS, PAGE, Part, Prompts
+from mpt.flash_2 import flash_2, is_installed, why_no_flash_2
+from mpt.transfer import to_device
 
 PromptKernel = Literal["FlexAttention", "FlexAttention through flash-attn 4", "flash-attn 2"]
 FLASH_4_OPTIONS = {"BACKEND": "FLASH"}
@@ -36,31 +38,12 @@ def prompt_kernel(dtype: torch.dtype, d_head: int) -> tuple[PromptKernel, str | 
     if capability < (8, 0):
         return "FlexAttention", f"flash-attn is for compute capability 8.0 and later, and this GPU has {capability}"
     if capability < (9, 0):
-        why_not = why_no_flash_2()
+        why_not = why_no_flash_2(d_head)
         return ("FlexAttention", why_not) if why_not else ("flash-attn 2", None)
-    if _installed("flash_attn.cute") is None:
+    if not is_installed("flash_attn.cute"):
         return "FlexAttention", None
     why_not = why_no_flash_4(dtype, d_head)
     return ("FlexAttention", why_not) if why_not else ("FlexAttention through flash-attn 4", None)
-
-
-def why_no_flash_2() -> str | None:
-    """Why flash-attn 2 cannot be called, None where it can."""
-    if _installed("flash_attn") is None:
-        return "flash-attn 2 is not installed"
-    try:
-        flash_2()
-    except ImportError as error:
-        return f"flash-attn 2 does not load, perhaps it is another version or for another torch ({error})"
-    return None
-
-
-def flash_2() -> Callable[..., Tensor]:
-    """flash-attn 2's attention over rows of any lengths, with gradients. Raises ImportError."""
-    from flash_attn import flash_attn_varlen_func
-
-    kernel: Callable[..., Tensor] = flash_attn_varlen_func
-    return kernel
 
 
 @functools.cache
@@ -97,13 +80,6 @@ def _difference(dtype: torch.dtype, d_head: int, device: str = "cuda") -> float:
     return float((one - other).abs().max().nan_to_num(torch.inf))
 
 
-def _installed(name: str) -> object | None:
-    try:
-        return importlib.util.find_spec(name)
-    except ImportError:  # of the package that it is in
-        return None
-
-
 class FlashPrompts:
     """Parts of several rows' prompts through one call of flash-attn 2, which reads the pages where they lie."""
 
@@ -113,13 +89,13 @@ class FlashPrompts:
         table = np.zeros((len(parts), max(len(part.pages) for part in parts)), dtype=np.int32)
         for line, part in zip(table, parts, strict=True):
             line[: len(part.pages)] = part.pages
-        self._table = torch.from_numpy(table).to(device)
+        self._table = to_device(table, device)
         self._ends = [  # of queries and of keys, from 0
-            torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device) for lengths in (n_tokens, stored)
+            to_device(np.cumsum([0, *lengths], dtype=np.int32), device) for lengths in (n_tokens, stored)
         ]
         self._longest = max(n_tokens), max(stored)
         tokens = np.concatenate([np.arange(part.start, part.start + part.n_tokens) for part in parts])
-        self.tokens = torch.from_numpy(tokens).to(device)
+        self.tokens = to_device(tokens, device)
 
     def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor) -> Tensor:
         """As `Prompts.attend`."""

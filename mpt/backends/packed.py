@@ -13,6 +13,7 @@ from torch.nn import Module
 from mpt.backends.backend import Work
 from mpt.lora import Adapter, adaptable
 from mpt.model import Attend, MPTForCausalLM
+from mpt.transfer import to_device
 
 
 class PackedModel:
@@ -33,11 +34,11 @@ class PackedModel:
         transformer = self.model.transformer
         device = transformer.norm_f.weight.device
         tokens = [token for item in work for token in item.tokens]
-        ids = torch.tensor(tokens + [0] * n_extra, device=device)[None]  # (1, N)
+        ids = to_device(torch.tensor(tokens + [0] * n_extra), device)[None]  # (1, N)
         positions = None
         if transformer.wpe is not None:
             places = [at for item in work for at in range(item.row.length, item.row.length + len(item.tokens))]
-            positions = torch.tensor(places + [0] * n_extra, device=device)[None]
+            positions = to_device(torch.tensor(places + [0] * n_extra), device)[None]
         self._adapted = _by_adapter(work, device)
         if self._adapted and not self._has_hooks:
             self._has_hooks = True
@@ -81,5 +82,5 @@ def _by_adapter(work: Sequence[Work], device: torch.device) -> list[tuple[Adapte
         if adapter is not None:
             places = [at for at, owner in enumerate(owners) if owner is adapter]
             whole = len(places) == len(owners)
-            found.append((adapter, None if whole else torch.tensor(places, device=device)))
+            found.append((adapter, None if whole else to_device(torch.tensor(places), device)))
     return found

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from mpt.transfer import to_device
+
 PAGE = 256  # positions
 DROP = 2.0**-24  # of a query's weights, what pages left out may have together
 MOST_KEYS = 1 << 15  # that prompts which share a call of FlexAttention gather: 0.5 GB at the 7B shape
@@ -63,7 +65,7 @@ class Pages:
 
     def clear(self, numbers: list[int]) -> None:
         """Make pages ready for another row: bounds that the last one left would only be too large."""
-        self.key_norms[:, torch.tensor(numbers, device=self.kv.device)] = 0
+        self.key_norms[:, to_device(torch.tensor(numbers), self.kv.device)] = 0
 
     def copy(self, source: int, target: int) -> None:
         self.kv[:, target] = self.kv[:, source]
@@ -210,7 +212,7 @@ class Prompts:
         self.lengths = (len(np.concatenate(own)), n_keys)
 
         def tensor(numbers: list[np.ndarray], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.from_numpy(np.concatenate(numbers)).to(device, dtype)
+            return to_device(torch.from_numpy(np.concatenate(numbers)).to(dtype), device)
 
         self._pages = tensor([np.array(part.pages) for part in parts])
         self._places, self._real, self._unused = tensor(places), tensor(real), tensor(unused)

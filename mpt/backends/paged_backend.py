@@ -52,6 +52,7 @@ from mpt.backends.paged_attention import (
 )  # fmt: skip
 from mpt.errors import MachineRefused
 from mpt.model import Attend, MPTAttention, MPTForCausalLM
+from mpt.transfer import to_device
 
 _FEW_TOKENS = 16  # a row that reads at most so many goes through the decode kernel
 _capturing = threading.Lock()  # models that share a process capture one after another
@@ -218,7 +219,7 @@ class PagedBackend:
 
     def put_in(self, row: Row, start: int, n_tokens: int, block: np.ndarray) -> None:
         kv, norms = self._part(row, start, n_tokens)
-        found = torch.from_numpy(block).to(self._device)
+        found = to_device(block, self._device)
         n_norms = norms.numel() * norms.itemsize
         torch.maximum(norms, found[:n_norms].view(norms.dtype).view(norms.shape), out=norms)
         kv.copy_(found[n_norms:].view(kv.dtype).view(kv.shape))
@@ -306,7 +307,7 @@ class PagedBackend:
         for line, row, token in zip(numbers, rows, tokens, strict=False):
             used = row.pages[: _n_pages(row.length + 1)]
             line[0], line[1], line[2 : 2 + len(used)] = token, row.length + 1, used
-        return step(torch.from_numpy(numbers).to(self._device))[: len(rows)]
+        return step(to_device(numbers, self._device))[: len(rows)]
 
     def _record(self, shape: Shape) -> "_Graph":
         """A step of this shape as a graph. Raises RuntimeError where it cannot be captured, or not now."""
@@ -408,7 +409,7 @@ class PagedBackend:
         ]
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(self._device)
+        return to_device(numbers, self._device)
 
 
 class _Graph:

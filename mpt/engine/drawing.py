@@ -8,6 +8,7 @@ from mpt.engine.request import TokenLogprob
 from mpt.engine.scoring import token_logprobs
 from mpt.engine.sequence import Sequence
 from mpt.sampling import columns, greedy, penalize, places, sample
+from mpt.transfer import to_device
 
 
 class Draws:
@@ -62,7 +63,7 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
     biased = [(row, *one.bias) for row, one in enumerate(sequences) if len(one.bias[0])]
     if biased:
         rows, ids, values = zip(*biased, strict=True)
-        flat[places(logits, rows, ids)] += torch.from_numpy(np.concatenate(values)).to(logits.device)
+        flat[places(logits, rows, ids)] += to_device(np.concatenate(values), logits.device)
     penalized = [(row, one.penalties) for row, one in enumerate(sequences) if one.penalties is not None]
     if penalized:
         penalize(logits, *zip(*penalized, strict=True))
@@ -71,7 +72,7 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
         flat[places(logits, *zip(*banned, strict=True))] = -torch.inf
     for row, one in enumerate(sequences):
         if one.allowed is not None:
-            allowed = torch.from_numpy(one.allowed).to(logits.device)
+            allowed = to_device(one.allowed, logits.device)
             kept = logits[row, allowed]
             logits[row].fill_(-torch.inf)
             logits[row, allowed] = kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from benchmarks.gpu_parts import (
     kernel_choices,
     many_requests,
     right,
+    sampling,
     training_right,
 )
 from benchmarks.gpu_parts.bench import SCALES, Bench
 from benchmarks.gpu_parts.parts import NAMES
+from mpt.backends.paged_backend import PagedBackend
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 
@@ -112,6 +115,33 @@ def test_a_missing_onnxruntime_is_not_run(cpu, monkeypatch):
     monkeypatch.setattr(in_onnxruntime.importlib.util, "find_spec", lambda name: None if name == "onnx" else name)
     in_onnxruntime.run(cpu)
     assert cpu.not_run == "onnx not installed" and not cpu.failures
+
+
+def test_entropy_and_what_the_best_tokens_hold_are_those_of_a_distribution_known_by_hand():
+    """Even over 8,192: 13 bits, and the best 1,024 hold an eighth. One token of all: nothing, and enough."""
+    logits = torch.zeros(2, 8192)
+    logits[1, 7] = 1e3
+    assert bench.entropies(logits).tolist() == pytest.approx([13 * math.log(2), 0.0])
+    assert bench.short_of(logits, 0.125) == 0.5 and bench.short_of(logits, 0.12) == 0.0
+
+
+def test_zipfs_logits_have_the_entropies_that_the_part_claims():
+    """Sums over k^-s made in numpy: 4.48 nats for s = 1.3, 0.79 for 2.8, 1.88 on average of 64 rows between."""
+    found = bench.entropies(bench.zipf_logits(64, 50_432, sampling.EXPONENTS))
+    assert float(found[0]) == pytest.approx(4.48, abs=0.05) and float(found[-1]) == pytest.approx(0.79, abs=0.05)
+    assert float(found.mean()) == pytest.approx(1.88, abs=0.05)
+
+
+def test_a_sharpened_model_has_that_entropy_and_the_same_likeliest_tokens():
+    model = bench.make_model(TOY.model, torch.device("cpu"), torch.float32)
+    ids = torch.tensor([bench.random_text(100, 512, "asked")])
+    with torch.no_grad():
+        before = model(ids).logits[0]
+        bench.sharpen(model, bench.pool(PagedBackend(model), 1024))
+        after = model(ids).logits[0]
+    assert float(bench.entropies(before).mean()) > 5.5  # of 6.2 that are possible
+    assert float(bench.entropies(after).mean()) == pytest.approx(bench.TRAINED_NATS, abs=0.6)  # on another text
+    assert torch.equal(before.argmax(-1), after.argmax(-1))
 
 
 def test_operations_are_counted_as_by_hand():

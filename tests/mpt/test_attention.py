@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpt import attention
+from tests import flash_2
 
 # Outputs are averages of values of size 1, so float32's 6e-8 a term gives about 1e-6 in a sum of some dozen terms.
 TIGHT = 3e-6
@@ -233,6 +234,79 @@ def test_the_branch_for_cuda_computes_the_same_on_cpu(case: str, n_kv: int) -> N
     ours, theirs = (torch.autograd.grad(out[at].sum(), (q, k, v)) for out in (got, expected))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=10 * TIGHT)
+
+
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize("n_kv", [4, 2, 1])
+def test_documents_through_flash_attn_2_equal_the_formula_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch, n_kv: int, alibi: bool
+) -> None:
+    """What is handed to it and what comes back; a stand-in computes."""
+    flash_2.install(monkeypatch)
+    q, k, v = (x.requires_grad_() for x in random_qkv(4, 4, 20, 20, n_kv=n_kv))
+    slopes = attention.alibi_slopes(4) if alibi else None
+    made = attention.Documents(DOCUMENTS, scale=0.25, slopes=slopes, kernel="flash-attn 2")
+    got = made.attend(q, k, v)
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4) if alibi else None, sequence_id=DOCUMENTS)
+    real = (DOCUMENTS >= 0)[:, None, :, None].expand_as(got)
+    torch.testing.assert_close(got[real].double(), expected[real], rtol=0, atol=TIGHT)
+    assert not got[~real].any()
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((got * weight).sum(), (q, k, v))  # of padding too: its gradients must be zero
+    theirs = torch.autograd.grad((expected * weight)[real].sum(), (q, k, v))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * TIGHT)
+
+
+def test_flash_attn_2_is_told_the_ends_of_documents_and_of_short_pieces_of_padding() -> None:
+    """By hand, of rows laid end to end: 5 + 9 + 1 tokens and 285 of padding, cut at 128 and 256; a whole row; padding
+    before, between, and to the end."""
+    rows = [packed_row(300, 5, 9, 1), packed_row(300, 300), packed_row(300, -2, 4, -2, 292)]
+    ends = [0, 5, 14, 15, 128, 256, 300, 600, 602, 606, 608, 900]
+    found = attention._ends(torch.tensor(rows))
+    assert found.tolist() == ends and found.dtype == torch.int32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_qk_ln_has_widened_goes_to_flash_attn_2_as_the_values_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Autocast leaves LayerNorm's output in float32; the stand-in refuses mixed dtypes, as flash-attn does."""
+    flash_2.install(monkeypatch)
+    q, k, v = random_qkv(4, 4, 20, 20)
+    made = attention.Documents(DOCUMENTS, scale=0.25, slopes=attention.alibi_slopes(4), kernel="flash-attn 2")
+    got = made.attend(q, k, v.to(dtype))
+    expected = formula(q, k, v, scale=0.25, slopes=press_slopes(4), sequence_id=DOCUMENTS)
+    real = (DOCUMENTS >= 0)[:, None, :, None].expand_as(got)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got[real].double(), expected[real], rtol=0, atol=TIGHT if dtype.itemsize == 4 else 0.05)
+
+
+AMPERE, ADA, HOPPER, TURING = (8, 0), (8, 9), (9, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "d_head", "expected", "reason"),
+    [
+        (AMPERE, torch.bfloat16, 128, "flash-attn 2", None),
+        (ADA, torch.float16, 64, "flash-attn 2", None),
+        (AMPERE, torch.float32, 128, "FlexAttention", "attention is in float32 here"),
+        (AMPERE, torch.bfloat16, 512, "FlexAttention", "heads of up to 256, and those of this model have 512"),
+        (HOPPER, torch.bfloat16, 128, "FlexAttention", None),
+        (TURING, torch.float16, 128, "FlexAttention", None),
+    ],
+)
+def test_which_kernel_attends_within_documents_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: Any, dtype: torch.dtype, d_head: int, expected: str, reason: Any
+) -> None:
+    flash_2.install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    kernel, why_not = attention.documents_kernel(torch.device("cuda"), dtype, d_head)
+    assert kernel == expected and (why_not is None if reason is None else reason in (why_not or ""))
+
+
+def test_documents_on_a_cpu_are_torchs() -> None:
+    assert attention.documents_kernel(torch.device("cpu"), torch.bfloat16, 128) == ("torch", None)
 
 
 def packed_row(T: int, *lengths: int) -> list[int]:

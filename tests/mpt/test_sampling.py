@@ -6,6 +6,7 @@ Every draw here is made in torch and, where there is a compiler, in C.
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,9 +138,12 @@ def test_c_draws_what_torch_draws(spread: float, n_vocab: int) -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 4.0, 30.0])
-@pytest.mark.parametrize("n_best", [1, 8, 64, 512])
-def test_looking_among_the_best_first_changes_no_draw(spread: float, n_best: int) -> None:
-    """As on CUDA. Logits of bfloat16, many of them equal at the border; flat ones, of which the best are too few."""
+@pytest.mark.parametrize("n_best", [(1,), (8,), (64,), (512,), (1, 8), (8, 300), (64, 512, 1999), (512, 4000)])
+def test_looking_among_the_best_first_changes_no_draw(spread: float, n_best: tuple[int, ...]) -> None:
+    """As on CUDA, and as C draws, which sorts nothing.
+
+    Logits of bfloat16, many of them equal at the border; flat ones, of which the best are too few.
+    """
     g, n = torch.Generator().manual_seed(1), 240
     logits = (spread * torch.randn(n, 2000, generator=g)).bfloat16().float()
     logits[::3] = logits[::3].round()
@@ -154,6 +158,41 @@ def test_looking_among_the_best_first_changes_no_draw(spread: float, n_best: int
     whole = sample_in_torch(logits, **settings)
     assert torch.equal(sample_in_torch(logits, **settings, n_best=n_best), whole)
     assert len(set(whole.tolist())) > 5
+    if library.why_none() is None:
+        assert torch.equal(draw_in_c(logits, **settings), whole)
+
+
+def test_rows_go_on_to_more_tokens_only_where_fewer_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the best 4 of 64 even tokens hold 1/16, the best 32 a half; a token that holds all is enough."""
+    looked_among: list[tuple[int, int]] = []
+    topk, sort = torch.topk, torch.sort
+
+    def noted_topk(x: Tensor, k: int, **how: Any) -> Any:
+        looked_among.append((len(x), k))
+        return topk(x, k, **how)
+
+    def noted_sort(x: Tensor, **how: Any) -> Any:
+        if x.shape[-1] == 64:
+            looked_among.append((len(x), 64))
+        return sort(x, **how)
+
+    monkeypatch.setattr(torch, "topk", noted_topk)
+    monkeypatch.setattr(torch, "sort", noted_sort)
+    even = -1e-3 * torch.arange(64)
+    peak = torch.zeros(64).index_fill(0, torch.tensor([3]), 50.0)
+    settings = {"temperature": 1.0, "top_k": 0.0, "min_p": 0.0, "uniform": 0.5}
+    sample_in_torch(
+        torch.stack([peak, even, even, peak]),
+        **{name: torch.full((4,), value, dtype=torch.float64) for name, value in settings.items()},
+        top_p=torch.tensor([0.9, 0.4, 0.9, 0.9]),
+        n_best=(4, 32),
+    )
+    assert looked_among == [(4, 4), (2, 32), (1, 64)]
+
+
+def test_equal_probabilities_of_unequal_logits_are_in_the_order_of_the_logits() -> None:
+    """e^0 and e^1e-20 are one float64; C goes by the logits, and top-k 1 takes the larger, not the first."""
+    assert draw([0.0, 1e-20], [0.5], top_k=1) == [1]
 
 
 @pytest.mark.parametrize("n", [4, 50_432])

@@ -107,8 +107,9 @@ def test_a_kill_during_a_save_leaves_no_checkpoint_under_its_name(small_run: Run
     assert [path.name for path in checkpoint.steps(Path(run.out))] == ["step-000005"]
     found = weights(loop.fit(run))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    events = [entry["event"] for entry in Logbook(Path(run.out)).entries()]
-    assert events == ["start", "resume", "finished"]
+    entries = Logbook(Path(run.out)).entries()
+    assert [entry["event"] for entry in entries] == ["start", "resume", "finished"]
+    assert [entry.get("attention") for entry in entries] == ["torch", "torch", None]
 
 
 @pytest.fixture

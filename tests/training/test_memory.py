@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mpt import attention
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
+from tests import flash_2
 from training import memory
 
 
@@ -112,6 +113,53 @@ def test_attention_compiled_for_itself_is_kept_in_blocks_that_are_not(
     y = torch.tensor(0.4)
     slope = -(2 * y.sin()).sin() * 2 * y.cos() * 0.1 * 4
     torch.testing.assert_close(x.grad, slope.expand(4, 4))
+
+
+@pytest.mark.parametrize(("precision", "kernel"), [("bf16", "flash-attn 2"), ("fp32", "FlexAttention")])
+def test_on_ampere_all_layers_of_a_bf16_step_share_flash_attn_2s_documents(
+    precision: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast decides, as in a step; a stand-in computes. Its gradients are those of the kernels of the CPU."""
+    model, ends = twelve_layers(), list[Tensor]()
+    monkeypatch.setattr(attention, "takes_flex", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        ends.append(args[3])
+        return flash_2.flash_attn_varlen_func(*args, **kwargs)
+
+    flash_2.install(monkeypatch, noted)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        assert model.transformer.documents_kernel()[0] == kernel
+        if kernel == "FlexAttention":
+            return
+        found = gradients(model, 2, 60)
+        assert len(ends) == 12 and all(each is ends[0] for each in ends)
+        monkeypatch.setattr(attention, "takes_flex", lambda device: False)
+        expected = gradients(model, 2, 60)
+    for one, other in zip(found, expected, strict=True):  # bfloat16's 2^-8, over twelve layers
+        torch.testing.assert_close(one, other, rtol=0, atol=0.05 * float(other.abs().max()))
+
+
+@torch.library.custom_op("mpt_tests_flash::_flash_attn_varlen_forward", mutates_args=())
+def flash_stand_in(x: Tensor) -> Tensor:
+    computed.append(1)
+    return x * 2
+
+
+flash_stand_in.register_autograd(lambda _, gradient: gradient * 2)
+
+
+@pytest.mark.parametrize(("how", "times"), [("selective", 1), ("full", 2)])
+def test_flash_attn_2s_result_is_kept_by_selective_checkpointing(how: str, times: int) -> None:
+    """By the name of its operator, which it registers in torch; the namespace differs between its versions."""
+    computed.clear()
+    keep = {"context_fn": partial(create_selective_checkpoint_contexts, memory._policy)} if how == "selective" else {}
+    x = torch.ones(4, requires_grad=True)
+    out: Any = checkpoint(lambda x: flash_stand_in(x).cos(), x, use_reentrant=False, **keep)
+    out.sum().backward()
+    assert len(computed) == times
+    torch.testing.assert_close(x.grad, -2 * torch.tensor(2.0).sin().expand(4))
 
 
 def test_what_is_freed_is_used_again_without_new_pages() -> None:

@@ -14,6 +14,7 @@ from mpt.backends.flash import prompt_kernel, why_no_flash_4
 FLASH_2 = {"flash_attn/__init__.py": "def flash_attn_varlen_func(): ...\n"}
 FLASH_4 = {"flash_attn/cute/__init__.py": ""}  # and none beside the folder: `flash_attn` is a namespace
 BROKEN = {"flash_attn/__init__.py": "raise ImportError('undefined symbol')\n"}
+ERRORS = (ImportError, RuntimeError, OSError, AttributeError, KeyError, SystemError)
 
 
 @pytest.fixture
@@ -62,6 +63,31 @@ def test_what_reads_prompts_depends_on_the_gpu_and_on_what_can_be_imported(
     kernel, why_not = prompt_kernel(torch.bfloat16, 128)
     assert kernel == expected
     assert why_not is None if reason is None else reason in (why_not or "")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+def test_a_flash_attn_that_fails_in_any_way_at_import_is_told_and_not_fatal(machine, capability, error):
+    """Of version 2, beside which version 4 is a folder: what finds `flash_attn.cute` imports `flash_attn` first."""
+    machine(capability, FLASH_4 | {"flash_attn/__init__.py": f"raise {error.__name__}('built for another torch')\n"})
+    kernel, why_not = prompt_kernel(torch.bfloat16, 128)
+    assert kernel == "FlexAttention"
+    assert why_not is None if capability == HOPPER else "built for another torch" in (why_not or "")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_flash_attn_4_that_fails_in_any_way_at_import_is_told_and_not_fatal(machine, error):
+    machine(HOPPER, {"flash_attn/cute/__init__.py": f"raise {error.__name__}('built for another torch')\n"})
+    kernel, why_not = prompt_kernel(torch.bfloat16, 128)
+    assert kernel == "FlexAttention"
+    assert f"flash-attn 4 fails here ({error.__name__}: " in (why_not or "") and "another torch" in (why_not or "")
+
+
+def test_a_flash_attn_2_without_heads_of_this_size_is_not_taken(machine):
+    machine(AMPERE, FLASH_2)
+    assert prompt_kernel(torch.bfloat16, 256) == ("flash-attn 2", None)
+    kernel, why_not = prompt_kernel(torch.bfloat16, 264)
+    assert kernel == "FlexAttention" and "heads of up to 256" in (why_not or "")
 
 
 def test_float32_is_read_by_flex_attention_wherever_it_is(machine):
