@@ -4,6 +4,8 @@ import random
 import signal
 from collections.abc import Iterator
 
+from tests import devices  # isort: skip  (before anything that imports Triton)
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,6 @@ from mpt.backends.native.library import Unavailable, features
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
-from tests import devices
 from tests.warm_ranks import Ranks
 
 torch.set_num_threads(1)  # tiny models are faster on one thread, and machines that test are busy

@@ -5,6 +5,11 @@ import os
 import torch
 from _pytest.mark.expression import Expression
 
+# `device_count` asks the driver's library and leaves open what is hidden below; `is_available` would not.
+HAS_GPU = torch.cuda.device_count() > 0
+if not HAS_GPU:  # our kernels then run on CPU; Triton reads this when it is imported, as torch.compile does on its own
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def choose(expression: str) -> None:
     """Before the first test of `pytest -m expression`, for this process and all it starts.
@@ -14,9 +19,7 @@ def choose(expression: str) -> None:
     if not selects_gpu(expression):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "TRITON_INTERPRET", "1"
-        )  # our kernels then run on CPU; Triton reads it when they are made
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # too late for this process, in time for xdist's
 
 
 def selects_gpu(expression: str) -> bool:

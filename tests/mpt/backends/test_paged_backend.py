@@ -422,10 +422,10 @@ async def test_greedy_tokens_equal_the_naive_loop_whatever_shares_the_batch(mode
 
 @pytest.mark.parametrize("where", [interpreted])
 async def test_greedy_tokens_through_the_interpreted_kernels(model, tokenizer, where):
-    asked = prompts(3, longest=60)
-    expected = [generate(model, prompt, 6) for prompt in asked]
+    asked = prompts(2, longest=40)
+    expected = [generate(model, prompt, 4) for prompt in asked]
     with running(paged(model, where), tokenizer, prefill_chunk=30) as engine:
-        answers = await asyncio.gather(*(collect(engine, prompt, greedy(6)) for prompt in asked))
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(4)) for prompt in asked))
     assert [tokens_of(events) for events in answers] == expected
 
 
