@@ -26,9 +26,9 @@ from training.distributed import World
 from training.run import Run
 
 STEPS, STOPPED_AFTER, SAVED_EVERY, WARMUP = 6, 4, 3, 2
-# Of a compiled run. On CPU each step's documents are compiled anew, so only the warm-up is taken, in which the learning
-# rate is the same however long the run is.
-COMPILED_STEPS = {"cuda": STEPS, "cpu": WARMUP}
+# Of a compiled run. On CPU each step's documents are compiled anew, so there are as few as can be compared: up to the
+# first step behind the warm-up the learning rate is the same however long the run is.
+COMPILED_STEPS = {"cuda": STEPS, "cpu": WARMUP + 1}
 SIZES = {"cuda": (256, 4, 512), "cpu": (64, 2, 256)}  # d_model, blocks, tokens of a sequence
 SHARDED_TOLERANCE = 0.02  # of a loss of about 6; bfloat16 has 3 digits
 TEXTS = ["name: Ada\nage: 36\n", '{"name": "Ada", "age": 36}', "Below is an instruction"] * 3
