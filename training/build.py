@@ -73,7 +73,7 @@ def _compile(model: MPTForCausalLM, device: torch.device) -> None:
     for block in model.transformer.blocks:
         # On CPU each batch has documents of other lengths: torch compiles for 8, warns, and goes on without. There
         # `fullgraph`, which makes an error of what cannot be compiled whole, would make one of that too.
-        block.forward = torch.compile(block.forward, fullgraph=is_cuda)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=is_cuda)
 
 
 def _config(run: Run) -> MPTConfig:

@@ -109,7 +109,7 @@ def checkpoint_activations(model: MPTForCausalLM, how: ActivationCheckpointing) 
     for block in model.transformer.blocks:
         # Not by transformers' switch: in 5.20 it checkpoints the call, FSDP's hooks included, around what
         # `training/build.py` compiles, and under a selective checkpoint torch compiles nothing.
-        block.forward = _checkpointed(block.forward, context)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward, context)
 
 
 def _checkpointed(forward: Callable[..., Tensor], context: dict[str, Any]) -> Callable[..., Tensor]:

@@ -47,12 +47,14 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def one_step(run: Run, world: World) -> dict[str, Tensor]:
-    """A step's loss and gradients, all rows in one microbatch."""
+def gradients(run: Run, world: World, n_batches: int = 1) -> dict[str, Tensor]:
+    """The losses and the gradients of so many steps' batches, all rows in one microbatch each."""
     data = batches.load_data(run, batches.load_tokenizer(run), run.data)
-    batch = batches.Batches(run, data).get(0)
     model = build.model(run, world)
-    found = {"loss": torch.tensor(step.accumulate(model, batch, run, world, batch.ids.numel()))}
+    found = {}
+    for number in range(n_batches):
+        batch = batches.Batches(run, data).get(number)
+        found[f"loss {number}"] = torch.tensor(step.accumulate(model, batch, run, world, batch.ids.numel()))
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             gradient = parameter.grad
@@ -60,11 +62,11 @@ def one_step(run: Run, world: World) -> dict[str, Tensor]:
     return found
 
 
-def check(run: Run, world: World, n_graphs: int = 1) -> None:
+def check(run: Run, world: World, n_graphs: int = 1, n_batches: int = 1) -> None:
     """That blocks are compiled without a break, so often for all of them, and compute what they do uncompiled."""
-    expected = one_step(run, world)
+    expected = gradients(run, world, n_batches)
     assert not counters["stats"]
-    found = one_step(dataclasses.replace(run, compile=True), world)
+    found = gradients(dataclasses.replace(run, compile=True), world, n_batches)
     assert found.keys() == expected.keys() and len(found) > 4
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()), msg=name)
@@ -77,6 +79,12 @@ def test_split_blocks_are_compiled_whole(split: World, small_run: Run, how: Acti
     model = {**small_run.model, "n_layers": 3, "attn_config": {"alibi": True, "qk_ln": True}}
     run = dataclasses.replace(small_run, model=model, precision="bf16", activation_checkpointing=how)
     check(run, split)
+
+
+@pytest.mark.parametrize("how", ["none", "full"])
+def test_blocks_are_compiled_whole_for_other_documents_too(small_run: Run, how: ActivationCheckpointing) -> None:
+    """On CPU for each batch anew; from the second on, lengths are symbols."""
+    check(dataclasses.replace(small_run, activation_checkpointing=how), ALONE, n_graphs=3, n_batches=3)
 
 
 def test_a_block_and_what_is_left_are_the_parts_that_are_gathered(split: World, small_run: Run) -> None:
