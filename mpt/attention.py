@@ -143,8 +143,10 @@ def attend(
         return _attend_in_blocks(q, k, v, scale, bias, reach)
     if q.is_cuda:  # one token: a matrix-vector product per head, the scores are only (B, H, 1, S)
         return eager(q, k, v, scale=scale, bias=bias)
-    if T == S or T == 1:
-        return _sdpa(q, k, v, scale, bias, causal=T > 1)
+    if T == 1:
+        return _sdpa(q, k, v, scale, bias, causal=False)
+    if T == S:
+        return _sdpa(q, k, v, scale, bias, causal=True)  # no `T > 1`, which is a symbol where torch compiles
     return _attend_past(q, k, v, scale, bias, key_mask)
 
 

@@ -26,7 +26,7 @@ from training.run import Run
 def model(run: Run, world: World) -> MPTForCausalLM:
     """Ready to train. What is drawn depends on the run's seed alone, so any number of ranks begins with one model.
 
-    Raises what `mpt.checkpoint.load` does.
+    Raises what `mpt.checkpoint.load` does, and UserError for what a model's config does not go with.
     """
     with torch.device("meta"):
         built = MPTForCausalLM(_config(run))
@@ -54,11 +54,26 @@ def model(run: Run, world: World) -> MPTForCausalLM:
     memory.checkpoint_activations(built, run.activation_checkpointing)
     distributed.shard_root(built, world)
     if run.compile:
-        if world.device.type == "cuda":  # on CPU each batch has documents of other lengths, so there it would never end
-            attention.allow_variants()
-        for block in built.transformer.blocks:
-            block.compile()
+        _compile(built, world.device)
     return built
+
+
+def _compile(model: MPTForCausalLM, device: torch.device) -> None:
+    """Compile what each block computes, without what FSDP does before and after it.
+
+    Raises UserError for what torch cannot compile in one piece.
+    """
+    for kind in packed_layers.packed_kinds(model.transformer.blocks):
+        raise UserError(f"`--compile` cannot compile matrices packed as {kind}; leave it out, or take another base")
+    if model.config.attention["attn_pdrop"]:
+        raise UserError("`--compile` cannot compile the dropout of `attn_pdrop`; leave it out, or set that to 0")
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        attention.allow_variants()
+    for block in model.transformer.blocks:
+        # On CPU each batch has documents of other lengths: torch compiles for 8, warns, and goes on without. There
+        # `fullgraph`, which makes an error of what cannot be compiled whole, would make one of that too.
+        block.forward = torch.compile(block.forward, fullgraph=is_cuda)
 
 
 def _config(run: Run) -> MPTConfig:

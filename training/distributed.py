@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,35 +123,37 @@ def join(run: Run | None = None) -> Iterator[World]:
 def shard_block(block: nn.Module, run: Run, world: World) -> None:
     """Split a block's matrices, their gradients and optimizer state over the ranks; gathered when it is computed.
 
-    They are gathered as they are multiplied: in bfloat16 in a bf16 run, to which autocast rounds them in a world of one
-    too. Autocast leaves every other parameter in float32, and so are they gathered: the norms of attention (`qk_ln`) in
-    a group of their own here, the block's by `shard_root`. Beside adapters the matrices are stored as they are
-    multiplied; of the adapters peft reads more than autocast rounds.
+    They are one group, whose hooks run before and after the block: within, `torch.compile` finds none of them. They are
+    gathered as they are multiplied: in bfloat16 in a bf16 run, to which autocast rounds them in a world of one too.
+    Autocast leaves norms in float32, so they are left to `shard_root`. Beside adapters the matrices are stored as they
+    are multiplied; of the adapters peft reads more than autocast rounds.
     """
-    if world.mesh is None:
-        return
-    parts = [block.get_submodule("attn"), block.get_submodule("ffn")]
-    if run.precision == "fp32" or run.lora is not None:
-        _shard(parts, world)
-        return
-    norms: list[nn.Module] = [module for part in parts for module in part.modules() if isinstance(module, nn.LayerNorm)]
-    if norms:
-        _shard(norms, world, reshard_after_forward=False)
-    _shard(parts, world, torch.bfloat16)
+    if world.mesh is not None:
+        is_rounded = run.precision == "bf16" and run.lora is None
+        norms = {p for norm in _norms(block) for p in norm.parameters()}
+        _shard(block, world, torch.bfloat16 if is_rounded else None, norms)
 
 
 def shard_root(model: MPTForCausalLM, world: World) -> None:
     """Split what is left of a model whose blocks are split already: embeddings and norms, gathered in float32."""
-    if world.mesh is not None:
-        _shard([model], world)
-        register_fsdp_forward_method(model, "hidden_states")
+    if world.mesh is None:
+        return
+    # FSDP does not look for parameters inside of modules that it has split, but finds those of the blocks' norms here.
+    model.norms = nn.ModuleList(_norms(model))
+    _shard(model, world)
+    del model.norms
+    register_fsdp_forward_method(model, "hidden_states")
+
+
+def _norms(module: nn.Module) -> list[nn.Module]:
+    return [each for each in module.modules() if isinstance(each, nn.LayerNorm)]
 
 
 def _shard(
-    modules: list[nn.Module],
+    module: nn.Module,
     world: World,
     gathered_in: torch.dtype | None = None,
-    reshard_after_forward: bool | None = None,
+    left_out: Set[nn.Parameter] = frozenset(),
 ) -> None:
     """Make one group of what is not in one yet. gathered_in: None for the parameters' own dtype."""
     policy = MixedPrecisionPolicy(
@@ -159,19 +161,12 @@ def _shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast decides, as in a world of one
     )
-    quantised = {p for module in modules for p in module.parameters() if not p.is_floating_point()}  # whole on each
-    fully_shard(
-        modules if len(modules) > 1 else modules[0],
-        mesh=world.mesh,
-        mp_policy=policy,
-        ignored_params=quantised,
-        reshard_after_forward=reshard_after_forward,
-    )
-    group = modules[0]
-    assert isinstance(group, FSDPModule)
+    quantised = {p for p in module.parameters() if not p.is_floating_point()}  # whole on each
+    fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=quantised | left_out)
+    assert isinstance(module, FSDPModule)
     # Gradients are summed, not averaged: a step's loss is already divided by the tokens of all ranks.
-    group.set_gradient_divide_factor(1.0)
-    group.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
 
 
 def free(model: MPTForCausalLM) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mpt.errors import MachineRefused
@@ -107,8 +108,17 @@ def checkpoint_activations(model: MPTForCausalLM, how: ActivationCheckpointing) 
     if how == "selective":
         context["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.transformer.blocks:
-        block.gradient_checkpointing = True  # type: ignore[assignment]
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **context)  # type: ignore[assignment]
+        # Not by transformers' switch: in 5.20 it checkpoints the call, FSDP's hooks included, around what
+        # `training/build.py` compiles, and under a selective checkpoint torch compiles nothing.
+        block.forward = _checkpointed(block.forward, context)
+
+
+def _checkpointed(forward: Callable[..., Tensor], context: dict[str, Any]) -> Callable[..., Tensor]:
+    def forward_checkpointed(*args: Any) -> Tensor:
+        out: Tensor = checkpoint(forward, *args, use_reentrant=False, **context)
+        return out
+
+    return forward_checkpointed
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

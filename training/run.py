@@ -317,6 +317,7 @@ class Run:
         if self.lora is not None and self.base is None:
             raise UserError("`lora` needs a `base`: adapters are trained beside a checkpoint's weights")
         self._check_preference()
+        self._check_compile()
         if self.lora is not None and self.model:
             raise UserError("`lora` keeps the base's config; leave `model` out")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -337,6 +338,15 @@ class Run:
             )
         if self.preference.loss == "kto" and self.global_batch < 2:
             raise UserError(f"`global_batch` is {self.global_batch}; kto compares a step's answers, so give 2 or more")
+
+    def _check_compile(self) -> None:
+        """What torch cannot compile in one piece; of the base's own, `training/build.py` knows."""
+        if not self.compile:
+            return
+        if self.context_parallel > 1:
+            raise UserError("`--compile` cannot compile the exchange of `--context-parallel`; leave one of the two out")
+        if self.lora is not None and self.lora.dora:
+            raise UserError("`--compile` cannot compile DoRA; leave one of the two out, or take LoRA")
 
     @property
     def row_tokens(self) -> int:

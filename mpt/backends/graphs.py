@@ -19,7 +19,7 @@ from mpt.backends.device_errors import raise_if_lost
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+_COARSE = 64  # rows up to which each number is twice the last; from here on one more lies between two of those
 START_S = 30.0  # that capturing at start may take
 _FIRST_WIDTH, _WIDER = 8, 4  # widths 8, 32, 128 and so on, so 2,048, 8,192 and 32,768 tokens
 _HOPELESS = 3  # failures one after the other, after which the others are not tried
@@ -45,13 +45,17 @@ def width_for(n_pages: int) -> int:
 
 
 def rows_for(n_rows: int) -> int:
-    """The number of rows that a step of n_rows is padded to; itself where no graph has so many."""
-    return next((n for n in ROWS if n >= n_rows), n_rows)
+    """The number of rows that a step of n_rows is padded to: 1, 2, 4 ... 64, 96, 128, 192, 256, 384 and so on."""
+    doubled = 1 << (n_rows - 1).bit_length()
+    between = doubled * 3 // 4
+    return between if doubled > _COARSE and n_rows <= between else doubled
 
 
 def shapes(most_rows: int, most_pages: int) -> list[Shape]:
     """Every shape that steps of up to most_rows, the longest of up to most_pages, are padded to, the largest first."""
-    rows = [n for n in ROWS if n <= rows_for(most_rows)]
+    rows = [1]
+    while rows[-1] < most_rows:
+        rows.append(rows_for(rows[-1] + 1))
     widths = [width_for(1)]
     while widths[-1] < most_pages:
         widths.append(widths[-1] * _WIDER)

@@ -133,9 +133,11 @@ def paged_decode(
         n_pages = block_table.shape[1]
         is_far = slopes is not None and drop > 0 and n_pages >= _FAR
         n_splits = _splits(B * n_kv * n_blocks, n_pages * PAGE // block_n, is_far, q.device)
-    part = torch.empty(B, T, H, n_splits, D, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(B, T, H, n_splits, dtype=torch.float32, device=q.device)
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    part = part_lse = out  # one split's part is all of it; there is nothing to weigh it against
+    if n_splits > 1:
+        part = torch.empty(B, T, H, n_splits, D, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(B, T, H, n_splits, dtype=torch.float32, device=q.device)
     block_d = max(16, _power_of_two(D))
     paged_kernels.decode_split[(B, n_kv * n_blocks, n_splits)](
         q, kv, key_norms, block_table, lengths, slopes if slopes is not None else lengths, part, part_lse,
@@ -145,9 +147,10 @@ def paged_decode(
         N_SPLITS=n_splits, HAS_ALIBI=slopes is not None, num_warps=4,
         num_stages=_STAGES if block_m == 16 else _STAGES_OF_MANY_LINES,
     )  # fmt: skip
-    paged_kernels.merge[(B * T * H,)](
-        part, part_lse, out, D=D, BLOCK_D=block_d, N_SPLITS=n_splits, BLOCK_S=_power_of_two(n_splits), num_warps=4
-    )
+    if n_splits > 1:
+        paged_kernels.merge[(B * T * H,)](
+            part, part_lse, out, D=D, BLOCK_D=block_d, N_SPLITS=n_splits, BLOCK_S=_power_of_two(n_splits), num_warps=4
+        )
     return out
 
 

@@ -35,7 +35,7 @@ from mpt import attention
 from mpt.backends import capabilities, compilations, fused
 from mpt.backends.backend import Row, Work
 from mpt.backends.flash import FLASH_4_OPTIONS, FlashPrompts, PromptKernel, prompt_kernel
-from mpt.backends.graphs import ROWS, Graphs, Shape, rows_for, shapes, width_for
+from mpt.backends.graphs import Graphs, Shape, rows_for, shapes, width_for
 from mpt.backends.packed import PackedModel
 from mpt.backends.paged_attention import (
     DROP,
@@ -234,7 +234,7 @@ class PagedBackend:
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
         rows = self.make_own(work)
-        if len(work) <= ROWS[-1] and all(map(_is_one_token, work)):
+        if all(map(_is_one_token, work)):
             logits = self._decode(rows, [item.tokens[0] for item in work])
             wanted = [at for at, item in enumerate(work) if item.n_logits]
             return logits if len(wanted) == len(work) else logits[wanted]
@@ -459,11 +459,13 @@ def _blank(shape: Shape, device: torch.device) -> Tensor:
 def _prompts(n_chunk: int, n_most: int) -> list[list[tuple[int, int]]]:
     """Steps of prompts, (stored, new) tokens of each: one row's and several rows', parts of a block and whole ones, and
     the chunks of a long prompt, its first and a later one. The first is unlike in every size: torch.compile takes sizes
-    that happen to be equal for the same one, and other sizes would then be compiled anew.
+    that happen to be equal for the same one, and other sizes would then be compiled anew. A fresh prompt of whole pages
+    is one whose queries are as many as its keys and all of them real.
 
     n_chunk: tokens of a step. n_most: of a row.
     """
-    alone = [(300, 200), (0, 20), (0, 128), (0, 200), (100, 412), (0, n_chunk // 4), (0, n_chunk), (n_chunk, n_chunk)]
+    alone = [(300, 200), (0, 20), (0, 128), (0, 200), (100, 412)]
+    alone += [(0, min(n, n_chunk)) for n in (512, 2048, n_chunk // 4, n_chunk)] + [(n_chunk, n_chunk)]
     fitting = [(min(stored, n_most // 2), n) for stored, n in alone]
     fitting = [(stored, min(n, n_most - stored)) for stored, n in fitting]
     return [[part] for part in dict.fromkeys(fitting) if part[1]] + [[fitting[1], fitting[3]]]

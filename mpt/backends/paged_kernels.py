@@ -44,6 +44,7 @@ def decode_split(
     Grid (B, KV heads * n_blocks, N_SPLITS).
     Line m of a program is query m // G of the row and head m % G of the group: a page is read once for all of them.
     Which pages are read is settled before the first of them is, so that the loop over blocks can fetch ahead.
+    Where there is one split, `part` is the output, in its dtype: a query that sees nothing gets zeros, as from `merge`.
     """
     row, split = tl.program_id(0), tl.program_id(2)
     head, block = tl.program_id(1) // n_blocks, tl.program_id(1) % n_blocks
@@ -103,10 +104,15 @@ def decode_split(
     nothing = total == 0.0
     out = ((row.to(tl.int64) * n_queries + t) * n_heads + h) * N_SPLITS + split
     lines = m < n_queries * G
-    lse = tl.where(nothing, -float("inf"), best + tl.log(tl.where(nothing, 1.0, total)))
-    tl.store(part_lse + out, lse, mask=lines)
     mean = sums / tl.where(nothing, 1.0, total)[:, None]
-    tl.store(part + out[:, None] * D + d[None, :], mean, mask=(lines & (total != 0.0))[:, None] & (d < D)[None, :])
+    to = part + out[:, None] * D + d[None, :]
+    if N_SPLITS == 1:
+        mean = tl.where(nothing[:, None], 0.0, mean).to(part.dtype.element_ty)
+        tl.store(to, mean, mask=lines[:, None] & (d < D)[None, :])
+    else:
+        lse = tl.where(nothing, -float("inf"), best + tl.log(tl.where(nothing, 1.0, total)))
+        tl.store(part_lse + out, lse, mask=lines)
+        tl.store(to, mean, mask=(lines & (total != 0.0))[:, None] & (d < D)[None, :])
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mpt.backends import compilations
-from mpt.backends.graphs import Graphs, Shape, shapes
+from mpt.backends.graphs import Graphs, Shape, rows_for, shapes
 from mpt.errors import DeviceLost
 
 
@@ -35,11 +35,21 @@ class Machine:
         (1, 1, [(1, 8)]),
         (5, 9, [(8, 32), (8, 8), (4, 32), (4, 8), (2, 32), (2, 8), (1, 32), (1, 8)]),
         (65, 8, [(96, 8), (64, 8), (32, 8), (16, 8), (8, 8), (4, 8), (2, 8), (1, 8)]),
+        (300, 8, [(n, 8) for n in (384, 256, 192, 128, 96, 64, 32, 16, 8, 4, 2, 1)]),
         (1, 256, [(1, 512), (1, 128), (1, 32), (1, 8)]),  # 65,536 tokens
     ],
 )
 def test_the_largest_shape_comes_first(rows, pages, expected):
     assert shapes(rows, pages) == expected
+
+
+@pytest.mark.parametrize("most", [1, 64, 65, 100, 256, 257, 300, 1000, 1536])
+def test_every_number_of_rows_is_padded_to_one_of_the_start(most):
+    """To no more than twice as many, and from 64 on to no more than half as many again."""
+    planned = {shape.n_rows for shape in shapes(most, 1)}
+    for n in range(1, most + 1):
+        assert rows_for(n) in planned and n <= rows_for(n) < (2 * n if n < 64 else 1.5 * n + 1)
+    assert max(planned) == rows_for(most)
 
 
 def test_every_step_has_a_graph_of_its_own_when_all_are_captured():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mpt import attention
 from mpt.backends import paged_attention
+from mpt.backends.graphs import shapes
 from mpt.backends.paged_attention import (
     DROP,
     PAGE,
@@ -137,6 +139,35 @@ def test_sixteen_bits_lose_only_their_own_digits(where, dtype, H, T) -> None:
 def test_any_number_of_splits_gives_the_same(where, n_splits) -> None:
     filled = Filled(where, [1000, 200], 2, 64)  # 4 pages and 1: splits without a page are merged too
     filled.check(filled.queries(1, 2, 64), attention.alibi_slopes(2), 0.125, n_splits=n_splits)
+
+
+@pytest.mark.parametrize("most_rows", [6, 64, 300, 1000])
+@pytest.mark.parametrize("n_kv", [1, 8, 32])
+def test_no_number_of_rows_has_a_number_of_splits_that_was_not_read_at_start(monkeypatch, n_kv, most_rows) -> None:
+    """On a GPU of 132 processors: each number of splits is other code, and the decode kernel is not padded in rows."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+
+    def splits(n_rows: int, width: int) -> int:
+        return paged_attention._splits(n_rows * n_kv, width * 4, width >= 128, torch.device("cuda"))
+
+    for width in (8, 32, 128):
+        at_start = {splits(shape.n_rows, width) for shape in shapes(most_rows, width) if shape.width == width}
+        assert {splits(n_rows, width) for n_rows in range(1, most_rows + 1)} <= at_start
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_single_split_writes_the_output_itself(where, dtype, monkeypatch) -> None:
+    """Zeros for queries before a row's first position too, where memory had something else before."""
+    filled = Filled(where, [700, 2], 2, 80, dtype)
+    q, slopes = filled.queries(3, 4, 80), attention.alibi_slopes(4)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kind: torch.full(shape, 7.0, **kind))
+    if where[1]:
+        from mpt.backends import paged_kernels
+
+        monkeypatch.setattr(paged_kernels, "merge", None)
+    filled.check(q, slopes, 80**-0.5, n_splits=1)
+    assert not filled.decode(q, slopes, 80**-0.5, n_splits=1)[1, 0].any()
 
 
 @everywhere
@@ -510,7 +541,9 @@ def build(kernel, dtype, n_warps, n_stages=3, **constants):
             signature[name] = "*" + dtype
         elif name == "norms":
             signature[name] = "*i32" if kernel is paged_kernels.store else "*fp32"
-        elif name in ("slopes", "part", "part_lse"):
+        elif name in ("part", "part_lse"):
+            signature[name] = "*" + (dtype if constants["N_SPLITS"] == 1 else "fp32")
+        elif name == "slopes":
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
@@ -524,12 +557,13 @@ def build(kernel, dtype, n_warps, n_stages=3, **constants):
 
 for dtype, D, lines, group in [("bf16", 128, 16, 1), ("bf16", 112, 16, 1), ("fp16", 80, 64, 4)]:
     stages = paged_attention._STAGES if lines == 16 else paged_attention._STAGES_OF_MANY_LINES
-    split = build(paged_kernels.decode_split, dtype, 4, stages, G=group, D=D, BLOCK_M=lines, BLOCK_N=64, BLOCK_D=128,
-                  BLOCK_P=64, PAGE=256, N_SPLITS=16, HAS_ALIBI=True)
-    assert split.metadata.shared < 99 * 1024, split.metadata.shared
-    # Keys and values of the next blocks are on their way while one is computed: it waits for all but the last groups.
-    waits = {int(line.split()[1].rstrip(";")) for line in split.asm["ptx"].splitlines() if "wait_group" in line}
-    assert lines > 16 or max(waits) >= 2, waits
+    for n_splits in (1, 16):
+        split = build(paged_kernels.decode_split, dtype, 4, stages, G=group, D=D, BLOCK_M=lines, BLOCK_N=64,
+                      BLOCK_D=128, BLOCK_P=64, PAGE=256, N_SPLITS=n_splits, HAS_ALIBI=True)
+        assert split.metadata.shared < 99 * 1024, split.metadata.shared
+        # Keys and values of the next blocks are on their way while one is computed: it waits for all but the last.
+        waits = {int(line.split()[1].rstrip(";")) for line in split.asm["ptx"].splitlines() if "wait_group" in line}
+        assert lines > 16 or max(waits) >= 2, waits
     build(paged_kernels.merge, dtype, 4, D=D, BLOCK_D=128, N_SPLITS=16, BLOCK_S=16)
     build(paged_kernels.add_norm, dtype, 8, C=4096 - D, BLOCK_C=4096, HAS_Y=True, HAS_BIAS=True)
     build(paged_kernels.store, dtype, 1, D=D, BLOCK_D=128, PAGE=256)

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import mpt
-from mpt.backends import compilations, flash
+from mpt.backends import compilations, flash, paged_attention
 from mpt.backends.backend import Work
 from mpt.backends.paged_attention import PAGE, paged_decode
-from mpt.backends.paged_backend import PagedBackend, Steps
+from mpt.backends.paged_backend import PagedBackend, Steps, _prompts
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.engine import Engine
@@ -287,6 +288,49 @@ def test_every_step_of_one_token_finds_its_graph_from_the_start(monkeypatch) -> 
     pair.step({long: [5], rows[0]: [6]}, 1)
     pair.step({rows[0]: [5, 6]}, 1)  # several tokens: none
     assert compilations.of_this_thread() == before and len(pair.paged._graphs) == 8
+
+
+def test_more_than_256_rows_find_their_graph_from_the_start(monkeypatch) -> None:
+    """The graphs alone are captured: reading all else for so many rows takes a CPU long."""
+    monkeypatch.setattr("mpt.backends.paged_backend._Graph", Recorded)
+    pair = Pair(make("one_key_head"), ("cpu", False), kv_tokens=310 * PAGE, steps=Steps(n_rows=300, context=PAGE))
+    pair.paged._has_graphs = True
+    pair.paged._graphs.capture_all()
+    before = compilations.of_this_thread()
+    rows = [pair.row(20) for _ in range(300)]
+    for n in (300, 257):
+        pair.step({row: [row % 256 + 4] for row in rows[:n]}, 1)
+    assert compilations.of_this_thread() == before and max(pair.paged._graphs) == (384, 8)
+
+
+def test_no_prompt_is_compiled_for_that_is_read_after_the_start(monkeypatch) -> None:
+    """Dynamo decides when torch compiles anew; what it would hand to a compiler runs as it is here.
+
+    Chunks of 512 and of 2,048 that need no padding have as many queries as keys.
+    """
+    kernel = torch.compile(paged_attention.flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(paged_attention, "flex", lambda q: kernel)
+    torch._dynamo.reset()
+    counters.clear()
+    backend = paged(make("grouped"), ("cpu", False), steps=Steps(n_prompt=2048, context=4096))
+    backend._prompts_by = "FlexAttention"
+    backend.warm_up()
+    at_start = counters["stats"]["unique_graphs"]
+    assert at_start > 0
+    for stored, n in ((0, 512), (0, 2048), (0, 17), (0, 256), (0, 1024), (512, 512), (2048, 2048), (700, 333)):
+        row = backend.reserve(None, stored + n)
+        row.length = stored
+        backend.forward([Work(row, text(1, n), 1)])
+    rows = [backend.reserve(None, 512) for _ in range(3)]
+    backend.forward([Work(row, text(1, n), 1) for row, n in zip(rows, (512, 30, 512), strict=True)])
+    assert counters["stats"]["unique_graphs"] == at_start
+    torch._dynamo.reset()
+
+
+def test_fresh_prompts_of_whole_pages_are_read_at_start() -> None:
+    assert {((0, 512),), ((0, 2048),)} <= {tuple(parts) for parts in _prompts(8192, 65_536)}
+    assert all(stored + n <= 600 for parts in _prompts(8192, 600) for stored, n in parts)  # of a row
+    assert max(n for parts in _prompts(300, 65_536) for _, n in parts if parts[0][0] == 0) <= 300  # of a step
 
 
 def test_what_cannot_be_captured_runs_in_a_larger_graph_or_without(monkeypatch) -> None:
