@@ -25,6 +25,7 @@ PARTS = (
     Part("gpu_tests", "`pytest -m gpu`, in up to eight processes", 150),
     Part("one_stream", "decode at three contexts, prefill of 2,048, the book read and written on", 90, True),
     Part("many_requests", "1, 16 and 64 requests with fresh prompts, top-p, penalties; transformers", 100, True),
+    Part("quantised", "steps and a prompt with weights in int8 and 4 bits, beside bfloat16", 90, True),
     Part("training_right", "training, the same again, resumed, FSDP2 on a mesh of one", 75),
     Part("training_speed", "training steps: four blocks of 7B and 1B; checkpointing; compiled", 110),
     Part("training_long", "a training row of 65,536 tokens beside `train plan`", 45),
