@@ -85,7 +85,7 @@ def few_rows(
         if BITS == 4:
             w = first // 8 + tl.arange(0, BLOCK_K // 8)
             there = (w < n_in // 8)[:, None] & (n < n_out)[None, :]
-            words = tl.load(codes + (row * (n_in // 8))[None, :] + w[:, None], mask=there, other=0)  # (K / 8, N)
+            words = tl.load(codes + (row * (n_in // 32 * 4))[None, :] + w[:, None], mask=there, other=0)  # (K / 8, N)
             scale = tl.broadcast_to(of_group, [GROUPS, 4, BLOCK_N]).reshape([BLOCK_K // 8, BLOCK_N])
             k = w // 4 * 32 + w % 4
             seen = (m < n_rows)[:, None] & (w < n_in // 8)[None, :]
