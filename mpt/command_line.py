@@ -35,8 +35,8 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; `aut
 QuantizeOption = Annotated[
     Quantization | None,
     typer.Option(
-        help="Round the weights as they are read, on CPU; the rest stays bfloat16. int8: half the memory of bfloat16, "
-        "nearly the same answers. int4: about a third, for a model that would not fit.",
+        help="Round the weights as they are read, in one process; the rest stays bfloat16. int8: half the memory of "
+        "bfloat16, nearly the same answers. int4: about a third, for a model that would not fit.",
         show_default="no",
     ),
 ]

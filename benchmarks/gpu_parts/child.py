@@ -57,6 +57,8 @@ def function_of(name: str) -> "Callable[[Bench], None]":
         from benchmarks.gpu_parts.one_stream import run
     elif name == "many_requests":
         from benchmarks.gpu_parts.many_requests import run
+    elif name == "quantised":
+        from benchmarks.gpu_parts.quantised import run
     elif name == "training_right":
         from benchmarks.gpu_parts.training_right import run
     elif name == "training_speed":

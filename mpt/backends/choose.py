@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from mpt.attention import AttentionSpec
-from mpt.backends import capabilities
+from mpt.backends import capabilities, quantized
 from mpt.backends.backend import Backend
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.native.available import (
@@ -124,16 +124,20 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
 
         return open_sharded(folder, options.tensor_parallel, dtype=choice.dtype, device=choice.device, steps=steps)
     assert choice.backend in ("torch", "paged"), choice
+    if choice.backend == "paged":
+        from mpt.backends.paged_backend import PagedBackend
+
+        if options.quantize is None:
+            model = load(folder, dtype=choice.dtype, device=choice.device)
+        else:
+            model = quantized.load(folder, options.quantize, choice.dtype, choice.device)
+        return PagedBackend(model, steps=steps)
     pack = None
     if choice.stay_packed:  # packed anew only for C, which multiplies with blocks in bfloat16 models
         pack = rounding.in_blocks if choice.dtype == torch.bfloat16 else as_it_lies
     elif options.quantize == "int4":
         pack = rounding.four_bits
     model = load(folder, dtype=choice.dtype, device=choice.device, pack=pack)
-    if choice.backend == "paged":
-        from mpt.backends.paged_backend import PagedBackend
-
-        return PagedBackend(model, steps=steps)
     from mpt.backends.quantization import quantize_model
     from mpt.backends.torch_backend import TorchBackend
 
@@ -168,9 +172,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
             f"`{flag} {value}` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
             f"`--dtype bfloat16`, or leave `{flag}` out"
         )
-    if options.quantize == "int4":
-        for matrix, (_, n_in) in products(config).items():
-            rounding.check_rows(matrix, n_in)
+    _check_groups(config, options)
     facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed_as)
     why_not = why_no_step(config, **facts)
     if int8_cache and why_not is not None:
@@ -204,11 +206,12 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
     """A model in this process on CUDA, its cache in pages."""
     config = read_config(folder)
     dtype = _dtype(folder, config, options, "cuda")
+    _check_groups(config, options)
     few, prompt = _over_pages(config, dtype)
     return Choice(
         backend="paged",
         device="cuda",
-        precision=_name(dtype),
+        precision=f"{options.quantize} weights, {_name(dtype)}" if options.quantize else _name(dtype),
         steps=(replace(few, kind="one token", runs=f"{few.runs} inside CUDA graphs"), few, prompt, _draw("cuda")),
         capabilities=capabilities.PAGED,
         dtype=dtype,
@@ -298,6 +301,13 @@ def _device(options: ModelOptions) -> str:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise MachineRefused("no CUDA device is available to torch; use `--device cpu`")
     return options.device
+
+
+def _check_groups(config: MPTConfig, options: ModelOptions) -> None:
+    """Raises UserError for matrices whose rows do not fill the groups that they would be rounded in."""
+    if options.quantize == "int4":
+        for matrix, (_, n_in) in products(config).items():
+            rounding.check_rows(matrix, n_in)
 
 
 def _dtype(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> torch.dtype:

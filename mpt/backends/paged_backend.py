@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from mpt import attention
-from mpt.backends import capabilities, compilations, fused
+from mpt.backends import capabilities, compilations, fused, quantized
 from mpt.backends.backend import Row, Work
 from mpt.backends.flash import FLASH_4_OPTIONS, FlashPrompts, PromptKernel, prompt_kernel
 from mpt.backends.graphs import Graphs, Shape, rows_for, shapes, width_for
@@ -99,7 +99,7 @@ class PagedBackend:
         self.model = model
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
-        weight = model.transformer.wte.weight
+        weight = model.transformer.norm_f.weight  # the embedding may be packed
         self._device, self._dtype = weight.device, weight.dtype
         spec, attn = model.transformer.attention, model.transformer.blocks[0].attn
         assert isinstance(attn, MPTAttention)
@@ -111,6 +111,7 @@ class PagedBackend:
         self._run: Callable[..., Tensor] = model.transformer.run
         if self._triton:
             self._run = functools.partial(fused.run, model.transformer)
+            quantized.use_kernels(model)
         self._packed = PackedModel(model, self._run)
         self._prompts_by: PromptKernel | None = None  # on CPU FlexAttention would hold all scores
         if self._device.type == "cuda":
@@ -152,6 +153,8 @@ class PagedBackend:
 
         `compilations.py` counts what was missed.
         """
+        if self._triton:
+            quantized.compile_kernels(self.model)
         n_most = min(self._context, len(self._free) * PAGE, self.max_length or self._context)
         for parts in _prompts(self._steps.n_prompt, n_most):
             if sum(_n_pages(stored + n) for stored, n in parts) <= self.n_free_pages:

@@ -86,7 +86,11 @@ def _weight_bytes(folder: Path, choice: Choice, options: ModelOptions) -> float:
         return sum(file.stat().st_size for file in files)
     assert choice.dtype is not None, choice
     bytes_each = _BYTES_PER_WEIGHT.get(options.quantize or "", choice.dtype.itemsize)
-    return _n_weights(folder) * bytes_each / options.tensor_parallel
+    n_bytes = _n_weights(folder) * bytes_each / options.tensor_parallel
+    if options.quantize == "int8":  # the embedding stays as it is, and a head that is tied to it is int8 beside it
+        config = read_config(folder)
+        n_bytes += config.vocab_size * config.d_model * choice.dtype.itemsize
+    return n_bytes
 
 
 def _n_weights(folder: Path) -> int:

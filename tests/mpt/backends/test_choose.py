@@ -1,6 +1,7 @@
 """What computes a model: the choice for a checkpoint, its options and a machine, and the reasons it gives."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from mpt.backends import choose as choosing
 from mpt.backends.choose import choose, open_backend
 from mpt.backends.native import library
-from mpt.backends.paged_backend import Steps
+from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UnsupportedConfig, UserError
 from mpt.options import ModelOptions
+from mpt.packed.layers import packed_bytes
 
 needs_compiler = pytest.mark.skipif(library.why_none() is not None, reason=str(library.why_none()))
 
@@ -130,6 +132,35 @@ def test_shares_in_pages_are_opened_for_the_largest_steps_of_the_engine(machine,
     open_backend(choose("m", folder, options), folder, options)
     steps = Steps(n_rows=7, n_prompt=256, context=99)  # alone, a prompt is read in chunks of four times as many
     assert opened == [((folder, 2), {"dtype": torch.bfloat16, "device": "cuda", "steps": steps})]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_gpu_takes_rounded_weights_and_no_int8_cache(machine, tmp_path, quantize):
+    machine(cuda=True)
+    choice = choose("m", folder_of(tmp_path, dtype="float32"), ModelOptions("m", quantize=quantize))
+    assert (choice.backend, choice.precision) == ("paged", f"{quantize} weights, bfloat16")
+    half = choose("m", tmp_path, ModelOptions("m", quantize=quantize, dtype="float16"))
+    assert half.dtype == torch.float16
+    with pytest.raises(UserError, match=r"`m` is a model that this process computes on a GPU.*`--kv-cache int8`"):
+        choose("m", tmp_path, ModelOptions("m", quantize=quantize, kv_cache="int8"))
+
+
+def test_rows_that_do_not_fill_groups_are_refused_on_a_gpu_too(machine, tmp_path):
+    machine(cuda=True)
+    folder = folder_of(tmp_path, d_model=144)
+    assert choose("m", folder, ModelOptions("m", quantize="int8")).backend == "paged"
+    with pytest.raises(UserError, match="has rows of 144, and `--quantize int4` takes multiples of 32"):
+        choose("m", folder, ModelOptions("m", quantize="int4"))
+
+
+def test_a_gpu_gets_rounded_weights_into_its_pages(machine, tmp_path):
+    """Opened as for a GPU, computed on this CPU: the real loader and backend, without kernels."""
+    machine(cuda=True)
+    options = ModelOptions("mpt-tiny", quantize="int4")
+    folder = Path(choosing.__file__).parents[1] / "tiny" / "mpt-tiny"
+    choice = choose("m", folder, options)
+    backend = open_backend(replace(choice, device="cpu"), folder, options)
+    assert isinstance(backend, PagedBackend) and packed_bytes(backend.model) > 0
 
 
 @pytest.mark.parametrize("option", [{"quantize": "int8"}, {"kv_cache": "int8"}])

@@ -49,6 +49,19 @@ def test_a_draft_takes_memory_too(large: Path) -> None:
     assert more == pytest.approx(1.1 * WEIGHTS / 2, abs=4), "in bfloat16"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rounded_weights_take_what_they_are_packed_in(large: Path, device, monkeypatch) -> None:
+    """int8: a byte each, and the embedding, which is the head too, in bfloat16 beside. int4: 18 bytes for 32."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    found = {kind: room_for("m", ModelOptions(str(large), device=device, quantize=kind)) for kind in ("int8", "int4")}
+    n = WEIGHTS / 4
+    assert {room.device for room in found.values()} == {device}
+    assert found["int8"].weight_bytes == pytest.approx(1.1 * (n + 2 * 50_432 * 1024), abs=2)
+    assert found["int4"].weight_bytes == pytest.approx(1.1 * n * 18 / 32, abs=2)
+    assert found["int4"].kv_bytes == pytest.approx(CACHE / 2, abs=2), "in bfloat16"
+
+
 def test_what_others_were_promised_is_not_there(with_free) -> None:
     with_free(1_000_000_000)
     rooms, options = {"m": Room("cpu", 300_000_000, 500_000_000)}, {"m": ModelOptions("x")}
