@@ -98,10 +98,20 @@ def package(model: Path, scores: tiny_tasks.Scores, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(model, partial, copy_function=shutil.copyfile)  # not the private mode of temporary files
     manifest = {key: value for key, value in (read_manifest(model) or {}).items() if key != "files"}
-    write_manifest(partial, {**manifest, "scores": tiny_tasks.compact(scores)})
+    recipe = {**manifest.get("recipe", {})}
+    for key in ("base", "out"):  # where it was made is of no use elsewhere
+        if recipe.get(key) is not None:
+            recipe[key] = _work_of_any(recipe[key])
+    write_manifest(partial, {**manifest, "recipe": recipe, "scores": tiny_tasks.compact(scores)})
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(target)
+
+
+def _work_of_any(path: str) -> str:
+    """A stage's path, `mpt-tiny/model` or `mpt-tiny`, under the work folder that `train tiny` has unless told."""
+    parts = Path(path).parts
+    return str(Path("runs/tiny", *parts[-2 if parts[-1] == "model" else -1 :]))
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -198,6 +208,7 @@ The minutes are of training, without the scoring, as they passed beside whatever
 fastest tenth of the steps. Matrix products are in bfloat16.
 """
 _SHOWN = {"newcomers_yaml": 6}  # failures of a task, else two
+_OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon"}
 _STAGES = {  # in the order they are trained
     "mpt-tiny-copying": "first stage of the base: short copies",
     "mpt-tiny": "continues text",
@@ -218,12 +229,13 @@ def _n_parameters() -> int:
 
 
 def _section(name: str, run: Run, last: dict[str, Any]) -> str:
+    betas = f"betas {run.betas[0]} and {run.betas[1]}"
     return (
         f"\n## {name}\n\n"
         f"Data `{run.data}`, {run.steps} steps of {run.global_batch} documents packed into sequences of "
-        f"{run.max_seq_len:,}; AdamW, lr {run.lr}, betas {run.betas[0]} and {run.betas[1]}, {run.schedule} schedule "
-        f"after {run.warmup_steps} steps, clip {run.clip}, seed {run.seed}. Last loss {last['loss']:.3f}. Made on "
-        f"{datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
+        f"{run.max_seq_len:,}; {_OPTIMIZERS[run.optimizer]}, lr {run.lr}, {betas}, {run.schedule} "
+        f"schedule after {run.warmup_steps} steps, clip {run.clip}, seed {run.seed}. "
+        f"Last loss {last['loss']:.3f}. Made on {datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
         f"torch {torch.__version__.partition('+')[0]}).\n\n"
     )
 

@@ -139,7 +139,7 @@ def test_a_sharpened_model_has_that_entropy_and_the_same_likeliest_tokens():
         before = model(ids).logits[0]
         bench.sharpen(model, bench.pool(PagedBackend(model), 1024))
         after = model(ids).logits[0]
-    assert float(bench.entropies(before).mean()) > 5.5  # of 6.2 that are possible
+    assert float(bench.entropies(before).mean()) > 5  # of 6.2 that are possible
     assert float(bench.entropies(after).mean()) == pytest.approx(bench.TRAINED_NATS, abs=0.6)  # on another text
     assert torch.equal(before.argmax(-1), after.argmax(-1))
 
