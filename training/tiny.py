@@ -229,14 +229,14 @@ def _n_parameters() -> int:
 
 
 def _section(name: str, run: Run, last: dict[str, Any]) -> str:
-    betas = f"betas {run.betas[0]} and {run.betas[1]}"
+    betas, today = f"betas {run.betas[0]} and {run.betas[1]}", datetime.date.today().isoformat()
     return (
         f"\n## {name}\n\n"
         f"Data `{run.data}`, {run.steps} steps of {run.global_batch} documents packed into sequences of "
         f"{run.max_seq_len:,}; {_OPTIMIZERS[run.optimizer]}, lr {run.lr}, {betas}, {run.schedule} "
         f"schedule after {run.warmup_steps} steps, clip {run.clip}, seed {run.seed}. "
-        f"Last loss {last['loss']:.3f}. Made on {datetime.date.today().isoformat()} on {os.cpu_count()} cores ({platform.machine()}, "
-        f"torch {torch.__version__.partition('+')[0]}).\n\n"
+        f"Last loss {last['loss']:.3f}. Made on {today} on {os.cpu_count()} cores "
+        f"({platform.machine()}, torch {torch.__version__.partition('+')[0]}).\n\n"
     )
 
 
