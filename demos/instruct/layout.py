@@ -14,6 +14,10 @@ CONVERSIONS = {  # what the tiny model was made for, and every other one can do
     "A person": "Convert the following YAML to JSON:\n\nname: Ada Lovelace\nage: 36\nlanguages: [English, French]",
     "A server": "Convert the following YAML to JSON:\n\nserver:\n  host: localhost\n  port: 8080\n  debug: false",
     "A list": "Convert the following YAML to JSON:\n\nitems:\n- name: apple\n  count: 3\n- name: pear\n  count: 5",
+    "A compose file": (
+        "Convert the following YAML to JSON:\n\n# The shop's page\nservices:\n  web:\n    image: nginx:alpine\n    ports:\n"
+        '      - "8080:80"\n    environment:\n      - DEBUG=true\n    restart: always'
+    ),
 }
 FOR_LARGE_MODELS = {
     "Travel diary": "Write a diary of three days in Lisbon, one paragraph a day: what we saw and what we ate.",
