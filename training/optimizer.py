@@ -66,9 +66,9 @@ def build(
 
 
 def embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of a model's embeddings."""
+    """The weights of a model's embeddings; packed ones have none that are trained."""
     found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return [nn.Module.get_parameter(module, "weight") for module in found]
+    return [weight for module in found for weight in module.parameters(recurse=False)]
 
 
 class Muon(torch.optim.AdamW):
