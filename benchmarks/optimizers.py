@@ -3,14 +3,13 @@
     python benchmarks/optimizers.py [--seconds 45] [--novel FILE.txt]
 
 Each optimizer is run at several learning rates for so many seconds of its own steps, and its loss on the novel's last
-tenth is printed; the best of each is compared. Muon (torch's) takes the matrices of blocks, AdamW embeddings and norms
-beside it, as its authors advise. Why Muon is or is not in the product is in docs/benchmarks.md.
+tenth is printed; the best of each is compared.
 """
 
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,44 +19,32 @@ import mpt
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
 from mpt.tokenizer import Tokenizer
-from training.optimizer import Lion
+from training.optimizer import Lion, Muon
 from training.recipes import TINY_SHAPE
 
 DATA = Path(os.environ.get("MPT_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 ROWS, T, WARMUP = 16, 256, 20
-RATES = {"adamw": (1e-3, 2e-3, 4e-3), "lion": (1e-4, 3e-4, 6e-4), "muon": (0.01, 0.02, 0.04)}
+RATES = {"adamw": (4e-3, 8e-3, 16e-3), "lion": (6e-4, 12e-4, 24e-4), "muon": (8e-3, 16e-3, 32e-3)}
 
 
-class Together:
-    """Several optimizers that step as one."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-        self.peaks = [group["lr"] for part in parts for group in part.param_groups]
-
-    def step(self, factor: float) -> None:
-        groups = [group for part in self.parts for group in part.param_groups]
-        for group, peak in zip(groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        for part in self.parts:
-            part.step()
-            part.zero_grad()
+def adamw(model: mpt.MPTForCausalLM, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+def lion(model: mpt.MPTForCausalLM, lr: float) -> torch.optim.Optimizer:
+    return Lion(list(model.parameters()), lr=lr, betas=(0.9, 0.95))
 
 
-def muon(model: mpt.MPTForCausalLM, lr: float) -> Together:
+def muon(model: mpt.MPTForCausalLM, lr: float) -> torch.optim.Optimizer:
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in taken]
-    return Together(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0), adamw(others, 2e-3))
+    return Muon(matrices, others, lr, (0.9, 0.95), 1e-8, weight_decay=0.0)
 
 
-MAKE: dict[str, Callable[[mpt.MPTForCausalLM, float], Together]] = {
-    "adamw": lambda model, lr: Together(adamw(model.parameters(), lr)),
-    "lion": lambda model, lr: Together(Lion(list(model.parameters()), lr=lr, betas=(0.9, 0.95))),
+MAKE: dict[str, Callable[[mpt.MPTForCausalLM, float], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "lion": lion,
     "muon": muon,
 }
 
@@ -78,7 +65,10 @@ def run(kind: str, lr: float, text: torch.Tensor, held_out: torch.Tensor, second
         starts = torch.randint(len(text) - T - 1, (ROWS,), generator=generator)
         loss_of(model, torch.stack([text[s : s + T + 1] for s in starts.tolist()])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(min(1.0, (n + 1) / WARMUP) * (1 - used / seconds))  # falls with the time, to nothing at its end
+        for group in optimizer.param_groups:  # falls with the time, to nothing at its end
+            group["lr"] = lr * min(1.0, (n + 1) / WARMUP) * (1 - used / seconds)
+        optimizer.step()
+        optimizer.zero_grad()
         n += 1
     with torch.no_grad():
         return float(loss_of(model.eval(), held_out)), n

@@ -71,13 +71,13 @@ def yaml_documents(n: int) -> list[str]:
 
 def tasks(novel: str) -> list[Task]:
     instruct, base = (mpt.load(resolve(name), dtype=torch.bfloat16) for name in ("mpt-tiny-instruct", "mpt-tiny"))
-    tokenizer = Tokenizer.from_folder(resolve("mpt-tiny"))
+    tokenizer, its = (Tokenizer.from_folder(resolve(name)) for name in ("mpt-tiny", "mpt-tiny-instruct"))
     passage = novel[3000:5500]
     repeated = [f"{passage}\n\n{passage[:n]}" for n in (300, 500, 700, 900)]
     free = [novel[at : at + 800] for at in (9000, 20000, 40000, 60000)]
-    yaml = [encode_chat(tokenizer, "instruct", [Message(role="user", content=text)]) for text in yaml_documents(20)]
+    yaml = [encode_chat(its, "instruct", [Message(role="user", content=text)]) for text in yaml_documents(20)]
     return [
-        Task("YAML to JSON", instruct, tokenizer, yaml, 0.0),
+        Task("YAML to JSON", instruct, its, yaml, 0.0),
         Task("a text that repeats itself", base, tokenizer, [tokenizer.encode(text) for text in repeated], 0.0),
         Task("free text, temperature 1", base, tokenizer, [tokenizer.encode(text) for text in free], 1.0),
     ]
