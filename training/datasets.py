@@ -22,7 +22,9 @@ from mpt.errors import UserError
 from mpt.prompts import PROMPT_STYLES, Message, PromptFormat, PromptStyle, encode_training
 from mpt.tokenizer import Tokenizer
 from training import show
-from training.corpora import chat, mixture, novels, tool_talks, yaml_documents, yaml_json, yaml_scalars
+from training.corpora import chat, mixture, novels, tool_talks, yaml_json
+from training.corpora.yaml_documents import documents
+from training.corpora.yaml_documents.words import Shelf
 from training.data import columns as columns_of
 from training.data import hub, layout, tokenized
 from training.data.files import RawSet
@@ -276,11 +278,11 @@ def _yaml_to_json(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int,
 def _tiny_yaml(
     tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int, sizes: tuple[int, ...]
 ) -> Dataset:
-    shelf = yaml_scalars.Shelf([novels.read(path) for path in novels.training_files()])
+    shelf = Shelf([novels.read(path) for path in novels.training_files()])
 
     def make(rng: random.Random) -> Sample:
         while True:
-            question, answer = yaml_documents.exchange(rng, shelf, sizes)
+            question, answer = documents.exchange(rng, shelf, sizes)
             messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
             sample = Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
             if len(sample.ids) <= max_seq_len:  # a part of a document has no answer

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import yaml
-import yamlcore
-from ruamel.yaml import YAML
 
-from training.corpora import yaml_documents, yaml_scalars
+from tests.yaml_readers import by_ruamel, by_yamlcore, first_unsupported
+from training.corpora import yaml_json
+from training.corpora.yaml_documents import core_schema, documents, refusals
+from training.corpora.yaml_documents.words import Shelf
 
 N_DOCUMENTS = 400
 TEXT = (
@@ -23,70 +23,36 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def shelf() -> yaml_scalars.Shelf:
-    return yaml_scalars.Shelf([TEXT])
-
-
-def by_ruamel(text: str) -> Any:
-    reader = YAML(typ="safe", pure=True)
-    # A date is none of the core schema's: ruamel.yaml knows it from YAML 1.1.
-    reader.constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
-    return reader.load(text)
-
-
-def by_yamlcore(text: str) -> Any:
-    return yaml.load(text, Loader=yamlcore.CoreLoader)
+def shelf() -> Shelf:
+    return Shelf([TEXT])
 
 
 @pytest.mark.parametrize("read", [by_ruamel, by_yamlcore])
-def test_the_answer_is_what_a_yaml_library_reads(read: Callable[[str], Any], shelf: yaml_scalars.Shelf) -> None:
+def test_the_answer_is_what_a_yaml_library_reads(read: Callable[[str], Any], shelf: Shelf) -> None:
     for seed in range(N_DOCUMENTS):
         rng = random.Random(seed)
-        made = yaml_documents.document(rng, shelf, rng.choice((1, 2, 5, 10, 30)))
+        made = documents.document(rng, shelf, rng.choice((1, 2, 5, 10, 30)))
         assert json.dumps(read(made.yaml + "\n"), ensure_ascii=False) == made.answer, made.yaml
 
 
-def first_unsupported(text: str) -> str | None:
-    """The first that PyYAML's scanner meets of what is refused."""
-    has_begun = False
-    for token in yaml.scan(text):
-        start = token.start_mark.index
-        if isinstance(token, yaml.AnchorToken):
-            return "anchors (&)"
-        if isinstance(token, yaml.AliasToken):
-            return "aliases (*)"
-        if isinstance(token, yaml.TagToken):
-            return "tags (!)"
-        if isinstance(token, yaml.DirectiveToken):
-            return "directives (%)"
-        if isinstance(token, yaml.KeyToken) and text[start : start + 2] in ("? ", "?\n"):
-            return "complex keys (?)"
-        if isinstance(token, yaml.DocumentStartToken) and has_begun:
-            return "multiple documents (---)"
-        has_begun = has_begun or not isinstance(token, yaml.StreamStartToken)
-    return None
-
-
-def test_what_is_refused_is_the_first_that_a_scanner_meets(shelf: yaml_scalars.Shelf) -> None:
+def test_what_is_refused_is_the_first_that_a_scanner_meets(shelf: Shelf) -> None:
     met = set()
     for seed in range(N_DOCUMENTS):
-        made = yaml_documents.refused(random.Random(seed), shelf, 1 + seed % 12)
+        made = documents.refused(random.Random(seed), shelf, 1 + seed % 12)
         what = first_unsupported(made.yaml + "\n")
         assert made.answer == json.dumps({"error": f"{what} are not supported"}), made.yaml
         met.add(what)
-    assert met == set(yaml_documents.REFUSALS.values())
+    assert met == set(refusals.REFUSED.values())
 
 
-def test_nothing_else_is_refused(shelf: yaml_scalars.Shelf) -> None:
+def test_nothing_else_is_refused(shelf: Shelf) -> None:
     for seed in range(N_DOCUMENTS):
-        assert first_unsupported(yaml_documents.document(random.Random(seed), shelf, 8).yaml + "\n") is None
+        assert first_unsupported(documents.document(random.Random(seed), shelf, 8).yaml + "\n") is None
 
 
-def test_every_notation_is_met(shelf: yaml_scalars.Shelf) -> None:
+def test_every_notation_is_met(shelf: Shelf) -> None:
     """What newcomers' documents have (training/evaluation/newcomers.py says what is in scope), each a few times."""
-    text = "\n".join(
-        yaml_documents.document(random.Random(seed), shelf, 12).yaml + "\n" for seed in range(2 * N_DOCUMENTS)
-    )
+    text = "\n".join(documents.document(random.Random(seed), shelf, 12).yaml + "\n" for seed in range(2 * N_DOCUMENTS))
     for sign in (
         "# ", ": |\n", ": |-\n", ": |+\n", ": >\n", ": >-\n", "- - ", ": {", ": [", "- {", ": [\n", ": {}", ": []",
         ': ""', "''", ": ~\n", ":\n\n", "\n---\n", "\n...\n", '\\"', "\\n", "\\u", ": '", ': "', "\n    - ", "\n- ",
@@ -95,12 +61,22 @@ def test_every_notation_is_met(shelf: yaml_scalars.Shelf) -> None:
         assert text.count(sign) >= 3, sign
 
 
-def test_the_same_seed_gives_the_same_exchange(shelf: yaml_scalars.Shelf) -> None:
+def test_the_same_seed_gives_the_same_exchange(shelf: Shelf) -> None:
     def exchange(seed: int) -> tuple[str, str]:
-        return yaml_documents.exchange(random.Random(seed), shelf, (1, 8))
+        return documents.exchange(random.Random(seed), shelf, (1, 8))
 
     assert all(exchange(seed) == exchange(seed) for seed in range(50))
     assert len({exchange(seed) for seed in range(50)}) == 50
+
+
+def test_exchanges_hold_every_kind(shelf: Shelf) -> None:
+    """Documents of any shape, persons, the way back to YAML, what is refused, and what is declined."""
+    pairs = [documents.exchange(random.Random(seed), shelf, (1, 8)) for seed in range(2000)]
+    answers = [answer for _, answer in pairs]
+    assert 0.05 < sum(answer.endswith(' are not supported"}') for answer in answers) / len(answers) < 0.07  # 6 %
+    assert 0 < answers.count(yaml_json.ONLY_YAML) < 0.01 * len(answers)  # 2 % of 14 %
+    assert any("JSON to YAML" in asked or "JSON as YAML" in asked for asked, _ in pairs)
+    assert sum(answer.startswith(("{", "[")) for answer in answers) > 0.95 * len(answers)
 
 
 @pytest.mark.parametrize(
@@ -116,5 +92,5 @@ def test_the_same_seed_gives_the_same_exchange(shelf: yaml_scalars.Shelf) -> Non
     ],
 )  # fmt: skip
 def test_strings_that_need_quotes(text: str, is_plain: bool, in_flow: bool) -> None:
-    assert yaml_scalars.is_plain(text) == is_plain
-    assert yaml_scalars.is_plain(text, in_flow=True) == in_flow
+    assert core_schema.is_plain(text) == is_plain
+    assert core_schema.is_plain(text, in_flow=True) == in_flow

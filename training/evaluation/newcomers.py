@@ -24,21 +24,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from training.corpora.yaml_documents.refusals import REFUSED, refusal
+
 SHAPES = (
     "compose", "ci", "kubernetes", "openapi", "packages", "servers", "people", "recipes", "records", "prose", "numbers",
     "notation", "languages",
 )  # fmt: skip
-REFUSALS = {
-    what: json.dumps({"error": f"{what} are not supported"})
-    for what in (
-        "anchors (&)",
-        "aliases (*)",
-        "tags (!)",
-        "multiple documents (---)",
-        "directives (%)",
-        "complex keys (?)",
-    )
-}
+REFUSALS = {what: refusal(what) for what in REFUSED.values()}
 
 INSTRUCTIONS = (
     "Convert the following YAML to JSON:\n\n{yaml}",  # as the README and the demo ask

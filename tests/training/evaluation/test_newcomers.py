@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-import yamlcore
-from ruamel.yaml import YAML
 
 from mpt.catalog import resolve
 from mpt.checkpoint_text import open_tokenizer
@@ -17,6 +15,7 @@ from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 from mpt.prompts import encode_instruct
 from mpt.tokenizer import Tokenizer
+from tests.yaml_readers import by_ruamel, by_yamlcore, first_unsupported
 from training.corpora import yaml_json
 from training.evaluation import newcomers, tiny_tasks
 
@@ -24,17 +23,6 @@ N_OF_SHAPE = {
     "compose": 16, "ci": 20, "kubernetes": 16, "openapi": 12, "packages": 22, "servers": 12, "people": 20,
     "recipes": 10, "records": 20, "prose": 14, "numbers": 12, "notation": 14, "languages": 12,
 }  # fmt: skip
-
-
-def by_ruamel(text: str) -> Any:
-    reader = YAML(typ="safe", pure=True)
-    # A date is none of the core schema's: ruamel.yaml knows it from YAML 1.1.
-    reader.constructor.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
-    return reader.load(text)
-
-
-def by_yamlcore(text: str) -> Any:
-    return yaml.load(text, Loader=yamlcore.CoreLoader)
 
 
 def test_there_are_two_hundred_of_thirteen_shapes_and_twenty_four_to_refuse() -> None:
@@ -78,27 +66,6 @@ def test_yaml_1_1_would_read_many_otherwise() -> None:
         value = yaml.safe_load(document.yaml + "\n")
         differ += json.dumps(value, ensure_ascii=False, default=datetime.date.isoformat) != document.answer
     assert differ > 20
-
-
-def first_unsupported(text: str) -> str | None:
-    """The first that PyYAML's scanner meets of what is refused."""
-    has_begun = False
-    for token in yaml.scan(text):
-        match token:
-            case yaml.AnchorToken():
-                return "anchors (&)"
-            case yaml.AliasToken():
-                return "aliases (*)"
-            case yaml.TagToken():
-                return "tags (!)"
-            case yaml.DirectiveToken():
-                return "directives (%)"
-            case yaml.DocumentStartToken() if has_begun:
-                return "multiple documents (---)"
-            case yaml.KeyToken() if text[token.start_mark.index] == "?" and text[token.start_mark.index + 1] == " ":
-                return "complex keys (?)"
-        has_begun = has_begun or not isinstance(token, yaml.StreamStartToken)
-    return None
 
 
 def test_what_is_refused_is_the_first_that_a_scanner_meets() -> None:
