@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from mpt.errors import UserError
 from training.run import Run
 
 
@@ -45,8 +43,7 @@ def build(
 ) -> torch.optim.Optimizer:
     """The run's optimizer at its peak lr; set each group's lr before every step.
 
-    embeddings: those of the parameters whose rows are tokens, or positions; Muon leaves them to AdamW. Raises UserError
-    for Muon's matrices that are sharded.
+    embeddings: those of the parameters whose rows are tokens, or positions; Muon leaves them to AdamW.
     """
     parameters = list(parameters)
     if run.optimizer == "lion":
@@ -55,10 +52,6 @@ def build(
         left_out = {id(parameter) for parameter in embeddings}
         matrices = [p for p in parameters if p.ndim == 2 and id(p) not in left_out]
         others = [p for p in parameters if p.ndim != 2 or id(p) in left_out]
-        if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in matrices):
-            raise UserError(
-                "`--optimizer muon` turns whole matrices, and these are split over ranks; give adamw or lion"
-            )
         return Muon(matrices, others, run.lr, run.betas, run.eps, run.weight_decay)
     return torch.optim.AdamW(
         parameters, lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay / run.lr, fused=True

@@ -355,10 +355,14 @@ class Run:
         return 2 * self.max_seq_len if is_paired else self.max_seq_len
 
     def check_ranks(self, n_ranks: int) -> None:
-        """Raises UserError where so many ranks cannot be divided as the run says."""
+        """Raises UserError where so many ranks cannot be divided as the run says, or cannot step as it does."""
         for flag, n in (("--replicas", self.replicas), ("--context-parallel", self.context_parallel)):
             if n_ranks % n:
                 raise UserError(f"`{flag} {n}` does not divide {n_ranks} ranks; give --gpus a multiple of {n}")
+        if self.optimizer == "muon" and n_ranks > 1:
+            raise UserError(
+                f"`--optimizer muon` turns whole matrices, which {n_ranks} ranks split between them; give adamw or lion"
+            )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"

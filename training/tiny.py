@@ -149,7 +149,7 @@ scores them and writes this page.
 Each is good at one narrow thing and at nothing else: the weights are 7 MB. They are trained on generated text and on
 public-domain novels; The Great Gatsby is kept out of training and used for scoring, and every invented name of a scored
 document or conversation is one that training never generates. The instruct model's tokenizer has the same tokens as the
-others' and cuts text otherwise: each bracket, quote and space of JSON is a token of its own.
+others' and cuts text otherwise: each bracket is a token of its own, and no space joins a word.
 
 Of the task `tools`, `call` counts the answers that must call `get_time` or `calculate` as
 [mpt/toy_tools.py](../mpt/toy_tools.py) declares them, `call of another declaration` those that must call such a

@@ -60,7 +60,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def apart(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokens for a model that copies between YAML and JSON: each bracket, each quote and each space is one.
+    """The same tokens for a model that copies between YAML and JSON: each bracket is one, and no space joins a word.
 
     How many brackets close is then decided one by one. A word that begins a line of a folded text is the same tokens
     as after a space.

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from mpt.tokenizer import Tokenizer
+from training import vocabulary
 from training.corpora import chat, mixture, tool_talks, words, yaml_json
 
 
@@ -117,6 +118,20 @@ def test_passkeys_are_asked_for_as_they_were_planted(tokenizer: Tokenizer, monke
             [token for token, wanted in zip(ids[-40 * n :], learned[-40 * n :], strict=True) if wanted]
         )
         assert all(digits in answers for _, digits in keys)
+
+
+def test_brackets_and_spaces_are_cut_apart_with_the_same_tokens(tokenizer: Tokenizer) -> None:
+    apart = vocabulary.apart(tokenizer)
+    assert apart.vocabulary == tokenizer.vocabulary
+    text = '{"a": {"b c": [{"d": "x"}]}}'
+    assert apart.decode(apart.encode(text)) == text
+    pieces = [apart.token_text(token) for token in apart.encode(text)]
+    assert [piece for piece in pieces if set(piece) & set("[]{}")] == list("{{[{}]}}")
+    assert "".join(pieces[:6]) == '{"a": {"' and pieces[:6] == ["{", '"', "a", '": ', "{", '"']
+    folded = [apart.token_text(token) for token in apart.encode("one two\n  three")]
+    assert [piece for piece in folded if piece.strip()] == [
+        apart.token_text(token) for word in ("one", "two", "three") for token in apart.encode(word)
+    ]
 
 
 def test_a_value_has_the_same_tokens_in_yaml_and_json(tokenizer: Tokenizer) -> None:
