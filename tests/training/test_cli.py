@@ -463,6 +463,10 @@ def test_tiny_without_novels_says_what_to_do(
             ["finetune", "--base", "mpt-tiny", "--data", "yaml_to_json", "--context-parallel", "2"],
             "`--context-parallel 2` does not divide 1 ranks; give --gpus a multiple of 2",
         ),
+        (
+            ["finetune", "--base", "mpt-tiny", "--data", "yaml_to_json", "--optimizer", "muon", "--gpus", "2"],
+            "`--optimizer muon` turns whole matrices, which 2 ranks split between them; give adamw or lion",
+        ),
         (["evaluate", "mpt-tiny", "--shots", "2"], "`--shots` goes with --tasks"),
         (["evaluate", "mpt-tiny", "--limit", "2"], "`--limit` goes with --tasks"),
         (["evaluate", "mpt-tiny", "--strict"], "`--strict` goes with --tasks"),

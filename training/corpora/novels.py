@@ -37,7 +37,7 @@ def training_files() -> list[Path]:
     if not files:
         raise UserError(
             f"no novels in `{place}`: put public-domain novels there as .txt or .txt.gz files (Standard Ebooks and "
-            "Project Gutenberg have them), or name another folder in $MPT_NOVELS"
+            "Project Gutenberg have them), or name another folder in $MPT_NOVELS (`train tiny` takes --novels)"
         )
     return files
 
