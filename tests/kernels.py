@@ -1,5 +1,9 @@
 """Our Triton kernels where there is no GPU: a mark for tests that run them under Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 
@@ -19,3 +23,15 @@ def can_interpret() -> bool:
 needs_interpreter = pytest.mark.skipif(
     not can_interpret(), reason="needs Triton, and TRITON_INTERPRET=1, which tests set where there is no GPU"
 )
+
+
+def compile_for(capability: int, program: str) -> None:
+    """Compile down to machine code, by the assembler that Triton brings; the interpreter takes what compilers refuse.
+
+    program: compiles kernels for the compute capability in `sys.argv[1]`, and prints `compiled`.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.strip() == "compiled", ran.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpt.errors import UserError
-from mpt.prompts import encode_instruct
+from mpt.prompts import PromptFormat, encode_instruct
 from mpt.tokenizer import Tokenizer
 from training import datasets
 from training.data.rows import sample_of
@@ -137,3 +137,20 @@ def test_dolly_hhrlhf_is_read_whole_from_home(
     shutil.copy(data_file("instruct/dolly_hhrlhf_train_small.jsonl"), folder)
     data = datasets.load("dolly_hhrlhf", tokenizer, "instruct", 4096, 0)
     assert data.n_samples is not None and 900 < data.n_samples <= 1000
+
+
+def test_yaml_of_any_shape_fits_a_sequence_with_its_whole_answer(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a-novel.txt").write_text("It was the best of times, it was the worst of times. " * 9, encoding="utf-8")
+    monkeypatch.setenv("MPT_NOVELS", str(tmp_path))
+    made = datasets.DATASETS["tiny_yaml"].make(tokenizer, PromptFormat("instruct"), 300, 1)
+    n_documents = 0
+    for number in range(60):
+        sample = made.sample(number)
+        assert len(sample.ids) <= 300
+        answer = tokenizer.decode([token for token, is_learned in zip(*sample, strict=True) if is_learned])
+        if answer[0] in "{[":
+            json.loads(answer)
+            n_documents += 1
+    assert n_documents > 50

@@ -1,8 +1,5 @@
 """Paged attention against the formula in float64: plain torch, the kernels under Triton's interpreter, and on CUDA."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +21,7 @@ from mpt.backends.paged_attention import (
     store,
     together,
 )  # fmt: skip
-from tests.kernels import needs_interpreter
+from tests.kernels import compile_for, needs_interpreter
 
 # Outputs are averages of values of size 1; float32 adds up to 1,000 terms of 1e-7 at random. 16 bits round once more.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -574,9 +571,4 @@ print("compiled")
 @pytest.mark.skipif(not has_triton(), reason="needs `pip install triton`")
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_kernels_compile_for_a_gpu(capability) -> None:
-    """Down to its machine code, by the assembler that Triton brings; the interpreter takes what compilers refuse."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.stdout.strip() == "compiled", ran.stderr
+    compile_for(capability, COMPILE)

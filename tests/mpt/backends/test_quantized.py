@@ -3,9 +3,6 @@
 Under Triton's interpreter and on CUDA; the models also in plain torch. Compiled for a GPU without having one.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -27,7 +24,7 @@ from mpt.packed.layers import packed_bytes
 from mpt.packed.matrix import PackedMatrix
 from mpt.packed.rounding import four_bits
 from mpt.stored import StoredTensor
-from tests.kernels import needs_interpreter
+from tests.kernels import compile_for, needs_interpreter
 
 everywhere = pytest.mark.parametrize(
     "device",
@@ -240,9 +237,4 @@ print("compiled")
 @pytest.mark.skipif(not has_triton(), reason="needs `pip install triton`")
 @pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_kernels_compile_for_a_gpu(capability) -> None:
-    """Down to its machine code, by the assembler that Triton brings; the interpreter takes what compilers refuse."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.stdout.strip() == "compiled", ran.stderr
+    compile_for(capability, COMPILE)

@@ -140,6 +140,7 @@ def test_a_packaged_model_loads_and_holds_its_scores(small_run: Run, tmp_path: P
         tiny.package(folder, {"yaml_to_json": {"exact": score, "failures": ["x"], "seconds": 1.0}}, target)
     manifest = read_manifest(target)
     assert manifest is not None and manifest["scores"] == {"yaml_to_json": {"exact": 0.75}}
+    assert manifest["recipe"]["out"] == f"runs/tiny/{Path(small_run.out).name}"  # not where this machine has it
     found, expected = mpt.load(target).state_dict(), mpt.load(folder).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert [path.name for path in target.parent.iterdir()] == ["small"]
