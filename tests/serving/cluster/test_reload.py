@@ -40,6 +40,14 @@ def as_ray_compares(model: ReplicaOptions) -> DeploymentVersion:
     return DeploymentVersion(made._deployment_config.version, made._deployment_config, made.ray_actor_options)
 
 
+@pytest.mark.parametrize(("n_gpus", "parallel", "most"), [(0, 1, 32), (0, 2, 32), (1, 1, 256), (1, 2, 256)])
+def test_a_replica_takes_as_many_requests_as_its_engine_has_rows(n_gpus, parallel, most):
+    """32 on a CPU and 256 on GPUs, as `--max-running` is unless given, also where several GPUs share a model."""
+    model = ReplicaOptions("mpt-tiny", num_gpus=n_gpus, tensor_parallel=parallel)
+    made = deployment._deployment("m", model, ClusterOptions(models={"m": model}).replica_http)
+    assert made._deployment_config.max_ongoing_requests == most
+
+
 @pytest.mark.parametrize("key", [each.name for each in fields(ReplicaOptions)])
 def test_what_is_said_to_restart_is_what_ray_restarts(key):
     old = ReplicaOptions("mpt-tiny", prefix_cache=Path("before") if key == "prefix_cache_gb" else None)
