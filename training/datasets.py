@@ -24,6 +24,7 @@ from mpt.tokenizer import Tokenizer
 from training import show
 from training.corpora import chat, mixture, novels, tool_talks, yaml_json
 from training.corpora.yaml_documents import documents
+from training.corpora.yaml_documents.scalars import Hard
 from training.corpora.yaml_documents.words import Shelf
 from training.data import columns as columns_of
 from training.data import hub, layout, tokenized
@@ -275,14 +276,23 @@ def _yaml_to_json(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int,
     return Generated(make, seed)
 
 
+# Nine documents in turn.
+_HARD: tuple[Hard, ...] = ("all", "all", "all", "all", "shape", "shape", "shape", "numbers", "signs")
+
+
 def _tiny_yaml(
-    tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int, seed: int, sizes: tuple[int, ...]
+    tokenizer: Tokenizer,
+    prompts: PromptFormat,
+    max_seq_len: int,
+    seed: int,
+    sizes: tuple[int, ...],
+    hard: tuple[Hard, ...] = ("all",),
 ) -> Dataset:
     shelf = Shelf([novels.read(path) for path in novels.training_files()])
 
     def make(rng: random.Random) -> Sample:
         while True:
-            question, answer = documents.exchange(rng, shelf, sizes)
+            question, answer = documents.exchange(rng, shelf, sizes, hard)
             messages = [Message(role="user", content=question), Message(role="assistant", content=answer)]
             sample = Sample(*encode_training(tokenizer, prompts.style, messages, prompts.template))
             if len(sample.ids) <= max_seq_len:  # a part of a document has no answer
@@ -339,6 +349,9 @@ DATASETS = {
     "yaml_to_json": GeneratedSet(_yaml_to_json, "instruct"),
     "tiny_yaml_short": GeneratedSet(partial(_tiny_yaml, sizes=(1, 1, 2, 3, 4, 6)), "instruct"),
     "tiny_yaml": GeneratedSet(partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24)), "instruct"),
+    "tiny_yaml_hard": GeneratedSet(
+        partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_HARD), "instruct"
+    ),
     "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
     "tiny_chat_with_tools": GeneratedSet(_tiny_chat_with_tools, "chatml"),
     "tiny_copying": GeneratedSet(_tiny_copying, "none"),

@@ -14,7 +14,7 @@ from typing import Any
 from training.corpora import yaml_json
 from training.corpora.yaml_documents.core_schema import Spelled
 from training.corpora.yaml_documents.refusals import REFUSED, put_in, refusal
-from training.corpora.yaml_documents.scalars import Values
+from training.corpora.yaml_documents.scalars import Hard, Values
 from training.corpora.yaml_documents.trees import Block, tree
 from training.corpora.yaml_documents.words import Shelf
 from training.corpora.yaml_documents.writer import Writer
@@ -30,10 +30,10 @@ class Document:
     answer: str
 
 
-def document(rng: random.Random, shelf: Shelf, n_values: int) -> Document:
+def document(rng: random.Random, shelf: Shelf, n_values: int, hard: Hard = "all") -> Document:
     """A document of about n_values values."""
     while True:
-        words = Values(rng, shelf)
+        words = Values(rng, shelf, hard)
         value = tree(words, n_values)
         text = Writer(words).text(value)
         if text.count("\n") < _MOST_LINES:
@@ -107,8 +107,10 @@ def request(rng: random.Random, yaml: str) -> str:
     return f"{asked}{end}{rng.choice(_GAPS)}{yaml}"
 
 
-def exchange(rng: random.Random, shelf: Shelf, sizes: tuple[int, ...]) -> tuple[str, str]:
-    """A training instruction and its response, a document of one of these numbers of values.
+def exchange(
+    rng: random.Random, shelf: Shelf, sizes: tuple[int, ...], hard: tuple[Hard, ...] = ("all",)
+) -> tuple[str, str]:
+    """A training instruction and its response, a document of one of these numbers of values, hard in one of these.
 
     One of seven is of `yaml_json.exchange`: persons and the blog's shapes, the way back, and what is declined.
     """
@@ -116,5 +118,9 @@ def exchange(rng: random.Random, shelf: Shelf, sizes: tuple[int, ...]) -> tuple[
     if kind < 0.14:
         return yaml_json.exchange(rng)
     size = rng.choice(sizes)
-    made = refused(rng, shelf, max(1, size // 2)) if kind < 0.2 else document(rng, shelf, size)
+    made = (
+        refused(rng, shelf, max(1, size // 2))
+        if kind < 0.2
+        else document(rng, shelf, size, rng.choice(hard) if len(hard) > 1 else hard[0])
+    )
     return request(rng, made.yaml), made.answer

@@ -9,7 +9,7 @@ the writer to see.
 import random
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from training.corpora.yaml_documents.core_schema import Spelled, core_number
 from training.corpora.yaml_documents.words import Shelf, Words
@@ -18,12 +18,21 @@ _PICTURES = "🎉🚀✅❌⚠🔥💡📦🐳🌍😀👍❤★☆→←↑↓�
 _LINKS = ("/", "-", "_", ".", ":", "+", "@", "=")
 
 
+# In what a document is hard: in its shape, which few and short words leave the most room for; in telling strings from
+# numbers; in what must be escaped, or is a sign elsewhere; or in all of it a little.
+Hard = Literal["all", "shape", "numbers", "signs"]
+
+
 class Values(Words):
     """Words, and values made of them; a document has its own kinds of strings."""
 
-    def __init__(self, rng: random.Random, shelf: Shelf) -> None:
+    def __init__(self, rng: random.Random, shelf: Shelf, hard: Hard = "all") -> None:
         super().__init__(rng, shelf)
-        self._makers, weights = zip(*_KINDS, strict=True)
+        self.hard: Hard = hard
+        if hard == "shape":
+            self.keep_to_few()
+        kinds = {"numbers": _LIKE_NUMBERS, "signs": _WITH_SIGNS}.get(hard, _KINDS)
+        self._makers, weights = zip(*kinds, strict=True)
         few = [weight * rng.choice((0, 1, 1, 4)) for weight in weights]
         self._weights = few if sum(few) else list(weights)
 
@@ -39,6 +48,10 @@ class Values(Words):
     def value(self) -> Any:
         """A value of any kind."""
         rng = self.rng
+        if self.hard == "shape" and rng.random() < 0.75:
+            return self.word() if rng.random() < 0.75 else few_digits(rng)
+        if self.hard == "numbers" and rng.random() < 0.3:
+            return unusual_number(rng) if rng.random() < 0.5 else round_number(rng)
         kind = rng.random()
         if kind < 0.58:
             return self.string()
@@ -74,6 +87,16 @@ def number(rng: random.Random) -> int | float:
         return -rng.randint(1, 10 ** rng.randint(1, 4))
     value = rng.randint(-1000 if kind > 0.95 else 0, 10 ** rng.randint(1, 6)) / 10 ** rng.randint(1, 4)
     return value if abs(value) >= 1e-4 or value == 0 else 0.25
+
+
+def few_digits(rng: random.Random) -> int:
+    """A number that others of its document are like."""
+    return rng.randint(0, rng.choice((1, 9, 99)))
+
+
+def round_number(rng: random.Random) -> int:
+    """A number that ends in noughts, of which copying must not lose count."""
+    return rng.randint(1, 10 ** rng.randint(1, 4)) * 10 ** rng.randint(1, 7)
 
 
 def unusual_number(rng: random.Random) -> Spelled:
@@ -385,4 +408,31 @@ _KINDS: tuple[tuple[Callable[[Words], str], float], ...] = (
     (_moment, 1.5), (_measure, 5), (_version, 5), (_path, 6), (_mount, 3), (_url, 5), (_image, 4), (_variable, 2), (_assignment, 3), (_command, 6),
     (_option, 2), (_network, 1.5), (_ports, 3), (_cron, 1), (_email, 2), (_phone, 2), (_hash, 2), (_template, 3), (_sign, 6), (_quotes, 4),
     (_other, 6), (_answer, 3), (_code, 4), (_money, 1.5),
+)  # fmt: skip
+
+
+def _round(w: Words) -> str:
+    """Noughts and equal digits: 1000m, 86400s, 0.0.0.0, 100000, 1.000.000."""
+    rng = w.rng
+    amount = round_number(rng)
+    return rng.choice(
+        (
+            f"{amount}{rng.choice(('s', 'm', 'ms', 'Mi', 'k', '%', ' km'))}",
+            f"{w.word()}={amount}",
+            f"{amount:,}",
+            str(amount),
+            ".".join(str(rng.choice((0, 0, 1, 10, 127, 255, 255))) for _ in range(4)),
+            f"{rng.choice((0, 1, 10))}.{rng.choice((0, 1, 10))}.{rng.choice((0, 0, 1, 10))}",
+            f"{amount}:{rng.choice((amount, round_number(rng)))}",
+        )
+    )
+
+
+_LIKE_NUMBERS: tuple[tuple[Callable[[Words], str], float], ...] = (
+    (Words.word, 4), (_date, 8), (_time, 6), (_moment, 3), (_measure, 12), (_version, 14), (_network, 4), (_ports, 5), (_cron, 1),
+    (_phone, 6), (_hash, 3), (_other, 16), (_answer, 5), (_code, 12), (_money, 6), (_round, 10),
+)  # fmt: skip
+_WITH_SIGNS: tuple[tuple[Callable[[Words], str], float], ...] = (
+    (Words.word, 4), (Words.phrase, 8), (Words.sentence, 4), (_path, 4), (_mount, 5), (_url, 8), (_image, 3), (_assignment, 5),
+    (_command, 12), (_template, 8), (_sign, 20), (_quotes, 20), (_other, 3), (_email, 2), (_joined, 4),
 )  # fmt: skip

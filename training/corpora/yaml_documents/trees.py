@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Container
 from typing import Any
 
-from training.corpora.yaml_documents.scalars import EMPTY_MAP, Values, number, truth
+from training.corpora.yaml_documents.scalars import EMPTY_MAP, Values, few_digits, number, truth
 
 _DEEPEST = 8
 
@@ -30,21 +30,24 @@ class _Keys:
         self.words = words
         self._joint = words.rng.choice(("_", "_", "_", "-", "camel", " ", ".", "upper", "title"))
         self._lone = words.rng.random()
-        self._again = words.rng.choice((0.05, 0.15, 0.4))
-        self._odd = words.rng.choice((0.02, 0.02, 0.02, 0.3))
+        self._again = words.rng.choice((0.05, 0.15, 0.4) if words.hard != "shape" else (0.3, 0.6, 0.85))
+        self._patience = 1.0 if words.hard == "all" else 0.7
+        self._odd = words.rng.choice((0.02, 0.02, 0.02, 0.3) if words.hard != "signs" else (0.1, 0.5))
         self._drawn: list[str] = []
 
     def draw(self, taken: Container[str]) -> str:
         """A key that is not one of these."""
+        again = self._again
         while True:
-            key = self._any()
+            key = self._any(again)
             if key not in taken:
                 self._drawn.append(key)
                 return key
+            again *= self._patience  # a map may hold all that were drawn
 
-    def _any(self) -> str:
+    def _any(self, again: float) -> str:
         rng, words = self.words.rng, self.words
-        if self._drawn and rng.random() < self._again:
+        if self._drawn and rng.random() < again:
             return rng.choice(self._drawn)
         if rng.random() < self._odd:
             word, other = words.word(), words.word()
@@ -74,7 +77,9 @@ class _Keys:
 
 def _map(keys: _Keys, n: int, depth: int) -> dict[str, Any]:
     rng = keys.words.rng
-    nests = rng.choice((0.1, 0.3, 0.5, 0.7)) if depth < _DEEPEST else 0
+    nests = rng.choice((0.1, 0.3, 0.5, 0.7) if keys.words.hard != "shape" else (0.3, 0.5, 0.7, 0.9))
+    if depth >= _DEEPEST:
+        nests = 0
     result: dict[str, Any] = {}
     while n > 0:
         key = keys.draw(result)
@@ -112,9 +117,10 @@ def _list(keys: _Keys, n: int, depth: int) -> list[Any]:
     if kind < 0.14 and n > 2 and depth < _DEEPEST:
         result = []
         is_matrix, size = rng.random() < 0.5, rng.randint(1, 4)
+        cell = few_digits if words.hard == "shape" else number
         while n > 0:
             result.append(
-                [number(rng) if is_matrix else words.value() for _ in range(size if is_matrix else rng.randint(1, 4))]
+                [cell(rng) if is_matrix else words.value() for _ in range(size if is_matrix else rng.randint(1, 4))]
             )
             n -= max(1, len(result[-1]))
         return result
@@ -126,7 +132,8 @@ def _list(keys: _Keys, n: int, depth: int) -> list[Any]:
             n -= size
         return mixed
     makers = (words.word, words.string, words.phrase, words.identifier, lambda: number(rng), words.value)
-    maker = rng.choice(makers)
+    short = (words.word, words.value, lambda: few_digits(rng))
+    maker = rng.choice(short if words.hard == "shape" else makers)
     blocks = 0.1 if rng.random() < 0.1 else 0
     return [Block.made(words) if rng.random() < blocks else maker() for _ in range(n)]
 
@@ -146,15 +153,17 @@ def _records(keys: _Keys, n: int, depth: int) -> list[Any]:
     while len(makers) < n_keys:
         makers[keys.draw(makers)] = _maker(keys.words)
     result: list[Any] = []
+    present, nests = (0.9, 0.15) if keys.words.hard == "all" else (rng.choice((0.5, 0.9, 1)), rng.choice((0, 0.2, 0.6)))
     while n > 0:
-        record = {key: make() for key, make in makers.items() if rng.random() < 0.9}
-        if rng.random() < 0.15 and n > n_keys + 1 and depth < _DEEPEST:
+        record = {key: make() for key, make in makers.items() if rng.random() < present}
+        if rng.random() < nests and n > n_keys + 1 and depth < _DEEPEST:
             size = rng.randint(1, max(1, (n - n_keys) // 2))
-            record[keys.draw(record)] = _collection(keys, size, depth + 1)
+            is_shared = keys.words.hard != "all" and rng.random() < 0.4
+            record[rng.choice(list(makers)) if is_shared else keys.draw(record)] = _collection(keys, size, depth + 1)
             n -= size
         if record:
             result.append(record)
-        n -= n_keys
+        n -= n_keys if keys.words.hard == "all" else max(1, len(record))
     return result or [EMPTY_MAP]
 
 
@@ -170,7 +179,12 @@ def _similar(keys: _Keys, n: int, depth: int) -> dict[str, Any]:
         chosen = rng.sample(inner, min(len(inner), size))
         entry: dict[str, Any] = {}
         for key in sorted(chosen, key=inner.index):
-            entry[key] = _list(keys, rng.randint(1, 3), depth + 2) if rng.random() < 0.25 else keys.words.value()
+            if rng.random() >= 0.25:
+                entry[key] = keys.words.value()
+            elif keys.words.hard == "all":
+                entry[key] = _list(keys, rng.randint(1, 3), depth + 2)
+            else:
+                entry[key] = _collection(keys, rng.randint(1, 4), depth + 2)
         result[keys.draw(result)] = entry
         n -= size
     return result

@@ -52,10 +52,17 @@ class Words:
         self._returns = rng.choice((0.05, 0.2, 0.4))
         self._script = rng.choice(_SCRIPTS) if rng.random() < 0.07 else ""
         self._is_foreign = rng.random() < 0.12
+        self._few: list[str] = []
+
+    def keep_to_few(self) -> None:
+        """Draw from a few short words from now on: nearly every line is then like others of its document."""
+        self._few = [word for word in (self.word() for _ in range(self.rng.randint(5, 14))) if len(word) < 9]
 
     def word(self) -> str:
         """One word, without spaces."""
         rng = self.rng
+        if self._few and rng.random() < 0.93:
+            return rng.choice(self._few)
         if self._drawn and rng.random() < self._returns:
             word = rng.choice(self._drawn)
             return word if rng.random() < 0.85 else _altered(rng, word)
