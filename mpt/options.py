@@ -42,7 +42,7 @@ class ModelOptions:
     dtype: Dtype = "auto"
     quantize: Quantization | None = None  # of the weights
     kv_cache: KVCache = "auto"  # precision of the KV cache, the weights' or int8
-    speculate: bool = True  # look answers up in their prompts, where that changes nothing but the speed
+    speculate: bool | None = None  # look answers up in their prompts; None: where answers stay the same to the bit
     draft: str | None = None  # a smaller model with the same tokenizer, which guesses instead
     tensor_parallel: int = 1  # processes that share the model, one GPU each
     kv_gb: float | None = None  # KV cache, 1e9 bytes; None shares what memory is free
@@ -69,7 +69,7 @@ class ModelOptions:
                 f"prefix_cache_gb is {self.prefix_cache_gb:g} and there is no prefix_cache; give its folder too: "
                 "`--prefix-cache FOLDER`, or `prefix_cache: FOLDER` in a cluster's config"
             )
-        if self.draft is not None and not self.speculate:
+        if self.draft is not None and self.speculate is False:
             raise UserError("`draft` is given and `speculate` is off; leave one of them out")
         if self.chat_template is not None and self.prompt_style is not None:
             raise UserError("`chat_template` and `prompt_style` are both given; leave one of them out")
@@ -88,6 +88,11 @@ class ModelOptions:
         if self.chat_template is None or self.chat_template in get_args(Style):
             return None
         return Path(self.chat_template).expanduser()
+
+    @property
+    def is_told_to_guess(self) -> bool:
+        """Whether tokens are to be guessed even where a step of several rounds otherwise than steps of one."""
+        return self.draft is not None or bool(self.speculate)
 
     @property
     def is_remote(self) -> bool:

@@ -59,11 +59,11 @@ _TokensPerMinute = Annotated[
 ]
 _NoAuth = Annotated[bool, typer.Option("--no-auth", help="Serve without keys even beyond loopback.")]
 _Speculate = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--speculate/--no-speculate",
-        help="Guess at tokens that stand in the prompt or answer already and check several at once; on CPU. "
-        "Answers stay the same.",
+        help="Guess at tokens that stand in the prompt or answer already and check several at once.",
+        show_default="on where answers stay the same to the bit, which is on CPU",
     ),
 ]
 _Draft = Annotated[
@@ -302,7 +302,7 @@ def serve(
     quantize: QuantizeOption = None,
     threads: ThreadsOption = None,
     kv_cache: KVCacheOption = "auto",
-    speculate: _Speculate = True,
+    speculate: _Speculate = None,
     draft: _Draft = None,
     tensor_parallel: _TensorParallel = 1,
     kv_gb: _KvGb = None,

@@ -15,6 +15,9 @@ from mpt.backends.capabilities import Capabilities
 from mpt.lora import Adapter
 from mpt.model import MPTForCausalLM
 
+FEW_TOKENS = 16  # of a row: one that is known and guesses fill the 16 columns of a product, which cost what one costs
+CHEAP_TOKENS = 32  # of a step in which somebody guesses; beyond them each more costs time
+
 
 @dataclass(eq=False)
 class Row:

@@ -25,7 +25,8 @@ class Fields:
 @dataclass(frozen=True)
 class Capabilities:
     """One backend's answer to every field. exact_guesses: a step of several tokens rounds as steps of one do, so that
-    guesses change no answer. returns_early: a step returns before it is computed, so other work can be done meanwhile.
+    guesses change no answer and are made unasked. returns_early: a step returns before it is computed, so other work
+    can be done meanwhile.
     """
 
     what: str  # how a refusal calls a model that runs so: "an ONNX folder"
@@ -101,7 +102,7 @@ _NO_ADAPTERS = "serve a Hugging Face style folder of it in one process"
 _NO_HIDDEN_STATES = "it gives logits and no hidden states; serve a Hugging Face style folder of it in one process"
 _NOT_SHARED = "prefixes are kept on disk by a model in one process; leave `--prefix-cache` out"
 _NO_FILES = "onnxruntime owns its KV cache; leave `--prefix-cache` out"
-_EXACT_ONLY = "a draft guesses for a model whose steps run in C, on CPU; leave `--draft` out"
+_ONE_PROCESS = "a draft guesses for a model that one process computes, in C on CPU or on one GPU; leave `--draft` out"
 
 # -- the backends ------------------------------------------------------------------------------------------------------
 
@@ -117,11 +118,10 @@ TORCH = Capabilities(
 PAGED = Capabilities(
     what="a model that this process computes on a GPU",
     options=Fields(
-        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "adapters", "named_adapters"},
+        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "draft", "adapters", "named_adapters"},
         {
             "kv_cache": "an int8 KV cache is for bfloat16 models computed on CPU in this process; give "
             "`--dtype bfloat16 --device cpu`, or leave `--kv-cache` out",
-            "draft": _EXACT_ONLY,
             "tensor_parallel": "the model is shared over processes then",
         },
     ),
@@ -137,7 +137,7 @@ SHARDED = Capabilities(
             "quantize": "rounded weights are for a model in one process; leave `--quantize` out",
             "kv_cache": "an int8 KV cache is for a model in one process; leave `--kv-cache` out",
             **dict.fromkeys(sorted(_ON_DISK), _NOT_SHARED),
-            "draft": _EXACT_ONLY,
+            "draft": _ONE_PROCESS,
             "adapters": _NO_ADAPTERS,
             "named_adapters": _NO_ADAPTERS,
         },
@@ -156,7 +156,7 @@ ONNX = Capabilities(
             "quantize": "choose its precision with `mpt convert --dtype int8` (or int4)",
             "kv_cache": "an int8 KV cache is for Hugging Face style folders in bfloat16; leave `--kv-cache` out",
             **dict.fromkeys(sorted(_ON_DISK), _NO_FILES),
-            "draft": _EXACT_ONLY,
+            "draft": _ONE_PROCESS,
             "tensor_parallel": "onnxruntime runs in one process; leave it out",
             "adapters": _NO_ADAPTERS,
             "named_adapters": _NO_ADAPTERS,

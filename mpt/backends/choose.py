@@ -14,7 +14,7 @@ import torch
 
 from mpt.attention import AttentionSpec
 from mpt.backends import capabilities, quantized
-from mpt.backends.backend import Backend
+from mpt.backends.backend import CHEAP_TOKENS, Backend
 from mpt.backends.capabilities import Capabilities
 from mpt.backends.native.available import (
     ModelFacts,
@@ -95,6 +95,7 @@ def choose(name: str, folder: Path, options: ModelOptions) -> Choice:
     if options.is_remote:
         choice = _triton()
         choice.capabilities.check_options(name, options)
+        _check_guesses(name, choice, options)
         return choice
     config = read_config(folder)
     if (folder / "model.onnx").is_file():
@@ -106,6 +107,7 @@ def choose(name: str, folder: Path, options: ModelOptions) -> Choice:
     else:
         choice = _torch(folder, config, options)
     choice.capabilities.check_options(name, options)
+    _check_guesses(name, choice, options)
     choice.capabilities.check_attention(AttentionSpec.of(config))
     return choice
 
@@ -146,12 +148,30 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
     return TorchBackend(model, int8_cache=options.kv_cache == "int8")
 
 
+def open_draft(choice: Choice, folder: Path, options: ModelOptions, *, n_prompt: int, context: int) -> Backend:
+    """Who guesses for the model that was chosen, its weights read: where that model is, in pages too if that one is.
+
+    n_prompt: tokens of a text that it reads in a step. context: the most of a row. Raises what `open_backend` raises.
+    """
+    if not choice.is_paged:
+        from mpt.backends.torch_backend import TorchBackend
+
+        return TorchBackend(load(folder, dtype=torch.bfloat16, device="cpu"))
+    from mpt.backends.paged_backend import PagedBackend
+
+    assert choice.dtype is not None, choice
+    steps = _largest_steps(options)
+    steps = replace(steps, n_rows=min(steps.n_rows, CHEAP_TOKENS), n_prompt=n_prompt, context=context)
+    return PagedBackend(load(folder, dtype=choice.dtype, device=choice.device), steps=steps)
+
+
 def _largest_steps(options: ModelOptions) -> "Steps":
     from mpt.backends.paged_backend import Steps
 
     options = options.sized(is_paged=True)
     assert options.max_running is not None and options.prefill_chunk is not None
-    return Steps(options.max_running, chunk_alone(options.prefill_chunk), options.context_length)
+    chunk = chunk_alone(options.prefill_chunk)
+    return Steps(options.max_running, chunk, options.context_length, guesses=options.is_told_to_guess)
 
 
 # -- one function a backend ------------------------------------------------------------------------------------------
@@ -208,11 +228,15 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
     dtype = _dtype(folder, config, options, "cuda")
     _check_groups(config, options)
     few, prompt = _over_pages(config, dtype)
+    captured = f"{few.runs} inside CUDA graphs"
+    one = replace(few, kind="one token", runs=captured)
+    if options.is_told_to_guess:
+        few = replace(few, runs=captured)
     return Choice(
         backend="paged",
         device="cuda",
         precision=f"{options.quantize} weights, {_name(dtype)}" if options.quantize else _name(dtype),
-        steps=(replace(few, kind="one token", runs=f"{few.runs} inside CUDA graphs"), few, prompt, _draw("cuda")),
+        steps=(one, few, prompt, _draw("cuda")),
         capabilities=capabilities.PAGED,
         dtype=dtype,
     )
@@ -301,6 +325,16 @@ def _device(options: ModelOptions) -> str:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise MachineRefused("no CUDA device is available to torch; use `--device cpu`")
     return options.device
+
+
+def _check_guesses(name: str, choice: Choice, options: ModelOptions) -> None:
+    """Raises UserError where guesses are asked for and nobody makes them. No backend can refuse `speculate` itself:
+    off can be honoured anywhere."""
+    if options.speculate and choice.backend in ("onnx", "triton"):
+        raise UserError(
+            f"`{name}` is {choice.capabilities.what}, which cannot take `--speculate`: guesses are checked in C, in "
+            "torch and over pages on a GPU; leave it out"
+        )
 
 
 def _check_groups(config: MPTConfig, options: ModelOptions) -> None:

@@ -1,9 +1,12 @@
-"""Which CUDA graphs there are of steps in which every row reads one token, when they are captured, and which one runs.
+"""Which CUDA graphs there are of steps of few tokens, when they are captured, and which one a step runs in.
 
 A graph has a fixed shape: a number of rows, and a width of the block table, in pages of the longest row. A step takes
 the smallest that holds it. All are captured at start, the largest first: each then finds the memory that it needs in
 the pool of those before, and when the time for it is over, whatever is left runs in a larger one. Beyond its own rows
 a graph reads one token each into page 0, which costs a step little: it waits for the weights.
+
+There are two kinds: of steps in which every row reads one token, and, where somebody guesses, of steps that read up to
+FEW_TOKENS of a row and `tokens_for` in all. Steps that fit neither run without.
 
 Recording a step and replaying it are the caller's (`paged_backend.py`); nothing here knows CUDA.
 """
@@ -15,12 +18,14 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from mpt.backends import compilations
+from mpt.backends.backend import CHEAP_TOKENS, FEW_TOKENS
 from mpt.backends.device_errors import raise_if_lost
 
 log = logging.getLogger(__name__)
 
 _COARSE = 64  # rows up to which each number is twice the last; from here on one more lies between two of those
 START_S = 30.0  # that capturing at start may take
+GUESSES_START_S = 15.0  # and capturing those of steps with guesses
 _FIRST_WIDTH, _WIDER = 8, 4  # widths 8, 32, 128 and so on, so 2,048, 8,192 and 32,768 tokens
 _HOPELESS = 3  # failures one after the other, after which the others are not tried
 _AGAIN_S = 60.0  # after a failure: memory may be free again
@@ -60,6 +65,16 @@ def shapes(most_rows: int, most_pages: int) -> list[Shape]:
     while widths[-1] < most_pages:
         widths.append(widths[-1] * _WIDER)
     return [Shape(n, width) for n, width in itertools.product(reversed(rows), reversed(widths))]
+
+
+def tokens_for(n_rows: int) -> int:
+    """What a graph of a step with guesses reads, padding included. n_rows: as `rows_for` gives it."""
+    return FEW_TOKENS if n_rows == 1 else CHEAP_TOKENS
+
+
+def guessed_shapes(most_rows: int, most_pages: int) -> list[Shape]:
+    """As `shapes`, of steps in which somebody guesses: beside CHEAP_TOKENS rows there is no room for it."""
+    return shapes(min(most_rows, CHEAP_TOKENS - 1), most_pages)
 
 
 class Graphs(Generic[Recorded]):

@@ -5,8 +5,9 @@ last one; a page that several rows hold is copied before one of them writes into
 CPU too, where the tests are.
 
 A step in which every row reads one token takes a fixed shape, padded to a number of rows and a width of the block table
-that graphs are kept for. All other steps go through one packed pass like `TorchBackend`'s: rows with a few tokens
-through the decode kernel together, longer ones together through what `prompt_kernel` chose.
+that graphs are kept for; so does, where somebody guesses, a step of few tokens of each row. `forward` decides. All
+other steps go through one packed pass like `TorchBackend`'s: rows with a few tokens through the decode kernel together,
+longer ones together through what `prompt_kernel` chose.
 
 The model may be a share of one (`mpt/sharding.py`): pages then hold the heads of this process, and its projections sum
 over the processes. Which sums a step takes, and of what shape, follows from the rows and their tokens alone.
@@ -19,6 +20,7 @@ Not here: the kernels (`mpt/backends/paged_attention.py`), who runs when (`engin
 
 import functools
 import gc
+import itertools
 import math
 import threading
 import weakref
@@ -33,9 +35,9 @@ from torch import Tensor
 
 from mpt import attention
 from mpt.backends import capabilities, compilations, fused, quantized
-from mpt.backends.backend import Row, Work
+from mpt.backends.backend import CHEAP_TOKENS, FEW_TOKENS, Row, Work
 from mpt.backends.flash import FLASH_4_OPTIONS, FlashPrompts, PromptKernel, prompt_kernel
-from mpt.backends.graphs import Graphs, Shape, rows_for, shapes, width_for
+from mpt.backends.graphs import GUESSES_START_S, Graphs, Shape, guessed_shapes, rows_for, shapes, tokens_for, width_for
 from mpt.backends.packed import PackedModel
 from mpt.backends.paged_attention import (
     DROP,
@@ -54,7 +56,6 @@ from mpt.errors import MachineRefused
 from mpt.model import Attend, MPTAttention, MPTForCausalLM
 from mpt.transfer import to_device
 
-_FEW_TOKENS = 16  # a row that reads at most so many goes through the decode kernel
 _capturing = threading.Lock()  # models that share a process capture one after another
 
 
@@ -76,6 +77,7 @@ class Steps:
     n_rows: int = 64
     n_prompt: int = 2048  # tokens of prompts
     context: int | None = None  # tokens of a row; None: what the model was trained for
+    guesses: bool = False  # whether rows that decode read guesses too
 
 
 class PagedBackend:
@@ -92,7 +94,7 @@ class PagedBackend:
         triton: bool | None = None,
         drop: float = DROP,
     ) -> None:
-        """graphs: whether steps of one token are captured; None: on CUDA. triton, drop: as for `paged_decode`."""
+        """graphs: whether steps of few tokens are captured; None: on CUDA. triton, drop: as for `paged_decode`."""
         config = model.config
         self._steps = steps or Steps()
         self._context = self._steps.context or config.max_seq_len
@@ -118,6 +120,7 @@ class PagedBackend:
             self._prompts_by = prompt_kernel(self._dtype, self._d_head)[0]
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
         self._graphs: Graphs[_Graph] = Graphs(self._record, [])
+        self._guess_graphs: Graphs[_Graph] = Graphs(self._record_guesses, [])
         self._graph_pool: Any = None
         if self._device.type == "cuda":
             compilations.watch()
@@ -141,6 +144,8 @@ class PagedBackend:
             ) from error
         self._free, self._users = list(range(n_pages - 1, 0, -1)), [0] * n_pages
         self._graphs = Graphs(self._record, self._shapes())
+        guessed = guessed_shapes(self._steps.n_rows, self._most_pages) if self._steps.guesses else []
+        self._guess_graphs = Graphs(self._record_guesses, guessed)
 
     @property
     def needs_warm_up(self) -> bool:
@@ -165,15 +170,21 @@ class PagedBackend:
                 self.forward(work)
                 del work
         for shape in self._shapes():
-            for T in (1, _FEW_TOKENS):
+            for T in (1, FEW_TOKENS):
                 self._read_a_few(shape, T)
             if not self._has_graphs:
                 self._one_token_each(_blank(shape, self._device))
         if self._has_graphs:
             self._graphs.capture_all()
+            self._guess_graphs.capture_all(GUESSES_START_S)
 
     def _shapes(self) -> list[Shape]:
-        return shapes(self._steps.n_rows, min(_n_pages(self._context), len(self._free)))
+        return shapes(self._steps.n_rows, self._most_pages)
+
+    @property
+    def _most_pages(self) -> int:
+        """Of a row, before the first one is there."""
+        return min(_n_pages(self._context), len(self._free))
 
     def _read_a_few(self, shape: Shape, T: int) -> None:
         """One layer's attention of T tokens of each row, all of page 0, the first row as long as the shape allows."""
@@ -241,6 +252,10 @@ class PagedBackend:
             logits = self._decode(rows, [item.tokens[0] for item in work])
             wanted = [at for at, item in enumerate(work) if item.n_logits]
             return logits if len(wanted) == len(work) else logits[wanted]
+        if self._has_graphs and self._steps.guesses and _are_few_tokens(work):
+            logits = self._replay_guesses(rows, work)
+            if logits is not None:
+                return logits
         return self._packed.run(work, self._attend(rows, [len(item.tokens) for item in work]))
 
     def make_own(self, work: Sequence[Work]) -> list[PagedRow]:
@@ -255,6 +270,7 @@ class PagedBackend:
 
     def close(self) -> None:
         self._graphs.clear()
+        self._guess_graphs.clear()
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
@@ -314,11 +330,14 @@ class PagedBackend:
 
     def _record(self, shape: Shape) -> "_Graph":
         """A step of this shape as a graph. Raises RuntimeError where it cannot be captured, or not now."""
+        return self._capture(self._one_token_each, _blank(shape, self._device))
+
+    def _capture(self, step: Callable[[Tensor], Tensor], numbers: Tensor) -> "_Graph":
         with _capturing:
             if self._graph_pool is None and self._device.type == "cuda":
                 self._graph_pool = torch.cuda.graph_pool_handle()
             try:
-                return _Graph(self._one_token_each, _blank(shape, self._device), self._graph_pool)
+                return _Graph(step, numbers, self._graph_pool)
             except RuntimeError:
                 self._graph_pool = None  # what was captured halfway may hold memory of it
                 raise
@@ -343,6 +362,46 @@ class PagedBackend:
         hidden = self._run(transformer.wte(tokens)[None], attend, positions)[0]
         return self.model.unembed(hidden).to(torch.float32, memory_format=torch.contiguous_format)
 
+    # -- few tokens of each row, guesses among them ------------------------------------------------------------------
+
+    def _replay_guesses(self, rows: Sequence[PagedRow], work: Sequence[Work]) -> Tensor | None:
+        """The logits asked for, through a graph; None where there is none for such a step."""
+        longest = max(_n_pages(row.length + len(item.tokens)) for row, item in zip(rows, work, strict=True))
+        found = self._guess_graphs.find(Shape(rows_for(len(rows)), width_for(longest)))
+        if found is None:
+            return None
+        logits = found[1].replay(self._tensor(_guess_numbers(found[0], rows, work)))
+        ends = itertools.accumulate(len(item.tokens) for item in work)
+        wanted = [at for end, item in zip(ends, work, strict=True) for at in range(end - item.n_logits, end)]
+        return logits[: len(wanted)] if wanted == list(range(len(wanted))) else logits[wanted]
+
+    def _record_guesses(self, shape: Shape) -> "_Graph":
+        """As `_record`, for few tokens of each row."""
+        numbers = self._tensor(_guess_numbers(shape, [], []))
+        return self._capture(functools.partial(self._few_tokens_each, shape), numbers)
+
+    def _few_tokens_each(self, shape: Shape, numbers: Tensor) -> Tensor:
+        """Logits (N, V) float32 of `tokens_for` tokens. numbers: as `_guess_numbers` has them."""
+        n_each = 4 * tokens_for(shape.n_rows)
+        tokens, position, slots, real = numbers[:n_each].view(4, -1).long()  # (N,) each
+        by_row = numbers[n_each:].view(shape.n_rows, -1)
+        lengths, places = by_row[:, 0].contiguous(), by_row[:, 1 : 1 + FEW_TOKENS].long()
+        table = by_row[:, 1 + FEW_TOKENS :]
+        transformer = self.model.transformer
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, N, D)
+            kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
+            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
+            queries = q[0].transpose(0, 1)[places]  # (B, T, H, D)
+            out = paged_decode(
+                queries, kv, norms, table, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
+            )
+            return out.flatten(0, 1)[real].transpose(0, 1)[None]
+
+        positions = None if transformer.wpe is None else position[None]
+        hidden = self._run(transformer.wte(tokens)[None], attend, positions)[0]
+        return self.model.unembed(hidden).to(torch.float32, memory_format=torch.contiguous_format)
+
     # -- any other step ----------------------------------------------------------------------------------------------
 
     def _attend(self, rows: Sequence[PagedRow], n_tokens: Sequence[int]) -> Attend:
@@ -350,11 +409,11 @@ class PagedBackend:
         starts = np.cumsum([0, *n_tokens[:-1]])
         slots = self._tensor(np.concatenate([_slots(row, n) for row, n in zip(rows, n_tokens, strict=True)]))
         shares = list(zip(rows, n_tokens, starts.tolist(), strict=True))
-        few = [share for share in shares if share[1] <= _FEW_TOKENS]
+        few = [share for share in shares if share[1] <= FEW_TOKENS]
         short = self._few(few) if few else None
         longer = self._prompts([
             Part(start, n, row.length + n, row.pages[: _n_pages(row.length + n)])
-            for row, n, start in shares if n > _FEW_TOKENS
+            for row, n, start in shares if n > FEW_TOKENS
         ])  # fmt: skip
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, N, D)
@@ -375,15 +434,9 @@ class PagedBackend:
 
         Padded to two numbers of tokens and to the widths of `graphs.py`: for each Triton compiles other code.
         """
-        T = 1 if all(n == 1 for _, n, _ in shares) else _FEW_TOKENS
+        T = 1 if all(n == 1 for _, n, _ in shares) else FEW_TOKENS
         width = width_for(max(_n_pages(row.length + n) for row, n, _ in shares))
-        table = np.zeros((len(shares), 1 + width), dtype=np.int32)
-        places = np.zeros((len(shares), T), dtype=np.int64)  # in the step, of each row's queries, the last at the end
-        for line, (row, n, start) in enumerate(shares):
-            used = row.pages[: _n_pages(row.length + n)]
-            table[line, 0], table[line, 1 : 1 + len(used)] = row.length + n, used
-            places[line] = np.arange(start + n - T, start + n).clip(min=start)  # the first again, where there is none
-        real = np.concatenate([line * T + np.arange(T - n, T) for line, (_, n, _) in enumerate(shares)])
+        table, places, real = _queries(shares, T, Shape(len(shares), width))
         at, real_at = self._tensor(places), self._tensor(real)
         numbers, to = self._tensor(table), self._tensor(places.flatten()[real])
         lengths, pages = numbers[:, 0].contiguous(), numbers[:, 1:]
@@ -459,6 +512,46 @@ def _blank(shape: Shape, device: torch.device) -> Tensor:
     return numbers
 
 
+def _queries(
+    shares: Sequence[tuple[PagedRow, int, int]], T: int, shape: Shape
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which T queries the decode kernel gets of each row: (row, tokens, where they begin in the step).
+
+    Of each of B rows the positions stored with its tokens and its pages, (B, 1 + P); where its queries are in the step,
+    the last at the end, (B, T); and of each token of the step its place among all queries. Rows beyond ours read the
+    first position of page 0.
+    """
+    table = np.zeros((shape.n_rows, 1 + shape.width), dtype=np.int32)
+    table[:, 0] = 1
+    places = np.zeros((shape.n_rows, T), dtype=np.int64)
+    for line, (row, n, start) in enumerate(shares):
+        used = row.pages[: _n_pages(row.length + n)]
+        table[line, 0], table[line, 1 : 1 + len(used)] = row.length + n, used
+        places[line] = np.arange(start + n - T, start + n).clip(min=start)  # the first again, where there is none
+    real = [line * T + np.arange(T - n, T) for line, (_, n, _) in enumerate(shares)]
+    return table, places, np.concatenate([np.zeros(0, dtype=np.int64), *real])
+
+
+def _guess_numbers(shape: Shape, rows: Sequence[PagedRow], work: Sequence[Work]) -> np.ndarray:
+    """What a step of this shape is told, int32 in one piece: of each of N tokens its id, position, slot and place among
+    the queries; then of each row the positions stored with its tokens, where its queries are, and its pages.
+
+    Tokens beyond ours are 0 and are written into page 0.
+    """
+    n_tokens = [len(item.tokens) for item in work]
+    starts = itertools.accumulate(n_tokens[:-1], initial=0)
+    shares = list(zip(rows, n_tokens, starts, strict=False))
+    table, places, real = _queries(shares, FEW_TOKENS, shape)
+    each = np.zeros((4, tokens_for(shape.n_rows)), dtype=np.int32)
+    each[0, : len(real)] = [token for item in work for token in item.tokens]
+    for row, n, start in shares:
+        each[1, start : start + n] = np.arange(row.length, row.length + n)
+        each[2, start : start + n] = _slots(row, n)
+    each[3, : len(real)] = real
+    by_row = np.concatenate([table[:, :1], places, table[:, 1:]], axis=1)
+    return np.concatenate([each.ravel(), by_row.ravel().astype(np.int32)])
+
+
 def _prompts(n_chunk: int, n_most: int) -> list[list[tuple[int, int]]]:
     """Steps of prompts, (stored, new) tokens of each: one row's and several rows', parts of a block and whole ones, and
     the chunks of a long prompt, its first and a later one. The first is unlike in every size: torch.compile takes sizes
@@ -491,3 +584,9 @@ def _own_row(item: Work) -> PagedRow:
 
 def _is_one_token(item: Work) -> bool:
     return len(item.tokens) == 1 and item.adapter is None and item.hidden is None
+
+
+def _are_few_tokens(work: Sequence[Work]) -> bool:
+    """Whether a graph has room for a step: of each row and in all."""
+    alike = all(len(item.tokens) <= FEW_TOKENS and item.adapter is None and item.hidden is None for item in work)
+    return alike and sum(len(item.tokens) for item in work) <= CHEAP_TOKENS

@@ -12,12 +12,11 @@ import torch
 
 import mpt
 from mpt.backends.backend import Backend
-from mpt.backends.choose import Choice, choose, open_backend
+from mpt.backends.choose import Choice, choose, open_backend, open_draft
 from mpt.backends.device_errors import raise_if_lost
-from mpt.backends.torch_backend import TorchBackend
 from mpt.catalog import Entry, describe, resolve
 from mpt.chat_template import ChatTemplate
-from mpt.checkpoint import load, read_config
+from mpt.checkpoint import read_config
 from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.adapters import Adapters
 from mpt.engine.address import Address
@@ -26,8 +25,8 @@ from mpt.engine.grammar import Grammars
 from mpt.engine.prefix_files import PrefixFiles
 from mpt.engine.profile import StepProfile
 from mpt.engine.remote import TritonEngine
-from mpt.engine.room import kv_budget, n_processes, require, room_for
-from mpt.engine.speculation import DraftModel, PromptLookup, Speculation
+from mpt.engine.room import divided, kv_budget, n_processes, require, room_for
+from mpt.engine.speculation import READ_AT_ONCE, DraftModel, PromptLookup, Speculation
 from mpt.errors import UserError
 from mpt.fingerprint import fingerprint
 from mpt.options import ModelOptions
@@ -120,13 +119,22 @@ def _open(name: str, options: ModelOptions, n_sharing: int, promised_bytes: int)
         memory = f"`{address.model}` of Triton at {address.server}"
     else:
         require({name: room_for(name, options)}, {name: options}, promised_bytes)
+        draft_folder = _draft_folder(name, tokenizer, options)
         backend = open_backend(choice, folder, options)
+        draft: Backend | None = None
+        if draft_folder is not None:
+            draft = open_draft(choice, draft_folder, options, n_prompt=READ_AT_ONCE, context=context)
+        beside = draft if choice.is_paged else None  # on a CPU a draft's rows take memory as they come
         kv_bytes, why = options.kv_bytes or 0, "as told"
         if not kv_bytes:
             n_sharing *= n_processes(choice, options)
-            kv_bytes, why = kv_budget(backend, context, options.max_running, choice, n_sharing, promised_bytes)
+            kv_bytes, why = kv_budget(backend, context, options.max_running, choice, n_sharing, promised_bytes, beside)
+        kv_bytes, draft_bytes = divided(kv_bytes, backend, beside)
+        if draft is not None:
+            draft.allocate(draft_bytes)
         prefixes = None if options.prefix_cache is None else _prefix_files(name, folder, options, choice, backend)
-        engine = _engine(name, backend, tokenizer, options, context, kv_bytes, prefixes)
+        speculation = _speculation(name, backend, draft, options)
+        engine = _engine(name, backend, tokenizer, options, context, kv_bytes, speculation, prefixes)
         if backend.model is not None and choice.capabilities.takes_adapters:
             adapters = Adapters(options.named_adapters, options.adapters, backend.model, engine.stop_if_lost)
         memory = f"KV cache {engine.stats().kv_total_bytes / 1e9:.2f} GB ({why})"
@@ -156,9 +164,10 @@ def _engine(
     options: ModelOptions,
     context: int,
     kv_bytes: int,
+    speculation: Speculation | None,
     prefix_files: PrefixFiles | None,
 ) -> Engine:
-    """The engine over a backend, with its memory, and with who guesses for it."""
+    """The engine over a backend, with its memory."""
     assert options.max_running is not None and options.prefill_chunk is not None, options
     backend.allocate(kv_bytes)
     return Engine(
@@ -169,7 +178,7 @@ def _engine(
         max_running=options.max_running,
         max_waiting=options.max_waiting,
         prefill_chunk=options.prefill_chunk,
-        speculation=_speculation(name, backend, tokenizer, options),
+        speculation=speculation,
         profile=None if options.profile is None else StepProfile(options.profile, name),
         prefix_files=prefix_files,
     )
@@ -219,14 +228,23 @@ def _say(endpoint: Endpoint, choice: Choice, entry: Entry, context: int, memory:
         log.warning("%s: the KV cache holds %d of %d tokens of context", name, endpoint.context_length, context)
 
 
-def _speculation(name: str, backend: Backend, tokenizer: Tokenizer, options: ModelOptions) -> Speculation | None:
-    """Who guesses for a model, only where a step rounds several tokens as it rounds one: so that no answer changes."""
-    is_exact = backend.capabilities.exact_guesses
+def _draft_folder(name: str, tokenizer: Tokenizer, options: ModelOptions) -> Path | None:
+    """Where the draft of a model is, if it has one. Raises UserError for one that reads other tokens."""
     if options.draft is None:
-        return Speculation(PromptLookup()) if options.speculate and is_exact else None
-    assert is_exact, "`choose` has refused a draft elsewhere"
+        return None
     folder = resolve(options.draft)
     if open_tokenizer(folder).vocabulary != tokenizer.vocabulary:
         raise UserError(f"`{options.draft}` has another tokenizer than `{name}`; a draft must read the same tokens")
-    model = load(folder, dtype=torch.bfloat16, device="cpu")
-    return Speculation(DraftModel(TorchBackend(model), min(backend.vocab_size, model.config.vocab_size)))
+    return folder
+
+
+def _speculation(name: str, backend: Backend, draft: Backend | None, options: ModelOptions) -> Speculation | None:
+    """Who guesses for a model. Unasked, only where a step rounds several tokens as it rounds one: no answer changes."""
+    is_exact = backend.capabilities.exact_guesses
+    if draft is None and not (is_exact if options.speculate is None else options.speculate):
+        return None
+    if not is_exact:
+        log.info("%s: a step that checks guesses rounds otherwise than one without, so answers can differ", name)
+    if draft is not None:
+        return Speculation(DraftModel(draft, min(backend.vocab_size, draft.vocab_size)))
+    return Speculation(PromptLookup())

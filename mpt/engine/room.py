@@ -65,10 +65,13 @@ def room_for(name: str, options: ModelOptions) -> Room:
     kv_bytes = options.kv_bytes
     if kv_bytes is None:
         tokens = min(_LEAST_TOKENS, options.context_length or config.max_seq_len)
-        kv_bytes = round(config.kv_bytes_per_token / 2 * itemsize * tokens / _KV_SHARE / options.tensor_parallel)
+        halves = config.kv_bytes_per_token  # of numbers of two bytes
+        if choice.is_paged and options.draft is not None:  # whose cache is taken at once too
+            halves += read_config(resolve(options.draft)).kv_bytes_per_token
+        kv_bytes = round(halves / 2 * itemsize * tokens / _KV_SHARE / options.tensor_parallel)
     weights = _MARGIN * _weight_bytes(folder, choice, options) * n_here + _PROCESS_BYTES * (n_here - 1)
     if options.draft is not None:
-        weights += _MARGIN * 2 * _n_weights(resolve(options.draft))  # in bfloat16
+        weights += _MARGIN * (itemsize if choice.is_paged else 2) * _n_weights(resolve(options.draft))
     return Room(choice.device, round(weights), kv_bytes * n_here)
 
 
@@ -128,14 +131,21 @@ def require(rooms: Mapping[str, Room], options: Mapping[str, ModelOptions], prom
 
 
 def kv_budget(
-    backend: Backend, context: int, max_running: int, choice: Choice, n_sharing: int, promised_bytes: int
+    backend: Backend,
+    context: int,
+    max_running: int,
+    choice: Choice,
+    n_sharing: int,
+    promised_bytes: int,
+    draft: Backend | None = None,
 ) -> tuple[int, str]:
     """Bytes of KV cache for a process of a model whose weights are in, and why so many, in words.
 
     Room for every row at full context, or a share of the free memory if that is less: 60 %, and in a small container
     what leaves enough for the work itself. n_sharing: processes that take
     their cache from now on of the same memory, this one included. promised_bytes: what loaded ones may still grow by,
-    and others will take for their weights. Raises MachineRefused.
+    and others will take for their weights. draft: whose cache comes out of the budget too, as `divided` has it. Raises
+    MachineRefused.
     """
     memory = free_memory(choice.device)
     if choice.is_paged and isinstance(backend, ShardedBackend):
@@ -145,8 +155,9 @@ def kv_budget(
         free -= packed_bytes(backend.model)  # mapped: they count as free until they are read
     shared = max(0.0, min(free * _KV_SHARE, free - _WORK_BYTES))
     share = int(shared / n_sharing)
-    wanted = backend.bytes_per_token * backend.capacity_for(context) * max_running
-    if share < backend.bytes_per_token * backend.capacity_for(1):
+    bytes_per_token = backend.bytes_per_token + (0 if draft is None else draft.bytes_per_token)
+    wanted = bytes_per_token * backend.capacity_for(context) * max_running
+    if share < bytes_per_token * backend.capacity_for(1):
         raise MachineRefused(
             f"{max(free, 0) / 1e9:.2f} GB are free of {memory.whose} {memory.total / 1e9:.2f} GB, too little for a KV "
             "cache; serve fewer models"
@@ -156,6 +167,14 @@ def kv_budget(
     among = f", shared by {n_sharing}" if n_sharing > 1 else ""
     left = replace(memory, free=max(0, free))
     return share, f"{shared / left.free:.0%} of the {left}{among}"
+
+
+def divided(kv_bytes: int, backend: Backend, draft: Backend | None) -> tuple[int, int]:
+    """A budget as what the cache of a model gets and what that of its draft on the same GPU does: as many tokens."""
+    if draft is None:
+        return kv_bytes, 0
+    n_tokens = kv_bytes // (backend.bytes_per_token + draft.bytes_per_token)
+    return n_tokens * backend.bytes_per_token, n_tokens * draft.bytes_per_token
 
 
 def give_back_memory() -> None:

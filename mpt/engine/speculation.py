@@ -3,24 +3,29 @@
 Lossless by construction: the engine draws each token from the model's own logits with the sequence's own random number,
 exactly as it would without a guess, and goes on to the next position only where the draw is what was guessed
 (for guesses of one token this accepts as often as any scheme can; Leviathan et al. 2023, with a one-point draft). So
-guesses change how many steps an answer takes, never the answer.
+guesses change how many steps an answer takes, never the answer, if a step rounds several tokens as it rounds one
+(`Capabilities.exact_guesses`). Elsewhere they are made when asked for, and the rounding of logits is what they change.
 
 Two who guess: `PromptLookup` copies what followed the same tokens earlier in prompt or answer (Saxena 2023), with the
 edits made before; `DraftModel` asks a smaller model. Where a grammar leaves no choice, nobody need be asked.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from mpt.backends.backend import Backend, Row, Work
+from mpt.backends.backend import CHEAP_TOKENS, FEW_TOKENS, Backend, Row, Work
+from mpt.backends.device_errors import raise_if_lost
 from mpt.engine.sequence import Sequence
 
-MAX_GUESS = 15  # tokens; with the one that is known they fill the 16 columns of a product, which cost what one costs
+log = logging.getLogger(__name__)
+
+MAX_GUESS = FEW_TOKENS - 1  # beside the one that is known
 _GRAMS = (3, 2, 1)  # lengths of what is looked up, the surer first
 _MOST_REPLACED = 3  # tokens, by one: `"}, "` stands for a line's end and two spaces
-_READ_AT_ONCE = 512  # prompt tokens the draft reads in a step of the engine
+READ_AT_ONCE = 512  # tokens of a text that a draft reads in a step of the engine
 
 Rooms = Mapping[Sequence, int]  # how many tokens to guess at, at most
 Guesses = dict[Sequence, list[int]]  # the tokens that may follow; sequences without an idea are left out
@@ -58,7 +63,7 @@ class Pace:
 class Speculation:
     """What an engine asks for guesses: as many as each sequence's pace allows and are cheap, and how they did."""
 
-    def __init__(self, guesser: Guesser, n_cheap: int = 32) -> None:
+    def __init__(self, guesser: Guesser, n_cheap: int = CHEAP_TOKENS) -> None:
         """n_cheap: tokens in a step, guesses included, beyond which each more costs time."""
         self.n_guesses = self.n_guessed = self.n_right = 0
         self.guesser, self._n_cheap = guesser, n_cheap
@@ -198,7 +203,11 @@ class _Draft:
 
 
 class DraftModel:
-    """A smaller model of the same vocabulary, which writes on greedily."""
+    """A smaller model of the same vocabulary, which writes on greedily.
+
+    Its rows have room for no more tokens than those they guess for. One that finds no memory for a row guesses nothing
+    for it in that step.
+    """
 
     def __init__(self, backend: Backend, n_vocab: int) -> None:
         """n_vocab: the ids the model and its draft share, counted from 0."""
@@ -207,14 +216,15 @@ class DraftModel:
 
     def guess(self, rooms: Rooms) -> Guesses:
         unread: dict[Sequence, list[int]] = {}
+        for gone in [one for one in self._drafts if one.row is None]:  # it has ended, or waits again
+            del self._drafts[gone]
         for one, n in rooms.items():
             n_needed = len(one.tokens) + n
             if self.backend.max_length is not None and n_needed > self.backend.max_length:
                 continue
-            draft = self._drafts.get(one)
+            draft = self._with_room(one, n_needed)
             if draft is None:
-                draft = self._drafts[one] = _Draft(self.backend.reserve(None, n_needed))
-            draft.row = self.backend.reserve(draft.row, n_needed)
+                continue
             came = one.tokens[draft.n_known :]
             n_right = 0
             while n_right < min(len(came), len(draft.guessed)) and came[n_right] == draft.guessed[n_right]:
@@ -222,16 +232,29 @@ class DraftModel:
             draft.row.length = min(draft.row.length, draft.n_known + n_right, len(one.tokens) - 1)
             draft.n_known, draft.guessed = len(one.tokens), []
             unread[one] = one.tokens[draft.row.length :]
-        late = {one: tokens[:_READ_AT_ONCE] for one, tokens in unread.items() if len(tokens) > _READ_AT_ONCE}
+        late = {one: tokens[:READ_AT_ONCE] for one, tokens in unread.items() if len(tokens) > READ_AT_ONCE}
         if late:
             self._read(late, 0)
         unread = {one: tokens for one, tokens in unread.items() if one not in late}
+        asked = {one: self._drafts[one] for one in unread}
         while unread:
             for one, token in self._read(unread, 1).items():
                 self._drafts[one].guessed.append(token)
-            drafts = {one: self._drafts[one] for one in unread}
-            unread = {one: draft.guessed[-1:] for one, draft in drafts.items() if len(draft.guessed) < rooms[one]}
-        return {one: draft.guessed for one in rooms if (draft := self._drafts.get(one)) and draft.guessed}
+            unread = {one: draft.guessed[-1:] for one, draft in asked.items() if len(draft.guessed) < rooms[one]}
+        return {one: draft.guessed for one, draft in asked.items()}
+
+    def _with_room(self, one: Sequence, n_tokens: int) -> _Draft | None:
+        """The sequence's draft with a row for so many tokens; None, and none is kept, where there is no memory."""
+        try:
+            if one not in self._drafts:
+                self._drafts[one] = _Draft(self.backend.reserve(None, n_tokens))
+            self._drafts[one].row = self.backend.reserve(self._drafts[one].row, n_tokens)
+        except RuntimeError as error:  # torch's out of memory, or a pool without a free page
+            raise_if_lost(error)
+            log.debug("the draft has no memory for %s and guesses nothing for it now: %s", one.request.id, error)
+            self._drafts.pop(one, None)
+            return None
+        return self._drafts[one]
 
     def _read(self, texts: Mapping[Sequence, list[int]], n_logits: int) -> dict[Sequence, int]:
         """Read these tokens of each sequence; the likeliest next one of each, if logits are wanted."""

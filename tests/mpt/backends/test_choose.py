@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpt.backends import choose as choosing
-from mpt.backends.choose import choose, open_backend
+from mpt.backends.choose import choose, open_backend, open_draft
 from mpt.backends.native import library
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.config import MPTConfig
@@ -105,6 +105,36 @@ def test_on_a_gpu_the_cache_has_pages(machine, tmp_path):
     assert choose("m", folder_of(tmp_path), ModelOptions("m", device="cpu")).backend == "torch"
 
 
+def test_on_a_gpu_guesses_are_made_where_they_are_asked_for_and_checked_inside_graphs(machine, tmp_path):
+    machine(cuda=True)
+    folder = folder_of(tmp_path)
+    for asked in ({}, {"speculate": False}):
+        assert runs(choose("m", folder, ModelOptions("m", **asked)))["few tokens"] == ("Triton", None)
+    for asked in ({"speculate": True}, {"draft": "mpt-tiny"}):
+        choice = choose("m", folder, ModelOptions("m", **asked))
+        assert runs(choice)["few tokens"] == ("Triton inside CUDA graphs", None)
+        assert not choice.capabilities.exact_guesses
+    shared = choose("m", folder, ModelOptions("m", tensor_parallel=2, speculate=True))
+    assert runs(shared)["few tokens"] == ("Triton", None)
+    with pytest.raises(UserError, match=r"shared by several processes.*`--draft mpt-tiny`: .*one process"):
+        choose("m", folder, ModelOptions("m", tensor_parallel=2, draft="mpt-tiny"))
+
+
+def test_a_draft_is_in_pages_where_its_model_is(machine, tmp_path, monkeypatch):
+    """Opened as for a GPU, on this CPU; for the rows beside which there is room for guesses."""
+    machine(cuda=True)
+    real = choosing.load
+    monkeypatch.setattr(choosing, "load", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu"))
+    folder = Path(choosing.__file__).parents[1] / "tiny" / "mpt-tiny"
+    for most, n_rows in ((7, 7), (None, 32)):
+        options = ModelOptions("m", dtype="float16", draft="mpt-tiny", max_running=most)
+        choice = choose("m", folder_of(tmp_path), options)
+        draft = open_draft(choice, folder, options, n_prompt=512, context=99)
+        assert isinstance(draft, PagedBackend)
+        assert draft._dtype == torch.float16
+        assert draft._steps == Steps(n_rows=n_rows, n_prompt=512, context=99, guesses=True)
+
+
 def test_shares_of_a_model_have_pages_on_gpus_and_run_outside_graphs(machine, tmp_path):
     machine(cuda=True)
     shared = ModelOptions("m", tensor_parallel=2)
@@ -188,6 +218,9 @@ def test_options_and_attention_of_the_chosen_backend_are_checked(machine, tmp_pa
         choose("m", folder_of(tmp_path, attn_config={"qk_ln": True}), shared)
     remote = "triton://host:1/m?checkpoint=x"
     assert choose("m", tmp_path, ModelOptions(remote)).backend == "triton"
+    assert choose("m", tmp_path, ModelOptions(remote, speculate=False)).backend == "triton"
+    with pytest.raises(UserError, match="`m` is a model of a Triton server, which cannot take `--speculate`"):
+        choose("m", tmp_path, ModelOptions(remote, speculate=True))
     for option in ({"tensor_parallel": 2}, {"kv_gb": 1.0}, {"max_running": 3}, {"prefill_chunk": 64}):
         with pytest.raises(UserError, match="`m` is a model of a Triton server, which cannot take `--"):
             choose("m", tmp_path, ModelOptions(remote, **option))

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conversion.convert import convert
 from conversion.options import Options
-from mpt.engine.room import Room, require, room_for
+from mpt.engine.room import Room, divided, require, room_for
 from mpt.errors import MachineRefused, UserError
 from mpt.memory import Memory
 from mpt.options import ModelOptions
@@ -47,6 +48,18 @@ def test_a_draft_takes_memory_too(large: Path) -> None:
     options = ModelOptions("mpt-tiny", device="cpu", dtype="bfloat16")
     more = room_for("m", replace(options, draft=str(large))).weight_bytes - room_for("m", options).weight_bytes
     assert more == pytest.approx(1.1 * WEIGHTS / 2, abs=4), "in bfloat16"
+
+
+def test_a_drafts_cache_on_a_gpu_comes_out_of_the_budget(large: Path, monkeypatch) -> None:
+    """In the model's precision, both caches for as many tokens."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    options = ModelOptions(str(large), device="cuda", dtype="float32")
+    alone, both = room_for("m", options), room_for("m", replace(options, draft=str(large)))
+    assert both.weight_bytes == pytest.approx(2 * alone.weight_bytes, abs=4)
+    assert alone.kv_bytes == pytest.approx(CACHE, abs=2) and both.kv_bytes == pytest.approx(2 * CACHE, abs=4)
+    assert divided(1000, SimpleNamespace(bytes_per_token=30), SimpleNamespace(bytes_per_token=10)) == (750, 250)
+    assert divided(1000, SimpleNamespace(bytes_per_token=30), None) == (1000, 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -14,7 +14,10 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
 
 import mpt
+from mpt.backends import choose as choosing
 from mpt.backends.native import library
+from mpt.backends.paged_attention import PAGE
+from mpt.backends.paged_backend import PagedBackend
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.engine import Engine
@@ -369,6 +372,29 @@ def test_a_server_guesses_where_that_changes_no_answer():
     assert opened("mpt-tiny", dtype="bfloat16", speculate=False) is None
     drafted = opened("mpt-tiny-chat", dtype="bfloat16", draft="mpt-tiny")
     assert isinstance(drafted.guesser, DraftModel)
+
+
+def test_a_server_that_is_told_to_guess_does_so_where_steps_round_otherwise(monkeypatch):
+    monkeypatch.setenv("MPT_NATIVE", "0")
+    assert opened("mpt-tiny", dtype="float32") is None
+    assert isinstance(opened("mpt-tiny", dtype="float32", speculate=True).guesser, PromptLookup)
+
+
+def test_on_a_gpu_a_draft_shares_the_budget_with_its_model(monkeypatch):
+    """As for a GPU, on this CPU: both have as many pages, and no more bytes together than were told."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (1 << 32, 1 << 32))
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    real = choosing.load
+    monkeypatch.setattr(choosing, "load", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu"))
+    options = ModelOptions("mpt-tiny-chat", dtype="float32", draft="mpt-tiny", kv_gb=0.2, max_running=4)
+    engine = open_endpoint("m", options).engine
+    engine.close()
+    model, draft = engine._backend, engine.speculation.guesser.backend
+    assert isinstance(model, PagedBackend) and isinstance(draft, PagedBackend)
+    assert draft.n_free_pages == model.n_free_pages > 0
+    taken = model.n_free_pages * PAGE * (model.bytes_per_token + draft.bytes_per_token)
+    assert 0.2e9 - PAGE * (model.bytes_per_token + draft.bytes_per_token) < taken <= 0.2e9
 
 
 @needs_native
