@@ -1,4 +1,6 @@
-"""One stream alone: tokens a second at several contexts, a prompt of 2,048 tokens, and a book read and written on."""
+"""One stream alone: tokens a second at several contexts, steps that check guesses, a prompt of 2,048 tokens, and a book
+read and written on.
+"""
 
 import time
 from typing import Any
@@ -6,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_parts.bench import Bench, pool, random_text, read, reading_flop, weight_bytes
-from mpt.backends.backend import Row, Work
+from mpt.backends.backend import FEW_TOKENS, Row, Work
 from mpt.backends.paged_attention import DROP
-from mpt.backends.paged_backend import PagedBackend
+from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.config import MPTConfig
 from mpt.model import MPTForCausalLM
 
@@ -19,6 +21,7 @@ STORYWRITER = {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}
 def run(bench: Bench) -> None:
     model = bench.model()
     bench.measure("decode", lambda: decode(bench, model))
+    bench.measure("guesses", lambda: guesses(bench, model))
     bench.measure("prefill", lambda: prefill(bench, model))
     longest = bench.scale.book + bench.scale.n_decoded + 8
     storyteller = with_attention(model, STORYWRITER, longest)
@@ -43,6 +46,29 @@ def decode(bench: Bench, model: MPTForCausalLM) -> None:
         share = bench.share(gb_s, "copy_gb_s", "the copy bandwidth, if all keys were read")
         bench.row(f"decode, 1 stream, {context:,} tokens of context", f"{1 / taken:,.1f} tok/s", share)
         del row
+
+
+def guesses(bench: Bench, model: MPTForCausalLM) -> None:
+    """Steps that check guesses beside steps of one token: so many tokens a step must be right for guesses to pay.
+
+    Random weights repeat no text, so what lookup finds cannot be measured with them; what it asks of a step can.
+    """
+    context, n = bench.scale.contexts[0], bench.scale.n_decoded
+    steps = Steps(n_rows=2, n_prompt=bench.scale.chunks[0], context=context + FEW_TOKENS, guesses=True)
+    backend = pool(PagedBackend(model, steps=steps), 2 * (context + FEW_TOKENS))
+    rows = [backend.reserve(None, context + FEW_TOKENS) for _ in range(2)]
+    for number, row in enumerate(rows):
+        read(backend, row, random_text(context, backend.vocab_size, number), bench.scale.chunks[0])
+    found: dict[str, float] = {}
+    for n_rows, n_tokens in ((1, 1), (1, 2), (1, FEW_TOKENS), (2, 1), (2, FEW_TOKENS)):
+        tokens = random_text(n_tokens, backend.vocab_size)
+        work = [Work(row, tokens, n_tokens) for row in rows[:n_rows]]  # the rows end where they began: all is rejected
+        taken = bench.seconds(lambda work=work: backend.forward(work).argmax(-1).tolist(), n)
+        found[f"{n_rows} x {n_tokens}"] = taken
+        bench.note(guesses=found)
+        name = f"a step of {n_rows} row{'s' * (n_rows > 1)} with {n_tokens} token{'s' * (n_tokens > 1)} each"
+        plain = found[f"{n_rows} x 1"]
+        bench.row(name, f"{taken * 1e3:.2f} ms", f"{taken / plain:.2f} times a step of one" if n_tokens > 1 else "")
 
 
 def prefill(bench: Bench, model: MPTForCausalLM) -> None:

@@ -27,7 +27,7 @@ PARTS = (
     Part("right", "kernels beside float64, the backend beside transformers; what is wrong is not measured", 60),
     Part("gpu_tests", "`pytest -m gpu`, in up to eight processes", 110),
     Part("kernel_choices", "products, attention of prompts, decode with other options, block masks", 80),
-    Part("one_stream", "decode at three contexts, prefill of 2,048, the book read and written on", 70, True),
+    Part("one_stream", "decode at three contexts, guesses, prefill of 2,048, the book read and written on", 70, True),
     Part("many_requests", "1, 16 and 64 requests with fresh prompts, top-p, penalties; transformers", 80, True),
     Part("quantised", "steps and a prompt with weights in int8 and 4 bits, beside bfloat16", 70, True),
     Part("sampling", "greedy, top-p, penalties and a grammar's mask at 64 x 50,432", 20),
