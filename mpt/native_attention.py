@@ -61,7 +61,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log of each query's sum of e^score, (H, B * T) float32."""
     B, H, T, _ = q.shape
-    out, lse = _empty(q), torch.empty(H, B * T)
+    out, lse = _empty(q), q.new_empty(H, B * T, dtype=torch.float32)
     heads = {"q": q, "k": k, "v": v, "out": out}
     _run("mpt_documents_forward", heads, lse, pieces, slopes, scale)
     return out, lse
@@ -127,7 +127,8 @@ def _run(name: str, heads: dict[str, Tensor], lse: Tensor, pieces: Tensor, slope
     pieces, slopes = pieces.contiguous(), None if slopes is None else slopes.contiguous()
     longest = max(1, int(pieces[0, 1]))
     n_threads = min(torch.get_num_threads(), len(pieces) * H)
-    scratch = torch.empty(n_threads * library.mpt_documents_scratch_floats(longest, D))
+    n_floats = n_threads * library.mpt_documents_scratch_floats(longest, D)
+    scratch = q.new_empty(n_floats, dtype=torch.float32)
     call = Documents(
         format=FORMATS.index(_FORMAT_OF[q.dtype]), n_heads=H, d_head=D, n_threads=n_threads,
         row_length=T, n_positions=B * T, n_pieces=len(pieces), longest=longest,
