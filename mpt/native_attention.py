@@ -68,7 +68,9 @@ def _attend(
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, pieces: Tensor, slopes: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _shapes(
+    q: Tensor, k: Tensor, v: Tensor, pieces: Tensor, slopes: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     B, H, T, _ = q.shape
     return _empty(q), q.new_empty(H, B * T, dtype=torch.float32)
 
@@ -87,7 +89,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
+def _gradient_shapes(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     pieces: Tensor, slopes: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

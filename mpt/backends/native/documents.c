@@ -354,6 +354,7 @@ static void run(void *context, int thread, int n) {
             clear(call, &call->q_gradient, task), clear(call, &call->k_gradient, task), clear(call, &call->v_gradient, task);
         } else {
             clear(call, &call->out, task);
+            memset(call->lse + task.head * call->n_positions + task.at, 0, sizeof(float) * task.n);
         }
     }
 }
@@ -364,7 +365,7 @@ static void run_all(const Documents *call, int is_backward) {
     on_threads(call->n_threads, run, &all);
 }
 
-/* Fills `out` and `lse`; `out` of padding is 0. */
+/* Fills `out` and `lse`; those of padding are 0. */
 void mpt_documents_forward(const Documents *call) { run_all(call, 0); }
 
 /* Fills the gradients of q, k and v; those of padding are 0. */

@@ -17,7 +17,7 @@ typedef struct {
     const float *slopes;        /* (H) ALiBi, or NULL */
     float scale;
     Heads q, k, v, out;
-    float *lse;                 /* (H, B * T) log of the sum of e^score; of padding, anything */
+    float *lse;                 /* (H, B * T) log of the sum of e^score */
     Heads out_gradient, q_gradient, k_gradient, v_gradient; /* of the backward pass */
     float *scratch;             /* n_threads times mpt_documents_scratch_floats() */
 } Documents;
