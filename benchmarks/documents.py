@@ -1,6 +1,6 @@
 """Attention within packed documents on CPU, forward and backward: in C beside torch's kernel, in turns.
 
-    python benchmarks/documents.py [--threads 2] [--rounds 30]
+    python benchmarks/documents.py [--threads 1] [--rounds 20]
 
 Prints the median of each in processor milliseconds of all threads, which a neighbour disturbs less than the clock, and
 their ratio: bfloat16, as many documents of a length as make 1,800 tokens.
