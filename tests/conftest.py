@@ -1,5 +1,6 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
+import gc
 import random
 import signal
 from collections.abc import Iterator
@@ -24,8 +25,13 @@ torch.set_num_threads(1)  # tiny models are faster on one thread, and machines t
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(50_000, 10, 10)  # as mpt/command_line.py: else what all tests import is looked through for cycles
     devices.choose(config.option.markexpr)
     _let_children_hear()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported stays, so no test looks for cycles in it
 
 
 def _let_children_hear() -> None:
