@@ -29,6 +29,7 @@ from mpt.generation import generate
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from tests import flash_2
 from tests.in_process import running_engine
 from tests.kernels import needs_interpreter
 
@@ -192,43 +193,12 @@ def test_prompts_read_as_on_cuda_give_the_same_logits(monkeypatch, shape, kernel
         pair.paged._prompts_by = "FlexAttention"
     else:
         pair.paged._prompts_by = "flash-attn 2"
-        monkeypatch.setattr(flash, "flash_2", lambda: flash_attn_varlen_func)
+        monkeypatch.setattr(flash, "flash_2", lambda: flash_2.flash_attn_varlen_func)
     a, b = pair.row(700), pair.row(300)
     pair.step({a: text(1, 300), b: text(2, 20)})
     pair.step({a: text(3, 212), b: text(2, 2)})  # to the end of a page
     pair.step({a: text(4, 17), b: text(5, 200)})
     pair.step({a: [5], b: [6]}, 1)
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    alibi_slopes: Tensor | None,
-    block_table: Tensor,
-) -> Tensor:
-    """As flash-attn 2.8 documents it. q: (tokens, H, D). k, v: (pages, page size, KV heads, D)."""
-    assert causal and block_table.dtype == cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert k.shape[1] % 256 == 0 and k.stride(-1) == v.stride(-1) == 1
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    out = torch.empty_like(q)
-    for row, (start, end) in enumerate(zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)):
-        S, T = int(cu_seqlens_k.diff()[row]), end - start
-        keys, values = (x[block_table[row].long()].flatten(0, 1)[:S].transpose(0, 1) for x in (k, v))
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[0], 0) for x in (keys, values))  # (H, S, D)
-        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
-        scores = q[start:end].transpose(0, 1) @ keys.transpose(-1, -2) * softmax_scale
-        if alibi_slopes is not None:
-            scores = scores - alibi_slopes[:, None, None] * distance.abs()
-        out[start:end] = (scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-    return out
 
 
 class Recorded:
