@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mpt.backends.int8_cache import LEAST, quantize_heads
+from mpt.backends.int8_cache import LEAST, head_bytes, quantize_heads
 from mpt.transfer import to_device
 
 PAGE = 256  # positions
@@ -71,6 +71,11 @@ class Pages:
         scales = torch.zeros(kv.shape[:-1], device=device) if dtype == torch.int8 else None
         return cls(kv, torch.zeros(n_layers, n_pages, n_kv_heads, device=device), scales)
 
+    @staticmethod
+    def position_bytes(n_kv_heads: int, d_head: int, dtype: torch.dtype) -> int:
+        """What keys and values of a position take in one layer, with their scales."""
+        return 2 * n_kv_heads * (head_bytes(d_head) if dtype == torch.int8 else d_head * dtype.itemsize)
+
     def scales_of(self, layer: int) -> Tensor | None:
         return None if self.scales is None else self.scales[layer]
 
@@ -101,6 +106,7 @@ def store(
     D), D contiguous. slots: (N,) int64. scales: (pages, 2, KV heads, PAGE) where kv is int8. triton: None chooses as
     `uses_triton` does.
     """
+    assert (scales is not None) == (kv.dtype == torch.int8), kv.dtype
     N, n_kv, D = k.shape
     more = _MORE if scales is None else _MORE_OF_INT8
     if uses_triton(kv) if triton is None else triton:
@@ -147,6 +153,7 @@ def paged_decode(
     and the GPU.
     """
     assert q.stride(-1) == 1 and block_table.dtype == lengths.dtype == torch.int32
+    assert (scales is not None) == (kv.dtype == torch.int8), kv.dtype
     if not (uses_triton(q) if triton is None else triton):
         return _decode_torch(q, kv, key_norms, block_table, lengths, slopes, scale, drop, scales)
     from mpt.backends import paged_kernels
@@ -360,6 +367,7 @@ def gather(
     kv: one layer. pages: (P,) int64. scales: of int8 pages, whose values are rounded to this dtype. What others left
     behind a row's end may be NaN, which no mask hides in a product.
     """
+    assert (scales is not None) == (kv.dtype == torch.int8), kv.dtype
     both = kv[pages].permute(1, 2, 0, 3, 4)  # (2, KV heads, P, PAGE, D)
     if scales is not None:  # rounded by the product itself: a float32 copy of the prompt would take twice its memory
         factors = scales[pages].permute(1, 2, 0, 3)[..., None]

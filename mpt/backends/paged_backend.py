@@ -36,7 +36,6 @@ from mpt.backends import capabilities, compilations, fused, quantized
 from mpt.backends.backend import Row, Work
 from mpt.backends.flash import FLASH_4_OPTIONS, FlashPrompts, PromptKernel, prompt_kernel
 from mpt.backends.graphs import Graphs, Shape, rows_for, shapes, width_for
-from mpt.backends.int8_cache import head_bytes
 from mpt.backends.packed import PackedModel
 from mpt.backends.paged_attention import (
     DROP,
@@ -109,8 +108,7 @@ class PagedBackend:
         self._n_heads, self._n_kv = attn.n_heads, attn.n_kv_heads  # of this process, where the model is shared out
         self._n_layers, self._d_head = config.n_layers, spec.d_head
         self._stored_dtype = torch.int8 if int8_cache else self._dtype  # of keys and values
-        n_bytes = head_bytes(self._d_head) if int8_cache else self._d_head * weight.itemsize
-        self.bytes_per_token = 2 * self._n_layers * self._n_kv * n_bytes
+        self.bytes_per_token = self._n_layers * Pages.position_bytes(self._n_kv, self._d_head, self._stored_dtype)
         self._scale, self._slopes = spec.scale, model.transformer.alibi_slopes()
         self._triton, self._drop = uses_triton(weight) if triton is None else triton, drop
         self._run: Callable[..., Tensor] = model.transformer.run
