@@ -20,7 +20,7 @@ import mpt
 from benchmarks.gpu_parts.bench import Bench, make_model, pool, random_text, read, weight_bytes
 from mpt.backends import quantized
 from mpt.backends.backend import Work
-from mpt.backends.paged_attention import PAGE, uses_triton
+from mpt.backends.paged_attention import PAGE, Pages, uses_triton
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.command_line import Quantization
 from mpt.model import MPTBlock, MPTForCausalLM
@@ -78,10 +78,13 @@ def check(bench: Bench, name: str, model: nn.Module) -> None:
 
 def cache(bench: Bench, name: str) -> None:
     """Steps over rows at the second context, and how many tokens a gigabyte of the cache holds."""
-    model = bench.model()
-    backend = PagedBackend(model, int8_cache=name == "int8 cache")
-    bench.row(f"{name}, tokens in 1 GB", f"{10**9 // backend.bytes_per_token:,}")
-    speed(bench, name, model, context=bench.scale.contexts[1], counts=bench.scale.streams[:2], baseline=CACHES[0])
+    shape = bench.scale.model
+    heads = shape["n_heads"], shape["d_model"] // shape["n_heads"]
+    n_bytes = shape["n_layers"] * Pages.position_bytes(*heads, torch.int8 if name == "int8 cache" else bench.dtype)
+    bench.row(f"{name}, tokens in 1 GB", f"{10**9 // n_bytes:,}")
+    speed(
+        bench, name, bench.model(), context=bench.scale.contexts[1], counts=bench.scale.streams[:2], baseline=CACHES[0]
+    )
 
 
 def speed(
