@@ -320,6 +320,8 @@ def test_int8_pages_hold_the_numbers_and_scales_of_the_formula(where, dtype) -> 
     k[3], k[4] = 0, k[4] * 1e-4
     k[5, 0] = torch.arange(D) * 0.5
     k[5, 0, -1] = 63.5  # a step is 0.5 then
+    k[7, 0] = 95.0
+    k[7, 0, -1] = 1270  # and 10 here: all the others become 100, which the bound must know
     v[6, 1] = torch.arange(D) + 0.5
     v[6, 1, -1] = 127  # and 1 here
     pages = Pages.empty(1, 4, n_kv, D, torch.int8, device)
