@@ -117,10 +117,8 @@ TORCH = Capabilities(
 PAGED = Capabilities(
     what="a model that this process computes on a GPU",
     options=Fields(
-        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "adapters", "named_adapters"},
+        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "kv_cache", "adapters", "named_adapters"},
         {
-            "kv_cache": "an int8 KV cache is for bfloat16 models computed on CPU in this process; give "
-            "`--dtype bfloat16 --device cpu`, or leave `--kv-cache` out",
             "draft": _EXACT_ONLY,
             "tensor_parallel": "the model is shared over processes then",
         },

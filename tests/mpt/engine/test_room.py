@@ -53,7 +53,7 @@ def test_a_draft_takes_memory_too(large: Path) -> None:
 def test_rounded_weights_take_what_they_are_packed_in(large: Path, device, monkeypatch) -> None:
     """int8: a byte each, and the embedding, which is the head too, in bfloat16 beside. int4: 18 bytes for 32."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
-    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head, int8_cache: ("FlexAttention", None))
     found = {kind: room_for("m", ModelOptions(str(large), device=device, quantize=kind)) for kind in ("int8", "int4")}
     n = WEIGHTS / 4
     assert {room.device for room in found.values()} == {device}
