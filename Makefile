@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup serve cluster test check format tiny bench llama peers triton clients lowest promtool clean
+EXTRAS ?= dev
+
+.PHONY: setup serve cluster test check types packages format tiny bench llama peers triton clients lowest promtool clean
 
 setup: $(READY)
 
 # pip says what it collects and shows a bar for each download: minutes of silence look like a command that hangs.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $(READY)
 
 serve: setup  ## the four mpt-tiny models on http://127.0.0.1:8000
@@ -27,9 +29,14 @@ test: setup  ## everything that needs no GPU and no network
 check: setup promtool  ## format, lint, types, every manifest of k8s/ against its schema, and what pip would install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs=2 --output-sync=line types packages
+
+# Side by side: mypy takes one core, and what pip would install waits for the index.
+types: setup
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/k8s
-	$(BIN)/python -m pytest -m index -rs -n 2 --dist loadfile tests/test_install.py tests/test_wheel.py
+
+packages: setup promtool
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -rs -n 2 --dist loadfile tests/k8s tests/test_install.py tests/test_wheel.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mpt import native_attention
 from mpt.flash_2 import flash_2, why_no_flash_2
 
 if TYPE_CHECKING:
@@ -207,16 +208,20 @@ def _attend_past(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | N
     return _merge(left, left_lse, own, own_lse)
 
 
-DocumentsKernel = Literal["torch", "FlexAttention", "flash-attn 2"]
+DocumentsKernel = Literal["torch", "C", "FlexAttention", "flash-attn 2"]
 
 
 def documents_kernel(device: torch.device, dtype: torch.dtype, d_head: int) -> tuple[DocumentsKernel, str | None]:
     """What attends within packed documents there, and why nothing faster does. dtype: of queries, keys and values.
 
-    The wish for speed is flash-attn 2 on Ampere and Ada (compute capability 8), FlexAttention on every other GPU.
+    The wish for speed is C on CPU, flash-attn 2 on Ampere and Ada (compute capability 8), FlexAttention on every other
+    GPU.
     """
     if not takes_flex(device):
-        return "torch", None
+        if device.type != "cpu":
+            return "torch", None
+        why_not = native_attention.why_not_native(dtype, d_head)
+        return ("torch", why_not) if why_not else ("C", None)
     if dtype not in (torch.float16, torch.bfloat16):
         return "FlexAttention", f"flash-attn is for bfloat16 and float16, and attention is in {str(dtype)[6:]} here"
     if torch.cuda.get_device_capability(device)[0] != 8:
@@ -245,8 +250,11 @@ class Documents:
             self._ends = _ends(sequence_id)
         elif self._kernel == "FlexAttention":
             self._sight = see(T, T, sequence_id.device, first_key=_first_keys(sequence_id))
+        elif self._kernel == "C":
+            self._pieces = native_attention.pieces(*_documents(sequence_id))
         else:
-            self._lengths, self._is_padding = _documents(sequence_id)
+            _, lengths, is_padding = _documents(sequence_id)
+            self._lengths, self._is_padding = lengths.tolist(), is_padding.tolist()
             self._bias = None if slopes is None else alibi_bias(slopes, max(self._lengths))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -255,6 +263,10 @@ class Documents:
             return self._attend_by_flash(q, k, v)
         if self._kernel == "FlexAttention":
             return _flex(q, k, v, self._scale, self._slopes, self._sight)
+        if self._kernel == "C":
+            if k.shape[1] != q.shape[1]:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            return native_attention.attend(q, k, v, self._pieces, self._slopes, self._scale)
         # Rows are laid end to end and split at the borders once: a slice per document would cost each backward a
         # zero-filled copy of the whole batch (measured: 14 times slower for 64 documents).
         B, H, T, D = q.shape
@@ -329,11 +341,11 @@ def _merge(left: Tensor, left_lse: Tensor, right: Tensor, right_lse: Tensor) -> 
     return (left * (left_lse - total).exp()[..., None] + right * (right_lse - total).exp()[..., None]).to(left.dtype)
 
 
-def _documents(sequence_id: Tensor) -> tuple[list[int], list[bool]]:
-    """Length of each run of one document, rows end to end, and whether it is padding (-1)."""
+def _documents(sequence_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First position and length of each run of one document, rows end to end, and whether it is padding (-1)."""
     first = _begins(sequence_id).flatten().nonzero().flatten()  # (runs,)
     lengths = torch.diff(first, append=first.new_tensor([sequence_id.numel()]))
-    return lengths.tolist(), (sequence_id.flatten()[first] < 0).tolist()
+    return first, lengths, sequence_id.flatten()[first] < 0
 
 
 def _begins(sequence_id: Tensor) -> Tensor:

@@ -46,9 +46,7 @@ ThreadsOption = Annotated[
 ]
 KVCacheOption = Annotated[
     KVCache,
-    typer.Option(
-        help="Precision of the KV cache; `auto` is the weights', `int8` holds nearly twice the tokens, on CPU."
-    ),
+    typer.Option(help="Precision of the KV cache; `auto` is the weights', `int8` holds nearly twice the tokens."),
 ]
 KeyOption = Annotated[str | None, typer.Option(envvar="MPT_API_KEY", help="Key for the server.", show_default=False)]
 

@@ -1,5 +1,6 @@
 """What every test shares: how torch runs, and a small real model with its tokenizer, made on the spot."""
 
+import gc
 import random
 import signal
 from collections.abc import Iterator
@@ -24,8 +25,13 @@ torch.set_num_threads(1)  # tiny models are faster on one thread, and machines t
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(50_000, 10, 10)  # as mpt/command_line.py: else what all tests import is looked through for cycles
     devices.choose(config.option.markexpr)
     _let_children_hear()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported stays, so no test looks for cycles in it
 
 
 def _let_children_hear() -> None:
@@ -62,12 +68,20 @@ def byte_tokenizer() -> RawTokenizer:
 
 # Files that start a Ray. One process has them all: two that start at once on two cores wait longer than Ray waits.
 ON_RAY = ("serving/cluster/test_cluster.py", "serving/test_acceptance.py", "serving/cluster/test_deaths.py")
+# Files that ask `real_server` of demos/conftest.py, which loads five models. One process has them all, and starts one.
+ON_REAL_SERVER = (
+    "demos/test_chat_browser.py",
+    "demos/test_chat_presenter.py",
+    "demos/test_instruct_browser.py",
+    "demos/test_space.py",
+    "demos/test_storywriter_browser.py",
+)
 # Files that take longest, the longest first: handed out first, they leave no process waiting for another at the end.
 LONGEST = (
     *ON_RAY,
     "training/test_distributed.py",
     "training/test_loop.py",
-    "demos/test_chat_browser.py",
+    *ON_REAL_SERVER,
     "benchmarks/test_engine_ladder.py",
     "serving/test_server.py",
     "mpt/backends/test_sharded_backend.py",
@@ -79,11 +93,11 @@ LONGEST = (
 
 
 class _FilesTogether(LoadFileScheduling):
-    """`--dist loadfile`, with the files of ON_RAY as one."""
+    """`--dist loadfile`, with the files of ON_RAY as one, and those of ON_REAL_SERVER."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "Ray" if file.removeprefix("tests/") in ON_RAY else file
+        return next((group[0] for group in (ON_RAY, ON_REAL_SERVER) if file.removeprefix("tests/") in group), file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:

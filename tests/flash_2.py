@@ -1,4 +1,4 @@
-"""A stand-in for flash-attn 2 where there is no GPU: its attention over rows laid end to end, by the formula."""
+"""A stand-in for flash-attn 2 where there is no GPU: its attention over rows or pages, by the formula."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -21,19 +21,33 @@ def flash_attn_varlen_func(
     softmax_scale: float,
     causal: bool,
     alibi_slopes: Tensor | None,
-    deterministic: bool,
+    deterministic: bool = False,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """As flash-attn 2.8 documents it, with gradients. q: (tokens, H, D). k, v: (tokens, KV heads, D)."""
-    assert causal and deterministic and q.dtype == k.dtype == v.dtype
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
-    assert all(x.stride(-1) == 1 for x in (q, k, v)) and len(q) == len(k) == len(v) == cu_seqlens_q[-1]
-    assert max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max() and cu_seqlens_q.diff().min() > 0
+    """As flash-attn 2.8 documents it, with gradients. q: (tokens, H, D).
+
+    k, v: (tokens, KV heads, D); with a block table (pages, page size, KV heads, D).
+    """
+    n_q, n_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert k.stride(-1) == v.stride(-1) == 1
+    if block_table is None:  # documents of training, each attends to itself
+        assert deterministic and q.dtype == k.dtype == v.dtype and q.stride(-1) == 1
+        assert len(q) == len(k) == len(v) == cu_seqlens_q[-1] and torch.equal(n_q, n_k) and n_q.min() > 0
+        assert max_seqlen_q == max_seqlen_k >= n_q.max()
+    else:
+        assert block_table.dtype == torch.int32 and k.shape[1] % 256 == 0
+        assert max_seqlen_q == n_q.max() and max_seqlen_k == n_k.max()
     rows = []
-    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
-        queries, keys, values = (x[start:end].transpose(0, 1) for x in (q, k, v))
-        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))  # (H, S, D)
-        scores = (queries @ keys.transpose(-1, -2)).float() * softmax_scale
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+    for row, (T, S) in enumerate(zip(n_q.tolist(), n_k.tolist(), strict=True)):
+        at = int(cu_seqlens_q[row])
+        if block_table is None:
+            keys, values = k[at : at + T], v[at : at + T]
+        else:
+            keys, values = (x[block_table[row].long()].flatten(0, 1)[:S] for x in (k, v))
+        keys, values = (x.transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (keys, values))
+        scores = (q[at : at + T].transpose(0, 1) @ keys.transpose(-1, -2)).float() * softmax_scale  # (H, T, S)
+        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
         if alibi_slopes is not None:
             scores = scores - alibi_slopes[:, None, None] * distance.abs()
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)

@@ -71,8 +71,8 @@ def _compile(model: MPTForCausalLM, device: torch.device) -> None:
     if is_cuda:
         attention.allow_variants()
     for block in model.transformer.blocks:
-        # On CPU each batch has documents of other lengths: torch compiles for 8, warns, and goes on without. There
-        # `fullgraph`, which makes an error of what cannot be compiled whole, would make one of that too.
+        # Where torch attends on CPU each batch has documents of other lengths: it compiles for 8, warns, and goes on
+        # without. `fullgraph`, which makes an error of what cannot be compiled whole, would make one of that too.
         block.forward = torch.compile(block.forward, fullgraph=is_cuda)
 
 

@@ -32,6 +32,7 @@ _KEPT = {
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.mpt.documents.default,  # mpt/native_attention.py, which mpt.model imports
     torch.ops.higher_order.flex_attention,  # in a block that is compiled whole
     torch.ops.higher_order.inductor_compiled_code,  # in one that is not, see `_compiled_flex` in mpt/attention.py
 }

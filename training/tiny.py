@@ -84,8 +84,13 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
     if not (Path(base) / MANIFEST).is_file():
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
-        first = recipes.mpt_tiny_instruct_first(out("mpt-tiny-instruct-first"), base, str(_tokenizer_apart(work)))
-        return [first, recipes.mpt_tiny_instruct(out(name), model("mpt-tiny-instruct-first"))]
+        first, second, third = (f"{name}-{stage}" for stage in ("first", "second", "third"))
+        return [
+            recipes.mpt_tiny_instruct_first(out(first), base, str(_tokenizer_apart(work))),
+            recipes.mpt_tiny_instruct_second(out(second), model(first)),
+            recipes.mpt_tiny_instruct_third(out(third), model(second)),
+            recipes.mpt_tiny_instruct(out(name), model(third)),
+        ]
     if name == "mpt-tiny-chat":
         first = recipes.mpt_tiny_chat_first(out("mpt-tiny-chat-first"), base)
         return [first, recipes.mpt_tiny_chat(out(name), model("mpt-tiny-chat-first"))]
@@ -213,7 +218,9 @@ _STAGES = {  # in the order they are trained
     "mpt-tiny-copying": "first stage of the base: short copies",
     "mpt-tiny": "continues text",
     "mpt-tiny-instruct-first": "first stage: short YAML to JSON",
-    "mpt-tiny-instruct": "last stage: documents of every length",
+    "mpt-tiny-instruct-second": "second stage: documents of up to 24 values",
+    "mpt-tiny-instruct-third": "third stage: up to 44 values, hard in one thing each",
+    "mpt-tiny-instruct": "last stage: the same with longer ones, at a falling rate",
     "mpt-tiny-chat-first": "first stage: short conversations",
     "mpt-tiny-chat": "a short conversation, and calls of two functions",
     "mpt-tiny-storywriter": "prose at 65,536 tokens",

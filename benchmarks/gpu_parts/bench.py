@@ -265,7 +265,7 @@ def prompt_attention(
     q: (T, H, D). pages: of one layer. numbers: the row's pages, which hold `stored` positions with these T.
     """
     prompts = Prompts([Part(0, len(q), stored, numbers)], slopes, scale, q.device)
-    return lambda: prompts.attend(q.transpose(0, 1), pages.kv[0], pages.key_norms[0])
+    return lambda: prompts.attend(q.transpose(0, 1), pages.kv[0], pages.key_norms[0], pages.scales_of(0))
 
 
 def random_text(n: int, n_vocab: int, seed: object = 0) -> list[int]:

@@ -1,8 +1,9 @@
 """Which way of computing is the fastest on this card: figures to choose kernels and their options by.
 
 Not a goal among them: the products of each matrix at several numbers of tokens, the decode kernel with more and fewer
-splits, FlexAttention with other options, how long a block mask takes, and whether torch's own flash-attention takes
-ALiBi's slopes. Times are of the GPU alone; variants of one thing are compared in what they compute, too.
+splits and over int8 pages, FlexAttention with other options, how long a block mask takes, and whether torch's own
+flash-attention takes ALiBi's slopes. Times are of the GPU alone; variants of one thing are compared in what they
+compute, too.
 """
 
 import time
@@ -15,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from benchmarks.gpu_parts.bench import Bench, largest_difference, prompt_attention
 from mpt import attention
+from mpt.backends.int8_cache import head_bytes
 from mpt.backends.paged_attention import DROP, PAGE, Pages, paged_decode, store
 
 SPLITS = (1, 4, 8, 16, 32, 64)
@@ -201,10 +203,10 @@ def causal_blocks(T: int, S: int, past: Tensor) -> BlockMask:
 
 
 def decode(bench: Bench, B: int, S: int) -> None:
-    """The decode kernel with more and fewer splits, leaving out pages of no weight or none."""
+    """The decode kernel with more and fewer splits and over int8 pages, leaving out pages of no weight or none."""
     H, D = heads(bench)
     P = -(-S // PAGE)
-    pages = Pages.empty(1, B * P + 1, H, D, bench.dtype, bench.device)
+    pages, in_int8 = (Pages.empty(1, B * P + 1, H, D, dtype, bench.device) for dtype in (bench.dtype, torch.int8))
     table = torch.arange(1, B * P + 1, device=bench.device, dtype=torch.int32).view(B, P)
     lengths = torch.full((B,), S, dtype=torch.int32, device=bench.device)
     slopes = attention.alibi_slopes(H, ALIBI_MAX).to(bench.device)
@@ -212,23 +214,26 @@ def decode(bench: Bench, B: int, S: int) -> None:
         k, v = torch.randn(2, S, H, D, device=bench.device).to(bench.dtype)
         position = torch.arange(S, device=bench.device)
         slots = table[row].long()[position // PAGE] * PAGE + position % PAGE
-        store(pages.kv[0], pages.key_norms[0], k, v, slots)
+        for pool in (pages, in_int8):
+            store(pool.kv[0], pool.key_norms[0], k, v, slots, scales=pool.scales_of(0))
     q = torch.randn(B, 1, H, D, device=bench.device).to(bench.dtype)
-    n_bytes = 2 * B * S * H * D * q.element_size()
     expected: Tensor | None = None
     for drop in (0.0, DROP):
-        for n_splits in (None, *SPLITS):
+        for pool, n_splits in ((pages, None), *((pages, n) for n in SPLITS), (in_int8, None)):
 
-            def attend(drop: float = drop, n_splits: int | None = n_splits) -> Tensor:
+            def attend(pool: Pages = pool, drop: float = drop, n_splits: int | None = n_splits) -> Tensor:
                 return paged_decode(
-                    q, pages.kv[0], pages.key_norms[0], table, lengths, slopes, D**-0.5, drop=drop, n_splits=n_splits
-                )
+                    q, pool.kv[0], pool.key_norms[0], table, lengths, slopes, D**-0.5,
+                    scales=pool.scales_of(0), drop=drop, n_splits=n_splits,
+                )  # fmt: skip
 
             out = attend()
             expected = out if expected is None else expected
             seconds, off = bench.kernel_seconds(attend), largest_difference(out, expected)
+            n_bytes = 2 * B * S * H * (head_bytes(D) if pool is in_int8 else D * q.element_size())
             splits = "the product's splits" if n_splits is None else f"{n_splits} splits"
-            key = f"{B} rows of {S:,}, {splits}" + (", pages left out" if drop else "")
+            key = f"{B} rows of {S:,}, {splits}" + (", int8" if pool is in_int8 else "")
+            key += ", pages left out" if drop else ""
             note(bench, "decode", key, {"seconds": seconds, "gb_s": n_bytes / seconds / 1e9, "off": off})
             bench.row(
                 f"decode, {key}", f"{seconds * 1e6:,.1f} us, {n_bytes / seconds / 1e9:,.0f} GB/s if all were read",

@@ -29,7 +29,9 @@ PARTS = (
     Part("kernel_choices", "products, attention of prompts, decode with other options, block masks", 80),
     Part("one_stream", "decode at three contexts, guesses, prefill of 2,048, the book read and written on", 70, True),
     Part("many_requests", "1, 16 and 64 requests with fresh prompts, top-p, penalties; transformers", 80, True),
-    Part("quantised", "steps and a prompt with weights in int8 and 4 bits, beside bfloat16", 70, True),
+    Part(
+        "quantised", "steps and a prompt with weights in int8 and 4 bits or a cache in int8, beside bfloat16", 85, True
+    ),
     Part("sampling", "greedy, top-p, penalties and a grammar's mask at 64 x 50,432", 20),
     Part("cold_start", "process to first token, the longest step from 1 to 64 streams, empty caches", 60, True, True),
     Part("training_right", "training, the same again, resumed, FSDP2 on a mesh of one", 60),

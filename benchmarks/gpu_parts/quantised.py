@@ -1,12 +1,15 @@
-"""Weights in int8 and 4 bits beside bfloat16: are their kernels right on this card, and how fast are steps with them?
+"""Weights in int8 and 4 bits, and a KV cache in int8, beside bfloat16: how fast are steps with them, and are the
+kernels of the weights right on this card? Those of the cache are `right.py`'s.
 
 Rounded by the product's own loader: one block and the embedding, from a checkpoint of one layer. The other layers have
-copies of that block, so that every step reads as many bytes as it would of a real model. Rows are at a short context.
+copies of that block, so that every step reads as many bytes as it would of a real model. Rows are at a short context;
+both caches are compared at a longer one.
 """
 
 import copy
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -17,12 +20,13 @@ import mpt
 from benchmarks.gpu_parts.bench import Bench, make_model, pool, random_text, read, weight_bytes
 from mpt.backends import quantized
 from mpt.backends.backend import Work
-from mpt.backends.paged_attention import PAGE, uses_triton
+from mpt.backends.paged_attention import PAGE, Pages, uses_triton
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.command_line import Quantization
 from mpt.model import MPTBlock, MPTForCausalLM
 from mpt.packed.layers import PackedEmbedding, PackedLinear, packed_bytes
 
+CACHES = ("bfloat16 cache", "int8 cache")
 N_ROWS = (1, 3, 16, 40, 100)  # of inputs, one for each kernel and more
 TOLERANCE = 2**-6  # of the largest output: weights, where they are unpacked, and outputs are rounded to bfloat16
 
@@ -31,6 +35,8 @@ def run(bench: Bench) -> None:
     bench.measure("bfloat16", lambda: speed(bench, "bfloat16", bench.model()))
     for name in get_args(Quantization):
         bench.measure(name, lambda name=name: speed(bench, name, rounded(bench, name)))
+    for name in CACHES:
+        bench.measure(name, lambda name=name: cache(bench, name))
 
 
 def rounded(bench: Bench, name: Quantization) -> MPTForCausalLM:
@@ -70,12 +76,32 @@ def check(bench: Bench, name: str, model: nn.Module) -> None:
     assert worst < TOLERANCE, f"{name}: products are {worst} of the largest off, at most {TOLERANCE} was expected"
 
 
-def speed(bench: Bench, name: str, model: MPTForCausalLM) -> None:
-    """Steps of one row and of several, and a prompt."""
-    n, context, prefill = bench.scale.n_decoded, bench.scale.contexts[0], bench.scale.prefill
-    counts = (1, *bench.scale.streams[1:])
+def cache(bench: Bench, name: str) -> None:
+    """Steps over rows at the second context, and how many tokens a gigabyte of the cache holds."""
+    shape = bench.scale.model
+    heads = shape["n_heads"], shape["d_model"] // shape["n_heads"]
+    n_bytes = shape["n_layers"] * Pages.position_bytes(*heads, torch.int8 if name == "int8 cache" else bench.dtype)
+    bench.row(f"{name}, tokens in 1 GB", f"{10**9 // n_bytes:,}")
+    speed(
+        bench, name, bench.model(), context=bench.scale.contexts[1], counts=bench.scale.streams[:2], baseline=CACHES[0]
+    )
+
+
+def speed(
+    bench: Bench,
+    name: str,
+    model: MPTForCausalLM,
+    *,
+    context: int | None = None,
+    counts: Sequence[int] | None = None,
+    baseline: str = "bfloat16",
+) -> None:
+    """Steps of one row and of several, and a prompt. name, baseline: of what is measured, and of what it is beside."""
+    n, prefill = bench.scale.n_decoded, bench.scale.prefill
+    context, counts = context or bench.scale.contexts[0], counts or bench.scale.streams
     steps = Steps(max(counts), prefill, max(prefill, context + n + 4))
-    backend = pool(PagedBackend(model, steps=steps), max(counts) * (context + n + PAGE) + prefill)
+    backend = PagedBackend(model, steps=steps, int8_cache=name == "int8 cache")
+    pool(backend, max(counts) * (context + n + PAGE) + prefill)
     read_bytes = weight_bytes(model) + packed_bytes(model)
     if isinstance(model.lm_head, PackedLinear) and not isinstance(model.transformer.wte, PackedEmbedding):
         read_bytes -= model.transformer.wte.weight.nbytes  # of which a step reads a row
@@ -94,11 +120,11 @@ def speed(bench: Bench, name: str, model: MPTForCausalLM) -> None:
         bench.sync()
         taken = (time.perf_counter() - started) / n
         found[str(count)] = {"seconds": taken, "tok_s": count / taken, "gb_s": read_bytes / taken / 1e9}
-        plain = bench.found.get("speeds", {}).get("bfloat16", {}).get(str(count))
+        plain = bench.found.get("speeds", {}).get(baseline, {}).get(str(count))
         beside = ""
-        if plain is not None and name != "bfloat16":
+        if plain is not None and name != baseline:
             found[str(count)]["times_bfloat16"] = plain["seconds"] / taken
-            beside = f"{plain['seconds'] / taken:.2f} times bfloat16; "
+            beside = f"{plain['seconds'] / taken:.2f} times {baseline}; "
         share = bench.share(found[str(count)]["gb_s"], "copy_gb_s", "the copy bandwidth, in weights alone")
         bench.row(f"{name}, {count} rows", f"{taken * 1e3:.2f} ms a step, {count / taken:,.1f} tok/s", beside + share)
         bench.note(speeds=bench.found.get("speeds", {}) | {name: found})

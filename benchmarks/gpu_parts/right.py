@@ -23,6 +23,7 @@ from benchmarks.gpu_parts.bench import (
 )  # fmt: skip
 from mpt import attention
 from mpt.backends.backend import Work
+from mpt.backends.int8_cache import quantize_heads
 from mpt.backends.paged_attention import PAGE, Pages, paged_decode, store
 from mpt.backends.paged_backend import PagedBackend
 
@@ -51,19 +52,26 @@ def check_kernels(bench: Bench) -> None:
         for H, n_kv, D, alibi in SHAPES:
             _check_one(bench, worst, dtype, (H, n_kv, D), alibi)
             bench.note(kernels=worst)
+    _check_one(bench, worst, bench.dtype, (2, 2, 128), alibi=True, int8=True)
     for name, error in worst.items():
         bench.row(name, f"{error:.1e} off", "the formula in float64, at most")
 
 
 def _check_one(
-    bench: Bench, worst: dict[str, float], dtype: torch.dtype, shape: tuple[int, int, int], alibi: bool
+    bench: Bench,
+    worst: dict[str, float],
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    alibi: bool,
+    int8: bool = False,
 ) -> None:
     (H, n_kv, D), device = shape, bench.device
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") + (" over int8 pages" if int8 else "")
     slopes = attention.alibi_slopes(H).to(device) if alibi else None
     lengths = [1000, 1, 257, 600]
-    pages = Pages.empty(1, 20, n_kv, D, dtype, device)
-    pages.kv.fill_(torch.nan)  # what was not written must not be read
+    pages = Pages.empty(1, 20, n_kv, D, torch.int8 if int8 else dtype, device)
+    scales = pages.scales_of(0)
+    (pages.kv if scales is None else scales).fill_(torch.nan)  # what was not written must not be read
     numbers = torch.randperm(19).add(1).tolist()
     table = torch.zeros(len(lengths), 4, dtype=torch.int32, device=device)
     keys = []
@@ -73,12 +81,15 @@ def _check_one(
         mine, numbers = torch.tensor(numbers[:n_pages]), numbers[n_pages:]
         k, v = torch.randn(2, n, n_kv, D).to(device, dtype)
         slots = (mine[torch.arange(n) // PAGE] * PAGE + torch.arange(n) % PAGE).to(device)
-        store(pages.kv[0], pages.key_norms[0], k, v, slots)
-        keys.append((k, v))
+        store(pages.kv[0], pages.key_norms[0], k, v, slots, scales=scales)
+        keys.append((k, v) if scales is None else (_eight_bits(k), _eight_bits(v)))
+        if scales is not None:
+            of_keys = pages.kv[0, slots // PAGE, 0, :, slots % PAGE] * scales[slots // PAGE, 0, :, slots % PAGE, None]
+            assert torch.equal(of_keys, keys[-1][0]), f"{name}: other numbers are stored than on a CPU"
     length = torch.tensor(lengths, dtype=torch.int32, device=device)
     for T in (1, 16):
         q = torch.randn(len(lengths), T, H, D).to(device, dtype)
-        out = paged_decode(q, pages.kv[0], pages.key_norms[0], table, length, slopes, D**-0.5)
+        out = paged_decode(q, pages.kv[0], pages.key_norms[0], table, length, slopes, D**-0.5, scales=scales)
         for row, (k, v) in enumerate(keys):
             real = min(T, lengths[row])
             expected = formula(q[row, -real:], k, v, slopes, D**-0.5)
@@ -89,6 +100,12 @@ def _check_one(
     numbers = table[0, : -(-lengths[0] // PAGE)].tolist()
     out = prompt_attention(q, pages, numbers, lengths[0], slopes, D**-0.5)()
     _judge(worst, f"prefill {name}", out, formula(q, *keys[0], slopes, D**-0.5), TOLERANCE[dtype])
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    """The values that the int8 cache on a CPU has for x, float32."""
+    numbers, scales = quantize_heads(x.cpu())
+    return (numbers * scales[..., None]).to(x.device)
 
 
 def _judge(worst: dict[str, float], what: str, found: Tensor, expected: Tensor, allowed: float) -> None:

@@ -118,10 +118,8 @@ TORCH = Capabilities(
 PAGED = Capabilities(
     what="a model that this process computes on a GPU",
     options=Fields(
-        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "draft", "adapters", "named_adapters"},
+        _ENGINE_OPTIONS | _ON_DISK | {"quantize", "kv_cache", "draft", "adapters", "named_adapters"},
         {
-            "kv_cache": "an int8 KV cache is for bfloat16 models computed on CPU in this process; give "
-            "`--dtype bfloat16 --device cpu`, or leave `--kv-cache` out",
             "tensor_parallel": "the model is shared over processes then",
         },
     ),

@@ -133,7 +133,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
             model = load(folder, dtype=choice.dtype, device=choice.device)
         else:
             model = quantized.load(folder, options.quantize, choice.dtype, choice.device)
-        return PagedBackend(model, steps=steps)
+        return PagedBackend(model, steps=steps, int8_cache=options.kv_cache == "int8")
     pack = None
     if choice.stay_packed:  # packed anew only for C, which multiplies with blocks in bfloat16 models
         pack = rounding.in_blocks if choice.dtype == torch.bfloat16 else as_it_lies
@@ -186,12 +186,10 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     if options.quantize is not None:  # which rounds the real values
         packed = packed_as = rounding.KINDS if options.quantize == "int4" else ()
     int8_weights, int8_cache = options.quantize == "int8", options.kv_cache == "int8"
-    if (options.quantize or int8_cache) and dtype != torch.bfloat16:
-        flag, value = ("--quantize", options.quantize) if options.quantize else ("--kv-cache", "int8")
-        raise UserError(
-            f"`{flag} {value}` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
-            f"`--dtype bfloat16`, or leave `{flag}` out"
-        )
+    if options.quantize:
+        _check_bfloat16(dtype, options, "--quantize", options.quantize)
+    if int8_cache:
+        _check_bfloat16(dtype, options, "--kv-cache", "int8")
     _check_groups(config, options)
     facts = ModelFacts(dtype=dtype, device="cpu", int8_weights=int8_weights, is_shared=False, packed=packed_as)
     why_not = why_no_step(config, **facts)
@@ -214,7 +212,7 @@ def _torch(folder: Path, config: MPTConfig, options: ModelOptions) -> Choice:
     return Choice(
         backend="torch",
         device="cpu",
-        precision=precision + (", int8 KV cache" if int8_cache else ""),
+        precision=precision + _cache(options),
         steps=(replace(few, kind="one token"), few, prompt, _draw("cpu")),
         capabilities=replace(capabilities.TORCH, exact_guesses=few.runs != "torch"),
         dtype=dtype,
@@ -227,15 +225,19 @@ def _paged(folder: Path, options: ModelOptions) -> Choice:
     config = read_config(folder)
     dtype = _dtype(folder, config, options, "cuda")
     _check_groups(config, options)
-    few, prompt = _over_pages(config, dtype)
+    int8_cache = options.kv_cache == "int8"
+    if int8_cache:
+        _check_bfloat16(dtype, options, "--kv-cache", "int8")
+    few, prompt = _over_pages(config, dtype, int8_cache=int8_cache)
     captured = f"{few.runs} inside CUDA graphs"
     one = replace(few, kind="one token", runs=captured)
     if options.is_told_to_guess:
         few = replace(few, runs=captured)
+    precision = f"{options.quantize} weights, {_name(dtype)}" if options.quantize else _name(dtype)
     return Choice(
         backend="paged",
         device="cuda",
-        precision=f"{options.quantize} weights, {_name(dtype)}" if options.quantize else _name(dtype),
+        precision=precision + _cache(options),
         steps=(one, few, prompt, _draw("cuda")),
         capabilities=capabilities.PAGED,
         dtype=dtype,
@@ -262,13 +264,13 @@ def _sharded(folder: Path, config: MPTConfig, options: ModelOptions, device: str
     )
 
 
-def _over_pages(config: MPTConfig, dtype: torch.dtype) -> tuple[Step, Step]:
+def _over_pages(config: MPTConfig, dtype: torch.dtype, *, int8_cache: bool = False) -> tuple[Step, Step]:
     """What runs steps of few tokens and prompts over a cache in pages on CUDA."""
     from mpt.backends.flash import prompt_kernel
     from mpt.backends.paged_attention import has_triton
 
     few = Step("few tokens", "Triton") if has_triton() else Step("few tokens", "torch", "Triton is not installed")
-    return few, Step("prompt", *prompt_kernel(dtype, AttentionSpec.of(config).d_head))
+    return few, Step("prompt", *prompt_kernel(dtype, AttentionSpec.of(config).d_head, int8_cache=int8_cache))
 
 
 def _onnx(folder: Path, options: ModelOptions) -> Choice:
@@ -344,6 +346,15 @@ def _check_groups(config: MPTConfig, options: ModelOptions) -> None:
             rounding.check_rows(matrix, n_in)
 
 
+def _check_bfloat16(dtype: torch.dtype, options: ModelOptions, flag: str, value: str) -> None:
+    """Raises UserError for another dtype, which this option is not made for."""
+    if dtype != torch.bfloat16:
+        raise UserError(
+            f"`{flag} {value}` is for models computed in bfloat16, and this one is asked for in {options.dtype}; give "
+            f"`--dtype bfloat16`, or leave `{flag}` out"
+        )
+
+
 def _dtype(folder: Path, config: MPTConfig, options: ModelOptions, device: str) -> torch.dtype:
     """What was asked for; else bfloat16 beside int8 and beside packed weights, unless a GPU's config says another; else
     what the checkpoint stores."""
@@ -370,6 +381,10 @@ def _draw(device: str) -> Step:
     except Unavailable as reason:
         return Step("draw", "torch", str(reason))
     return Step("draw", "C")
+
+
+def _cache(options: ModelOptions) -> str:
+    return ", int8 KV cache" if options.kv_cache == "int8" else ""
 
 
 def _name(dtype: torch.dtype) -> str:

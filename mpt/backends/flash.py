@@ -26,7 +26,7 @@ FLASH_4_OPTIONS = {"BACKEND": "FLASH"}
 _ALIKE = 0.03  # what 16 bits of another kernel may differ by, on values of size 1
 
 
-def prompt_kernel(dtype: torch.dtype, d_head: int) -> tuple[PromptKernel, str | None]:
+def prompt_kernel(dtype: torch.dtype, d_head: int, *, int8_cache: bool = False) -> tuple[PromptKernel, str | None]:
     """What reads the prompts of such a model on this machine's GPU, and why nothing faster does.
 
     The wish for speed is flash-attn 2 up to Ampere and Ada; from Hopper on it is behind FlexAttention, and flash-attn 4
@@ -38,6 +38,8 @@ def prompt_kernel(dtype: torch.dtype, d_head: int) -> tuple[PromptKernel, str | 
     if capability < (8, 0):
         return "FlexAttention", f"flash-attn is for compute capability 8.0 and later, and this GPU has {capability}"
     if capability < (9, 0):
+        if int8_cache:
+            return "FlexAttention", "flash-attn 2 reads pages where they lie, and these are int8"
         why_not = why_no_flash_2(d_head)
         return ("FlexAttention", why_not) if why_not else ("flash-attn 2", None)
     if not is_installed("flash_attn.cute"):
@@ -97,8 +99,9 @@ class FlashPrompts:
         tokens = np.concatenate([np.arange(part.start, part.start + part.n_tokens) for part in parts])
         self.tokens = to_device(tokens, device)
 
-    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor) -> Tensor:
-        """As `Prompts.attend`."""
+    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor, scales: Tensor | None = None) -> Tensor:
+        """As `Prompts.attend`, in the queries' dtype alone."""
+        assert scales is None
         k, v = kv.transpose(2, 3).unbind(1)  # (pages, PAGE, KV heads, D) each
         return self._kernel(
             q.transpose(0, 1)[self.tokens], k, v, *self._ends, *self._longest,

@@ -1,7 +1,9 @@
-"""A layer of a row's KV cache in int8, each head's numbers at a position with a scale of their own: half the bytes.
+"""A KV cache in int8, each head's numbers at a position with a scale of their own: half the bytes.
 
-value = int8 * scale, scale = max|x| / 127 over the head's D numbers; `quantize_head` of native/common.h does the same,
-to the bit. The C step reads it as it lies (native/step.c); torch, for prompts, reads bfloat16 copies of it.
+value = int8 * scale, scale = max|x| / 127 over the head's D numbers; `quantize_head` of native/common.h and `_to_int8`
+of paged_kernels.py do the same, to the bit. On CPU a row has an `Int8Layer` for each layer, which the C step reads as
+it lies (native/step.c); torch, for prompts, reads bfloat16 copies of it. On CUDA the numbers lie in pages
+(paged_attention.py).
 """
 
 from dataclasses import dataclass
@@ -9,7 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LEAST = 1e-30  # taken for the largest number where all are smaller: zeros need a scale too
+LEAST = 1e-30  # taken for the largest number where all are smaller: zeros need a scale too
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 numbers, of the shape of x, and scales, float32 without its last dimension. x: (..., D)."""
+    wide = x.float()
+    scales = wide.abs().amax(-1).clamp(min=LEAST) / 127
+    return (wide / scales[..., None]).round().to(torch.int8), scales
+
+
+def head_bytes(d_head: int) -> int:
+    """What the keys, or the values, of one head take at a position: the numbers and a float32 scale."""
+    return d_head + 4
 
 
 @dataclass(frozen=True)
@@ -35,11 +49,8 @@ class Int8Layer:
 
     def write(self, start: int, fresh: Tensor) -> None:
         """Store (2, KV heads, n, D) at positions start and on."""
-        wide = fresh.float()
-        scales = wide.abs().amax(-1).clamp(min=_LEAST) / 127
         end = start + fresh.shape[2]
-        self.numbers[:, :, start:end] = (wide / scales[..., None]).round().to(torch.int8)
-        self.scales[:, :, start:end] = scales
+        self.numbers[:, :, start:end], self.scales[:, :, start:end] = quantize_heads(fresh)
 
     def read(self, start: int, end: int) -> Tensor:
         """What these positions hold, (2, KV heads, end - start, D) float32."""

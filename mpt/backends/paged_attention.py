@@ -3,6 +3,8 @@
 A page holds 256 positions of one row, keys and values of all heads. Rows grow page by page out of one pool, so memory
 is never moved and prefixes can be shared. Layout (pages, 2, KV heads, 256, D): the keys of one head in one page are
 one piece of memory, which is what a program of the decode kernel reads; 256 is what flash-attn's paged kernel needs.
+They are in the model's dtype, or in int8 with a scale for each head and position (`int8_cache.py`): what has just been
+stored is read as it is stored too, so the result does not depend on how a prompt is cut into chunks.
 
 Two implementations of each function: the Triton kernels (`paged_kernels.py`) for CUDA, and plain torch, which is also
 what the kernels are read against. Both, and `Prompts`, leave out the same pages: with ALiBi those before the first
@@ -23,10 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from mpt.backends.int8_cache import LEAST, head_bytes, quantize_heads
 from mpt.transfer import to_device
 
 PAGE = 256  # positions
 DROP = 2.0**-24  # of a query's weights, what pages left out may have together
+# A key's bound over its length: rounding must not make it too small, and prompts read int8 keys rounded to 16 bits.
+_MORE, _MORE_OF_INT8 = 1.0001, 1 + 2.0**-8
 MOST_KEYS = 1 << 15  # that prompts which share a call of FlexAttention gather: 0.5 GB at the 7B shape
 _MOST_SPLITS = 64
 _KEY_BYTES = 128  # keys times bytes of a number that a program reads at once: 16 KiB of keys at D 128
@@ -55,13 +60,24 @@ class Pages:
 
     kv: Tensor  # (L, pages, 2, KV heads, PAGE, D)
     key_norms: Tensor  # (L, pages, KV heads) float32: no key of the page is longer
+    scales: Tensor | None = None  # (L, pages, 2, KV heads, PAGE) float32, what int8 numbers are multiplied with
 
     @classmethod
     def empty(
         cls, n_layers: int, n_pages: int, n_kv_heads: int, d_head: int, dtype: torch.dtype, device: torch.device
     ) -> "Pages":
+        """dtype: of the numbers; torch.int8 has scales beside them."""
         kv = torch.zeros(n_layers, n_pages, 2, n_kv_heads, PAGE, d_head, dtype=dtype, device=device)
-        return cls(kv, torch.zeros(n_layers, n_pages, n_kv_heads, device=device))
+        scales = torch.zeros(kv.shape[:-1], device=device) if dtype == torch.int8 else None
+        return cls(kv, torch.zeros(n_layers, n_pages, n_kv_heads, device=device), scales)
+
+    @staticmethod
+    def position_bytes(n_kv_heads: int, d_head: int, dtype: torch.dtype) -> int:
+        """What keys and values of a position take in one layer, with their scales."""
+        return 2 * n_kv_heads * (head_bytes(d_head) if dtype == torch.int8 else d_head * dtype.itemsize)
+
+    def scales_of(self, layer: int) -> Tensor | None:
+        return None if self.scales is None else self.scales[layer]
 
     def clear(self, numbers: list[int]) -> None:
         """Make pages ready for another row: bounds that the last one left would only be too large."""
@@ -70,27 +86,46 @@ class Pages:
     def copy(self, source: int, target: int) -> None:
         self.kv[:, target] = self.kv[:, source]
         self.key_norms[:, target] = self.key_norms[:, source]
+        if self.scales is not None:
+            self.scales[:, target] = self.scales[:, source]
 
 
-def store(kv: Tensor, key_norms: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, triton: bool | None = None) -> None:
+def store(
+    kv: Tensor,
+    key_norms: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    scales: Tensor | None = None,
+    triton: bool | None = None,
+) -> None:
     """Write N new keys and values of one layer, each at its slot: page * PAGE + place in it.
 
     kv: (pages, 2, KV heads, PAGE, D). key_norms: (pages, KV heads), raised where a key is longer. k, v: (N, KV heads,
-    D), D contiguous. slots: (N,) int64. triton: None chooses as `uses_triton` does.
+    D), D contiguous. slots: (N,) int64. scales: (pages, 2, KV heads, PAGE) where kv is int8. triton: None chooses as
+    `uses_triton` does.
     """
+    assert (scales is not None) == (kv.dtype == torch.int8), kv.dtype
     N, n_kv, D = k.shape
+    more = _MORE if scales is None else _MORE_OF_INT8
     if uses_triton(kv) if triton is None else triton:
         from mpt.backends import paged_kernels
 
         paged_kernels.store[(N, n_kv)](
-            k, v, kv, key_norms.view(torch.int32), slots,
-            *k.stride()[:2], *v.stride()[:2], *kv.stride()[:4], key_norms.stride(0),
-            D=D, BLOCK_D=_power_of_two(D), PAGE=PAGE, num_warps=1,
+            k, v, kv, key_norms if scales is None else scales, key_norms.view(torch.int32), slots,
+            *k.stride()[:2], *v.stride()[:2], *kv.stride()[:4], *_strides(scales), key_norms.stride(0),
+            D=D, BLOCK_D=_power_of_two(D), PAGE=PAGE, IS_INT8=scales is not None, LEAST=LEAST, MORE=more, num_warps=1,
         )  # fmt: skip
         return
     page, place = slots // PAGE, slots % PAGE
+    wide = k.float()
+    if scales is not None:
+        (k, key_scales), (v, value_scales) = quantize_heads(k), quantize_heads(v)
+        scales[page, 0, :, place], scales[page, 1, :, place] = key_scales, value_scales
+        wide = k * key_scales[..., None]
     kv[page, 0, :, place], kv[page, 1, :, place] = k, v
-    norms = k.float().norm(dim=-1) * 1.0001  # (N, KV heads); rounding must not make the bound too small
+    norms = wide.norm(dim=-1) * more  # (N, KV heads)
     key_norms.scatter_reduce_(0, page[:, None].expand(-1, n_kv), norms, "amax")
 
 
@@ -103,6 +138,7 @@ def paged_decode(
     slopes: Tensor | None,
     scale: float,
     *,
+    scales: Tensor | None = None,
     drop: float = DROP,
     n_splits: int | None = None,
     triton: bool | None = None,
@@ -112,12 +148,14 @@ def paged_decode(
     q: (B, T, H, D), D contiguous; a row with fewer queries has them last, and what comes out before them is finite and
     means nothing. kv, key_norms: one layer of `Pages`, the queries' own keys stored. block_table: (B, P) int32, the
     pages of each row in order; beyond its length anything. lengths: (B,) int32, positions stored. slopes: (H,) float32,
-    None without ALiBi. drop: share of the weights that may be left out; 0 reads everything. n_splits: programs that
-    share a row's keys, a power of two chosen by the size of the batch and the GPU.
+    None without ALiBi. scales: (pages, 2, KV heads, PAGE) where kv is int8. drop: share of the weights that may be left
+    out; 0 reads everything. n_splits: programs that share a row's keys, a power of two chosen by the size of the batch
+    and the GPU.
     """
     assert q.stride(-1) == 1 and block_table.dtype == lengths.dtype == torch.int32
+    assert (scales is not None) == (kv.dtype == torch.int8), kv.dtype
     if not (uses_triton(q) if triton is None else triton):
-        return _decode_torch(q, kv, key_norms, block_table, lengths, slopes, scale, drop)
+        return _decode_torch(q, kv, key_norms, block_table, lengths, slopes, scale, drop, scales)
     from mpt.backends import paged_kernels
 
     B, T, H, D = q.shape
@@ -140,11 +178,12 @@ def paged_decode(
         part_lse = torch.empty(B, T, H, n_splits, dtype=torch.float32, device=q.device)
     block_d = max(16, _power_of_two(D))
     paged_kernels.decode_split[(B, n_kv * n_blocks, n_splits)](
-        q, kv, key_norms, block_table, lengths, slopes if slopes is not None else lengths, part, part_lse,
+        q, kv, key_norms if scales is None else scales, key_norms, block_table, lengths,
+        slopes if slopes is not None else lengths, part, part_lse,
         scale, math.log(drop) if drop else -math.inf, T, n_blocks, H,
-        *q.stride()[:3], *kv.stride()[:4], key_norms.stride(0), block_table.stride(0),
+        *q.stride()[:3], *kv.stride()[:4], *_strides(scales), key_norms.stride(0), block_table.stride(0),
         G=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_P=_PAGES_AT_ONCE, PAGE=PAGE,
-        N_SPLITS=n_splits, HAS_ALIBI=slopes is not None, num_warps=4,
+        N_SPLITS=n_splits, HAS_ALIBI=slopes is not None, IS_INT8=scales is not None, num_warps=4,
         num_stages=_STAGES if block_m == 16 else _STAGES_OF_MANY_LINES,
     )  # fmt: skip
     if n_splits > 1:
@@ -245,9 +284,9 @@ class Prompts:
         self._visible, self._add_alibi = visible, add_alibi
         self._mask = self._mask_from((self._first_page * (PAGE // _BLOCK)).expand(n_heads, -1))
 
-    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor) -> Tensor:
+    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor, scales: Tensor | None = None) -> Tensor:
         """(n, H, D) for the n `tokens`, of q (H, N, D), all queries of the step, over one layer of `Pages`."""
-        k, v = gather(kv, self._pages, self._unused)
+        k, v = gather(kv, self._pages, self._unused, scales, q.dtype)
         q = q[:, self._places][None]
         mask = self._mask
         if self._slopes is not None and self._drop:
@@ -316,12 +355,24 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return compiled
 
 
-def gather(kv: Tensor, pages: Tensor, unused: Tensor | slice) -> tuple[Tensor, Tensor]:
+def gather(
+    kv: Tensor,
+    pages: Tensor,
+    unused: Tensor | slice,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Keys and values of pages in one piece, (1, KV heads, P * PAGE, D) each, zero at the positions `unused`.
 
-    kv: one layer. pages: (P,) int64. What others left behind a row's end may be NaN, which no mask hides in a product.
+    kv: one layer. pages: (P,) int64. scales: of int8 pages, whose values are rounded to this dtype. What others left
+    behind a row's end may be NaN, which no mask hides in a product.
     """
-    both = kv[pages].permute(1, 2, 0, 3, 4).flatten(2, 3)
+    assert (scales is not None) == (kv.dtype == torch.int8), kv.dtype
+    both = kv[pages].permute(1, 2, 0, 3, 4)  # (2, KV heads, P, PAGE, D)
+    if scales is not None:  # rounded by the product itself: a float32 copy of the prompt would take twice its memory
+        factors = scales[pages].permute(1, 2, 0, 3)[..., None]
+        both = torch.mul(both, factors, out=torch.empty(both.shape, dtype=dtype, device=kv.device))
+    both = both.flatten(2, 3)
     both[:, :, unused] = 0
     k, v = both.split(1)
     return k, v
@@ -344,6 +395,11 @@ def _splits(n_programs: int, n_most: int, is_far: bool, device: torch.device) ->
     return min(_MOST_SPLITS, _power_of_two(wanted), _power_of_two(n_most))
 
 
+def _strides(scales: Tensor | None) -> tuple[int, int, int]:
+    """Of page, half and head, as the kernels take them; zeros where there are no scales."""
+    return (0, 0, 0) if scales is None else (scales.stride(0), scales.stride(1), scales.stride(2))
+
+
 def _power_of_two(n: int) -> int:
     """The next one from n on."""
     return 1 << (n - 1).bit_length()
@@ -358,6 +414,7 @@ def _decode_torch(
     slopes: Tensor | None,
     scale: float,
     drop: float,
+    scales: Tensor | None,
 ) -> Tensor:
     """`paged_decode` in plain torch, in float32 (float64 for float64 inputs), holding copies of all pages."""
     B, T, H, D = q.shape
@@ -368,7 +425,10 @@ def _decode_torch(
     j = torch.arange(P * PAGE, device=device)
     used = torch.arange(P, device=device) * PAGE < lengths[:, None]  # (B, P); what is beyond is no page number
     numbers = torch.where(used, block_table, 0).long()
-    k, v = kv[numbers].to(wide).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # (B, KV heads, S, D) each, S = P * PAGE
+    both = kv[numbers].to(wide)
+    if scales is not None:
+        both = both * scales[numbers][..., None]
+    k, v = both.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # (B, KV heads, S, D) each, S = P * PAGE
     readable = (j < lengths[:, None])[:, None].expand(B, n_kv, P * PAGE)
     if slopes is not None:
         needed = _needed(queries, k, key_norms[numbers], at, slopes, scale, drop)

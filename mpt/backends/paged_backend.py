@@ -93,8 +93,10 @@ class PagedBackend:
         graphs: bool | None = None,
         triton: bool | None = None,
         drop: float = DROP,
+        int8_cache: bool = False,
     ) -> None:
-        """graphs: whether steps of few tokens are captured; None: on CUDA. triton, drop: as for `paged_decode`."""
+        """graphs: whether steps of few tokens are captured; None: on CUDA. triton, drop: as for `paged_decode`.
+        int8_cache: keys and values in int8."""
         config = model.config
         self._steps = steps or Steps()
         self._context = self._steps.context or config.max_seq_len
@@ -107,7 +109,8 @@ class PagedBackend:
         assert isinstance(attn, MPTAttention)
         self._n_heads, self._n_kv = attn.n_heads, attn.n_kv_heads  # of this process, where the model is shared out
         self._n_layers, self._d_head = config.n_layers, spec.d_head
-        self.bytes_per_token = 2 * self._n_layers * self._n_kv * self._d_head * weight.itemsize
+        self._stored_dtype = torch.int8 if int8_cache else self._dtype  # of keys and values
+        self.bytes_per_token = self._n_layers * Pages.position_bytes(self._n_kv, self._d_head, self._stored_dtype)
         self._scale, self._slopes = spec.scale, model.transformer.alibi_slopes()
         self._triton, self._drop = uses_triton(weight) if triton is None else triton, drop
         self._run: Callable[..., Tensor] = model.transformer.run
@@ -117,7 +120,7 @@ class PagedBackend:
         self._packed = PackedModel(model, self._run)
         self._prompts_by: PromptKernel | None = None  # on CPU FlexAttention would hold all scores
         if self._device.type == "cuda":
-            self._prompts_by = prompt_kernel(self._dtype, self._d_head)[0]
+            self._prompts_by = prompt_kernel(self._dtype, self._d_head, int8_cache=int8_cache)[0]
         self._has_graphs = self._device.type == "cuda" if graphs is None else graphs
         self._graphs: Graphs[_Graph] = Graphs(self._record, [])
         self._guess_graphs: Graphs[_Graph] = Graphs(self._record_guesses, [])
@@ -137,7 +140,9 @@ class PagedBackend:
         """As many pages as fit, and page 0, which no row has. Raises MachineRefused."""
         n_pages = kv_bytes // (self.bytes_per_token * PAGE) + 1
         try:
-            self._pages = Pages.empty(self._n_layers, n_pages, self._n_kv, self._d_head, self._dtype, self._device)
+            self._pages = Pages.empty(
+                self._n_layers, n_pages, self._n_kv, self._d_head, self._stored_dtype, self._device
+            )
         except RuntimeError as error:  # torch's out of memory, on CPU and CUDA
             raise MachineRefused(
                 f"no {kv_bytes / 1e9:.1f} GB in one piece for the KV cache; lower `--kv-gb` ({error})"
@@ -227,23 +232,27 @@ class PagedBackend:
         return n_tokens * self.bytes_per_token + self._n_layers * self._n_kv * 4  # and the bound of its keys, float32
 
     def take_out(self, row: Row, start: int, n_tokens: int) -> np.ndarray:
-        kv, norms = self._part(row, start, n_tokens)
-        parts = [part.contiguous().view(torch.uint8).flatten() for part in (norms, kv)]
+        norms, stored = self._part(row, start, n_tokens)
+        parts = [part.contiguous().view(torch.uint8).flatten() for part in (norms, *stored)]
         return torch.cat(parts).cpu().numpy()
 
     def put_in(self, row: Row, start: int, n_tokens: int, block: np.ndarray) -> None:
-        kv, norms = self._part(row, start, n_tokens)
-        found = to_device(block, self._device)
-        n_norms = norms.numel() * norms.itemsize
-        torch.maximum(norms, found[:n_norms].view(norms.dtype).view(norms.shape), out=norms)
-        kv.copy_(found[n_norms:].view(kv.dtype).view(kv.shape))
+        norms, stored = self._part(row, start, n_tokens)
+        sizes = [part.numel() * part.itemsize for part in (norms, *stored)]
+        bound, *found = to_device(block, self._device).split(sizes)
+        torch.maximum(norms, bound.view(norms.dtype).view(norms.shape), out=norms)
+        for part, bits in zip(stored, found, strict=True):
+            part.copy_(bits.view(part.dtype).view(part.shape))
 
-    def _part(self, row: Row, start: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Where some tokens of one page lie, (L, 2, KV heads, n_tokens, D), and the page's bound, (L, KV heads)."""
+    def _part(self, row: Row, start: int, n_tokens: int) -> tuple[Tensor, list[Tensor]]:
+        """The bound of one page, (L, KV heads), and where some of its tokens lie: (L, 2, KV heads, n_tokens, D), and
+        their scales, (L, 2, KV heads, n_tokens), where it is int8."""
         assert isinstance(row, PagedRow)
         at, page = start % PAGE, row.pages[start // PAGE]
         assert at + n_tokens <= PAGE, (start, n_tokens)
-        return self._pages.kv[:, page, :, :, at : at + n_tokens], self._pages.key_norms[:, page]
+        # Scales come first: behind int8 numbers they could begin where no float32 may.
+        kinds = [self._pages.kv] if self._pages.scales is None else [self._pages.scales, self._pages.kv]
+        return self._pages.key_norms[:, page], [kind[:, page, :, :, at : at + n_tokens] for kind in kinds]
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
@@ -351,11 +360,13 @@ class PagedBackend:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, B, D): the rows lie end to end
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
-            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
+            scales = self._pages.scales_of(layer)
+            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, scales=scales, triton=self._triton)
             queries = q[0].transpose(0, 1)[:, None]  # (B, 1, H, D)
             out = paged_decode(
-                queries, kv, norms, table, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
-            )
+                queries, kv, norms, table, lengths, self._slopes, self._scale,
+                scales=scales, drop=self._drop, triton=self._triton,
+            )  # fmt: skip
             return out.permute(1, 2, 0, 3)
 
         positions = None if transformer.wpe is None else position[None]
@@ -391,11 +402,13 @@ class PagedBackend:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, N, D)
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
-            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
+            scales = self._pages.scales_of(layer)
+            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, scales=scales, triton=self._triton)
             queries = q[0].transpose(0, 1)[places]  # (B, T, H, D)
             out = paged_decode(
-                queries, kv, norms, table, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
-            )
+                queries, kv, norms, table, lengths, self._slopes, self._scale,
+                scales=scales, drop=self._drop, triton=self._triton,
+            )  # fmt: skip
             return out.flatten(0, 1)[real].transpose(0, 1)[None]
 
         positions = None if transformer.wpe is None else position[None]
@@ -418,13 +431,14 @@ class PagedBackend:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (1, H, N, D)
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
-            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, triton=self._triton)
+            scales = self._pages.scales_of(layer)
+            store(kv, norms, k[0].transpose(0, 1), v[0].transpose(0, 1), slots, scales=scales, triton=self._triton)
             queries = q[0].transpose(0, 1)  # (N, H, D)
             out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
             if short is not None:
                 short(layer, queries, out)
             for prompts in longer:
-                out[prompts.tokens] = prompts.attend(q[0], kv, norms)
+                out[prompts.tokens] = prompts.attend(q[0], kv, norms, scales)
             return out.transpose(0, 1)[None]
 
         return attend
@@ -443,9 +457,10 @@ class PagedBackend:
 
         def attend(layer: int, queries: Tensor, out: Tensor) -> None:
             kv, norms = self._pages.kv[layer], self._pages.key_norms[layer]
-            answers = paged_decode(
-                queries[at], kv, norms, pages, lengths, self._slopes, self._scale, drop=self._drop, triton=self._triton
-            )  # (B, T, H, D)
+            answers = paged_decode(  # (B, T, H, D)
+                queries[at], kv, norms, pages, lengths, self._slopes, self._scale,
+                scales=self._pages.scales_of(layer), drop=self._drop, triton=self._triton,
+            )  # fmt: skip
             out[to] = answers.flatten(0, 1)[real_at]
 
         return attend
@@ -499,8 +514,9 @@ class _PromptOnCpu:
         self._bias = model.transformer.alibi_bias(part.stored)
         self.tokens = slice(part.start, part.start + part.n_tokens)
 
-    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor) -> Tensor:
-        k, v = (x[:, :, : self._stored] for x in gather(kv, self._pages, slice(self._stored, None)))
+    def attend(self, q: Tensor, kv: Tensor, key_norms: Tensor, scales: Tensor | None) -> Tensor:
+        unused = slice(self._stored, None)
+        k, v = (x[:, :, : self._stored] for x in gather(kv, self._pages, unused, scales, q.dtype))
         out = attention.attend(q[None, :, self.tokens], k, v, scale=self._scale, bias=self._bias)
         return out[0].transpose(0, 1)
 

@@ -11,9 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def store(
-    k, v, kv, norms, slots,
-    k_token, k_head, v_token, v_head, kv_page, kv_half, kv_head, kv_slot, norms_page,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    k, v, kv, scales, norms, slots,
+    k_token, k_head, v_token, v_head, kv_page, kv_half, kv_head, kv_slot, scales_page, scales_half, scales_head,
+    norms_page,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, IS_INT8: tl.constexpr, LEAST: tl.constexpr,
+    MORE: tl.constexpr,
 ):  # fmt: skip
     """One key and value of one head into its slot, and the page's largest |k| raised to it. Grid (N, KV heads)."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -23,26 +25,45 @@ def store(
     to = kv + page * kv_page + head * kv_head + slot % PAGE * kv_slot + d
     key = tl.load(k + token.to(tl.int64) * k_token + head * k_head + d, mask=d < D, other=0.0)
     value = tl.load(v + token.to(tl.int64) * v_token + head * v_head + d, mask=d < D, other=0.0)
+    wide = key.to(tl.float32)
+    if IS_INT8:
+        key, key_scale = _to_int8(key, LEAST)
+        value, value_scale = _to_int8(value, LEAST)
+        at = scales + page * scales_page + head * scales_head + slot % PAGE
+        tl.store(at, key_scale)
+        tl.store(at + scales_half, value_scale)
+        wide = key.to(tl.float32) * key_scale
     tl.store(to, key, mask=d < D)
     tl.store(to + kv_half, value, mask=d < D)
-    wide = key.to(tl.float32)
-    norm = tl.sqrt(tl.sum(wide * wide, 0)) * 1.0001  # rounding must not make the bound too small
+    norm = tl.sqrt(tl.sum(wide * wide, 0)) * MORE
     # As integers: positive floats have the order of their bits, and Triton takes two atomics for floats of any sign.
     tl.atomic_max(norms + page * norms_page + head, norm.to(tl.int32, bitcast=True))
 
 
 @triton.jit
+def _to_int8(x, LEAST: tl.constexpr):
+    """`quantize_heads` of `int8_cache.py` for one head, to the bit."""
+    wide = x.to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 0), LEAST), 127.0)  # `/` may be off by a bit on a GPU
+    # In this sum a float32 has no digits behind the point: it rounds as torch does, halves to the even number.
+    return (tl.div_rn(wide, scale) + 12582912.0 - 12582912.0).to(tl.int8), scale
+
+
+@triton.jit
 def decode_split(
-    q, kv, norms, table, lengths, slopes, part, part_lse,
+    q, kv, scales, norms, table, lengths, slopes, part, part_lse,
     scale, log_drop, n_queries, n_blocks, n_heads,
-    q_row, q_token, q_head, kv_page, kv_half, kv_head, kv_slot, norms_page, table_row,
+    q_row, q_token, q_head, kv_page, kv_half, kv_head, kv_slot, scales_page, scales_half, scales_head, norms_page,
+    table_row,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, PAGE: tl.constexpr, N_SPLITS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    IS_INT8: tl.constexpr,
 ):  # fmt: skip
     """A row's queries of one key head against every N_SPLITS-th block of its keys.
 
     Grid (B, KV heads * n_blocks, N_SPLITS).
     Line m of a program is query m // G of the row and head m % G of the group: a page is read once for all of them.
+    The scale of an int8 key multiplies its score, the scale of a value its weight.
     Which pages are read is settled before the first of them is, so that the loop over blocks can fetch ahead.
     Where there is one split, `part` is the output, in its dtype: a query that sees nothing gets zeros, as from `merge`.
     """
@@ -66,6 +87,9 @@ def decode_split(
         own_key = tl.load(kv + own[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
         wide = query.to(tl.float32)
         floor = tl.sum(wide * own_key.to(tl.float32), 1) * scale
+        if IS_INT8:
+            own_scale = scales + own_page * scales_page + head * scales_head + tl.maximum(at, 0) % PAGE
+            floor *= tl.load(own_scale, mask=seen, other=0.0)
         size = tl.sqrt(tl.sum(wide * wide, 1)) * scale
         # All keys of a page weigh at most e^(size |k| - slope d) (1 + e^-slope + ...), d the distance of its last.
         tail = tl.log(tl.minimum(1.0 / (1.0 - tl.exp(-slope)), PAGE * 1.0))
@@ -90,7 +114,14 @@ def decode_split(
         here = (j < length)[:, None] & (d < D)[None, :]  # behind the row's end lies what others left
         key = tl.load(base, mask=here, other=0.0)  # (N, D)
         value = tl.load(base + kv_half, mask=here, other=0.0)
+        if IS_INT8:
+            key, value = key.to(query.dtype), value.to(query.dtype)  # no digit is lost
+            to_scale = scales + number * scales_page + head * scales_head + n
+            key_scale = tl.load(to_scale, mask=j < length, other=0.0)
+            value_scale = tl.load(to_scale + scales_half, mask=j < length, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # (M, N) float32
+        if IS_INT8:
+            scores *= key_scale[None, :]
         if HAS_ALIBI:
             scores -= slope[:, None] * (at[:, None] - j[None, :]).to(tl.float32)
         scores = tl.where(seen[:, None] & (j[None, :] <= at[:, None]), scores, -float("inf"))
@@ -99,6 +130,8 @@ def decode_split(
         weights = tl.exp(scores - against[:, None])
         fade = tl.exp(best - against)
         total = total * fade + tl.sum(weights, 1)
+        if IS_INT8:
+            weights *= value_scale[None, :]
         sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         best = better
     nothing = total == 0.0

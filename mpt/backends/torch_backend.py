@@ -18,7 +18,7 @@ from torch import Tensor
 from mpt import attention
 from mpt.backends import capabilities
 from mpt.backends.backend import Row, Work
-from mpt.backends.int8_cache import Int8Layer
+from mpt.backends.int8_cache import Int8Layer, head_bytes
 from mpt.backends.native.available import Unavailable
 from mpt.backends.native.step import NativeStep, RowMemory
 from mpt.backends.native.structures import PANEL
@@ -69,8 +69,8 @@ class TorchBackend:
         self._shape = (2, int(attn.n_kv_heads), config.d_head)
         self._n_layers: int = config.n_layers
         self._int8_cache = int8_cache
-        head_bytes = config.d_head + 4 if int8_cache else config.d_head * self._weight.itemsize  # and a float32 scale
-        self.bytes_per_token = math.prod(self._shape[:2]) * head_bytes * self._n_layers
+        n_bytes = head_bytes(config.d_head) if int8_cache else config.d_head * self._weight.itemsize
+        self.bytes_per_token = math.prod(self._shape[:2]) * n_bytes * self._n_layers
         self._packed = PackedModel(model)
         self._rounds = self._weight.dtype == torch.bfloat16 and self._weight.device.type == "cpu"
         self._n_steps = 0

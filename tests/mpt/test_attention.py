@@ -305,10 +305,6 @@ def test_which_kernel_attends_within_documents_on_a_gpu(
     assert kernel == expected and (why_not is None if reason is None else reason in (why_not or ""))
 
 
-def test_documents_on_a_cpu_are_torchs() -> None:
-    assert attention.documents_kernel(torch.device("cpu"), torch.bfloat16, 128) == ("torch", None)
-
-
 def packed_row(T: int, *lengths: int) -> list[int]:
     """Documents of these lengths, a negative one padding, and padding up to T."""
     row = [number if n > 0 else -1 for number, n in enumerate(lengths) for _ in range(abs(n))]

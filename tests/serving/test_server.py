@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 import mpt
+from serving.listening import listen
 from serving.logs import process_age_s
 from serving.ports import free_port
 from tests.serving import servers
@@ -294,10 +295,11 @@ def test_a_process_is_as_old_as_psutil_says():
     assert process_age_s() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
 
 
-def test_a_port_that_is_taken_is_said_before_anything_loads(start, folder):
-    _, url = start()
-    port = url.rpartition(":")[2]
-    code, line = refusal("--model", f"base={folder}", "--port", port)
+def test_a_port_that_is_taken_is_said_before_anything_loads(folder):
+    with listen("127.0.0.1", 0) as taken:  # as a server takes it
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, line = refusal("--model", f"base={folder}", "--port", port)
     assert code == 2 and line.startswith("mpt: ") and port in line
 
 

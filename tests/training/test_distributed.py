@@ -16,7 +16,7 @@ import mpt.checkpoint
 from tests.training import one_step
 from tests.training.killing import Killed, kill_at_eight
 from tests.warm_ranks import Ranks
-from training import loop
+from training import cli, launch, loop
 from training.logbook import Logbook
 from training.run import ActivationCheckpointing, Lora, Run
 
@@ -198,10 +198,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks: Ranks, three_rows: Ru
     assert losses(run) == pytest.approx(losses(whole), rel=2e-5)
 
 
-def start(run: Run) -> subprocess.Popen[str]:
+def pretrain(run: Run) -> list[str]:
+    """What `train` is told for the run on two ranks."""
     description = Path(run.out).with_suffix(".config.json")
     description.write_text(run.to_json())
-    command = [sys.executable, "-m", "training.cli", "pretrain", "--config", str(description), "--gpus", "2"]
+    return ["pretrain", "--config", str(description), "--gpus", "2"]
+
+
+def start(run: Run) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "training.cli", *pretrain(run)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -229,12 +234,23 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(three_rows:
     assert entries[2]["step"] == stopped_at and "lost_steps" not in entries[2]
 
 
-def test_a_mistake_is_found_before_ranks_are_started(three_rows: Run) -> None:
-    process = start(dataclasses.replace(three_rows, data="yaml_to_jsn"))
-    error = process.communicate(timeout=100)[1]
-    assert process.returncode == 2
+def test_a_mistake_is_found_before_ranks_are_started(
+    three_rows: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: two of the command's own would import torch only to say a line each."""
+    started: list[Run] = []
+    monkeypatch.setattr(launch, "start", lambda run, _: started.append(run))
+
+    def refused(run: Run) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *pretrain(run)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2 and started == []
+        return capsys.readouterr().err
+
+    error = refused(dataclasses.replace(three_rows, data="yaml_to_jsn"))
     assert error == "train: no dataset `yaml_to_jsn`; did you mean `yaml_to_json`?\n"
-    process = start(dataclasses.replace(three_rows, max_seq_len=10**9))
-    error = process.communicate(timeout=100)[1]
-    assert process.returncode == 2 and "one sequence of 1000000000 tokens needs about" in error
+    assert "one sequence of 1000000000 tokens needs about" in refused(
+        dataclasses.replace(three_rows, max_seq_len=10**9)
+    )
     assert not Path(three_rows.out).exists()

@@ -4,6 +4,7 @@
  * each (structures.py) is compared with this when the library is loaded.
  */
 #include "common.h"
+#include "documents.h"
 
 typedef struct { /* the lists below end with one that has no name */
     const char *name;
@@ -30,6 +31,13 @@ const Place *mpt_places(void) {
         FIELD(Step, key_norm), FIELD(Step, adapters), FIELD(Step, row_adapter), FIELD(Step, low),
         FIELD(Step, logit_tokens), FIELD(Step, logits), FIELD(Step, scratch), FIELD(Step, keys_read),
         FIELD(Step, drop),
+        WHOLE(Heads), FIELD(Heads, numbers), FIELD(Heads, row), FIELD(Heads, head), FIELD(Heads, position),
+        WHOLE(Documents), FIELD(Documents, format), FIELD(Documents, n_heads), FIELD(Documents, d_head),
+        FIELD(Documents, n_threads), FIELD(Documents, row_length), FIELD(Documents, n_positions),
+        FIELD(Documents, n_pieces), FIELD(Documents, longest), FIELD(Documents, pieces), FIELD(Documents, slopes),
+        FIELD(Documents, scale), FIELD(Documents, q), FIELD(Documents, k), FIELD(Documents, v), FIELD(Documents, out),
+        FIELD(Documents, lse), FIELD(Documents, out_gradient), FIELD(Documents, q_gradient),
+        FIELD(Documents, k_gradient), FIELD(Documents, v_gradient), FIELD(Documents, scratch),
         {NULL, 0, 0},
     };
     return places;

@@ -59,8 +59,27 @@ class Step(ctypes.Structure):
     )
 
 
+class Heads(ctypes.Structure):
+    _fields_ = (("numbers", Pointer), *((name, ctypes.c_int64) for name in ("row", "head", "position")))
+
+
+class Documents(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("format", "n_heads", "d_head", "n_threads")),
+        *((name, ctypes.c_int64) for name in ("row_length", "n_positions", "n_pieces", "longest")),
+        ("pieces", Pointer),
+        ("slopes", Pointer),
+        ("scale", ctypes.c_float),
+        *((name, Heads) for name in ("q", "k", "v", "out")),
+        ("lse", Pointer),
+        *((name, Heads) for name in ("out_gradient", "q_gradient", "k_gradient", "v_gradient")),
+        ("scratch", Pointer),
+    )
+
+
 STRUCTURES: Mapping[str, type[ctypes.Structure]] = {
     "Linear": Linear, "Norm": Norm, "Lora": Lora, "Layer": Layer, "Model": Model, "Step": Step,
+    "Heads": Heads, "Documents": Documents,
 }  # fmt: skip
 
 # Python decides with these where nothing is compiled yet, or ever; what they mean is said in common.h.
@@ -92,7 +111,7 @@ class _Constant(ctypes.Structure):
 
 
 _int32, _int64 = ctypes.c_int32, ctypes.c_int64
-_model, _step = ctypes.POINTER(Model), ctypes.POINTER(Step)
+_model, _step, _documents = ctypes.POINTER(Model), ctypes.POINTER(Step), ctypes.POINTER(Documents)
 # Each function's result and arguments.
 _FUNCTIONS = {
     "mpt_places": (ctypes.POINTER(_Place), ()),
@@ -105,6 +124,9 @@ _FUNCTIONS = {
     "mpt_draw": (None, (Pointer, _int64, _int64, Pointer, Pointer, Pointer, _int32)),
     "mpt_prompt_scratch_floats": (ctypes.c_size_t, (_model, _int32, _int32, _int32, _int32)),
     "mpt_prompt": (None, (_model, _step)),
+    "mpt_documents_scratch_floats": (ctypes.c_size_t, (_int64, _int32)),
+    "mpt_documents_forward": (None, (_documents,)),
+    "mpt_documents_backward": (None, (_documents,)),
 }
 
 

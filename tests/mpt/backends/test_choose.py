@@ -44,7 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
         monkeypatch.setattr("mpt.backends.paged_attention.has_triton", lambda: has.get("triton", True))
         prompts_on_gpu = has.get("prompts_on_gpu", ("FlexAttention", None))
-        monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: prompts_on_gpu)
+        monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head, int8_cache: prompts_on_gpu)
 
     return become
 
@@ -165,14 +165,36 @@ def test_shares_in_pages_are_opened_for_the_largest_steps_of_the_engine(machine,
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_a_gpu_takes_rounded_weights_and_no_int8_cache(machine, tmp_path, quantize):
+def test_a_gpu_takes_rounded_weights_and_an_int8_cache(machine, tmp_path, quantize):
     machine(cuda=True)
     choice = choose("m", folder_of(tmp_path, dtype="float32"), ModelOptions("m", quantize=quantize))
     assert (choice.backend, choice.precision) == ("paged", f"{quantize} weights, bfloat16")
     half = choose("m", tmp_path, ModelOptions("m", quantize=quantize, dtype="float16"))
     assert half.dtype == torch.float16
-    with pytest.raises(UserError, match=r"`m` is a model that this process computes on a GPU.*`--kv-cache int8`"):
-        choose("m", tmp_path, ModelOptions("m", quantize=quantize, kv_cache="int8"))
+    both = choose("m", tmp_path, ModelOptions("m", quantize=quantize, kv_cache="int8"))
+    assert (both.precision, both.dtype) == (f"{quantize} weights, bfloat16, int8 KV cache", torch.bfloat16)
+
+
+def test_an_int8_cache_on_a_gpu_is_for_bfloat16_in_one_process(machine, tmp_path):
+    machine(cuda=True)
+    choice = choose("m", folder_of(tmp_path, dtype="float32"), ModelOptions("m", kv_cache="int8"))
+    assert (choice.backend, choice.precision) == ("paged", "bfloat16, int8 KV cache")
+    assert runs(choice)["one token"] == ("Triton inside CUDA graphs", None)
+    with pytest.raises(UserError, match=r"`--kv-cache int8` is for models computed in bfloat16.*asked for in float16"):
+        choose("m", tmp_path, ModelOptions("m", kv_cache="int8", dtype="float16"))
+    with pytest.raises(UserError, match=r"shared by several processes.*`--kv-cache int8`.*leave `--kv-cache` out"):
+        choose("m", tmp_path, ModelOptions("m", kv_cache="int8", tensor_parallel=2))
+
+
+def test_a_gpu_gets_int8_pages(machine, tmp_path):
+    """Opened as for a GPU, computed on this CPU: 8 heads of 32, which take 32 bytes and a scale of 4."""
+    machine(cuda=True)
+    options = ModelOptions("mpt-tiny", kv_cache="int8")
+    folder = Path(choosing.__file__).parents[1] / "tiny" / "mpt-tiny"
+    backend = open_backend(replace(choose("m", folder, options), device="cpu"), folder, options)
+    assert isinstance(backend, PagedBackend)
+    n_layers = json.loads((folder / "config.json").read_text())["n_layers"]
+    assert backend.bytes_per_token == 2 * n_layers * 8 * (32 + 4)
 
 
 def test_rows_that_do_not_fill_groups_are_refused_on_a_gpu_too(machine, tmp_path):

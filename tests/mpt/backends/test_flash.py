@@ -90,6 +90,13 @@ def test_a_flash_attn_2_without_heads_of_this_size_is_not_taken(machine):
     assert kernel == "FlexAttention" and "heads of up to 256" in (why_not or "")
 
 
+def test_int8_pages_are_read_by_flex_attention(machine):
+    """flash-attn 2 takes keys and values in the queries' dtype, where they lie."""
+    machine(AMPERE, FLASH_2)
+    kernel, why_not = prompt_kernel(torch.bfloat16, 128, int8_cache=True)
+    assert kernel == "FlexAttention" and "these are int8" in (why_not or "")
+
+
 def test_float32_is_read_by_flex_attention_wherever_it_is(machine):
     machine(AMPERE, FLASH_2)
     reason = "flash-attn is for bfloat16 and float16, and this model is float32"

@@ -130,6 +130,21 @@ def test_rows_with_different_numbers_of_guesses_get_the_logits_of_the_other_back
     assert compilations.of_this_thread() == compiled
 
 
+@with_kernels
+def test_guesses_over_an_int8_cache_give_the_same_logits_inside_graphs_and_outside(where, replays) -> None:
+    model, found = make("grouped"), []
+    for graphs in (True, False):
+        backend = paged(model, where, graphs=None if graphs else False, steps=STEPS, int8_cache=True)
+        if graphs:
+            captured(backend)
+        a, b = (backend.reserve(None, 100) for _ in range(2))
+        backend.forward([Work(a, text(1, 30), 1), Work(b, text(2, 5), 1)])
+        a.length, b.length = 30, 5
+        found.append(backend.forward([Work(a, text(3, 4), 4), Work(b, text(4, 2), 2)]).clone())
+    assert replays == [6]
+    close(*found)
+
+
 def test_a_row_that_outgrows_a_width_finds_the_next_graph(replays) -> None:
     pair = Pair(make("alibi"), ("cpu", False), steps=replace(STEPS, context=9 * PAGE))
     captured(pair.paged)

@@ -3,12 +3,9 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import mpt.checkpoint
-from conversion.convert import Options, convert
 from mpt.backends.onnx_backend import OnnxBackend
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.engine import Engine
@@ -22,17 +19,9 @@ from tests.mpt.engine.test_engine import collect, greedy, prompts, tokens_of
 CONTEXT = 2048
 
 
-@pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory) -> Path:
-    work = tmp_path_factory.mktemp("onnx")
-    mpt.checkpoint.save(model, work / "base", tokenizer=tokenizer)
-    convert(work / "base", work / "onnx", Options(to="onnx", verify=False))
-    return work / "onnx"
-
-
 @pytest.fixture
-def engine(folder, tokenizer, request) -> Iterator[Engine]:
-    backend = OnnxBackend(folder, "cpu")
+def engine(onnx_folder, tokenizer, request) -> Iterator[Engine]:
+    backend = OnnxBackend(onnx_folder, "cpu")
     options = {"prefill_chunk": 7, "max_running": 5} | getattr(request, "param", {})
     tokens = options.pop("kv_tokens", 1 << 16)
     made = Engine(backend, tokenizer, context_length=CONTEXT, kv_bytes=tokens * backend.bytes_per_token, **options)
@@ -84,8 +73,8 @@ async def test_scoring_a_prompt_gives_every_tokens_logprob(engine, model: MPTFor
     assert [entry.logprob for entry in scored.logprobs[1:] if entry is not None] == pytest.approx(expected, abs=1e-4)
 
 
-async def test_an_endpoint_recognises_the_folder_and_keeps_its_precision(folder, model, tmp_path):
-    endpoint = open_endpoint("base", ModelOptions(str(folder)))
+async def test_an_endpoint_recognises_the_folder_and_keeps_its_precision(onnx_folder, model, tmp_path):
+    endpoint = open_endpoint("base", ModelOptions(str(onnx_folder)))
     try:
         (prompt,) = prompts(1)
         assert tokens_of(await collect(endpoint.engine, prompt, greedy())) == generate(model, prompt, 24)
@@ -93,10 +82,10 @@ async def test_an_endpoint_recognises_the_folder_and_keeps_its_precision(folder,
     finally:
         endpoint.engine.close()
     with pytest.raises(UserError, match="was converted to float32; --dtype bfloat16 needs another conversion"):
-        open_endpoint("base", ModelOptions(str(folder), dtype="bfloat16"))
+        open_endpoint("base", ModelOptions(str(onnx_folder), dtype="bfloat16"))
     broken = tmp_path / "broken"
     broken.mkdir()
-    for path in folder.iterdir():
+    for path in onnx_folder.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(DamagedFile, match="sha256"):

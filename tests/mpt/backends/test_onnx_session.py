@@ -1,7 +1,6 @@
 """A session of onnxruntime: it never computes on the CPU unasked, and its cache stays where it computes."""
 
 import types
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,8 +8,6 @@ import onnxruntime as ort
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_c
 
-import mpt.checkpoint
-from conversion.convert import Options, convert
 from mpt.backends import choose, onnx_session
 from mpt.backends.backend import Work
 from mpt.backends.onnx_backend import OnnxBackend
@@ -20,14 +17,6 @@ from mpt.errors import DamagedFile, MachineRefused
 from mpt.options import ModelOptions
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-
-
-@pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory) -> Path:
-    work = tmp_path_factory.mktemp("onnx")
-    mpt.checkpoint.save(model, work / "base", tokenizer=tokenizer)
-    convert(work / "base", work / "onnx", Options(to="onnx", verify=False))
-    return work / "onnx"
 
 
 @pytest.fixture
@@ -52,56 +41,56 @@ def for_cuda(monkeypatch) -> list[dict[str, Any]]:
 # -- which device ----------------------------------------------------------------------------------------------------
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(folder, for_cuda, monkeypatch):
+def test_a_session_that_fell_back_to_the_cpu_is_refused(onnx_folder, for_cuda, monkeypatch):
     said = r"did not load CUDA and would compute on the CPU: .*needs CUDA 13 and cuDNN 9.*\[cuda,cudnn\].*--device cpu"
     with pytest.raises(MachineRefused, match=said):
-        Session(folder, "cuda")
+        Session(onnx_folder, "cuda")
     with pytest.raises(MachineRefused, match=said):
-        OnnxBackend(folder, "cuda")
+        OnnxBackend(onnx_folder, "cuda")
     monkeypatch.setattr(onnx_session, "has_gpu", lambda: True)
     with pytest.raises(MachineRefused, match=said):
-        Session(folder)
-    assert Session(folder, "cpu").providers == [CPU]
+        Session(onnx_folder)
+    assert Session(onnx_folder, "cpu").providers == [CPU]
 
 
-def test_a_server_does_not_open_it(folder, for_cuda, monkeypatch):
-    asked = ModelOptions(str(folder), device="cuda")
+def test_a_server_does_not_open_it(onnx_folder, for_cuda, monkeypatch):
+    asked = ModelOptions(str(onnx_folder), device="cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(MachineRefused, match=r"needs torch to see the GPU too.*--device cpu"):
         open_endpoint("base", asked)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(MachineRefused, match="did not load CUDA and would compute on the CPU"):
-        choose.open_backend(choose.choose("base", folder, asked), folder, asked)
+        choose.open_backend(choose.choose("base", onnx_folder, asked), onnx_folder, asked)
 
 
-def test_onnxruntimes_own_fallback_and_tf32_are_off(folder, for_cuda):
+def test_onnxruntimes_own_fallback_and_tf32_are_off(onnx_folder, for_cuda):
     with pytest.raises(MachineRefused):
-        Session(folder, "cuda")
+        Session(onnx_folder, "cuda")
     assert for_cuda == [{"providers": [(CUDA, {"use_tf32": "0"}), CPU], "enable_fallback": 0}]
-    assert Session(folder, "cpu").device == "cpu" and for_cuda[1] == {"providers": [CPU], "enable_fallback": 0}
+    assert Session(onnx_folder, "cpu").device == "cpu" and for_cuda[1] == {"providers": [CPU], "enable_fallback": 0}
 
 
-def test_the_reason_is_what_the_loader_says_of_the_library(folder, for_cuda, monkeypatch, tmp_path):
+def test_the_reason_is_what_the_loader_says_of_the_library(onnx_folder, for_cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(MachineRefused, match=r"providers_cuda.so: cannot open shared object file: No such file"):
-        Session(folder, "cuda")
+        Session(onnx_folder, "cuda")
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"no library" * 100)
     with pytest.raises(MachineRefused, match="invalid ELF header"):
-        Session(folder, "cuda")
+        Session(onnx_folder, "cuda")
 
 
-def test_an_error_of_cuda_is_the_machines_and_one_of_the_graph_the_files(folder, for_cuda, monkeypatch, tmp_path):
+def test_an_error_of_cuda_is_the_machines_and_one_of_the_graph_the_files(onnx_folder, for_cuda, monkeypatch, tmp_path):
     def without_a_gpu(*_: Any, **__: Any) -> Any:
         raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected\nand a trace")
 
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((onnx_folder / "config.json").read_bytes())
     with pytest.raises(DamagedFile, match="cannot be loaded"):
         Session(tmp_path, "cuda")
     monkeypatch.setattr(ort, "InferenceSession", without_a_gpu)
     with pytest.raises(MachineRefused, match=r"CUDA failure 100: no CUDA-capable device is detected; .*--device cpu"):
-        Session(folder, "cuda")
+        Session(onnx_folder, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -129,21 +118,21 @@ def test_auto_is_cuda_where_there_is_a_gpu_and_onnxruntime_gpu(built_for_cuda, g
             find_device(device)
 
 
-def test_a_gpu_that_is_left_alone_is_told(folder, monkeypatch):
+def test_a_gpu_that_is_left_alone_is_told(onnx_folder, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
     monkeypatch.setattr(onnx_session, "_installed", lambda: {"onnxruntime"})
     monkeypatch.setattr(onnx_session, "has_gpu", lambda: False)
-    assert "GPU" not in "".join(choose.choose("base", folder, ModelOptions(str(folder))).sentences())
+    assert "GPU" not in "".join(choose.choose("base", onnx_folder, ModelOptions(str(onnx_folder))).sentences())
     monkeypatch.setattr(onnx_session, "has_gpu", lambda: True)
-    (said, _) = choose.choose("base", folder, ModelOptions(str(folder))).sentences()
+    (said, _) = choose.choose("base", onnx_folder, ModelOptions(str(onnx_folder))).sentences()
     assert "built without CUDA, so the GPU is left alone: uninstall `onnxruntime`" in said
 
 
-def test_what_the_cpu_computes_is_counted(folder, model):
+def test_what_the_cpu_computes_is_counted(onnx_folder, model):
     """Two norms, four products, a GELU and an attention in a block; a norm and a product behind the blocks."""
     n = model.config.n_layers
     counted = {"Attention": n, "FusedMatMul": 4 * n + 1, "LayerNormalization": 2 * n + 1, "Gelu": n}
-    assert Session(folder, "cpu").on_cpu == counted
+    assert Session(onnx_folder, "cpu").on_cpu == counted
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
@@ -167,8 +156,8 @@ class Watched(ort_c.OrtValueVector):
         super().push_back(getattr(value, "value", value))
 
 
-def test_steps_read_no_cache_on_the_host(folder, model, monkeypatch):
-    backend = OnnxBackend(folder, "cpu")
+def test_steps_read_no_cache_on_the_host(onnx_folder, model, monkeypatch):
+    backend = OnnxBackend(onnx_folder, "cpu")
     monkeypatch.setattr(Watched, "read", [])
     monkeypatch.setattr(backend.session, "_c", types.SimpleNamespace(OrtValueVector=Watched, OrtValue=ort_c.OrtValue))
     row = backend.reserve(None, 20)
@@ -178,8 +167,8 @@ def test_steps_read_no_cache_on_the_host(folder, model, monkeypatch):
     assert Watched.read == [(1, 1, model.config.vocab_size)] * 4  # the last position's logits of each run
 
 
-def test_a_step_reads_the_buffers_that_the_step_before_wrote(folder, monkeypatch):
-    session = Session(folder, "cpu")
+def test_a_step_reads_the_buffers_that_the_step_before_wrote(onnx_folder, monkeypatch):
+    session = Session(onnx_folder, "cpu")
     real = session._session
     given, found = [], []
 
@@ -196,8 +185,8 @@ def test_a_step_reads_the_buffers_that_the_step_before_wrote(folder, monkeypatch
     assert given[1:] == found[:-1] and len(set(found[0])) == len(found[0])
 
 
-def test_a_cut_cache_is_the_beginning_and_leaves_the_whole_as_it_was(folder):
-    session = Session(folder, "cpu")
+def test_a_cut_cache_is_the_beginning_and_leaves_the_whole_as_it_was(onnx_folder):
+    session = Session(onnx_folder, "cpu")
     whole, _ = session.extend(None, list(range(5, 25)))
     before = [whole[n].numpy().copy() for n in range(len(whole))]
     _, expected = session.extend(None, [*range(5, 17), 40])

@@ -1,7 +1,11 @@
-"""Paged attention against the formula in float64: plain torch, the kernels under Triton's interpreter, and on CUDA."""
+"""Paged attention against the formula in float64: plain torch, the kernels under Triton's interpreter, and on CUDA.
+
+int8 pages against the formula over int8 numbers that numpy makes here.
+"""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from torch import Tensor
 from mpt import attention
 from mpt.backends import paged_attention
 from mpt.backends.graphs import shapes
+from mpt.backends.int8_cache import Int8Layer
 from mpt.backends.paged_attention import (
     DROP,
     PAGE,
@@ -33,6 +38,19 @@ torch_on_cuda = pytest.param(("cuda", False), id="torch_on_cuda", marks=pytest.m
 everywhere = pytest.mark.parametrize("where", [torch_on_cpu, interpreted, compiled, torch_on_cuda])
 
 
+def eight_bits(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What a cache in int8 stores of x (..., D): numbers, and a step of max|x| / 127 for each D of them, float32."""
+    wide = x.float().cpu().numpy()
+    steps = (np.maximum(np.abs(wide).max(-1), np.float32(1e-30)) / np.float32(127)).astype(np.float32)
+    return np.rint(wide / steps[..., None]).astype(np.int8), steps
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The values that a cache in int8 has for x, float64."""
+    numbers, steps = eight_bits(x)
+    return torch.from_numpy(numbers.astype(np.float64) * steps[..., None]).to(x.device)
+
+
 class Filled:
     """Rows of random keys and values in pages that lie anywhere, among pages full of NaN.
 
@@ -41,14 +59,15 @@ class Filled:
 
     def __init__(
         self, where: tuple[str, bool], lengths: list[int], n_kv: int, D: int, dtype: torch.dtype = torch.float32,
-        by_kernel: bool = False,
+        by_kernel: bool = False, int8: bool = False,
     ) -> None:  # fmt: skip
-        device, self.triton = torch.device(where[0]), where[1]
+        device, self.triton, self.dtype = torch.device(where[0]), where[1], dtype
         numbers = torch.Generator().manual_seed(sum(lengths) + D)
         n_each = [-(-n // PAGE) for n in lengths]
         order = torch.randperm(sum(n_each) + 2, generator=numbers).tolist()
-        self.pages = Pages.empty(1, len(order), n_kv, D, dtype, device)
-        self.pages.kv.fill_(torch.nan)
+        self.pages = Pages.empty(1, len(order), n_kv, D, torch.int8 if int8 else dtype, device)
+        (self.pages.kv if self.pages.scales is None else self.pages.scales).fill_(torch.nan)
+        stored = rounded if int8 else Tensor.double
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.table = torch.full((len(lengths), max(n_each) + 1), 1 << 30, dtype=torch.int32, device=device)
         self.keys, self.values = [], []  # (1, KV heads, S, D) float64 of each row
@@ -58,20 +77,25 @@ class Filled:
             k, v = torch.randn(2, n, n_kv, D, generator=numbers).to(device, dtype)
             j = torch.arange(n)
             slots = torch.tensor(mine)[j // PAGE] * PAGE + j % PAGE
-            store(self.pages.kv[0], self.pages.key_norms[0], k, v, slots.to(device), triton=by_kernel)
-            self.keys.append(k.double().transpose(0, 1)[None])
-            self.values.append(v.double().transpose(0, 1)[None])
+            kv, norms, scales = self.layer
+            store(kv, norms, k, v, slots.to(device), scales=scales, triton=by_kernel)
+            self.keys.append(stored(k).transpose(0, 1)[None])
+            self.values.append(stored(v).transpose(0, 1)[None])
         self.numbers = numbers
 
+    @property
+    def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.pages.kv[0], self.pages.key_norms[0], self.pages.scales_of(0)
+
     def queries(self, T: int, H: int, D: int) -> Tensor:
-        return torch.randn(len(self.keys), T, H, D, generator=self.numbers).to(
-            self.pages.kv.device, self.pages.kv.dtype
-        )
+        q = torch.randn(len(self.keys), T, H, D, generator=self.numbers)
+        return q.to(self.pages.kv.device, self.dtype)
 
     def decode(self, q: Tensor, slopes: Tensor | None, scale: float, **options: object) -> Tensor:
         slopes = None if slopes is None else slopes.to(q.device)
-        kv, norms = self.pages.kv[0], self.pages.key_norms[0]
-        return paged_decode(q, kv, norms, self.table, self.lengths, slopes, scale, triton=self.triton, **options)  # type: ignore[arg-type]
+        kv, norms, scales = self.layer
+        told = {"scales": scales, "triton": self.triton, **options}
+        return paged_decode(q, kv, norms, self.table, self.lengths, slopes, scale, **told)  # type: ignore[arg-type]
 
     def weights(self, q: Tensor, slopes: Tensor | None, scale: float, row: int) -> Tensor:
         """softmax(q k^T scale - slope (i - j)) of one row's queries, (H, T, S) float64; NaN where nothing is seen."""
@@ -175,9 +199,9 @@ def test_strided_queries_are_read_where_they_lie(where) -> None:
     filled.check(q, attention.alibi_slopes(4), 0.125)
 
 
-def longest_away(where: tuple[str, bool], T: int) -> tuple[Filled, Tensor, Tensor, float]:
+def longest_away(where: tuple[str, bool], T: int, int8: bool = False) -> tuple[Filled, Tensor, Tensor, float]:
     """A row of 1,000 whose four heads reach back 1, 2, 3 and 4 pages and whose queries dislike their own keys."""
-    filled = Filled(where, [1000], 4, 64)
+    filled = Filled(where, [1000], 4, 64, int8=int8)
     q, scale = filled.queries(T, 4, 64), 0.125
     own = filled.keys[0][0, :, -T:].transpose(0, 1).float()  # (T, H, D)
     q[0] = -own.to(q.device) * 0.5
@@ -186,14 +210,15 @@ def longest_away(where: tuple[str, bool], T: int) -> tuple[Filled, Tensor, Tenso
 
 @everywhere
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy's, of the interpreter
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("T", [1, 4])
-def test_pages_out_of_reach_are_not_read(where, T) -> None:
-    filled, q, slopes, scale = longest_away(where, T)
+def test_pages_out_of_reach_are_not_read(where, T, int8) -> None:
+    filled, q, slopes, scale = longest_away(where, T, int8)
     expected = filled.expected(q, slopes, scale, 0)
     pages = filled.table[0, :4].tolist()
     for head, n_out in enumerate([2, 1, 0, 0]):
         for page in pages[:n_out]:
-            filled.pages.kv[0, page, :, head] = torch.nan
+            (filled.pages.kv if filled.pages.scales is None else filled.pages.scales)[0, page, :, head] = torch.nan
     found = filled.decode(q, slopes, scale)
     assert (found[0].double() - expected).abs().max() < TOLERANCE[torch.float32]
     assert filled.decode(q, slopes, scale, drop=0.0)[0, :, :2].isnan().all()  # it was for the reach that they were not
@@ -283,6 +308,92 @@ def test_a_copied_page_and_a_cleared_one(where) -> None:
     assert not filled.pages.key_norms[0, second].any() and filled.pages.key_norms[0, first].all()
 
 
+# -- int8 pages ------------------------------------------------------------------------------------------------------
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_pages_hold_the_numbers_and_scales_of_the_formula(where, dtype) -> None:
+    """To the bit, with zeros, tiny heads, and halves between two steps, which go to the even one."""
+    device, n_kv, D = torch.device(where[0]), 2, 80
+    k, v = torch.randn(2, 37, n_kv, D).to(device, dtype)
+    k[3], k[4] = 0, k[4] * 1e-4
+    k[5, 0] = torch.arange(D) * 0.5
+    k[5, 0, -1] = 63.5  # a step is 0.5 then
+    k[7, 0] = 95.0
+    k[7, 0, -1] = 1270  # and 10 here: all the others become 100, which the bound must know
+    v[6, 1] = torch.arange(D) + 0.5
+    v[6, 1, -1] = 127  # and 1 here
+    pages = Pages.empty(1, 4, n_kv, D, torch.int8, device)
+    slots = torch.randperm(3 * PAGE, device=device)[:37]
+    kv, norms, scales = pages.kv[0], pages.key_norms[0], pages.scales_of(0)
+    assert scales is not None
+    store(kv, norms, k, v, slots, scales=scales, triton=where[1])
+    page, place = slots // PAGE, slots % PAGE
+    for half, x in enumerate((k, v)):
+        numbers, steps = eight_bits(x)
+        assert np.array_equal(kv[page, half, :, place].cpu().numpy(), numbers)
+        assert np.array_equal(scales[page, half, :, place].cpu().numpy(), steps)
+    assert kv[page[6], 1, 1, place[6], :4].tolist() == [0, 2, 2, 4]
+    sizes = rounded(k).bfloat16().double().norm(dim=-1)  # as prompts may read them
+    for at in range(3):
+        largest = sizes[page == at].amax(0)
+        assert (norms[at] >= largest).all() and (norms[at] < largest * 1.01).all()
+    assert not scales[3].any() and not norms[3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_pages_hold_what_the_cache_on_cpu_holds(dtype) -> None:
+    k, v = torch.randn(2, 30, 2, 64).to(dtype)
+    layer, pages = Int8Layer.empty((2, 2, PAGE, 64)), Pages.empty(1, 1, 2, 64, torch.int8, torch.device("cpu"))
+    layer.write(5, torch.stack([k, v]).transpose(1, 2))
+    scales = pages.scales_of(0)
+    assert scales is not None
+    store(pages.kv[0], pages.key_norms[0], k, v, torch.arange(5, 35), scales=scales, triton=False)
+    assert torch.equal(pages.kv[0, 0, :, :, 5:35], layer.numbers[:, :, 5:35])
+    assert torch.equal(scales[0, :, :, 5:35], layer.scales[:, :, 5:35])
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("H", "n_kv", "D", "T", "lengths"),
+    [
+        pytest.param(4, 4, 64, 1, [1, 255, 256, 257], id="mha"),
+        pytest.param(4, 2, 80, 5, [1000, 3, 511], id="gqa_80"),
+        pytest.param(8, 1, 112, 16, [700, 1], id="mqa_112_two_blocks"),
+    ],
+)
+@pytest.mark.parametrize("alibi", [True, False], ids=["alibi", "no_alibi"])
+def test_int8_pages_are_read_as_the_formula_over_their_numbers(where, H, n_kv, D, T, lengths, alibi) -> None:
+    filled = Filled(where, lengths, n_kv, D, int8=True)
+    q, slopes = filled.queries(T, H, D), attention.alibi_slopes(H) if alibi else None
+    for n_splits in (1, 4):
+        filled.check(q, slopes, D**-0.5, n_splits=n_splits)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("H", "T"), [(2, 1), (4, 3)])
+def test_sixteen_bits_over_int8_pages_lose_only_their_own_digits(where, dtype, H, T) -> None:
+    if where == ("cpu", True) and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's tl.dot takes the bits of a bfloat16 for an integer")
+    filled = Filled(where, [700, 20], 2, 80, dtype, int8=True)
+    filled.check(filled.queries(T, H, 80), attention.alibi_slopes(H), 80**-0.5)
+
+
+@everywhere
+def test_a_copied_int8_page_has_its_scales(where) -> None:
+    filled = Filled(where, [300], 2, 64, int8=True)
+    second = int(filled.table[0, 1])
+    free = next(page for page in range(4) if page not in filled.table[0, :2].tolist())
+    q, slopes = filled.queries(1, 2, 64), attention.alibi_slopes(2)
+    before = filled.decode(q, slopes, 0.125)
+    filled.pages.copy(second, free)
+    filled.pages.kv[:, second] = 0
+    filled.table[0, 1] = free
+    assert torch.equal(filled.decode(q, slopes, 0.125), before)
+
+
 @everywhere
 def test_far_positions_keep_their_digits(where) -> None:
     """At position 65,000 the bias of the first keys is -46,000; float32 anchored at key 0 would lose 4e-3."""
@@ -339,9 +450,12 @@ on_cuda = pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
 class Asked:
     """Parts of prompts at the end of filled rows, among other tokens of a step."""
 
-    def __init__(self, by: str, monkeypatch, n_tokens: list[int], stored: list[int], H: int, n_kv: int, D: int) -> None:
+    def __init__(
+        self, by: str, monkeypatch, n_tokens: list[int], stored: list[int], H: int, n_kv: int, D: int,
+        int8: bool = False,
+    ) -> None:  # fmt: skip
         device = "cuda" if by == "cuda" else "cpu"
-        self.filled = Filled((device, device == "cuda"), stored, n_kv, D)
+        self.filled = Filled((device, device == "cuda"), stored, n_kv, D, int8=int8)
         starts = [3 + 5 * row + sum(n_tokens[:row]) for row in range(len(stored))]
         self.parts = [
             Part(start, n, S, self.filled.table[row, : -(-S // PAGE)].tolist())
@@ -364,7 +478,7 @@ class Asked:
         prompts = Prompts(self.parts, slopes, self.scale, self.q.device, drop=drop)
         tokens = [torch.arange(part.start, part.start + part.n_tokens) for part in self.parts]
         assert torch.equal(prompts.tokens.cpu(), torch.cat(tokens))
-        out = prompts.attend(self.q, self.filled.pages.kv[0], self.filled.pages.key_norms[0])
+        out = prompts.attend(self.q, *self.filled.layer)
         return list(out.split([part.n_tokens for part in self.parts]))
 
 
@@ -387,6 +501,30 @@ def test_parts_of_prompts_equal_the_formula(monkeypatch, by, alibi, n_tokens, st
     for row, found in enumerate(asked.answer(slopes)):
         expected = asked.filled.expected(asked.of(row), slopes, asked.scale, row)
         assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("by", [by_torch, as_kernel, on_cuda])
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize(("n_tokens", "stored"), [([256], [256]), ([20, 200, 30], [20, 327, 1000])])
+@pytest.mark.parametrize(("H", "n_kv", "D"), [(4, 4, 80), (4, 2, 64)])
+def test_prompts_over_int8_pages_equal_the_formula_over_their_numbers(
+    monkeypatch, by, alibi, n_tokens, stored, H, n_kv, D
+) -> None:
+    asked = Asked(by, monkeypatch, n_tokens, stored, H, n_kv, D, int8=True)
+    slopes = attention.alibi_slopes(H) if alibi else None
+    for row, found in enumerate(asked.answer(slopes)):
+        expected = asked.filled.expected(asked.of(row), slopes, asked.scale, row)
+        assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
+
+
+def test_prompts_read_int8_pages_as_torch_on_cpu_does() -> None:
+    """bfloat16 copies of them, zero behind the row's end."""
+    filled = Filled(("cpu", False), [300], 2, 64, torch.bfloat16, int8=True)
+    kv, _, scales = filled.layer
+    k, v = gather(kv, filled.table[0, :2].long(), slice(300, None), scales, torch.bfloat16)
+    for found, expected in ((k, filled.keys[0]), (v, filled.values[0])):
+        assert torch.equal(found[:, :, :300], expected.float().bfloat16()) and not found[:, :, 300:].any()
 
 
 @pytest.mark.parametrize(
@@ -525,6 +663,7 @@ from mpt.backends import paged_attention, paged_kernels
 
 POINTERS = {"slots": "*i64", "table": "*i32", "lengths": "*i32"}
 FLOATS = {"scale", "log_drop", "eps"}
+ALWAYS_FLOAT = {"slopes", "scales"}
 NUMBERS = {"q", "k", "v", "kv", "out", "x", "y", "weight", "bias"}
 
 def build(kernel, dtype, n_warps, n_stages=3, **constants):
@@ -534,13 +673,15 @@ def build(kernel, dtype, n_warps, n_stages=3, **constants):
             signature[name] = "constexpr"
         elif name in POINTERS:
             signature[name] = POINTERS[name]
+        elif name == "kv" and constants["IS_INT8"]:
+            signature[name] = "*i8"
         elif name in NUMBERS:
             signature[name] = "*" + dtype
         elif name == "norms":
             signature[name] = "*i32" if kernel is paged_kernels.store else "*fp32"
         elif name in ("part", "part_lse"):
             signature[name] = "*" + (dtype if constants["N_SPLITS"] == 1 else "fp32")
-        elif name == "slopes":
+        elif name in ALWAYS_FLOAT:
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
@@ -554,16 +695,18 @@ def build(kernel, dtype, n_warps, n_stages=3, **constants):
 
 for dtype, D, lines, group in [("bf16", 128, 16, 1), ("bf16", 112, 16, 1), ("fp16", 80, 64, 4)]:
     stages = paged_attention._STAGES if lines == 16 else paged_attention._STAGES_OF_MANY_LINES
-    for n_splits in (1, 16):
+    for n_splits, int8 in ((1, False), (16, False), (1, True), (16, True)):
         split = build(paged_kernels.decode_split, dtype, 4, stages, G=group, D=D, BLOCK_M=lines, BLOCK_N=64,
-                      BLOCK_D=128, BLOCK_P=64, PAGE=256, N_SPLITS=n_splits, HAS_ALIBI=True)
+                      BLOCK_D=128, BLOCK_P=64, PAGE=256, N_SPLITS=n_splits, HAS_ALIBI=True, IS_INT8=int8)
         assert split.metadata.shared < 99 * 1024, split.metadata.shared
         # Keys and values of the next blocks are on their way while one is computed: it waits for all but the last.
         waits = {int(line.split()[1].rstrip(";")) for line in split.asm["ptx"].splitlines() if "wait_group" in line}
         assert lines > 16 or max(waits) >= 2, waits
     build(paged_kernels.merge, dtype, 4, D=D, BLOCK_D=128, N_SPLITS=16, BLOCK_S=16)
     build(paged_kernels.add_norm, dtype, 8, C=4096 - D, BLOCK_C=4096, HAS_Y=True, HAS_BIAS=True)
-    build(paged_kernels.store, dtype, 1, D=D, BLOCK_D=128, PAGE=256)
+    for int8 in (False, True):
+        stored = build(paged_kernels.store, dtype, 1, D=D, BLOCK_D=128, PAGE=256, IS_INT8=int8, LEAST=1e-30, MORE=1.01)
+        assert not int8 or "div.rn.f32" in stored.asm["ptx"]  # others may be off by a bit
 print("compiled")
 """
 

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 import mpt
 from mpt.backends import compilations, flash, paged_attention
 from mpt.backends.backend import Work
+from mpt.backends.native import library
 from mpt.backends.paged_attention import PAGE, paged_decode
 from mpt.backends.paged_backend import PagedBackend, Steps, _prompts
 from mpt.backends.torch_backend import TorchBackend
@@ -29,6 +30,7 @@ from mpt.generation import generate
 from mpt.lora import Adapter, adaptable
 from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from tests import flash_2
 from tests.in_process import running_engine
 from tests.kernels import needs_interpreter
 
@@ -41,12 +43,15 @@ SHAPES = {
     "positions": {"attn_config": {"alibi": False}, "learned_pos_emb": True},
     "normed_with_biases": {"attn_config": {"alibi": True, "qk_ln": True}, "no_bias": False, "logit_scale": 0.5},
     "heads_of_80": {"d_model": 240, "n_heads": 3},
+    "clipped": {"attn_config": {"alibi": True, "clip_qkv": 0.5}},  # one number in two
 }
 on_cpu = pytest.param(("cpu", False), id="torch")
 on_cuda = pytest.param(("cuda", True), id="cuda", marks=pytest.mark.gpu)
 interpreted = pytest.param(("cpu", True), id="interpreted", marks=needs_interpreter)
 anywhere = pytest.mark.parametrize("where", [on_cpu, on_cuda])
 with_kernels = pytest.mark.parametrize("where", [on_cpu, interpreted, on_cuda])
+needs_c = pytest.mark.skipif(library.why_none() is not None, reason=str(library.why_none()))
+both_caches = pytest.mark.parametrize("int8", [False, pytest.param(True, marks=needs_c, id="int8")])
 
 
 def make(shape: str) -> MPTForCausalLM:
@@ -63,7 +68,8 @@ def make(shape: str) -> MPTForCausalLM:
 def paged(model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14, **options) -> PagedBackend:
     backend = PagedBackend(model.to(where[0]), triton=where[1], **options)
     backend.allocate(kv_tokens * backend.bytes_per_token)
-    backend._pages.kv.fill_(torch.nan)  # nobody may read what nobody has written
+    pages = backend._pages
+    (pages.kv if pages.scales is None else pages.scales).fill_(torch.nan)  # nobody may read what nobody has written
     return backend
 
 
@@ -104,17 +110,21 @@ def greedy(max_tokens: int = 24) -> Sampling:
     return Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    """Two layers of float32 sums in another order, on logits of size 1."""
-    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=3e-4)
+def close(found: Tensor, expected: Tensor, int8: bool = False) -> None:
+    """Two layers of float32 sums in another order, on logits of size 1. What lies halfway between two int8 numbers may
+    then become the other one, which moves logits by up to 0.008 here; without int8 on one side they are 0.15 apart."""
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=0.015 if int8 else 3e-4)
 
 
 class Pair:
-    """The same work for both backends, rows side by side."""
+    """The same work for both backends, rows side by side. int8: caches of both; the other one's is read by C."""
 
-    def __init__(self, model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14, **options) -> None:
-        self.torch = TorchBackend(make_like(model))
-        self.paged = paged(model, where, kv_tokens, **options)
+    def __init__(
+        self, model: MPTForCausalLM, where: tuple[str, bool], kv_tokens: int = 1 << 14, int8: bool = False, **options
+    ) -> None:
+        self.int8 = int8
+        self.torch = TorchBackend(make_like(model), int8_cache=int8)
+        self.paged = paged(model, where, kv_tokens, int8_cache=int8, **options)
         self.rows: list[tuple] = []
 
     def row(self, n_tokens: int) -> int:
@@ -130,7 +140,7 @@ class Pair:
                 for row, tokens in reads.items()
             ]
             both.append(backend.forward(work))
-        close(both[1], both[0])
+        close(both[1], both[0], self.int8)
         for row, tokens in reads.items():
             for side in self.rows[row]:
                 side.length += len(tokens)
@@ -151,9 +161,10 @@ def text(seed: int, n: int) -> list[int]:
 
 
 @anywhere
+@both_caches
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_are_those_of_the_other_backend_in_any_mix(where, shape) -> None:
-    pair = Pair(make(shape), where)
+def test_logits_are_those_of_the_other_backend_in_any_mix(where, shape, int8) -> None:
+    pair = Pair(make(shape), where, int8=int8)
     a, b, c, d = (pair.row(700) for _ in range(4))
     pair.step({a: text(1, 500), b: text(2, 3), c: text(3, 40)})  # two chunks and a few tokens
     pair.step({a: [7], b: [8], c: [9]}, 1)  # one each: the step of fixed shape
@@ -165,8 +176,9 @@ def test_logits_are_those_of_the_other_backend_in_any_mix(where, shape) -> None:
 
 
 @with_kernels
-def test_the_kernels_give_the_same_logits(where) -> None:
-    pair = Pair(make("grouped"), where)
+@both_caches
+def test_the_kernels_give_the_same_logits(where, int8) -> None:
+    pair = Pair(make("grouped"), where, int8=int8)
     a, b = pair.row(300), pair.row(40)
     pair.step({a: text(1, 254), b: text(2, 2)}, 1)
     for token in range(3):  # across the border of a page
@@ -184,51 +196,20 @@ def test_more_rows_than_a_graph_has_and_numbers_between(where) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("kernel", ["flex", "flash_attn"])
+@pytest.mark.parametrize("kernel", ["flex", pytest.param("flex over int8", marks=needs_c), "flash_attn"])
 @pytest.mark.parametrize("shape", ["storywriter", "grouped", "positions"])
 def test_prompts_read_as_on_cuda_give_the_same_logits(monkeypatch, shape, kernel) -> None:
-    pair = Pair(make(shape), ("cpu", False))
-    if kernel == "flex":
+    pair = Pair(make(shape), ("cpu", False), int8=kernel == "flex over int8")
+    if kernel != "flash_attn":
         pair.paged._prompts_by = "FlexAttention"
     else:
         pair.paged._prompts_by = "flash-attn 2"
-        monkeypatch.setattr(flash, "flash_2", lambda: flash_attn_varlen_func)
+        monkeypatch.setattr(flash, "flash_2", lambda: flash_2.flash_attn_varlen_func)
     a, b = pair.row(700), pair.row(300)
     pair.step({a: text(1, 300), b: text(2, 20)})
     pair.step({a: text(3, 212), b: text(2, 2)})  # to the end of a page
     pair.step({a: text(4, 17), b: text(5, 200)})
     pair.step({a: [5], b: [6]}, 1)
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float,
-    causal: bool,
-    alibi_slopes: Tensor | None,
-    block_table: Tensor,
-) -> Tensor:
-    """As flash-attn 2.8 documents it. q: (tokens, H, D). k, v: (pages, page size, KV heads, D)."""
-    assert causal and block_table.dtype == cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert k.shape[1] % 256 == 0 and k.stride(-1) == v.stride(-1) == 1
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    out = torch.empty_like(q)
-    for row, (start, end) in enumerate(zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True)):
-        S, T = int(cu_seqlens_k.diff()[row]), end - start
-        keys, values = (x[block_table[row].long()].flatten(0, 1)[:S].transpose(0, 1) for x in (k, v))
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[0], 0) for x in (keys, values))  # (H, S, D)
-        distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
-        scores = q[start:end].transpose(0, 1) @ keys.transpose(-1, -2) * softmax_scale
-        if alibi_slopes is not None:
-            scores = scores - alibi_slopes[:, None, None] * distance.abs()
-        out[start:end] = (scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-    return out
 
 
 class Recorded:
@@ -273,10 +254,11 @@ def test_no_step_asks_the_kernel_for_a_shape_that_was_not_read_at_start(monkeypa
     assert all(asked[key] <= at_start.get(key, 0) for key in asked)
 
 
-def test_every_step_of_one_token_finds_its_graph_from_the_start(monkeypatch) -> None:
+@both_caches
+def test_every_step_of_one_token_finds_its_graph_from_the_start(monkeypatch, int8) -> None:
     monkeypatch.setattr("mpt.backends.paged_backend._Graph", Recorded)
     steps = Steps(n_rows=5, n_prompt=64, context=9 * PAGE)
-    pair = Pair(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE, steps=steps, graphs=True)
+    pair = Pair(make("alibi"), ("cpu", False), kv_tokens=80 * PAGE, steps=steps, graphs=True, int8=int8)
     assert set(pair.paged._graphs) == {(n, width) for n in (1, 2, 4, 8) for width in (8, 32)}
     before = compilations.of_this_thread()
     rows = [pair.row(20) for _ in range(5)]
@@ -361,8 +343,9 @@ def test_what_cannot_be_captured_runs_in_a_larger_graph_or_without(monkeypatch) 
 
 
 @anywhere
-def test_a_copy_shares_full_pages_and_copies_the_last(where) -> None:
-    pair = Pair(make("alibi"), where)
+@both_caches
+def test_a_copy_shares_full_pages_and_copies_the_last(where, int8) -> None:
+    pair = Pair(make("alibi"), where, int8=int8)
     a = pair.row(700)
     pair.step({a: text(1, 600)}, 1)
     n_free = pair.paged.n_free_pages
@@ -383,10 +366,11 @@ def test_a_copy_shares_full_pages_and_copies_the_last(where) -> None:
 
 
 @anywhere
+@both_caches
 @pytest.mark.parametrize("writer", ["the source", "the copy"])
-def test_a_shared_page_is_copied_before_one_writes_into_it(where, writer) -> None:
+def test_a_shared_page_is_copied_before_one_writes_into_it(where, writer, int8) -> None:
     """As when a kept prefix is cut back and written on."""
-    pair = Pair(make("alibi"), where)
+    pair = Pair(make("alibi"), where, int8=int8)
     a = pair.row(600)
     pair.step({a: text(1, 520)}, 1)
     first = pair.rows[a]
@@ -431,6 +415,18 @@ def test_pages_come_back_also_from_cycles_and_an_empty_pool_says_so() -> None:
     assert len(backend.reserve(None, 4 * PAGE).pages) == 4
 
 
+def test_int8_pages_are_as_many_as_their_bytes_say() -> None:
+    """Of heads of 16: 2 x 4 heads x 2 layers, 32 bytes each in bfloat16 and 16 + 4 in int8."""
+    model = make("alibi").bfloat16()
+    plain, int8 = PagedBackend(model), PagedBackend(model, int8_cache=True)
+    assert (plain.bytes_per_token, int8.bytes_per_token) == (16 * 32, 16 * 20)
+    for backend, n_pages in ((plain, 25), (int8, 40)):
+        backend.allocate(25 * PAGE * 16 * 32)
+        assert backend.n_free_pages == n_pages
+    scales = int8._pages.scales
+    assert scales is not None and int8._pages.kv.nbytes + scales.nbytes == 41 * PAGE * 16 * 20  # with page 0
+
+
 def test_capacity_is_in_pages_and_a_pool_that_is_too_large_is_refused() -> None:
     backend = PagedBackend(make("alibi"))
     assert [backend.capacity_for(n) for n in (1, 256, 257)] == [256, 256, 512]
@@ -464,6 +460,25 @@ async def test_greedy_tokens_equal_the_naive_loop_whatever_shares_the_batch(mode
     assert [tokens_of(events) for events in answers] == expected
 
 
+@needs_c
+@anywhere
+async def test_greedy_tokens_over_int8_pages_are_those_of_the_int8_cache_on_cpu(model, tokenizer, where):
+    asked = prompts(6)
+    backend = TorchBackend(make_like(model), int8_cache=True)
+    expected = []
+    for prompt in asked:
+        row, unread, said = backend.reserve(None, len(prompt) + 24), prompt, list[int]()
+        while len(said) < 24:
+            logits = backend.forward([Work(row, unread, 1)])
+            row.length += len(unread)
+            said.append(int(logits.argmax()))
+            unread = said[-1:]
+        expected.append(said)
+    with running(paged(model, where, int8_cache=True), tokenizer, prefill_chunk=30, max_running=4) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy()) for prompt in asked))
+    assert [tokens_of(events) for events in answers] == expected
+
+
 @pytest.mark.parametrize("where", [interpreted])
 async def test_greedy_tokens_through_the_interpreted_kernels(model, tokenizer, where):
     asked = prompts(2, longest=40)
@@ -481,6 +496,20 @@ async def test_greedy_tokens_survive_preemption(model, tokenizer, where):
     with running(paged(model, where, 1024), tokenizer, kv_tokens=1024, max_running=6) as engine:
         answers = await asyncio.gather(*(collect(engine, prompt, greedy(130)) for prompt in asked))
         assert engine.stats().n_preemptions > 0
+    assert [tokens_of(events) for events in answers] == expected
+
+
+@anywhere
+async def test_greedy_tokens_over_int8_pages_survive_preemption_and_cut_prefixes(model, tokenizer, where):
+    """Those that nobody disturbs, where four pages and six rows that grow from one to two send some of them back."""
+    asked = [text(0, 150) + text(seed, 50) for seed in range(6)]
+    with running(paged(model, where, int8_cache=True), tokenizer) as engine:
+        expected = [tokens_of(await collect(engine, prompt, greedy(70))) for prompt in asked]
+    small = paged(model, where, 1024, int8_cache=True)
+    with running(small, tokenizer, kv_tokens=1024, max_running=6) as engine:
+        answers = await asyncio.gather(*(collect(engine, prompt, greedy(70)) for prompt in asked))
+        stats = engine.stats()
+        assert stats.n_preemptions > 0 and stats.prefix_hits_tokens > 0
     assert [tokens_of(events) for events in answers] == expected
 
 

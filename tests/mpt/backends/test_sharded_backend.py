@@ -65,16 +65,33 @@ def test_what_cannot_be_shared_is_refused(more, n, words):
         Shard(0, 2).check(small(attn_config={"qk_ln": True}))
 
 
+# Each case in a process of its own, since one serves one model, and so is the process beside it; both are forked from
+# one that has imported torch. That the other is started as a command is tested below, by servers.
 PROGRAM = """
-import asyncio, json, sys
+import asyncio, json, os, signal, sys, types
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from mpt.tokenizer import Tokenizer
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
+from mpt.backends import sharded_backend
 from mpt.backends.paged_backend import Steps
 from mpt.backends.sharded_backend import open_sharded
+
+class Forked:
+    def __init__(self, command, env):
+        self.pid = os.fork()
+        if self.pid == 0:
+            sys.argv = command[2:]  # after the interpreter and -m
+            sharded_backend.main()
+            os._exit(0)
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
+    def wait(self):
+        os.waitpid(self.pid, 0)
+
+sharded_backend.subprocess = types.SimpleNamespace(Popen=Forked)
 
 async def main(folder, prompts, in_pages):
     steps = Steps(n_rows=3, n_prompt=64, context=1024) if in_pages else None
@@ -90,28 +107,57 @@ async def main(folder, prompts, in_pages):
     answers = await asyncio.gather(*(one(prompt, n) for prompt, n in prompts))
     stats = engine.stats()
     engine.close()
-    print(json.dumps([answers, stats.n_preemptions, stats.prefix_hits_tokens, backend.bytes_per_token]))
+    return [answers, stats.n_preemptions, stats.prefix_hits_tokens, backend.bytes_per_token]
 
-asyncio.run(main(sys.argv[1], *json.loads(sys.argv[2])))
+for name, case in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if child == 0:
+        print(json.dumps([name, asyncio.run(main(*case))]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
+CASES = {
+    "grouped": ("grouped", False),
+    "positions": ("positions", False),
+    "storywriter": ("storywriter", False),
+    "storywriter_in_pages": ("storywriter", True),
+}
+BEGINNING = [(7 * k) % 250 for k in range(90)]
+PROMPTS = [([*BEGINNING, k], n) for k, n in enumerate((20, 300, 40, 280, 30))]
 
 
-@pytest.mark.parametrize(
-    ("shape", "in_pages"), [("grouped", False), ("positions", False), ("storywriter", False), ("storywriter", True)]
-)
-def test_two_processes_give_the_greedy_tokens_of_one(shape, in_pages, tokenizer, tmp_path):
-    torch.manual_seed(1)
-    model = mpt.MPTForCausalLM(small(**SHAPES[shape])).eval()
-    mpt.save(model, tmp_path / "m", tokenizer=tokenizer)
-    beginning = [(7 * k) % 250 for k in range(90)]
-    prompts = [([*beginning, k], n) for k, n in enumerate((20, 300, 40, 280, 30))]
+@pytest.fixture(scope="module")
+def models() -> dict[str, mpt.MPTForCausalLM]:
+    made = {}
+    for shape, _ in CASES.values():
+        torch.manual_seed(1)
+        made[shape] = mpt.MPTForCausalLM(small(**SHAPES[shape])).eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(models, tokenizer, tmp_path_factory) -> tuple[dict[str, list], str]:
+    """What two processes answered in each case, and what they said on stderr."""
+    work = tmp_path_factory.mktemp("shared")
+    for shape, model in models.items():
+        mpt.save(model, work / shape, tokenizer=tokenizer)
+    asked = {name: [str(work / shape), PROMPTS, in_pages] for name, (shape, in_pages) in CASES.items()}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "m"), json.dumps([prompts, in_pages])],
-        capture_output=True, text=True, timeout=100, cwd=Path(mpt.__file__).parents[1],
+        [sys.executable, "-c", PROGRAM, json.dumps(asked)],
+        capture_output=True, text=True, timeout=250, cwd=Path(mpt.__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    answers, n_preemptions, n_shared, bytes_per_token = json.loads(done.stdout.splitlines()[-1])
-    assert answers == [generate(model, prompt, n) for prompt, n in prompts]
+    lines = [line for line in done.stdout.splitlines() if line.startswith('["')]  # gloo says on stdout what it connects
+    return dict(map(json.loads, lines)), done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_greedy_tokens_of_one(case, models, found):
+    answers_of, said = found
+    assert case in answers_of, said[-2000:]
+    answers, n_preemptions, n_shared, bytes_per_token = answers_of[case]
+    model = models[CASES[case][0]]
+    assert answers == [generate(model, prompt, n) for prompt, n in PROMPTS]
     assert n_preemptions > 0 and n_shared > 0  # what was to be tested has happened
     assert bytes_per_token == model.config.kv_bytes_per_token * 4 // 2 // 2  # float32, half of the heads
 

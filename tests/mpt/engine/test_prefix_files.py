@@ -73,6 +73,7 @@ BACKENDS: dict[str, Callable[[MPTForCausalLM], TorchBackend | PagedBackend]] = {
     "torch, bfloat16": lambda model: in_torch(copy.deepcopy(model).bfloat16()),
     "pages": in_pages,
     "pages, bfloat16": lambda model: in_pages(copy.deepcopy(model).bfloat16()),
+    "pages, int8 numbers": lambda model: PagedBackend(copy.deepcopy(model).bfloat16(), triton=False, int8_cache=True),
 }
 
 

@@ -53,7 +53,7 @@ def test_a_draft_takes_memory_too(large: Path) -> None:
 def test_a_drafts_cache_on_a_gpu_comes_out_of_the_budget(large: Path, monkeypatch) -> None:
     """In the model's precision, both caches for as many tokens."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head, int8_cache: ("FlexAttention", None))
     options = ModelOptions(str(large), device="cuda", dtype="float32")
     alone, both = room_for("m", options), room_for("m", replace(options, draft=str(large)))
     assert both.weight_bytes == pytest.approx(2 * alone.weight_bytes, abs=4)
@@ -66,7 +66,7 @@ def test_a_drafts_cache_on_a_gpu_comes_out_of_the_budget(large: Path, monkeypatc
 def test_rounded_weights_take_what_they_are_packed_in(large: Path, device, monkeypatch) -> None:
     """int8: a byte each, and the embedding, which is the head too, in bfloat16 beside. int4: 18 bytes for 32."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
-    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head, int8_cache: ("FlexAttention", None))
     found = {kind: room_for("m", ModelOptions(str(large), device=device, quantize=kind)) for kind in ("int8", "int4")}
     n = WEIGHTS / 4
     assert {room.device for room in found.values()} == {device}

@@ -384,7 +384,7 @@ def test_on_a_gpu_a_draft_shares_the_budget_with_its_model(monkeypatch):
     """As for a GPU, on this CPU: both have as many pages, and no more bytes together than were told."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (1 << 32, 1 << 32))
-    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head: ("FlexAttention", None))
+    monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head, int8_cache: ("FlexAttention", None))
     real = choosing.load
     monkeypatch.setattr(choosing, "load", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu"))
     options = ModelOptions("mpt-tiny-chat", dtype="float32", draft="mpt-tiny", kv_gb=0.2, max_running=4)

@@ -1,11 +1,14 @@
 """FasterTransformer's tensors, answered by onnxruntime: what runs inside Triton's python backend.
 
 Needs numpy < 2 (the backend's own limit) and onnxruntime in Triton's environment; nothing of mpt. The checkpoint is the
-ONNX folder that `model_checkpoint_path` names, relative to this model's folder. All rows of the requests that Triton
-has gathered are computed together, padded on the left. Beam search and prompt tuning are refused by name.
+ONNX folder that `model_checkpoint_path` names, relative to this model's folder. It computes where the kind of the
+instance in config.pbtxt says; nothing here was run on a GPU. All rows of the requests that Triton has gathered are
+computed together, padded on the left. Beam search and prompt tuning are refused by name.
 """
 
+import ctypes
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ _OFF = {
     "top_p_min": (0,), "is_return_context_embeddings": (False,),
 }  # fmt: skip
 _UNKNOWN = ("prompt_learning_task_name_ids", "request_prompt_embedding")
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 class TritonPythonModel:
@@ -28,13 +32,7 @@ class TritonPythonModel:
         self._is_decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled"))
         self._context = json.loads((at / "genai_config.json").read_text())["model"]
         decoder = self._context["decoder"]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        known = onnxruntime.get_available_providers()
-        self._session = onnxruntime.InferenceSession(
-            str(at / "model.onnx"), options, providers=[name for name in wanted if name in known]
-        )
+        self._session = _open(at / "model.onnx", args["model_instance_kind"], args["model_instance_device_id"])
         names = [f"{n}.{which}" for n in range(decoder["num_hidden_layers"]) for which in ("key", "value")]
         self._past = [f"past_key_values.{name}" for name in names]
         self._outputs = ["logits", *(f"present.{name}" for name in names)]
@@ -86,6 +84,47 @@ class TritonPythonModel:
                 taken, mask, cache = taken[going], mask[going], [part[going] for part in cache]
             ids = taken
             mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+
+
+def _open(path, kind, device):
+    """A session on what the instance is of: `GPU`, with the number of one, or `CPU`; Triton makes either of KIND_AUTO.
+
+    onnxruntime goes on with the CPU where CUDA does not load, and says so in a line of its log at most. Raises
+    TritonModelException instead, with the reason; Triton then does not load the model.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    version = f"onnxruntime {onnxruntime.__version__}"
+    if kind == "CPU":
+        session = onnxruntime.InferenceSession(str(path), options, providers=[_CPU])
+        pb.Logger.log_info(f"{version} computes `{path}` on the CPU, as the instance is KIND_CPU or Triton sees no GPU")
+        return session
+    if kind != "GPU":
+        raise pb.TritonModelException(f"KIND_{kind} is not supported; take KIND_AUTO, KIND_GPU or KIND_CPU")
+    if _CUDA in onnxruntime.get_available_providers():
+        onnxruntime.preload_dlls()  # finds libraries that are packages of NVIDIA
+        providers = [(_CUDA, {"device_id": device}), _CPU]
+        # Without its fallback, which takes the CPU after an error of CUDA, here and in a run.
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        if _CUDA in session.get_providers():
+            pb.Logger.log_info(f"{version} computes `{path}` on GPU {device}")
+            return session
+        why = f"did not load CUDA: {_reason()}"
+    else:
+        why = "is built without CUDA; Triton's environment needs onnxruntime-gpu in its place"
+    raise pb.TritonModelException(
+        f"the instance is of a GPU and {version} {why}; to compute on the CPU, write KIND_CPU in config.pbtxt"
+    )
+
+
+def _reason():
+    """Why the CUDA provider's library does not load. onnxruntime tells its log only, so the loader is asked again."""
+    name = "onnxruntime_providers_cuda.dll" if os.name == "nt" else "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / name))
+    except OSError as error:
+        return str(error)
+    return "its library can be loaded, and the reason is in onnxruntime's log"
 
 
 class _Row:
