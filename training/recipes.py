@@ -306,7 +306,7 @@ def mpt_tiny_instruct_second(out: str, base: str) -> Run:
 def mpt_tiny_instruct_third(out: str, base: str) -> Run:
     """From its second stage, on documents of up to 44 values that are hard in one thing each."""
     return _tiny(
-        "mpt-tiny-instruct-third", base, "tiny_yaml_hard", out, global_batch=32, steps=2000, optimizer="muon", lr=2e-3,
+        "mpt-tiny-instruct-third", base, "tiny_yaml_hard", out, global_batch=32, steps=2540, optimizer="muon", lr=2e-3,
         schedule="constant", warmup_steps=20, seed=19, prompt_style="instruct",
     )  # fmt: skip
 
@@ -314,7 +314,7 @@ def mpt_tiny_instruct_third(out: str, base: str) -> Run:
 def mpt_tiny_instruct(out: str, base: str) -> Run:
     """The last stage: the same set with its longest documents, while the rate falls to 0."""
     return _tiny(
-        "mpt-tiny-instruct", base, "tiny_yaml_hard", out, max_seq_len=2048, global_batch=32, steps=2000,
+        "mpt-tiny-instruct", base, "tiny_yaml_hard", out, max_seq_len=2048, global_batch=32, steps=2300,
         optimizer="muon", lr=2e-3, schedule="linear", warmup_steps=1, seed=20, prompt_style="instruct",
     )  # fmt: skip
 
