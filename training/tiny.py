@@ -84,10 +84,10 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
     if not (Path(base) / MANIFEST).is_file():
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
-        first, second, third = (f"{name}-{stage}" for stage in ("first", "second", "third"))
+        at_first, second, third = (f"{name}-{stage}" for stage in ("first", "second", "third"))
         return [
-            recipes.mpt_tiny_instruct_first(out(first), base, str(_tokenizer_apart(work))),
-            recipes.mpt_tiny_instruct_second(out(second), model(first)),
+            recipes.mpt_tiny_instruct_first(out(at_first), base, str(_tokenizer_apart(work))),
+            recipes.mpt_tiny_instruct_second(out(second), model(at_first)),
             recipes.mpt_tiny_instruct_third(out(third), model(second)),
             recipes.mpt_tiny_instruct(out(name), model(third)),
         ]
@@ -162,13 +162,13 @@ function with another name, argument or description. Functions are declared in a
 only for something else. Held out are names, numbers of three digits and more, and the wordings of the questions, but
 for those that ask for two things at once, name a city alone, or ask for one more.
 
-The instruct model has two scores. `yaml_to_json` asks for persons, addresses and the like, from the generator that made
-a seventh of its training; another one made the rest, YAML of any shape, in the last two stages often hard in one thing:
-its shape, its numbers or its signs. `newcomers_yaml` asks for what no generator made: 200 documents written by hand
-([training/evaluation/newcomers_yaml](../training/evaluation/newcomers_yaml)), such as compose files, CI workflows,
-Kubernetes manifests, people, prose and numbers, of 3 to 60 lines and in a dozen languages, and 24 with anchors, tags and
-the like, which are to be refused by name. The second score is what to expect of your own YAML. `exact` is right to the
-last character; `guided` answers are held to JSON by a grammar, as `response_format` does.
+The instruct model has two scores. `yaml_to_json` asks for persons, addresses and the like, from the generator that
+made a seventh of its training; another one made the rest, YAML of any shape, in the last two stages often hard in one
+thing: its shape, its numbers or its signs. `newcomers_yaml` asks for what no generator made: 200 documents written by
+hand ([training/evaluation/newcomers_yaml](../training/evaluation/newcomers_yaml)), such as compose files, CI
+workflows, Kubernetes manifests, people, prose and numbers, of 3 to 60 lines and in a dozen languages, and 24 with
+anchors, tags and the like, which are to be refused by name. The second score is what to expect of your own YAML.
+`exact` is right to the last character; `guided` answers are held to JSON by a grammar, as `response_format` does.
 
 The aims were 95 % exact for instruct on generated documents and 90 % on newcomers' ones, 95 % right for chat, and a
 loss at positions 60,000 to 65,536 no worse than at 1,000 to 2,000 for the storywriter; the scores below say what was

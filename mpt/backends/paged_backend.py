@@ -251,7 +251,7 @@ class PagedBackend:
         at, page = start % PAGE, row.pages[start // PAGE]
         assert at + n_tokens <= PAGE, (start, n_tokens)
         # Scales come first: behind int8 numbers they could begin where no float32 may.
-        kinds = [self._pages.kv] if self._pages.scales is None else [self._pages.scales, self._pages.kv]
+        kinds = [kind for kind in (self._pages.scales, self._pages.kv) if kind is not None]
         return self._pages.key_norms[:, page], [kind[:, page, :, :, at : at + n_tokens] for kind in kinds]
 
     @torch.inference_mode()
@@ -262,9 +262,9 @@ class PagedBackend:
             wanted = [at for at, item in enumerate(work) if item.n_logits]
             return logits if len(wanted) == len(work) else logits[wanted]
         if self._has_graphs and self._steps.guesses and _are_few_tokens(work):
-            logits = self._replay_guesses(rows, work)
-            if logits is not None:
-                return logits
+            replayed = self._replay_guesses(rows, work)
+            if replayed is not None:
+                return replayed
         return self._packed.run(work, self._attend(rows, [len(item.tokens) for item in work]))
 
     def make_own(self, work: Sequence[Work]) -> list[PagedRow]:
