@@ -50,6 +50,24 @@ def _to_int8(x, LEAST: tl.constexpr):
 
 
 @triton.jit
+def _keep_split(
+    part, part_lse, out, lines, best, total, sums, D: tl.constexpr, BLOCK_D: tl.constexpr, N_SPLITS: tl.constexpr
+):  # fmt: skip
+    """Store what a split found for each query, at `out` (M): its mean value, and its log-sum-exp where `merge` asks."""
+    d = tl.arange(0, BLOCK_D)
+    nothing = total == 0.0
+    mean = sums / tl.where(nothing, 1.0, total)[:, None]
+    to = part + out[:, None] * D + d[None, :]
+    if N_SPLITS == 1:
+        mean = tl.where(nothing[:, None], 0.0, mean).to(part.dtype.element_ty)
+        tl.store(to, mean, mask=lines[:, None] & (d < D)[None, :])
+    else:
+        lse = tl.where(nothing, -float("inf"), best + tl.log(tl.where(nothing, 1.0, total)))
+        tl.store(part_lse + out, lse, mask=lines)
+        tl.store(to, mean, mask=(lines & (total != 0.0))[:, None] & (d < D)[None, :])
+
+
+@triton.jit
 def decode_split(
     q, kv, scales, norms, table, lengths, slopes, part, part_lse,
     scale, log_drop, n_queries, n_blocks, n_heads,
@@ -134,18 +152,8 @@ def decode_split(
             weights *= value_scale[None, :]
         sums = sums * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         best = better
-    nothing = total == 0.0
     out = ((row.to(tl.int64) * n_queries + t) * n_heads + h) * N_SPLITS + split
-    lines = m < n_queries * G
-    mean = sums / tl.where(nothing, 1.0, total)[:, None]
-    to = part + out[:, None] * D + d[None, :]
-    if N_SPLITS == 1:
-        mean = tl.where(nothing[:, None], 0.0, mean).to(part.dtype.element_ty)
-        tl.store(to, mean, mask=lines[:, None] & (d < D)[None, :])
-    else:
-        lse = tl.where(nothing, -float("inf"), best + tl.log(tl.where(nothing, 1.0, total)))
-        tl.store(part_lse + out, lse, mask=lines)
-        tl.store(to, mean, mask=(lines & (total != 0.0))[:, None] & (d < D)[None, :])
+    _keep_split(part, part_lse, out, m < n_queries * G, best, total, sums, D, BLOCK_D, N_SPLITS)
 
 
 @triton.jit
