@@ -276,8 +276,9 @@ def _yaml_to_json(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int,
     return Generated(make, seed)
 
 
-# Nine documents in turn.
+# What documents are hard in, each as often as it stands here.
 _HARD: tuple[Hard, ...] = ("all", "all", "all", "all", "shape", "shape", "shape", "numbers", "signs")
+_DEEP: tuple[Hard, ...] = ("all", "all", "all", "shape", "shape", "depth", "depth", "depth", "numbers", "signs")
 
 
 def _tiny_yaml(
@@ -351,6 +352,9 @@ DATASETS = {
     "tiny_yaml": GeneratedSet(partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24)), "instruct"),
     "tiny_yaml_hard": GeneratedSet(
         partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_HARD), "instruct"
+    ),
+    "tiny_yaml_deep": GeneratedSet(
+        partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_DEEP), "instruct"
     ),
     "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
     "tiny_chat_with_tools": GeneratedSet(_tiny_chat_with_tools, "chatml"),

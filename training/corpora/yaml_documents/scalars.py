@@ -18,9 +18,10 @@ _PICTURES = "🎉🚀✅❌⚠🔥💡📦🐳🌍😀👍❤★☆→←↑↓�
 _LINKS = ("/", "-", "_", ".", ":", "+", "@", "=")
 
 
-# In what a document is hard: in its shape, which few and short words leave the most room for; in telling strings from
-# numbers; in what must be escaped, or is a sign elsewhere; or in all of it a little.
-Hard = Literal["all", "shape", "numbers", "signs"]
+# In what a document is hard: in its shape, which few and short words leave the most room for; in that and its depth, from
+# which it ends at once; in telling strings from numbers; in what must be escaped, or is a sign elsewhere; or in all of it
+# a little.
+Hard = Literal["all", "shape", "depth", "numbers", "signs"]
 
 
 class Values(Words):
@@ -29,7 +30,8 @@ class Values(Words):
     def __init__(self, rng: random.Random, shelf: Shelf, hard: Hard = "all") -> None:
         super().__init__(rng, shelf)
         self.hard: Hard = hard
-        if hard == "shape":
+        self.has_few = hard in ("shape", "depth")
+        if self.has_few:
             self.keep_to_few()
         kinds = {"numbers": _LIKE_NUMBERS, "signs": _WITH_SIGNS}.get(hard, _KINDS)
         self._makers, weights = zip(*kinds, strict=True)
@@ -48,7 +50,7 @@ class Values(Words):
     def value(self) -> Any:
         """A value of any kind."""
         rng = self.rng
-        if self.hard == "shape" and rng.random() < 0.75:
+        if self.has_few and rng.random() < 0.75:
             return self.word() if rng.random() < 0.75 else few_digits(rng)
         if self.hard == "numbers" and rng.random() < 0.3:
             return unusual_number(rng) if rng.random() < 0.5 else round_number(rng)

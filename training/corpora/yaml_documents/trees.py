@@ -30,7 +30,7 @@ class _Keys:
         self.words = words
         self._joint = words.rng.choice(("_", "_", "_", "-", "camel", " ", ".", "upper", "title"))
         self._lone = words.rng.random()
-        self._again = words.rng.choice((0.05, 0.15, 0.4) if words.hard != "shape" else (0.3, 0.6, 0.85))
+        self._again = words.rng.choice((0.3, 0.6, 0.85) if words.has_few else (0.05, 0.15, 0.4))
         self._patience = 1.0 if words.hard == "all" else 0.7
         self._odd = words.rng.choice((0.02, 0.02, 0.02, 0.3) if words.hard != "signs" else (0.1, 0.5))
         self._drawn: list[str] = []
@@ -77,20 +77,25 @@ class _Keys:
 
 def _map(keys: _Keys, n: int, depth: int) -> dict[str, Any]:
     rng = keys.words.rng
-    nests = rng.choice((0.1, 0.3, 0.5, 0.7) if keys.words.hard != "shape" else (0.3, 0.5, 0.7, 0.9))
+    nests = rng.choice((0.3, 0.5, 0.7, 0.9) if keys.words.has_few else (0.1, 0.3, 0.5, 0.7))
     if depth >= _DEEPEST:
         nests = 0
     result: dict[str, Any] = {}
     while n > 0:
         key = keys.draw(result)
         if n > 1 and rng.random() < nests:
-            size = rng.randint(1, max(1, n - 1))
+            size = n if _goes_down(keys) else rng.randint(1, max(1, n - 1))
             result[key] = _collection(keys, size, depth + 1)
             n -= size
         else:
             result[key] = _value(keys.words)
             n -= 1
     return result
+
+
+def _goes_down(keys: _Keys) -> bool:
+    """Whether all that is left of a collection goes into one entry of it, so that the document ends deep down there."""
+    return keys.words.hard == "depth" and keys.words.rng.random() < 0.4
 
 
 def _value(words: Values) -> Any:
@@ -117,7 +122,7 @@ def _list(keys: _Keys, n: int, depth: int) -> list[Any]:
     if kind < 0.14 and n > 2 and depth < _DEEPEST:
         result = []
         is_matrix, size = rng.random() < 0.5, rng.randint(1, 4)
-        cell = few_digits if words.hard == "shape" else number
+        cell = few_digits if words.has_few else number
         while n > 0:
             result.append(
                 [cell(rng) if is_matrix else words.value() for _ in range(size if is_matrix else rng.randint(1, 4))]
@@ -133,7 +138,7 @@ def _list(keys: _Keys, n: int, depth: int) -> list[Any]:
         return mixed
     makers = (words.word, words.string, words.phrase, words.identifier, lambda: number(rng), words.value)
     short = (words.word, words.value, lambda: few_digits(rng))
-    maker = rng.choice(short if words.hard == "shape" else makers)
+    maker = rng.choice(short if words.has_few else makers)
     blocks = 0.1 if rng.random() < 0.1 else 0
     return [Block.made(words) if rng.random() < blocks else maker() for _ in range(n)]
 
@@ -157,7 +162,7 @@ def _records(keys: _Keys, n: int, depth: int) -> list[Any]:
     while n > 0:
         record = {key: make() for key, make in makers.items() if rng.random() < present}
         if rng.random() < nests and n > n_keys + 1 and depth < _DEEPEST:
-            size = rng.randint(1, max(1, (n - n_keys) // 2))
+            size = n - n_keys if _goes_down(keys) else rng.randint(1, max(1, (n - n_keys) // 2))
             is_shared = keys.words.hard != "all" and rng.random() < 0.4
             record[rng.choice(list(makers)) if is_shared else keys.draw(record)] = _collection(keys, size, depth + 1)
             n -= size
