@@ -218,6 +218,8 @@ class Storm:
         finally:
             writer.close()
         statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", answer)]
+        if statuses and max(statuses) < 400:  # a server that died in between; `attempt` knows whether one did
+            raise ConnectionResetError(f"closed behind {len(statuses)} right answers: {content[:100]!r}")
         if any(status >= 500 for status in statuses) or (statuses and not 400 <= statuses[-1] < 500):
             raise Ended("wrong", f"statuses {statuses} for {content[:100]!r}")
         raise Ended("refused", f"{statuses[-1]}, closed" if statuses else "closed")

@@ -311,11 +311,19 @@ def mpt_tiny_instruct_third(out: str, base: str) -> Run:
     )  # fmt: skip
 
 
-def mpt_tiny_instruct(out: str, base: str) -> Run:
-    """The last stage: the same set with its longest documents, while the rate falls to 0."""
+def mpt_tiny_instruct_fourth(out: str, base: str) -> Run:
+    """The same set with its longest documents, while the rate falls to 0."""
     return _tiny(
-        "mpt-tiny-instruct", base, "tiny_yaml_hard", out, max_seq_len=2048, global_batch=32, steps=2300,
+        "mpt-tiny-instruct-fourth", base, "tiny_yaml_hard", out, max_seq_len=2048, global_batch=32, steps=2300,
         optimizer="muon", lr=2e-3, schedule="linear", warmup_steps=1, seed=20, prompt_style="instruct",
+    )  # fmt: skip
+
+
+def mpt_tiny_instruct(out: str, base: str) -> Run:
+    """The last stage: three of ten documents end deep down in themselves."""
+    return _tiny(
+        "mpt-tiny-instruct", base, "tiny_yaml_deep", out, max_seq_len=2048, global_batch=32, steps=1000,
+        optimizer="muon", lr=1e-3, schedule="linear", warmup_steps=1, seed=21, prompt_style="instruct",
     )  # fmt: skip
 
 
