@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
+from statistics import mean
 from typing import Any, get_args
 
 import pytest
@@ -50,6 +52,33 @@ def test_what_is_refused_is_the_first_that_a_scanner_meets(shelf: Shelf) -> None
 def test_nothing_else_is_refused(shelf: Shelf) -> None:
     for seed in range(N_DOCUMENTS):
         assert first_unsupported(documents.document(random.Random(seed), shelf, 8).yaml + "\n") is None
+
+
+def test_documents_are_hard_in_what_they_are_to_be(shelf: Shelf) -> None:
+    """Beside documents that are hard in all a little: ends far deeper down, fewer words, more that looks like a number
+    or has to be escaped."""
+
+    def answers(hard: Hard) -> list[str]:
+        return [documents.document(random.Random(seed), shelf, 12, hard).answer for seed in range(N_DOCUMENTS)]
+
+    def depth_of_end(answer: str) -> int:
+        return len(answer) - len(answer.rstrip("]}"))
+
+    def n_kinds_of_words(answer: str) -> int:
+        return len(set(re.findall(r"[^\W\d_]{2,}", answer)))
+
+    def n_like_numbers(answer: str) -> int:
+        return len(re.findall(r'"\d[^" ]*"', answer))
+
+    def n_escaped(answer: str) -> int:
+        return answer.count("\\")
+
+    usual = answers("all")
+    assert mean(map(depth_of_end, answers("depth"))) > 1.5 * mean(map(depth_of_end, usual))
+    assert mean(map(depth_of_end, answers("depth"))) > 1.15 * mean(map(depth_of_end, answers("shape")))
+    assert mean(map(n_kinds_of_words, answers("shape"))) < 0.6 * mean(map(n_kinds_of_words, usual))
+    assert mean(map(n_like_numbers, answers("numbers"))) > 2 * mean(map(n_like_numbers, usual))
+    assert mean(map(n_escaped, answers("signs"))) > 1.4 * mean(map(n_escaped, usual))
 
 
 def test_every_notation_is_met(shelf: Shelf) -> None:
