@@ -278,7 +278,10 @@ def _yaml_to_json(tokenizer: Tokenizer, prompts: PromptFormat, max_seq_len: int,
 
 # What documents are hard in, each as often as it stands here.
 _HARD: tuple[Hard, ...] = ("all", "all", "all", "all", "shape", "shape", "shape", "numbers", "signs")
-_DEEP: tuple[Hard, ...] = ("all", "all", "all", "shape", "shape", "depth", "depth", "depth", "numbers", "signs")
+_HARDEST: tuple[Hard, ...] = (
+    "all", "all", "all", "all", "shape", "shape", "depth", "depth", "depth", "depth", "mixed", "mixed",
+    "numbers", "amounts", "signs", "escapes",
+)  # fmt: skip
 
 
 def _tiny_yaml(
@@ -353,8 +356,8 @@ DATASETS = {
     "tiny_yaml_hard": GeneratedSet(
         partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_HARD), "instruct"
     ),
-    "tiny_yaml_deep": GeneratedSet(
-        partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_DEEP), "instruct"
+    "tiny_yaml_hardest": GeneratedSet(
+        partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_HARDEST), "instruct"
     ),
     "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
     "tiny_chat_with_tools": GeneratedSet(_tiny_chat_with_tools, "chatml"),

@@ -70,6 +70,15 @@ def test_documents_are_hard_in_what_they_are_to_be(shelf: Shelf) -> None:
     def n_like_numbers(answer: str) -> int:
         return len(re.findall(r'"\d[^" ]*"', answer))
 
+    def n_amounts(answer: str) -> int:
+        return len(re.findall(r'"\d[\d.]* ?[a-z%]', answer))
+
+    def n_maps_behind_words(answer: str) -> int:
+        return answer.count('", {"')
+
+    def n_nulls(answer: str) -> int:
+        return answer.count(": null")
+
     def n_escaped(answer: str) -> int:
         return answer.count("\\")
 
@@ -79,6 +88,10 @@ def test_documents_are_hard_in_what_they_are_to_be(shelf: Shelf) -> None:
     assert mean(map(n_kinds_of_words, answers("shape"))) < 0.6 * mean(map(n_kinds_of_words, usual))
     assert mean(map(n_like_numbers, answers("numbers"))) > 2 * mean(map(n_like_numbers, usual))
     assert mean(map(n_escaped, answers("signs"))) > 1.4 * mean(map(n_escaped, usual))
+    assert mean(map(n_escaped, answers("escapes"))) > 1.4 * mean(map(n_escaped, answers("signs")))
+    assert mean(map(n_amounts, answers("amounts"))) > 2 * mean(map(n_amounts, usual))
+    assert mean(map(n_maps_behind_words, answers("mixed"))) > 3 * mean(map(n_maps_behind_words, answers("depth")))
+    assert mean(map(n_nulls, answers("mixed"))) > 2 * mean(map(n_nulls, answers("depth")))
 
 
 def test_every_notation_is_met(shelf: Shelf) -> None:

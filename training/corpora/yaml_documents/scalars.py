@@ -19,9 +19,10 @@ _LINKS = ("/", "-", "_", ".", ":", "+", "@", "=")
 
 
 # In what a document is hard: in its shape, which few and short words leave the most room for; in that and its depth, from
-# which it ends at once; in telling strings from numbers; in what must be escaped, or is a sign elsewhere; or in all of it
-# a little.
-Hard = Literal["all", "shape", "depth", "numbers", "signs"]
+# which it ends at once; in that and lists of words and maps, keys without a value, lines turned into comments; in telling
+# strings from numbers; in numbers and amounts side by side; in what must be escaped, or is a sign elsewhere; in
+# backslashes and quotes; or in all of it a little.
+Hard = Literal["all", "shape", "depth", "mixed", "numbers", "amounts", "signs", "escapes"]
 
 
 class Values(Words):
@@ -30,10 +31,10 @@ class Values(Words):
     def __init__(self, rng: random.Random, shelf: Shelf, hard: Hard = "all") -> None:
         super().__init__(rng, shelf)
         self.hard: Hard = hard
-        self.has_few = hard in ("shape", "depth")
+        self.has_few = hard in ("shape", "depth", "mixed")
         if self.has_few:
             self.keep_to_few()
-        kinds = {"numbers": _LIKE_NUMBERS, "signs": _WITH_SIGNS}.get(hard, _KINDS)
+        kinds = _HARD_KINDS.get(hard, _KINDS)
         self._makers, weights = zip(*kinds, strict=True)
         few = [weight * rng.choice((0, 1, 1, 4)) for weight in weights]
         self._weights = few if sum(few) else list(weights)
@@ -50,6 +51,10 @@ class Values(Words):
     def value(self) -> Any:
         """A value of any kind."""
         rng = self.rng
+        if self.hard == "mixed" and (kind := rng.random()) < 0.14:
+            return None if kind < 0.06 else _template(self)
+        if self.hard == "amounts" and rng.random() < 0.4:
+            return rng.choice((number, few_digits, unusual_number, scientific))(rng)
         if self.has_few and rng.random() < 0.75:
             return self.word() if rng.random() < 0.75 else few_digits(rng)
         if self.hard == "numbers" and rng.random() < 0.3:
@@ -124,6 +129,17 @@ def unusual_number(rng: random.Random) -> Spelled:
                 "+", rng.choice(("+", ""))
             )
         )
+    return Spelled(core_number(text), text)
+
+
+def scientific(rng: random.Random) -> Spelled:
+    """A number with an exponent: 1e3, 2.5E-4, 1.25e+06."""
+    mantissa = rng.choice(
+        (str(rng.randint(1, 9)), f"{rng.randint(1, 9)}.{rng.randint(1, 99)}", f"-{rng.randint(1, 9)}.5")
+    )
+    exponent = rng.randint(-9, 12)
+    sign = "-" if exponent < 0 else rng.choice(("", "", "+"))
+    text = f"{mantissa}{rng.choice('eeeE')}{sign}{rng.choice(('', '', '0'))}{abs(exponent)}"
     return Spelled(core_number(text), text)
 
 
@@ -438,3 +454,47 @@ _WITH_SIGNS: tuple[tuple[Callable[[Words], str], float], ...] = (
     (Words.word, 4), (Words.phrase, 8), (Words.sentence, 4), (_path, 4), (_mount, 5), (_url, 8), (_image, 3), (_assignment, 5),
     (_command, 12), (_template, 8), (_sign, 20), (_quotes, 20), (_other, 3), (_email, 2), (_joined, 4),
 )  # fmt: skip
+
+
+def _amount(w: Words) -> str:
+    """What begins as a number does and is none: 300 ml, 1/2, 16.x, 0.0.0.0, 10-12, 3rd, 5 min."""
+    rng = w.rng
+    n, few = rng.randint(0, rng.choice((9, 99, 999, 9999))), rng.randint(0, 9)
+    units = (
+        "ml g kg l cl dl cm mm km h min s days weeks cups tbsp tsp pieces rpm V W kWh MB GB TiB Mbps px % °C €".split()
+    )
+    unit = rng.choice(units) if rng.random() < 0.8 else w.word()
+    return rng.choice((f"{n} {unit}", f"{n} {unit}", f"{n}{unit}", f"{n}.{few} {unit}", f"{few}/{rng.randint(2, 9)}", f"{few} 1/2 {unit}", f"{n}.x", f"{n}.{few}.x", f"{n}.*",
+         f"{few}.{few}.{few}.{few}", f"{few}.{rng.randint(0, 30)}.{rng.randint(0, 30)}", f"{n}-{n + rng.randint(1, 9)}", f"{n}..{n + 2}", f"{n}:{few}", f"{n}{rng.choice(('st', 'nd', 'rd', 'th', 'x', 'k', 'm'))}",
+         f"{n},{few}", f"{n}+", f"+{n} {n}", f"{n}e", f"{n}/{unit}", f"{few} x {few}", f"{n}.{few}.{few}-{w.word()}"))  # fmt: skip
+
+
+def _backslashes(w: Words) -> str:
+    """Paths of Windows, patterns, escapes that are meant as they stand."""
+    rng = w.rng
+    drive = rng.choice("CDE")
+    return rng.choice((f"{drive}:\\{w.name()}\\{w.word()}", f"{drive}:\\{w.name()} {w.name()}\\{w.word()}.exe", f"\\\\{w.word()}\\{w.word()}", f"{w.word()}\\t{w.word()}", f"{w.word()}\\n{w.word()}", f"{w.word()}\\{w.word()}",
+         f"^\\d{{{rng.randint(1, 9)}}}$", f"\\b{w.word()}\\b", f"^{w.word()}\\.{w.word()}$", f"[\\w.-]+@{w.word()}\\.{w.word()}", f"{w.word()}\\s+{w.word()}", "(\\d+)\\.(\\d+)", f"\\{w.word()}{{{w.word()}}}",
+         f"{w.word()} \\\\ {w.word()}", f"{w.word()}\\", f"\\{w.word()}", f"\\u00e9 {w.word()}", f"{w.word()} \\\"{w.word()}\\\""))  # fmt: skip
+
+
+def _lines_and_tabs(w: Words) -> str:
+    """Line ends and tabs, which only double quotes can have in them."""
+    rng = w.rng
+    return rng.choice((f"{w.phrase()}\n", f"{w.word()}\n{w.word()}", f"{w.word()}\t{w.word()}", f"{w.phrase(3)}\n{w.phrase(3)}\n", f"\t{w.word()}", f"{w.word()}\r\n{w.word()}", f"{w.word()}:\n\t{w.word()}", f'{w.word()} "{w.word()}"\n'))  # fmt: skip
+
+
+_WITH_AMOUNTS: tuple[tuple[Callable[[Words], str], float], ...] = (
+    (Words.word, 6), (Words.phrase, 4), (_amount, 24), (_measure, 10), (_version, 8), (_network, 6), (_ports, 3), (_other, 6), (_date, 4),
+    (_time, 4), (_round, 6), (_money, 4), (_code, 3), (_phone, 2),
+)  # fmt: skip
+_WITH_ESCAPES: tuple[tuple[Callable[[Words], str], float], ...] = (
+    (Words.word, 6), (Words.phrase, 6), (Words.sentence, 3), (_backslashes, 24), (_lines_and_tabs, 8), (_quotes, 14), (_command, 8), (_path, 3),
+    (_template, 5), (_sign, 8), (_other, 3),
+)  # fmt: skip
+_HARD_KINDS: dict[Hard, tuple[tuple[Callable[[Words], str], float], ...]] = {
+    "numbers": _LIKE_NUMBERS,
+    "amounts": _WITH_AMOUNTS,
+    "signs": _WITH_SIGNS,
+    "escapes": _WITH_ESCAPES,
+}

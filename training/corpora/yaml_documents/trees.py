@@ -95,7 +95,7 @@ def _map(keys: _Keys, n: int, depth: int) -> dict[str, Any]:
 
 def _goes_down(keys: _Keys) -> bool:
     """Whether all that is left of a collection goes into one entry of it, so that the document ends deep down there."""
-    return keys.words.hard == "depth" and keys.words.rng.random() < 0.4
+    return keys.words.hard in ("depth", "mixed") and keys.words.rng.random() < 0.4
 
 
 def _value(words: Values) -> Any:
@@ -118,6 +118,8 @@ def _collection(keys: _Keys, n: int, depth: int) -> Any:
 def _list(keys: _Keys, n: int, depth: int) -> list[Any]:
     """A list of values, of lists, or of whatever comes."""
     words, rng = keys.words, keys.words.rng
+    if words.hard == "mixed" and rng.random() < 0.4:
+        return _words_and_maps(keys, n, depth)
     kind = rng.random()
     if kind < 0.14 and n > 2 and depth < _DEEPEST:
         result = []
@@ -141,6 +143,23 @@ def _list(keys: _Keys, n: int, depth: int) -> list[Any]:
     maker = rng.choice(short if words.has_few else makers)
     blocks = 0.1 if rng.random() < 0.1 else 0
     return [Block.made(words) if rng.random() < blocks else maker() for _ in range(n)]
+
+
+def _words_and_maps(keys: _Keys, n: int, depth: int) -> list[Any]:
+    """A list of words, some of which have something of their own below them: `- pip` and then `- pip: [...]`."""
+    words, rng = keys.words, keys.words.rng
+    maps = rng.choice((0.15, 0.3, 0.5))
+    result: list[Any] = []
+    while n > 0:
+        if n > 1 and depth < _DEEPEST and rng.random() < maps:
+            size = rng.randint(1, min(n - 1, 4))
+            below = _collection(keys, size, depth + 2) if rng.random() < 0.6 else words.value()
+            result.append({keys.draw({}): below})
+            n -= size
+        else:
+            result.append(words.word() if rng.random() < 0.8 else words.string())
+        n -= 1
+    return result
 
 
 def _maker(words: Values) -> Callable[[], Any]:

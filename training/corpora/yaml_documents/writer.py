@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from training.corpora.yaml_documents.core_schema import Spelled, is_plain
@@ -36,6 +37,7 @@ class Writer:
         self._wraps = rng.choice((0, 0.1, 0.5)) if has_blocks else 0
         self._has_blocks = has_blocks
         self._has_marks = has_marks
+        self._is_mixed = words.hard == "mixed" and has_blocks
 
     def text(self, value: Any) -> str:
         rng = self._rng
@@ -53,6 +55,8 @@ class Writer:
                 result.append("")
             if line.may_follow and rng.random() < self._comments:
                 pad = line.text[: len(line.text) - len(line.text.lstrip())]
+                if self._is_mixed:
+                    pad = rng.choice((pad, pad, f"{pad}  ", ""))
                 result.append(f"{pad}#{self._comment()}")
             if line.may_end and rng.random() < self._comments * 0.7:
                 line.text += f"{' ' * rng.choice((1, 1, 2, 3, 8))}#{self._comment()}"
@@ -123,11 +127,19 @@ class Writer:
             lines[-1].keeps = item.header.endswith("+")
             return lines
         if item is None:
-            return [_Line(start)]
+            return [_Line(start), *(self._commented_out(map_depth) if self._is_mixed and rng.random() < 0.5 else [])]
         text = self._scalar(item)
         if isinstance(item, str) and " " in item and len(item) > 24 and rng.random() < self._wraps:
             return self._wrapped(start, item, text, map_depth)
         return [_Line(f"{start} {text}")]
+
+    def _commented_out(self, depth: int) -> list[_Line]:
+        """Entries that are comments, where the value of a key was: it has none, then."""
+        rng, words = self._rng, self._words
+        sign = rng.choice(("# - ", "# ", "#", "#- "))
+        pad = " " * rng.choice((depth, depth, max(0, depth - self._indent)))
+        entries = (rng.choice((words.word(), f"{words.word()}: {words.word()}", words.phrase())) for _ in range(3))
+        return [_Line(f"{pad}{sign}{entry}", may_end=False) for entry in islice(entries, rng.choice((1, 1, 2, 3)))]
 
     def _wrapped(self, start: str, item: str, text: str, depth: int) -> list[_Line]:
         """A scalar that goes on over lines; its line breaks are read as spaces."""
