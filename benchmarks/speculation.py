@@ -30,9 +30,9 @@ from mpt.config import MPTConfig
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
 from mpt.engine.speculation import DraftModel, Guesser, PromptLookup, Speculation
-from mpt.model import MPTForCausalLM
 from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 
 NAMES = ("alpha", "server", "config", "port", "region", "owner", "cache", "limit", "mode", "zone", "team", "level")
 VALUES = ("true", "8080", "eu-west", "blue", "300", "small")

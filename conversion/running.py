@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conversion.source import Source
-from mpt.model import MPTMLP, MPTForCausalLM
+from mpt.model import MPTMLP, MPTBlock, MPTLanguageModel
 
 _CHUNK = 128  # tokens
 
@@ -40,10 +40,10 @@ def read_back(target: Source) -> Runner:
     return Runner(f"{target.kind} read back", forward_of(filled(target)))
 
 
-def filled(source: Source, gelu: Literal["erf", "tanh"] = "erf") -> MPTForCausalLM:
+def filled(source: Source, gelu: Literal["erf", "tanh"] = "erf") -> MPTLanguageModel:
     """Our model with a source's weights in float32."""
     with torch.device("meta"):
-        model = MPTForCausalLM(source.config)
+        model = MPTLanguageModel.of(source.config)
     model = model.to(torch.float32).to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():
@@ -51,7 +51,8 @@ def filled(source: Source, gelu: Literal["erf", "tanh"] = "erf") -> MPTForCausal
             parameter.copy_(source.tensors[name].read())
     if gelu == "tanh":
         for block in model.transformer.blocks:
-            block.ffn.forward = partial(_tanh_ffn, block.ffn)
+            assert isinstance(block, MPTBlock)
+            block.ffn.forward = partial(_tanh_ffn, block.ffn)  # type: ignore[method-assign]
     return model.eval()
 
 

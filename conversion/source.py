@@ -16,7 +16,7 @@ from mpt.checkpoint import check_names
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile
 from mpt.manifest import read_manifest, sha256
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.tokenizer import Tokenizer
 
 
@@ -71,7 +71,7 @@ def complete(config: MPTConfig, tensors: dict[str, Lazy], where: Path) -> dict[s
     Raises DamagedFile naming what is missing, unknown, of another shape, or a head that differs.
     """
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in MPTForCausalLM(config).named_parameters()}
+        expected = {name: tuple(p.shape) for name, p in MPTLanguageModel.of(config).named_parameters()}
     tensors = dict(tensors)
     head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     check_names(where, tensors.keys(), expected.keys())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mpt.checkpoint import load, save
     from mpt.config import MPTConfig
     from mpt.generation import generate
-    from mpt.model import MPTForCausalLM, register
+    from mpt.transformers_model import MPTForCausalLM, register
 
 __all__ = ["MPTConfig", "MPTForCausalLM", "__version__", "generate", "load", "register", "save"]
 
@@ -26,8 +26,8 @@ _HOMES = {
     "save": "mpt.checkpoint",
     "MPTConfig": "mpt.config",
     "generate": "mpt.generation",
-    "MPTForCausalLM": "mpt.model",
-    "register": "mpt.model",
+    "MPTForCausalLM": "mpt.transformers_model",
+    "register": "mpt.transformers_model",
 }
 
 

@@ -15,10 +15,10 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from mpt.architecture import read_keys
 from mpt.bounded import parse_json
-from mpt.catalog import GPTQ_FILES
+from mpt.catalog import GPTQ_FILES, resolve
 from mpt.config import MPTConfig
 from mpt.config_keys import extended_type
 from mpt.errors import CheckpointNotFound, DamagedFile, UnsupportedConfig
@@ -35,7 +35,7 @@ from mpt.files import read_json, read_optional_json, whole_folder
 from mpt.gguf import model as gguf_model
 from mpt.gguf.file import is_gguf, open_gguf
 from mpt.manifest import verify_manifest, write_manifest
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.packed import layers as packed_layers
 from mpt.packed.folder import unpacked, unpacking_in_words
 from mpt.packed.matrix import PackedTensor, Weight
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from mpt.sharding import Shard
     from mpt.style_template import StyleTemplate
     from mpt.tokenizer import Tokenizer
+    from mpt.transformers_model import MPTForCausalLM
+
+_Model = TypeVar("_Model", bound=MPTLanguageModel)
 
 log = logging.getLogger(__name__)
 
@@ -89,25 +92,56 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = True,
-    shard: "Shard | None" = None,
     pack: "Pack | None" = None,
-) -> MPTForCausalLM:
-    """The model at a place, or under a name of the catalog, ready for inference.
+) -> "MPTForCausalLM":
+    """The model at a place, or under a name of the catalog, ready for inference, behind transformers' interface.
 
-    dtype: None keeps the file's. verify: check every file against its manifest.json, where it has one. shard: load a
-    share of a model that several processes hold together. pack: keeps matrices packed, in layers that unpack
-    them while they multiply: `as_it_lies` of `packed/layers.py`, or one of `packed/rounding.py`; such a model can be
-    run and not saved.
+    dtype: None keeps the file's. verify: check every file against its manifest.json, where it has one. pack: keeps
+    matrices packed, in layers that unpack them while they multiply: `as_it_lies` of `packed/layers.py`, or one of
+    `packed/rounding.py`; such a model can be run and not saved.
     Raises CheckpointNotFound, UnsupportedConfig, DamagedFile.
     """
-    from mpt.catalog import resolve
+    from mpt.transformers_model import MPTForCausalLM
 
     place = resolve(str(name_or_path))
+    model = _read(MPTForCausalLM, place, dtype=dtype, device=device, verify=verify, pack=pack)
+    model.generation_config = _generation_config(place)
+    model.name_or_path = str(name_or_path)
+    return model
+
+
+def load_for_engine(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+    shard: "Shard | None" = None,
+    pack: "Pack | None" = None,
+) -> MPTLanguageModel:
+    """As `load`, without transformers' interface: importing that takes most of a server's start, and 200 MB.
+
+    shard: a share of a model that several processes hold together, which goes without `pack`.
+    """
+    place = resolve(str(name_or_path))
+    return _read(MPTLanguageModel.of, place, dtype=dtype, device=device, verify=verify, shard=shard, pack=pack)
+
+
+def _read(
+    make: Callable[[MPTConfig], _Model],
+    place: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    verify: bool,
+    shard: "Shard | None" = None,
+    pack: "Pack | None" = None,
+) -> _Model:
     if verify:
         verify_manifest(place)
     config = read_config(place)
     with torch.device("meta"):
-        model = MPTForCausalLM(config)
+        model = make(config)
     weights = weights_of(model, place)
     if shard is not None:
         shard.cut(model)
@@ -119,7 +153,8 @@ def load(
         packed_layers.put_into(model, weights, device, dtype, pack)
     else:
         say_unpacked(place, weights)
-    model = model.to(dtype).to_empty(device=device)
+    # As `to_empty`, which makes torch import its symbolic shapes.
+    model = model.to(dtype)._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     packed_layers.tie_weights(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -127,13 +162,11 @@ def load(
                 weights[name].read_into(parameter)
             else:
                 parameter.copy_(shard.part(name, weights[name].read(), config))
-    model.generation_config = _generation_config(place)
-    model.name_or_path = str(name_or_path)
     return model.eval()
 
 
 def save(
-    model: MPTForCausalLM,
+    model: "MPTForCausalLM",
     folder: str | Path,
     *,
     tokenizer: "Tokenizer | None" = None,
@@ -268,7 +301,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointNotFound(f"`{folder}` has no model.safetensors or pytorch_model.bin, single or sharded")
 
 
-def weights_of(model: MPTForCausalLM, place: Path) -> dict[str, Weight]:
+def weights_of(model: MPTLanguageModel, place: Path) -> dict[str, Weight]:
     """Where each of the model's parameters is stored, tied ones once; the model may be on the meta device.
 
     Raises DamagedFile unless names and shapes match exactly and a stored head equals the embedding it is tied to.

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from mpt.draw_parameters import DrawParameters
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.sampling import columns, sample
 
 _PREFILL_CHUNK = 4096  # bounds the MLP's activations of a long prompt; attention needs no bound
@@ -16,7 +16,7 @@ _PREFILL_CHUNK = 4096  # bounds the MLP's activations of a long prompt; attentio
 
 @torch.inference_mode()
 def generate(
-    model: MPTForCausalLM,
+    model: MPTLanguageModel,
     ids: Sequence[int],
     max_new_tokens: int,
     *,

@@ -1,11 +1,12 @@
-"""MPT, the decoder-only transformer: one class for every checkpoint of the family, behind transformers' interface.
+"""MPT, the decoder-only transformer: one class for every checkpoint of the family.
 
 Letters used in shapes, here and everywhere: B rows, T new tokens, S stored positions, H heads, D head size,
 C = d_model, V vocabulary, L layers.
 
 Module names are the checkpoint's (`transformer.blocks.N.attn.Wqkv`), so weights load with no mapping. Not here: how a
 checkpoint is found and read (`mpt/checkpoint.py`), how attention is computed (`mpt/attention.py`), batching
-(`mpt/engine/engine.py`). Source: llm-foundry's MPT branch; clip comes before qk_ln, GELU is the exact erf form.
+(`mpt/engine/engine.py`), transformers' interface (`mpt/transformers_model.py`). Source: llm-foundry's MPT branch; clip
+comes before qk_ln, GELU is the exact erf form.
 """
 
 import functools
@@ -15,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mpt import attention, dropout
 from mpt.config import MPTConfig
-from mpt.errors import UnsupportedConfig
 
 # How one layer's queries, keys and values (B, H, T, D) become its output (B, H, T, D): called with the layer's number.
 # The model computes everything else; whoever holds the cache decides this (transformers' cache below, or an engine).
@@ -57,6 +55,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws nothing on the meta device, for which torch would import its compiler: two seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class MPTAttention(nn.Module):
@@ -101,7 +107,11 @@ class MPTMLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x)))
 
 
-class MPTBlock(GradientCheckpointingLayer):
+class MPTBlock(nn.Module):
+    # What transformers' `gradient_checkpointing_enable` sets. Training has its own way (training/memory.py).
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(self, config: MPTConfig, layer: int) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
@@ -113,54 +123,30 @@ class MPTBlock(GradientCheckpointingLayer):
         self._places = dropout.place(f"blocks.{layer}.attn"), dropout.place(f"blocks.{layer}.ffn")
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self._forward, x, attend)
+        return self._forward(x, attend)
+
+    def _forward(self, x: Tensor, attend: Attend) -> Tensor:
         after_attn, after_ffn = self._places
         x = x + dropout.dropout(self.attn(self.norm_1(x), attend), self.resid_pdrop, self.training, after_attn)
         return x + dropout.dropout(self.ffn(self.norm_2(x)), self.resid_pdrop, self.training, after_ffn)
 
 
-class MPTPreTrainedModel(PreTrainedModel):
-    config: MPTConfig
-    config_class = MPTConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MPTBlock"]  # noqa: RUF012
+class MPTModel(nn.Module):
+    """The stack: embeddings, blocks and the last norm."""
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """llm-foundry's `kaiming_normal_` (fan_in, relu): std sqrt(2 / fan_in), norms 1, biases 0.
-
-        Projections back into the residual stream are divided by sqrt(2 L); an embedding counts d_model as its fan_in.
-        """
-        init = self.config.init_config or {}
-        if isinstance(module, nn.Linear | nn.Embedding):
-            if init["name"] != "kaiming_normal_" or init["fan_mode"] != "fan_in":
-                scheme = f"`{init['name']}`, `{init['fan_mode']}`"
-                raise UnsupportedConfig(
-                    f"init_config {scheme}: new weights are drawn by `kaiming_normal_`, `fan_in` only"
-                )
-            std = (2 / module.weight.shape[1]) ** 0.5
-            if init["init_div_is_residual"] and getattr(module, "feeds_residual", False):
-                std /= (2 * self.config.n_layers) ** 0.5
-            nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-
-
-class MPTModel(MPTPreTrainedModel):
     def __init__(self, config: MPTConfig) -> None:
-        super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
-        self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.has_wpe else None
+        super().__init__()
+        self.config = config
+        self.wte: nn.Embedding = Embedding(config.vocab_size, config.d_model)
+        self.wpe = Embedding(config.max_seq_len, config.d_model) if config.has_wpe else None
         self._embedded = dropout.place("embeddings")
         self.blocks = nn.ModuleList(MPTBlock(config, layer) for layer in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=not config.no_bias)
-        self.gradient_checkpointing = False
         self.attention = attention.AttentionSpec.of(config)
         self.heads = slice(None)  # those this process holds: all, unless the model is shared out (mpt/sharding.py)
         self._bias: Tensor | None = None
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
@@ -315,26 +301,34 @@ class MPTModel(MPTPreTrainedModel):
         return positions
 
 
-class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
-    """MPT with its language-model head: `forward`, transformers' `generate`, peft and pipelines work on it."""
+class MPTLanguageModel(nn.Module):
+    """MPT with its language-model head: all that an engine needs. `of` makes one, of which weights are to be read."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    config: MPTConfig
+    transformer: MPTModel
+    lm_head: nn.Linear
 
-    def __init__(self, config: MPTConfig) -> None:
-        super().__init__(config)
-        self.transformer = MPTModel(config)
-        self.lm_head: nn.Linear = Linear(config.d_model, config.vocab_size, bias=False)
-        self.post_init()
+    @staticmethod
+    def of(config: MPTConfig) -> "MPTLanguageModel":
+        model = MPTLanguageModel()
+        model.config = config
+        model.transformer = MPTModel(config)
+        model.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        model.tie_weights()
+        return model
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
-    def set_output_embeddings(self, embeddings: nn.Linear) -> None:
-        self.lm_head = embeddings
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.norm_f.weight.device
 
-    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """The (B, S) mask as it is: transformers' `generate` asks this hook, and would make (B, 1, T, S) of it."""
-        return attention_mask
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.norm_f.weight.dtype
 
     def hidden_states(
         self,
@@ -365,16 +359,11 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         sequence_id: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
-        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), or of the last `logits_to_keep` positions; the mean loss when labels (B, T) are given.
-
-        Labels are the input ids, shifted inside; -100 is not learned.
-        """
+        """Logits (B, T, V), or of the last `logits_to_keep` positions; what is given as `MPTModel.forward` takes it."""
         states = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -386,13 +375,4 @@ class MPTForCausalLM(MPTPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.unembed(states.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=states.past_key_values)
-
-
-def register() -> None:
-    """Make transformers' AutoConfig and AutoModelForCausalLM, and so `pipeline`, load MPT with this class."""
-    AutoConfig.register("mpt", MPTConfig, exist_ok=True)
-    AutoModelForCausalLM.register(MPTConfig, MPTForCausalLM, exist_ok=True)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=states.past_key_values)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig, UserError
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Shard:
             if value % self.n:
                 raise UserError(f"{value} {what} cannot be shared by {self.n} processes; give a divisor of {value}")
 
-    def cut(self, model: MPTForCausalLM) -> None:
+    def cut(self, model: MPTLanguageModel) -> None:
         """Give a model on the meta device this share's shapes, and the sums after each half of a block."""
         config = model.config
         self.check(config)

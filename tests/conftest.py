@@ -17,8 +17,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from mpt.backends.native.library import Unavailable, features
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests.warm_ranks import Ranks
 
 torch.set_num_threads(1)  # tiny models are faster on one thread, and machines that test are busy

@@ -14,8 +14,8 @@ from mpt.backends.backend import Backend
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.endpoint import Endpoint
 from mpt.engine.engine import Engine
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from serving.ports import free_port
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import mpt
+import mpt.checkpoint
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.backends.sharded_backend import ShardedBackend, follow
 from mpt.errors import MachineRefused
@@ -51,7 +51,7 @@ def share(rank: int, meeting: str, folder: str, triton: bool, warm_up: bool) -> 
     """This process's half of a model, once both have met."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=MEET)
-    model = mpt.load(Path(folder), shard=Shard(rank, 2))
+    model = mpt.checkpoint.load_for_engine(Path(folder), shard=Shard(rank, 2))
     kind = WarmedUp if warm_up else InPages
     return kind(rank, model, steps=Steps(n_rows=2, n_prompt=40, context=300), graphs=False, triton=triton)
 

@@ -125,3 +125,17 @@ def test_a_clusters_routers_do_without_torch() -> None:
     seen = "import sys, serving.cluster.deployment; print(*{'torch', 'transformers'} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == []
+
+
+def test_a_server_does_without_transformers_models_and_torchs_compiler() -> None:
+    """Each takes more time and memory than torch; what a server imports, and the opening of a model in C or torch."""
+    seen = """
+import sys
+import serving.server
+from mpt.engine.endpoint import open_endpoint
+from mpt.options import ModelOptions
+open_endpoint("mpt-tiny", ModelOptions("mpt-tiny")).engine.close()
+print(*{"transformers.modeling_utils", "torch._dynamo", "sympy", "scipy"} & sys.modules.keys())
+"""
+    ran = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []

@@ -13,8 +13,8 @@ from mpt.config import MPTConfig
 from mpt.engine.endpoint import open_endpoint
 from mpt.engine.local import LocalModel
 from mpt.errors import MPTError
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from mpt.transformers_model import MPTForCausalLM
 from training import batches, recipes
 from training.data import semdedup
 from training.evaluation import models, tiny_tasks

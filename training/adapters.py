@@ -32,7 +32,7 @@ from mpt.style_template import StyleTemplate, jinja
 from mpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from mpt.model import MPTForCausalLM
+    from mpt.transformers_model import MPTForCausalLM
     from training.run import Lora, Precision
 
 log = logging.getLogger(__name__)

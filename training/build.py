@@ -15,9 +15,9 @@ from mpt import attention
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.packed import layers as packed_layers
 from mpt.packed.matrix import Weight
+from mpt.transformers_model import MPTForCausalLM
 from training import adapters, context, distributed, memory
 from training.distributed import World
 from training.run import Run

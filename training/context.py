@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mpt import attention
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from training.distributed import Context
 from training.packing import IGNORED, Batch
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from mpt.model import MPTForCausalLM
 from mpt.processors import obey_quota
+from mpt.transformers_model import MPTForCausalLM
 from training.run import Run
 
 _TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others gives up, and is restarted

@@ -13,9 +13,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.prompts import Message, encode_chat
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import batches, distributed
 from training.batches import Numbered
 from training.data import hub
@@ -176,7 +177,7 @@ def _beginning(ids: Sequence[int], learned: Sequence[Any]) -> list[int]:
 
 @torch.no_grad()
 def continue_greedily(
-    model: MPTForCausalLM,
+    model: MPTLanguageModel,
     prompts: Sequence[list[int]],
     n_tokens: int,
     end_ids: Sequence[int],

@@ -9,8 +9,8 @@ import torch
 import mpt.checkpoint
 from mpt.catalog import describe
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import adapters, build, checkpoint, distributed, optimizer
 from training.batches import load_format, load_tokenizer
 from training.distributed import World

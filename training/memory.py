@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mpt.errors import MachineRefused
 from mpt.memory import Memory, memory
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from training.distributed import World
 from training.logbook import Logbook
 from training.run import ActivationCheckpointing, Run

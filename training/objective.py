@@ -6,8 +6,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import batches, packing, step
 from training.batches import Numbered
 from training.data.rows import Sample

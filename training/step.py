@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mpt import dropout
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from training import context, distributed, losses, packing
 from training.distributed import Context, World
 from training.packing import IGNORED, Batch

@@ -234,10 +234,10 @@ _STAGES = {  # in the order they are trained
 
 def _n_parameters() -> int:
     from mpt.config import MPTConfig
-    from mpt.model import MPTForCausalLM
+    from mpt.model import MPTLanguageModel
 
     with torch.device("meta"):
-        return sum(p.numel() for p in MPTForCausalLM(MPTConfig(**recipes.TINY_SHAPE)).parameters())
+        return sum(p.numel() for p in MPTLanguageModel.of(MPTConfig(**recipes.TINY_SHAPE)).parameters())
 
 
 def _section(name: str, run: Run, last: dict[str, Any]) -> str:

@@ -24,9 +24,9 @@ from mpt.backends.backend import Row, Work
 from mpt.backends.paged_attention import PAGE, Pages, Part, Prompts
 from mpt.backends.paged_backend import PagedBackend
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
 from mpt.sampling import N_BEST
+from mpt.transformers_model import MPTForCausalLM
 
 # A calibrated model's mean entropy is its loss; LLaMA-7B's is about 1.8 nats a token after 10^12 tokens (Touvron et al.
 # 2023, figure 1).

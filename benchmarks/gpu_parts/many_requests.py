@@ -29,8 +29,8 @@ from mpt.backends.paged_attention import PAGE
 from mpt.backends.paged_backend import PagedBackend
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
-from mpt.model import MPTForCausalLM
 from mpt.sampling import N_BEST
+from mpt.transformers_model import MPTForCausalLM
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 KINDS: dict[str, dict[str, Any]] = {

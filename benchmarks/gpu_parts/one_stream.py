@@ -12,7 +12,7 @@ from mpt.backends.backend import FEW_TOKENS, Row, Work
 from mpt.backends.paged_attention import DROP
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 
 WORDS_PER_TOKEN = 0.75
 STORYWRITER = {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}

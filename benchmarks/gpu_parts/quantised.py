@@ -23,8 +23,9 @@ from mpt.backends.backend import Work
 from mpt.backends.paged_attention import PAGE, Pages, uses_triton
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.command_line import Quantization
-from mpt.model import MPTBlock, MPTForCausalLM
+from mpt.model import MPTBlock
 from mpt.packed.layers import PackedEmbedding, PackedLinear, packed_bytes
+from mpt.transformers_model import MPTForCausalLM
 
 CACHES = ("bfloat16 cache", "int8 cache")
 N_ROWS = (1, 3, 16, 40, 100)  # of inputs, one for each kernel and more

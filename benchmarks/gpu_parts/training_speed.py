@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.gpu_parts.bench import Bench
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from training import build, optimizer, packing, plan
 from training.distributed import World
 from training.packing import Batch

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import mpt
+import mpt.checkpoint
 from benchmarks.gpu_parts.bench import Bench, make_model, make_tokenizer, random_text
 from mpt.backends.backend import Backend, Work
 from mpt.backends.paged_backend import Steps
@@ -111,7 +111,7 @@ def meet(meeting: Path, rank: int, folder: Path, device: str, dtype: torch.dtype
     kind = "cpu:gloo,cuda:gloo" if device == "cuda" else "gloo"
     dist.init_process_group(kind, init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=MEET)
     where = "cuda:0" if device == "cuda" else device
-    backend = share_of(mpt.load(folder, dtype=dtype, device=where, shard=Shard(rank, 2)), STEPS)
+    backend = share_of(mpt.checkpoint.load_for_engine(folder, dtype=dtype, device=where, shard=Shard(rank, 2)), STEPS)
     dist.barrier()
     return backend
 

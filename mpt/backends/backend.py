@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpt.backends.capabilities import Capabilities
 from mpt.lora import Adapter
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 
 FEW_TOKENS = 16  # of a row: one that is known and guesses fill the 16 columns of a product, which cost what one costs
 CHEAP_TOKENS = 32  # of a step in which somebody guesses; beyond them each more costs time
@@ -52,7 +52,7 @@ class Backend(Protocol):
     max_length: int | None  # positions that exist, None when only memory bounds them (ALiBi)
 
     @property
-    def model(self) -> MPTForCausalLM | None:
+    def model(self) -> MPTLanguageModel | None:
         """Whose projections adapters stand beside; None where this process has no modules."""
         ...
 

@@ -25,7 +25,7 @@ from mpt.backends.native.available import (
     why_no_step,
 )
 from mpt.backends.native.library import load as load_c
-from mpt.checkpoint import load, packed_sizes, read_config, stored_dtype
+from mpt.checkpoint import load_for_engine, packed_sizes, read_config, stored_dtype
 from mpt.config import MPTConfig
 from mpt.errors import MachineRefused, UserError
 from mpt.manifest import read_manifest, verify_manifest
@@ -130,7 +130,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         from mpt.backends.paged_backend import PagedBackend
 
         if options.quantize is None:
-            model = load(folder, dtype=choice.dtype, device=choice.device)
+            model = load_for_engine(folder, dtype=choice.dtype, device=choice.device)
         else:
             model = quantized.load(folder, options.quantize, choice.dtype, choice.device)
         return PagedBackend(model, steps=steps, int8_cache=options.kv_cache == "int8")
@@ -139,7 +139,7 @@ def open_backend(choice: Choice, folder: Path, options: ModelOptions) -> Backend
         pack = rounding.in_blocks if choice.dtype == torch.bfloat16 else as_it_lies
     elif options.quantize == "int4":
         pack = rounding.four_bits
-    model = load(folder, dtype=choice.dtype, device=choice.device, pack=pack)
+    model = load_for_engine(folder, dtype=choice.dtype, device=choice.device, pack=pack)
     from mpt.backends.quantization import quantize_model
     from mpt.backends.torch_backend import TorchBackend
 
@@ -156,13 +156,13 @@ def open_draft(choice: Choice, folder: Path, options: ModelOptions, *, n_prompt:
     if not choice.is_paged:
         from mpt.backends.torch_backend import TorchBackend
 
-        return TorchBackend(load(folder, dtype=torch.bfloat16, device="cpu"))
+        return TorchBackend(load_for_engine(folder, dtype=torch.bfloat16, device="cpu"))
     from mpt.backends.paged_backend import PagedBackend
 
     assert choice.dtype is not None, choice
     steps = _largest_steps(options)
     steps = replace(steps, n_rows=min(steps.n_rows, CHEAP_TOKENS), n_prompt=n_prompt, context=context)
-    return PagedBackend(load(folder, dtype=choice.dtype, device=choice.device), steps=steps)
+    return PagedBackend(load_for_engine(folder, dtype=choice.dtype, device=choice.device), steps=steps)
 
 
 def _largest_steps(options: ModelOptions) -> "Steps":

@@ -12,14 +12,14 @@ from torch.nn import Module
 
 from mpt.backends.backend import Work
 from mpt.lora import Adapter, adaptable
-from mpt.model import Attend, MPTForCausalLM
+from mpt.model import Attend, MPTLanguageModel
 from mpt.transfer import to_device
 
 
 class PackedModel:
     """A model over the tokens of a step laid end to end, each with its adapter beside it; the cache is its caller's."""
 
-    def __init__(self, model: MPTForCausalLM, run: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, model: MPTLanguageModel, run: Callable[..., Tensor] | None = None) -> None:
         """run: what runs the blocks, `model.transformer.run` if None."""
         self.model = model
         self._run_blocks = run or model.transformer.run

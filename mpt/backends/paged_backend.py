@@ -53,7 +53,7 @@ from mpt.backends.paged_attention import (
     uses_triton,
 )  # fmt: skip
 from mpt.errors import MachineRefused
-from mpt.model import Attend, MPTAttention, MPTForCausalLM
+from mpt.model import Attend, MPTAttention, MPTLanguageModel
 from mpt.transfer import to_device
 
 _capturing = threading.Lock()  # models that share a process capture one after another
@@ -81,13 +81,13 @@ class Steps:
 
 
 class PagedBackend:
-    """An MPTForCausalLM over paged rows. `allocate` its pool before the first row."""
+    """An MPTLanguageModel over paged rows. `allocate` its pool before the first row."""
 
     capabilities = capabilities.PAGED
 
     def __init__(
         self,
-        model: MPTForCausalLM,
+        model: MPTLanguageModel,
         *,
         steps: Steps | None = None,
         graphs: bool | None = None,
@@ -509,7 +509,7 @@ class _Graph:
 class _PromptOnCpu:
     """`Prompts` of one part, by the attention that CPUs have."""
 
-    def __init__(self, part: Part, model: MPTForCausalLM, scale: float) -> None:
+    def __init__(self, part: Part, model: MPTLanguageModel, scale: float) -> None:
         self._stored, self._scale, self._pages = part.stored, scale, torch.tensor(part.pages)
         self._bias = model.transformer.alibi_bias(part.stored)
         self.tokens = slice(part.start, part.start + part.n_tokens)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpt.errors import MachineRefused
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 
 _FEW_ROWS = 4  # up to here torch's kernel for int8 weights is faster than widening them (measured)
 
@@ -65,7 +65,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.float()[:, None]).round().to(torch.int8), scale
 
 
-def quantize_model(model: MPTForCausalLM) -> None:
+def quantize_model(model: MPTLanguageModel) -> None:
     """Give a model int8 weights, in place: every projection, and the head; of the embedding only rows are read.
 
     Raises MachineRefused for a model that is not bfloat16 on CPU.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mpt import checkpoint
 from mpt.backends.quantization import quantize
 from mpt.command_line import Quantization
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.packed import rounding
 from mpt.packed.layers import Pack, PackedLinear
 from mpt.packed.matrix import PackedMatrix, Rows, Weight
@@ -41,14 +41,14 @@ class QuantizedLinear(PackedLinear):
         return multiply(x, self.matrix, self.bias)
 
 
-def load(folder: Path, quantization: Quantization, dtype: torch.dtype, device: str) -> MPTForCausalLM:
+def load(folder: Path, quantization: Quantization, dtype: torch.dtype, device: str) -> MPTLanguageModel:
     """A checkpoint with its weights rounded while they are read, so that the device never holds them wide.
 
     Raises what `mpt.checkpoint.load` raises, and UserError for rows that do not fill groups.
     """
     if quantization == "int4":
-        return checkpoint.load(folder, dtype=dtype, device=device, pack=four_bits)
-    model = checkpoint.load(folder, dtype=dtype, device=device, pack=eight_bits(dtype))
+        return checkpoint.load_for_engine(folder, dtype=dtype, device=device, pack=four_bits)
+    model = checkpoint.load_for_engine(folder, dtype=dtype, device=device, pack=eight_bits(dtype))
     if not isinstance(model.lm_head, PackedLinear):  # tied to the embedding, whose rows stay as they are
         matrix = _int8_rows(model.lm_head.weight.detach().cpu()).to(device)
         model.lm_head = PackedLinear(model.lm_head, matrix)
@@ -101,7 +101,7 @@ def _four_bit_values(parts: tuple[Tensor, ...], rows: Rows) -> Tensor:
     return (levels.flatten(2) * scales[..., None]).flatten(1)
 
 
-def use_kernels(model: MPTForCausalLM) -> None:
+def use_kernels(model: MPTLanguageModel) -> None:
     """Let our kernels multiply with the packed weights of a model, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear) and module.matrix.kind in _KINDS:
@@ -109,7 +109,7 @@ def use_kernels(model: MPTForCausalLM) -> None:
             setattr(model.get_submodule(parent), key, QuantizedLinear(module, module.matrix))
 
 
-def compile_kernels(model: MPTForCausalLM) -> None:
+def compile_kernels(model: MPTLanguageModel) -> None:
     """Run every kernel that a model's products can need once, so that none has to wait for a compiler later."""
     dtype = model.transformer.norm_f.weight.dtype
     unlike: dict[object, QuantizedLinear] = {}

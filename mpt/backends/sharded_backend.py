@@ -29,9 +29,9 @@ from mpt.backends import capabilities
 from mpt.backends.backend import Row, Work
 from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.backends.torch_backend import TorchBackend
-from mpt.checkpoint import load, read_config
+from mpt.checkpoint import load_for_engine, read_config
 from mpt.errors import DeviceLost, MachineRefused, UserError
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.sharding import Shard
 
 Share = TorchBackend | PagedBackend
@@ -287,12 +287,13 @@ def _join(meeting: Path, rank: int, n: int, device: str) -> None:
 
 def _load(folder: Path, rank: int, n: int, dtype: torch.dtype, device: str, steps: Steps | None) -> Share:
     where = f"cuda:{rank}" if device == "cuda" else device
-    backend = share_of(load(folder, dtype=dtype, device=where, shard=Shard(rank, n), verify=rank == 0), steps)
+    model = load_for_engine(folder, dtype=dtype, device=where, shard=Shard(rank, n), verify=rank == 0)
+    backend = share_of(model, steps)
     dist.barrier()
     return backend
 
 
-def share_of(model: MPTForCausalLM, steps: Steps | None) -> Share:
+def share_of(model: MPTLanguageModel, steps: Steps | None) -> Share:
     """What computes one process's share, in pages where the steps are told.
 
     Without CUDA graphs. NCCL allows sums over the processes inside one, but each process captures what its own time and

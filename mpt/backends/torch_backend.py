@@ -25,7 +25,7 @@ from mpt.backends.native.structures import PANEL
 from mpt.backends.packed import PackedModel
 from mpt.errors import MachineRefused
 from mpt.memory import give_back_freed
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +52,16 @@ class TorchRow(Row):
 
 
 class TorchBackend:
-    """An MPTForCausalLM. Rows that read a few tokens, decoding above all, go through the C step where there is one;
+    """An MPTLanguageModel. Rows that read a few tokens, decoding above all, go through the C step where there is one;
     the others in one packed pass of torch, attention row by row over exact slices.
 
     Which of the two computes a row's tokens depends on their number alone, never on who shares the step.
     """
 
-    def __init__(self, model: MPTForCausalLM, *, int8_cache: bool = False) -> None:
+    def __init__(self, model: MPTLanguageModel, *, int8_cache: bool = False) -> None:
         """int8_cache: keys and values in int8. Raises MachineRefused where the C step, which reads them, cannot run."""
         config = model.config
-        self.model: MPTForCausalLM = model
+        self.model: MPTLanguageModel = model
         self.vocab_size: int = config.vocab_size
         self.max_length: int | None = config.max_seq_len if config.has_wpe else None
         self._weight = model.transformer.norm_f.weight  # whose dtype and device the cache has

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM, product
+from mpt.model import MPTLanguageModel, product
 from mpt.packed.matrix import PackedMatrix, PackedTensor, Weight
 
 
@@ -29,7 +29,6 @@ class PackedLinear(nn.Linear):
         """Its shape without values, for peft, which asks every layer for it."""
         return torch.empty(self.matrix.shape, device="meta")
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -83,7 +82,7 @@ def as_it_lies(name: str, weight: Weight) -> PackedMatrix | None:
 
 
 def put_into(
-    model: MPTForCausalLM,
+    model: MPTLanguageModel,
     weights: Mapping[str, Weight],
     device: torch.device | str,
     dtype: torch.dtype,
@@ -116,7 +115,7 @@ def _linear(module: nn.Module) -> nn.Linear:
     return module
 
 
-def tie_weights(model: MPTForCausalLM) -> None:
+def tie_weights(model: MPTLanguageModel) -> None:
     """As `model.tie_weights`, for a model whose embedding may be packed, and so be its head already."""
     if not isinstance(model.transformer.wte, PackedEmbedding):
         model.tie_weights()

@@ -26,7 +26,7 @@ from benchmarks.gpu_parts.bench import SCALES, Bench
 from benchmarks.gpu_parts.parts import NAMES
 from mpt.backends.paged_backend import PagedBackend
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 
 TOY = dataclasses.replace(SCALES["toy"], compiles=False)  # `--rehearse` compiles too, which takes a minute
 CEILINGS = {"card": {"found": {"copy_gb_s": 10.0, "matmul_tflop_s": 0.1}}}

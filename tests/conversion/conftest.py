@@ -10,8 +10,8 @@ import torch
 import mpt.checkpoint
 from mpt.catalog import resolve
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 
 SHAPE: dict[str, Any] = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 2048, "max_seq_len": 512}
 STORYWRITER = {"attn_config": {"alibi_bias_max": 16, "clip_qkv": 0.7}, "max_seq_len": 65536}

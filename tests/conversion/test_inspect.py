@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from mpt.cli import app
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 
 C, HEADS, LAYERS, VOCAB = 32, 4, 2, 2048
 SIZES = {"d_model": C, "n_heads": HEADS, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": 64}

@@ -16,8 +16,8 @@ from conversion.options import Options
 from conversion.quantised import dequantise, quantise
 from mpt.backends import onnx_session
 from mpt.backends.onnx_session import Session
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests.conversion.conftest import SHAPES, make, random_ids
 
 

@@ -82,7 +82,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory, small_bpe: Tokenizer)
 
     from mpt.checkpoint import save
     from mpt.config import MPTConfig
-    from mpt.model import MPTForCausalLM
+    from mpt.transformers_model import MPTForCausalLM
 
     torch.manual_seed(0)
     shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 4, "max_seq_len": 256}

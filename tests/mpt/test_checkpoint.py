@@ -24,8 +24,8 @@ from mpt import checkpoint
 from mpt.config import MPTConfig
 from mpt.errors import CheckpointNotFound, DamagedFile, MachineRefused, UnsupportedConfig, UserError
 from mpt.manifest import read_manifest
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 
 Weights = dict[str, Tensor]
 V = 97

@@ -19,7 +19,7 @@ from mpt.architecture import Architecture, read_architecture
 from mpt.checkpoint import read_config
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 
 Raw = dict[str, Any]
 

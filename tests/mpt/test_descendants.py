@@ -167,7 +167,7 @@ def test_a_copy_of_whole_size_has_its_published_sizes(copy_of: Callable[[str], R
     for name, n_parameters in expected.items():
         (tmp_path / "config.json").write_text(json.dumps(copy_of(name)))
         with torch.device("meta"):
-            model = mpt.model.MPTForCausalLM(read_config(tmp_path))
+            model = mpt.MPTForCausalLM(read_config(tmp_path))
         assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters, name
 
 

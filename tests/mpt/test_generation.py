@@ -15,8 +15,8 @@ import mpt
 from mpt import generation
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 
 V = 97
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 24}
@@ -248,7 +248,7 @@ def test_register_puts_our_class_behind_transformers(small_bpe: Tokenizer, tmp_p
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["before"] == "transformers.models.mpt.modeling_mpt"
     assert found["config"] == "mpt.config"
-    assert found["model"] == found["from config"] == "mpt.model"
+    assert found["model"] == found["from config"] == "mpt.transformers_model"
 
     prompt = small_bpe.encode("The quick")
     assert found["prompt"] == prompt

@@ -17,7 +17,8 @@ from transformers import DynamicCache, MptConfig, MptForCausalLM, StaticCache
 from mpt import attention
 from mpt.config import MPTConfig
 from mpt.errors import UnsupportedConfig
-from mpt.model import Linear, MPTForCausalLM
+from mpt.model import Linear
+from mpt.transformers_model import MPTForCausalLM
 
 V = 97
 # Two float64 computations of logits of size 10 in another order. ALiBi's bias is float32 by design: exact for 4 and 8

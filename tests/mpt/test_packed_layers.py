@@ -20,13 +20,13 @@ from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, UserError
 from mpt.gguf.ggml_types import BLOCK_TYPES
 from mpt.gguf.model import block_matrix
-from mpt.model import MPTForCausalLM
 from mpt.packed import matrix as packed_matrix
 from mpt.packed.folder import unpacked
 from mpt.packed.layers import PackedEmbedding, PackedLinear, as_it_lies, packed_bytes
 from mpt.packed.matrix import PackedMatrix, PackedTensor
 from mpt.packed.packing import Packing
 from mpt.stored import StoredTensor
+from mpt.transformers_model import MPTForCausalLM
 from tests import packers
 
 N_OUT, N_IN = 96, 512

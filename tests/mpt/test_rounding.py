@@ -11,10 +11,10 @@ import mpt
 from mpt.backends.choose import choose, open_backend
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
 from mpt.packed.layers import packed_bytes
 from mpt.packed.rounding import four_bits, rounded
+from mpt.transformers_model import MPTForCausalLM
 from tests import packers
 
 

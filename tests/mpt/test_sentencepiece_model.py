@@ -22,8 +22,8 @@ from mpt.config import MPTConfig
 from mpt.engine.grammar import Grammars
 from mpt.engine.request import Sampling
 from mpt.errors import DamagedFile, UnsupportedTokenizer
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import DetokenizeStream, Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests.in_process import running_engine
 from tests.mpt.engine.test_engine import collect, last, text_of
 

@@ -16,7 +16,7 @@ import mpt
 from mpt import checkpoint
 from mpt.config import MPTConfig
 from mpt.errors import DamagedFile, MPTError
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from tests import packers
 from tests.mpt.conftest import DataFile
 

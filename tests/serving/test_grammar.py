@@ -26,8 +26,8 @@ from mpt.engine.errors import EngineError, Unsupported
 from mpt.engine.grammar import BadGrammar, Grammars
 from mpt.engine.request import Delta, Sampling
 from mpt.generation import generate
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from mpt.transformers_model import MPTForCausalLM
 from serving.app import make_app
 from serving.endpoints import Serving
 from serving.options import ServeOptions

@@ -15,9 +15,9 @@ from mpt.catalog import describe
 from mpt.config import MPTConfig
 from mpt.engine.local import LocalModel
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import adapters, batches, loop, prompt_style
 from training.run import Lora, Run
 

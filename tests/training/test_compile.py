@@ -19,7 +19,7 @@ import mpt.checkpoint
 from mpt import attention
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from tests import packers
 from training import batches, build, step
 from training.distributed import World

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mpt import attention
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from tests import flash_2
 from training import memory
 

@@ -9,9 +9,9 @@ import torch
 
 import mpt.checkpoint
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.packed.layers import packed_bytes
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests import packers
 from training import adapters, build, loop, plan
 from training.distributed import World

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import context, datasets, distributed, packing, step
 from training.datasets import Sample
 from training.packing import IGNORED

@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention
 from mpt import attention
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from training import memory, packing, plan, recipes
 from training.data.rows import Sample
 from training.plan import GPUS, Shape

@@ -17,10 +17,10 @@ from mpt.catalog import describe, stated_style
 from mpt.config import MPTConfig
 from mpt.engine.local import LocalModel
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
 from mpt.prompts import PromptStyle
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import datasets, loop, prompt_style, recipes
 from training.run import Run
 

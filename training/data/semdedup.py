@@ -107,7 +107,7 @@ def embed(
     from mpt.packed.layers import as_it_lies
 
     place = resolve(name)
-    model = mpt.checkpoint.load(place, device=device, pack=as_it_lies)
+    model = mpt.checkpoint.load_for_engine(place, device=device, pack=as_it_lies)
     tokenizer = open_tokenizer(place, model.config.vocab_size)
     model.eval()
     found: list[Vectors] = []

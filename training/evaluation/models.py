@@ -19,7 +19,7 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
 from mpt.engine.room import free_memory, require, room_for
 from mpt.errors import MachineRefused, UserError
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.options import ModelOptions, chunk_alone
 from mpt.packed.layers import as_it_lies
 from mpt.sharding import Shard
@@ -38,7 +38,7 @@ _ATTEMPTS, _FIRST_WAIT_S = 6, 1.0  # of a request to a server that has no room; 
 class Local:
     """A model at hand."""
 
-    def __init__(self, model: MPTForCausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: MPTLanguageModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len: int = model.config.max_seq_len
 
@@ -57,7 +57,7 @@ class Local:
             options = ModelOptions(name, device="cuda" if device.type == "cuda" else "cpu", dtype=kinds[dtype])
             require({name: room_for(name, options)}, {name: options})
         pack = None if shard else as_it_lies
-        model = mpt.checkpoint.load(folder, device=device, dtype=dtype, shard=shard, pack=pack)
+        model = mpt.checkpoint.load_for_engine(folder, device=device, dtype=dtype, shard=shard, pack=pack)
         return cls(model, open_tokenizer(folder, model.config.vocab_size))
 
     def score(self, queries: Sequence[Query], done: Callable[[int], None]) -> list[list[Score]]:

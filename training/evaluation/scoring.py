@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpt import attention
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from training.evaluation.tasks import Query
 
 _TOKENS_A_PASS = 8192
@@ -48,7 +48,7 @@ class _Group:
 
 
 def score(
-    model: MPTForCausalLM, queries: Sequence[Query], done: Callable[[int], None] = lambda _: None
+    model: MPTLanguageModel, queries: Sequence[Query], done: Callable[[int], None] = lambda _: None
 ) -> list[list[Score]]:
     """The scores of every query's alternatives, in order. done: called with the number of queries finished."""
     results: list[list[Score]] = [[] for _ in queries]
@@ -116,7 +116,7 @@ def _shared(query: Query) -> int:
 
 
 @torch.no_grad()  # not inference mode: a model in training keeps tables that its backward passes need
-def _score(model: MPTForCausalLM, groups: Sequence[tuple[int, Sequence[Query]]]) -> list[list[Score]]:
+def _score(model: MPTLanguageModel, groups: Sequence[tuple[int, Sequence[Query]]]) -> list[list[Score]]:
     """The scores of the queries of some groups, each with the length of its header."""
     device = model.device
     ids: list[int] = []
@@ -161,7 +161,7 @@ def _score(model: MPTForCausalLM, groups: Sequence[tuple[int, Sequence[Query]]])
     return results
 
 
-def _run(model: MPTForCausalLM, ids: Tensor, positions: Tensor, spans: Sequence[_Span]) -> Tensor:
+def _run(model: MPTLanguageModel, ids: Tensor, positions: Tensor, spans: Sequence[_Span]) -> Tensor:
     """Hidden states of the packed queries, (N, C)."""
     transformer = model.transformer
     scale = model.config.softmax_scale
@@ -199,7 +199,7 @@ def _run(model: MPTForCausalLM, ids: Tensor, positions: Tensor, spans: Sequence[
     return hidden[0]
 
 
-def _unembed(model: MPTForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+def _unembed(model: MPTLanguageModel, hidden: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
     """Each target's log-probability, and whether it is the likeliest token."""
     logprobs: list[float] = []
     greedy: list[bool] = []

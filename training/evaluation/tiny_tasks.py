@@ -25,7 +25,7 @@ from mpt.checkpoint_text import open_tokenizer
 from mpt.engine.grammar import Grammar, Grammars
 from mpt.errors import UserError
 from mpt.files import write_whole
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.packed.layers import as_it_lies
 from mpt.prompts import Message, PromptStyle, encode_chat, encode_instruct
 from mpt.sampling import ban_others
@@ -51,7 +51,7 @@ def evaluate(
     if unknown:
         raise UserError(f"no task `{unknown[0]}`; known: {', '.join(TASKS)}")
     folder = resolve(model_name)
-    model = mpt.checkpoint.load(folder, pack=as_it_lies)
+    model = mpt.checkpoint.load_for_engine(folder, pack=as_it_lies)
     tokenizer = open_tokenizer(folder, model.config.vocab_size)
     entry = describe(folder)
     if not tasks:
@@ -70,7 +70,7 @@ def evaluate(
     return scores
 
 
-def yaml_to_json(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_documents: int = 200) -> Scores:
+def yaml_to_json(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle, n_documents: int = 200) -> Scores:
     """How often the answer is the document's JSON: as values, and character for character.
 
     Twice n_documents: in the shape of the launch blog's example (name, age, address, up to two entries more), and of
@@ -105,7 +105,7 @@ def yaml_to_json(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle
     return {**result, "blog_example": is_right, "blog_answer": answer, "failures": failures}
 
 
-def newcomers_yaml(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
+def newcomers_yaml(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
     """How often the answer to a newcomer's document is its JSON, by its shape: as values, and to the last character.
 
     `every shape, guided` counts answers that a grammar holds to JSON, objects and arrays, as `response_format` does.
@@ -138,7 +138,7 @@ def _newcomers_prompt(tokenizer: Tokenizer, document: newcomers.Document) -> lis
 
 
 def _newcomers_answers(
-    model: MPTForCausalLM,
+    model: MPTLanguageModel,
     tokenizer: Tokenizer,
     documents: Sequence[newcomers.Document],
     grammar: Grammar | None = None,
@@ -169,7 +169,7 @@ async def _any_json(tokenizer: Tokenizer) -> Grammar:
     return await Grammars(tokenizer).get("json", {"type": ["object", "array"]})
 
 
-def chat_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 50) -> Scores:
+def chat_turns(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 50) -> Scores:
     """How often the answer to a turn is right; the model goes on from its own answers, five turns long.
 
     Right is the expected text, ended by the model itself.
@@ -202,7 +202,7 @@ def chat_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, 
     return {"turns": n_turns, "right": n_right / n_turns, "ended": n_ended / n_turns, "failures": failures[:8]}
 
 
-def tool_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 200) -> Scores:
+def tool_turns(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle, n_talks: int = 200) -> Scores:
     """How often an answer is right where functions are declared, by what is asked of it.
 
     Right is the expected text to the last character, name and arguments of every call included, ended by the model
@@ -232,7 +232,7 @@ def tool_turns(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle, 
     return {**scores, "failures": failures[:8]}
 
 
-def novel_loss(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
+def novel_loss(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
     """Loss on the first 32 windows of 2,048 tokens of The Great Gatsby, per token and in bits per byte."""
     ids = tokenizer.encode(novels.held_out_text())[: 32 * 2048]
     windows = torch.tensor(ids).view(-1, 2048)
@@ -241,7 +241,7 @@ def novel_loss(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) 
     return {"loss": float(losses.mean()), "bits_per_byte": float(losses.sum()) / math.log(2) / n_bytes}
 
 
-def position_losses(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
+def position_losses(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
     """Loss by position in the first 65,536 tokens of The Great Gatsby, read in one piece."""
     ids = tokenizer.encode(novels.held_out_text())[:65536]
     losses = token_losses(model, torch.tensor(ids))
@@ -253,7 +253,7 @@ def position_losses(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptSt
     return result
 
 
-def passkey(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
+def passkey(model: MPTLanguageModel, tokenizer: Tokenizer, style: PromptStyle) -> Scores:
     """How often five digits planted in The Great Gatsby are told back, by length of the prompt."""
     book = tokenizer.encode(novels.held_out_text())
     result: Scores = {}
@@ -276,7 +276,7 @@ def passkey(model: MPTForCausalLM, tokenizer: Tokenizer, style: PromptStyle) -> 
     return result
 
 
-TASKS: dict[str, Callable[[MPTForCausalLM, Tokenizer, PromptStyle], Scores]] = {
+TASKS: dict[str, Callable[[MPTLanguageModel, Tokenizer, PromptStyle], Scores]] = {
     "yaml_to_json": yaml_to_json,
     "newcomers_yaml": newcomers_yaml,
     "chat": chat_turns,
@@ -289,7 +289,7 @@ TASKS: dict[str, Callable[[MPTForCausalLM, Tokenizer, PromptStyle], Scores]] = {
 
 @torch.no_grad()  # not inference mode: see training/evaluation/scoring.py
 def greedy(
-    model: MPTForCausalLM,
+    model: MPTLanguageModel,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     end_ids: Collection[int],
@@ -310,7 +310,7 @@ def greedy(
 
 
 def _greedy_batch(
-    model: MPTForCausalLM,
+    model: MPTLanguageModel,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     end_ids: Collection[int],
@@ -349,7 +349,7 @@ def _greedy_batch(
 
 
 @torch.inference_mode()
-def token_losses(model: MPTForCausalLM, ids: Tensor) -> Tensor:
+def token_losses(model: MPTLanguageModel, ids: Tensor) -> Tensor:
     """The loss of predicting each token of a text from those before it, (T - 1,) float32."""
     device = model.device
     cache = DynamicCache()

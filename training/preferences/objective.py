@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mpt import dropout
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import adapters, batches, datasets, distributed, packing, step
 from training.data import rendered
 from training.data.rows import Sample

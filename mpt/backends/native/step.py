@@ -21,7 +21,7 @@ from mpt.backends.native.library import load
 from mpt.backends.native.structures import PANEL, PROJECTIONS
 from mpt.backends.quantization import Int8Linear
 from mpt.lora import Adapter
-from mpt.model import MPTForCausalLM
+from mpt.model import MPTLanguageModel
 from mpt.packed.layers import PackedLinear, packed_kinds
 
 
@@ -52,7 +52,7 @@ class RowMemory:
 class NativeStep:
     """A model's steps. Holds pointers into the model's tensors, which must stay where and as they are."""
 
-    def __init__(self, model: MPTForCausalLM, *, drop: float = 2.0**-24, variant: str | None = None) -> None:
+    def __init__(self, model: MPTLanguageModel, *, drop: float = 2.0**-24, variant: str | None = None) -> None:
         """drop: the share of a query's attention that may be left out with old keys. variant: another one of those that
         can run here than the fastest. Raises Unavailable."""
         config, transformer = model.config, model.transformer

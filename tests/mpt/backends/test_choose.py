@@ -123,8 +123,10 @@ def test_on_a_gpu_guesses_are_made_where_they_are_asked_for_and_checked_inside_g
 def test_a_draft_is_in_pages_where_its_model_is(machine, tmp_path, monkeypatch):
     """Opened as for a GPU, on this CPU; for the rows beside which there is room for guesses."""
     machine(cuda=True)
-    real = choosing.load
-    monkeypatch.setattr(choosing, "load", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu"))
+    real = choosing.load_for_engine
+    monkeypatch.setattr(
+        choosing, "load_for_engine", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu")
+    )
     folder = Path(choosing.__file__).parents[1] / "tiny" / "mpt-tiny"
     for most, n_rows in ((7, 7), (None, 32)):
         options = ModelOptions("m", dtype="float16", draft="mpt-tiny", max_running=most)

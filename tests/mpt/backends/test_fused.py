@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import mpt
 from mpt.backends import fused
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from tests.kernels import needs_interpreter
 
 everywhere = pytest.mark.parametrize(

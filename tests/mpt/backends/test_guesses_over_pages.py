@@ -23,7 +23,7 @@ from mpt.backends.paged_backend import PagedBackend, Steps
 from mpt.backends.torch_backend import TorchBackend
 from mpt.engine.speculation import DraftModel, Guesser, PromptLookup, Speculation
 from mpt.generation import generate
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from tests.mpt.backends.test_paged_backend import (
     Pair,
     Recorded,

@@ -12,8 +12,8 @@ from mpt.engine.engine import Engine
 from mpt.engine.request import PromptScored, Started
 from mpt.errors import DamagedFile, UserError
 from mpt.generation import generate
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from mpt.transformers_model import MPTForCausalLM
 from tests.mpt.engine.test_engine import collect, greedy, prompts, tokens_of
 
 CONTEXT = 2048

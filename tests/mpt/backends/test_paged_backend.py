@@ -28,8 +28,8 @@ from mpt.engine.speculation import PromptLookup, Speculation
 from mpt.errors import MachineRefused
 from mpt.generation import generate
 from mpt.lora import Adapter, adaptable
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from mpt.transformers_model import MPTForCausalLM
 from tests import flash_2
 from tests.in_process import running_engine
 from tests.kernels import needs_interpreter

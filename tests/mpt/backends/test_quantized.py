@@ -19,11 +19,11 @@ from mpt.backends.paged_backend import PagedBackend
 from mpt.backends.quantization import quantize_model
 from mpt.backends.torch_backend import TorchBackend
 from mpt.errors import UserError
-from mpt.model import MPTForCausalLM
 from mpt.packed.layers import packed_bytes
 from mpt.packed.matrix import PackedMatrix
 from mpt.packed.rounding import four_bits
 from mpt.stored import StoredTensor
+from mpt.transformers_model import MPTForCausalLM
 from tests.kernels import compile_for, needs_interpreter
 
 everywhere = pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mpt
+import mpt.checkpoint
 from mpt.errors import UnsupportedConfig, UserError
 from mpt.generation import generate
 from mpt.sharding import Shard
@@ -36,7 +37,7 @@ def test_the_shares_are_the_whole(shape, tokenizer, tmp_path):
     torch.manual_seed(0)
     model = mpt.MPTForCausalLM(small(**SHAPES[shape]))
     mpt.save(model, tmp_path / "m", tokenizer=tokenizer)
-    shares = [mpt.load(tmp_path / "m", shard=Shard(rank, 2)) for rank in range(2)]
+    shares = [mpt.checkpoint.load_for_engine(tmp_path / "m", shard=Shard(rank, 2)) for rank in range(2)]
     config = model.config
     for name, whole in model.named_parameters():
         parts = [dict(share.named_parameters()).get(name) for share in shares]

@@ -18,7 +18,7 @@ from mpt.backends.sharded_backend import ShardedBackend
 from mpt.engine.room import kv_budget
 from mpt.errors import MachineRefused
 from mpt.generation import generate
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from tests.kernels import needs_interpreter
 from tests.second_rank import FREE, NOT_IN_THE_SECOND, SecondRank
 

@@ -20,8 +20,8 @@ from mpt.engine.sequence import Request, Sequence
 from mpt.engine.turns import Turns
 from mpt.errors import DeviceLost
 from mpt.generation import generate
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests.in_process import running_engine
 
 CONTEXT = 2048

@@ -35,8 +35,8 @@ from mpt.engine.request import Delta, Sampling, Started
 from mpt.errors import UserError
 from mpt.fingerprint import fingerprint
 from mpt.lora import Adapter, adaptable
-from mpt.model import MPTForCausalLM
 from mpt.options import ModelOptions
+from mpt.transformers_model import MPTForCausalLM
 from serving.metrics import Metrics
 from tests.in_process import running_engine
 

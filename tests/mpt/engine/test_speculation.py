@@ -385,8 +385,10 @@ def test_on_a_gpu_a_draft_shares_the_budget_with_its_model(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (1 << 32, 1 << 32))
     monkeypatch.setattr("mpt.backends.flash.prompt_kernel", lambda dtype, d_head, int8_cache: ("FlexAttention", None))
-    real = choosing.load
-    monkeypatch.setattr(choosing, "load", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu"))
+    real = choosing.load_for_engine
+    monkeypatch.setattr(
+        choosing, "load_for_engine", lambda folder, dtype, device: real(folder, dtype=dtype, device="cpu")
+    )
     options = ModelOptions("mpt-tiny-chat", dtype="float32", draft="mpt-tiny", kv_gb=0.2, max_running=4)
     engine = open_endpoint("m", options).engine
     engine.close()

@@ -12,9 +12,9 @@ import yaml
 from mpt.catalog import resolve
 from mpt.checkpoint_text import open_tokenizer
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.prompts import encode_instruct
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests.yaml_readers import by_ruamel, by_yamlcore, first_unsupported
 from training.corpora import yaml_json
 from training.evaluation import newcomers, tiny_tasks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
+from mpt.transformers_model import MPTForCausalLM
 from training.evaluation import scoring
 from training.evaluation.catalog import TASKS
 from training.evaluation.scoring import Score

@@ -13,8 +13,8 @@ import mpt
 from mpt.config import MPTConfig
 from mpt.errors import UserError
 from mpt.manifest import read_manifest
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from training import loop, tiny
 from training.corpora import chat, tool_talks, yaml_json
 from training.evaluation import tiny_tasks

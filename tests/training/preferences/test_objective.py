@@ -11,8 +11,8 @@ import torch
 
 import mpt.checkpoint
 from mpt.config import MPTConfig
-from mpt.model import MPTForCausalLM
 from mpt.tokenizer import Tokenizer
+from mpt.transformers_model import MPTForCausalLM
 from tests.training.preferences.trl_numbers import BETA, JUDGED, NUMBERS, PAIRS, PHASES, SHAPE, weights
 from training import build
 from training.data.rows import Sample
