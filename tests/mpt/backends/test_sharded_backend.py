@@ -76,6 +76,7 @@ from pathlib import Path
 from mpt.tokenizer import Tokenizer
 from mpt.engine.engine import Engine
 from mpt.engine.request import Delta, Sampling
+from mpt.engine.speculation import PromptLookup, Speculation
 from mpt.backends import sharded_backend
 from mpt.backends.paged_backend import Steps
 from mpt.backends.sharded_backend import open_sharded
@@ -94,13 +95,14 @@ class Forked:
 
 sharded_backend.subprocess = types.SimpleNamespace(Popen=Forked)
 
-async def main(folder, prompts, in_pages):
+async def main(folder, prompts, in_pages, guesses):
     steps = Steps(n_rows=3, n_prompt=64, context=1024) if in_pages else None
     backend = open_sharded(Path(folder), 2, dtype=torch.float32, device="cpu", steps=steps)
     backend.allocate(backend.bytes_per_token * 256 * 3)
     # a budget of a few rows: prefixes are copied, rows grow, the youngest are sent back
     engine = Engine(backend, Tokenizer.from_folder(folder), context_length=1024, prefill_chunk=16, max_running=3,
-                    kv_bytes=backend.bytes_per_token * 256 * 3)
+                    kv_bytes=backend.bytes_per_token * 256 * 3,
+                    speculation=Speculation(PromptLookup()) if guesses else None)
     engine.start()
     async def one(prompt, n):
         events = engine.generate(prompt, Sampling(max_tokens=n, temperature=0, ignore_eos=True), request_id="x")
@@ -108,7 +110,7 @@ async def main(folder, prompts, in_pages):
     answers = await asyncio.gather(*(one(prompt, n) for prompt, n in prompts))
     stats = engine.stats()
     engine.close()
-    return [answers, stats.n_preemptions, stats.prefix_hits_tokens, backend.bytes_per_token]
+    return [answers, stats.n_preemptions, stats.prefix_hits_tokens, backend.bytes_per_token, stats.n_guessed_right]
 
 for name, case in json.loads(sys.argv[1]).items():
     child = os.fork()
@@ -118,10 +120,12 @@ for name, case in json.loads(sys.argv[1]).items():
     os.waitpid(child, 0)
 """
 CASES = {
-    "grouped": ("grouped", False),
-    "positions": ("positions", False),
-    "storywriter": ("storywriter", False),
-    "storywriter_in_pages": ("storywriter", True),
+    "grouped": ("grouped", False, False),
+    "positions": ("positions", False, False),
+    "storywriter": ("storywriter", False, False),
+    "storywriter_in_pages": ("storywriter", True, False),
+    "storywriter_guessing": ("storywriter", False, True),
+    "storywriter_guessing_in_pages": ("storywriter", True, True),
 }
 BEGINNING = [(7 * k) % 250 for k in range(90)]
 PROMPTS = [([*BEGINNING, k], n) for k, n in enumerate((20, 300, 40, 280, 30))]
@@ -130,7 +134,7 @@ PROMPTS = [([*BEGINNING, k], n) for k, n in enumerate((20, 300, 40, 280, 30))]
 @pytest.fixture(scope="module")
 def models() -> dict[str, mpt.MPTForCausalLM]:
     made = {}
-    for shape, _ in CASES.values():
+    for shape, *_ in CASES.values():
         torch.manual_seed(1)
         made[shape] = mpt.MPTForCausalLM(small(**SHAPES[shape])).eval()
     return made
@@ -142,7 +146,7 @@ def found(models, tokenizer, tmp_path_factory) -> tuple[dict[str, list], str]:
     work = tmp_path_factory.mktemp("shared")
     for shape, model in models.items():
         mpt.save(model, work / shape, tokenizer=tokenizer)
-    asked = {name: [str(work / shape), PROMPTS, in_pages] for name, (shape, in_pages) in CASES.items()}
+    asked = {name: [str(work / shape), PROMPTS, *how] for name, (shape, *how) in CASES.items()}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(asked)],
         capture_output=True, text=True, timeout=250, cwd=Path(mpt.__file__).parents[1],
@@ -156,10 +160,12 @@ def found(models, tokenizer, tmp_path_factory) -> tuple[dict[str, list], str]:
 def test_two_processes_give_the_greedy_tokens_of_one(case, models, found):
     answers_of, said = found
     assert case in answers_of, said[-2000:]
-    answers, n_preemptions, n_shared, bytes_per_token = answers_of[case]
-    model = models[CASES[case][0]]
+    answers, n_preemptions, n_shared, bytes_per_token, n_guessed_right = answers_of[case]
+    shape, _, guesses = CASES[case]
+    model = models[shape]
     assert answers == [generate(model, prompt, n) for prompt, n in PROMPTS]
     assert n_preemptions > 0 and n_shared > 0  # what was to be tested has happened
+    assert (n_guessed_right > 0) == guesses
     assert bytes_per_token == model.config.kv_bytes_per_token * 4 // 2 // 2  # float32, half of the heads
 
 
