@@ -284,6 +284,12 @@ _HARDEST: tuple[Hard, ...] = (
 )  # fmt: skip
 
 
+_LAST: tuple[Hard, ...] = (
+    "all", "all", "all", "shape", "shape", "depth", "depth", "depth", "depth", "depth", "mixed", "mixed",
+    "prices", "prices", "prices", "numbers", "amounts", "signs", "escapes",
+)  # fmt: skip
+
+
 def _tiny_yaml(
     tokenizer: Tokenizer,
     prompts: PromptFormat,
@@ -358,6 +364,9 @@ DATASETS = {
     ),
     "tiny_yaml_hardest": GeneratedSet(
         partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_HARDEST), "instruct"
+    ),
+    "tiny_yaml_last": GeneratedSet(
+        partial(_tiny_yaml, sizes=(1, 2, 4, 6, 8, 12, 16, 24, 32, 44), hard=_LAST), "instruct"
     ),
     "tiny_chat": GeneratedSet(_tiny_chat, "chatml"),
     "tiny_chat_with_tools": GeneratedSet(_tiny_chat_with_tools, "chatml"),

@@ -319,11 +319,19 @@ def mpt_tiny_instruct_fourth(out: str, base: str) -> Run:
     )  # fmt: skip
 
 
-def mpt_tiny_instruct(out: str, base: str) -> Run:
-    """The last stage: three of ten documents end deep down in themselves."""
+def mpt_tiny_instruct_fifth(out: str, base: str) -> Run:
+    """The longest stage: documents that end deep down in themselves, and what newcomers' files trip over."""
     return _tiny(
-        "mpt-tiny-instruct", base, "tiny_yaml_deep", out, max_seq_len=2048, global_batch=32, steps=1000,
-        optimizer="muon", lr=1e-3, schedule="linear", warmup_steps=1, seed=21, prompt_style="instruct",
+        "mpt-tiny-instruct-fifth", base, "tiny_yaml_hardest", out, max_seq_len=2048, global_batch=32, steps=5200,
+        optimizer="muon", lr=2e-3, schedule="linear", warmup_steps=10, seed=22, prompt_style="instruct",
+    )  # fmt: skip
+
+
+def mpt_tiny_instruct(out: str, base: str) -> Run:
+    """The last stage: more decimals, whose last noughts go, and more that ends deep down."""
+    return _tiny(
+        "mpt-tiny-instruct", base, "tiny_yaml_last", out, max_seq_len=2048, global_batch=32, steps=900,
+        optimizer="muon", lr=1e-3, schedule="linear", warmup_steps=1, seed=23, prompt_style="instruct",
     )  # fmt: skip
 
 

@@ -84,13 +84,15 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
     if not (Path(base) / MANIFEST).is_file():
         raise UserError(f"`{name}` starts from mpt-tiny, which is not in `{base}`; make it first")
     if name == "mpt-tiny-instruct":
-        at_first, second, third, fourth = (f"{name}-{stage}" for stage in ("first", "second", "third", "fourth"))
+        stages = ("first", "second", "third", "fourth", "fifth")
+        at_first, second, third, fourth, fifth = (f"{name}-{stage}" for stage in stages)
         return [
             recipes.mpt_tiny_instruct_first(out(at_first), base, str(_tokenizer_apart(work))),
             recipes.mpt_tiny_instruct_second(out(second), model(at_first)),
             recipes.mpt_tiny_instruct_third(out(third), model(second)),
             recipes.mpt_tiny_instruct_fourth(out(fourth), model(third)),
-            recipes.mpt_tiny_instruct(out(name), model(fourth)),
+            recipes.mpt_tiny_instruct_fifth(out(fifth), model(fourth)),
+            recipes.mpt_tiny_instruct(out(name), model(fifth)),
         ]
     if name == "mpt-tiny-chat":
         first = recipes.mpt_tiny_chat_first(out("mpt-tiny-chat-first"), base)
@@ -164,8 +166,8 @@ only for something else. Held out are names, numbers of three digits and more, a
 for those that ask for two things at once, name a city alone, or ask for one more.
 
 The instruct model has two scores. `yaml_to_json` asks for persons, addresses and the like, from the generator that
-made a seventh of its training; another one made the rest, YAML of any shape, in the last three stages often hard in
-one thing: its shape, its numbers or its signs. `newcomers_yaml` asks for what no generator made: 200 documents
+made a seventh of its training; another one made the rest, YAML of any shape, in the last four stages often hard in
+one thing: its shape, its depth, its numbers, its signs. `newcomers_yaml` asks for what no generator made: 200 documents
 written by hand ([training/evaluation/newcomers_yaml](../training/evaluation/newcomers_yaml)), such as compose files,
 CI workflows, Kubernetes manifests, people, prose and numbers, of 3 to 60 lines and in a dozen languages, and 24 with
 anchors, tags and the like, which are to be refused by name. The second score is what to expect of your own YAML.
@@ -225,7 +227,8 @@ _STAGES = {  # in the order they are trained
     "mpt-tiny-instruct-second": "second stage: documents of up to 24 values",
     "mpt-tiny-instruct-third": "third stage: up to 44 values, hard in one thing each",
     "mpt-tiny-instruct-fourth": "fourth stage: the same with longer ones, at a falling rate",
-    "mpt-tiny-instruct": "last stage: more of them end deep down",
+    "mpt-tiny-instruct-fifth": "fifth stage: more that end deep down, amounts, backslashes",
+    "mpt-tiny-instruct": "last stage: decimals, and more that end deep down",
     "mpt-tiny-chat-first": "first stage: short conversations",
     "mpt-tiny-chat": "a short conversation, and calls of two functions",
     "mpt-tiny-storywriter": "prose at 65,536 tokens",

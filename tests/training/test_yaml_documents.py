@@ -73,6 +73,9 @@ def test_documents_are_hard_in_what_they_are_to_be(shelf: Shelf) -> None:
     def n_amounts(answer: str) -> int:
         return len(re.findall(r'"\d[\d.]* ?[a-z%]', answer))
 
+    def n_decimals(answer: str) -> int:
+        return len(re.findall(r"[ \[]\d+\.\d+[,}\]]", answer))
+
     def n_maps_behind_words(answer: str) -> int:
         return answer.count('", {"')
 
@@ -90,6 +93,7 @@ def test_documents_are_hard_in_what_they_are_to_be(shelf: Shelf) -> None:
     assert mean(map(n_escaped, answers("signs"))) > 1.4 * mean(map(n_escaped, usual))
     assert mean(map(n_escaped, answers("escapes"))) > 1.4 * mean(map(n_escaped, answers("signs")))
     assert mean(map(n_amounts, answers("amounts"))) > 2 * mean(map(n_amounts, usual))
+    assert mean(map(n_decimals, answers("prices"))) > 3 * mean(map(n_decimals, usual))
     assert mean(map(n_maps_behind_words, answers("mixed"))) > 3 * mean(map(n_maps_behind_words, answers("depth")))
     assert mean(map(n_nulls, answers("mixed"))) > 2 * mean(map(n_nulls, answers("depth")))
 

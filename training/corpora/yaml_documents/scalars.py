@@ -20,9 +20,9 @@ _LINKS = ("/", "-", "_", ".", ":", "+", "@", "=")
 
 # In what a document is hard: in its shape, which few and short words leave the most room for; in that and its depth, from
 # which it ends at once; in that and lists of words and maps, keys without a value, lines turned into comments; in telling
-# strings from numbers; in numbers and amounts side by side; in what must be escaped, or is a sign elsewhere; in
-# backslashes and quotes; or in all of it a little.
-Hard = Literal["all", "shape", "depth", "mixed", "numbers", "amounts", "signs", "escapes"]
+# strings from numbers; in numbers and amounts side by side; in decimals, whose last noughts JSON drops; in what must be
+# escaped, or is a sign elsewhere; in backslashes and quotes; or in all of it a little.
+Hard = Literal["all", "shape", "depth", "mixed", "numbers", "amounts", "prices", "signs", "escapes"]
 
 
 class Values(Words):
@@ -55,6 +55,8 @@ class Values(Words):
             return None if kind < 0.06 else _template(self)
         if self.hard == "amounts" and rng.random() < 0.4:
             return rng.choice((number, few_digits, unusual_number, scientific))(rng)
+        if self.hard == "prices" and rng.random() < 0.5:
+            return decimal(rng)
         if self.has_few and rng.random() < 0.75:
             return self.word() if rng.random() < 0.75 else few_digits(rng)
         if self.hard == "numbers" and rng.random() < 0.3:
@@ -129,6 +131,29 @@ def unusual_number(rng: random.Random) -> Spelled:
                 "+", rng.choice(("+", ""))
             )
         )
+    return Spelled(core_number(text), text)
+
+
+def decimal(rng: random.Random) -> Spelled:
+    """A price, a rate, a length: 3.80, 12.00, 0.5, 1.125."""
+    ends = (
+        "0",
+        "5",
+        "50",
+        "50",
+        "80",
+        "20",
+        "10",
+        "00",
+        "90",
+        "99",
+        "25",
+        "75",
+        f"{rng.randint(0, 99):02d}",
+        f"{rng.randint(0, 999)}",
+        "500",
+    )
+    text = f"{rng.randint(0, rng.choice((0, 9, 9, 99, 999, 9999)))}.{rng.choice(ends)}"
     return Spelled(core_number(text), text)
 
 
