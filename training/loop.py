@@ -24,7 +24,6 @@ import torch
 import mpt.manifest
 from mpt.errors import Interrupted, MPTError, TrainingDiverged, UserError
 from mpt.files import disk_refusals
-from mpt.memory import give_back_freed
 from training import (
     batches,
     build,
@@ -329,7 +328,6 @@ class _Training:
                     is_planned=not is_signalled,
                 )
             if (step + 1) % run.checkpoint_every == 0 or is_last:
-                give_back_freed()  # batches of ever other lengths leave holes, which grow to gigabytes
                 self.saver.save(self.model, self.optimizer, self.position)
 
     def take_step(self, batch: Any, positions: int) -> tuple[Metrics, float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from mpt.errors import UserError
 from mpt.files import whole_folder
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 NAMES = ("mpt-tiny", "mpt-tiny-instruct", "mpt-tiny-chat", "mpt-tiny-storywriter")
 PACKAGED = Path(__file__).resolve().parents[1] / "mpt" / "tiny"
 _DOCS = Path(__file__).resolve().parents[1] / "docs" / "tiny.md"
+# The stages whose weights' mean a model is: what the last has lost of the one before, the mean has most of.
+_MEANS = {"mpt-tiny-instruct": ("mpt-tiny-instruct-fifth", "mpt-tiny-instruct")}
 _CHARACTERS_PER_NOVEL = 200_000
 _DOCUMENTS = 4000  # generated ones of each kind; with the novels, 6 MB
 
@@ -59,6 +62,8 @@ def make(
         for run in _stages(name, work, str(tokenizer)):
             log.info("%s: %s", run.name, run.out)
             model = loop.fit(run, report)
+        if name in _MEANS:
+            model = mean([work / stage / "model" for stage in _MEANS[name]], work / name / "mean")
         path = work / name / "scores.json"
         if not path.is_file():
             tiny_tasks.write(tiny_tasks.evaluate(str(model)), path)
@@ -98,6 +103,24 @@ def _stages(name: str, work: Path, tokenizer: str) -> list[Run]:
         first = recipes.mpt_tiny_chat_first(out("mpt-tiny-chat-first"), base)
         return [first, recipes.mpt_tiny_chat(out(name), model("mpt-tiny-chat-first"))]
     return [recipes.mpt_tiny_storywriter(out(name), base)]
+
+
+def mean(models: Sequence[Path], out: Path) -> Path:
+    """A checkpoint with the mean of the weights of these, else the last one; out is left as it is where it is there.
+
+    Summed in float32 and rounded once. Source: Wortsman et al. 2022, of models that were trained from one another.
+    """
+    if out.is_dir():
+        return out
+    weights = [load_file(model / "model.safetensors") for model in models]
+    manifest = {key: value for key, value in (read_manifest(models[-1]) or {}).items() if key != "files"}
+    with whole_folder(out) as partial:
+        shutil.copytree(models[-1], partial, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        means = {name: torch.stack([part[name].float() for part in weights]).mean(0) for name in weights[0]}
+        kept = {name: value.to(weights[0][name].dtype) for name, value in means.items()}
+        save_file(kept, partial / "model.safetensors", metadata={"format": "pt"})
+        write_manifest(partial, {**manifest, "mean_of": [_work_of_any(str(model)) for model in models]})
+    return out
 
 
 def package(model: Path, scores: tiny_tasks.Scores, target: Path) -> None:
@@ -251,8 +274,13 @@ def _section(name: str, run: Run, last: dict[str, Any]) -> str:
         f"{run.max_seq_len:,}; {_OPTIMIZERS[run.optimizer]}, lr {run.lr}, {betas}, {run.schedule} "
         f"schedule after {run.warmup_steps} steps, clip {run.clip}, seed {run.seed}. "
         f"Last loss {last['loss']:.3f}. Made on {today} on {os.cpu_count()} cores "
-        f"({platform.machine()}, torch {torch.__version__.partition('+')[0]}).\n\n"
+        f"({platform.machine()}, torch {torch.__version__.partition('+')[0]}).{_mean_in_words(name)}\n\n"
     )
+
+
+def _mean_in_words(name: str) -> str:
+    others = [f"`{stage}`" for stage in _MEANS.get(name, ()) if stage != name]
+    return f" The model is the mean of its weights and those of {' and '.join(others)}." if others else ""
 
 
 def _tasks(path: Path) -> tiny_tasks.Scores:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import mpt
 from mpt.config import MPTConfig
 from mpt.errors import UserError
-from mpt.manifest import read_manifest
+from mpt.manifest import read_manifest, verify_manifest, write_manifest
 from mpt.tokenizer import Tokenizer
 from mpt.transformers_model import MPTForCausalLM
 from training import loop, tiny
@@ -144,3 +145,23 @@ def test_a_packaged_model_loads_and_holds_its_scores(small_run: Run, tmp_path: P
     found, expected = mpt.load(target).state_dict(), mpt.load(folder).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert [path.name for path in target.parent.iterdir()] == ["small"]
+
+
+def test_a_model_of_two_stages_is_the_mean_of_their_weights(tmp_path: Path) -> None:
+    """Counted by hand: float32 sums of bfloat16 numbers, rounded once."""
+    stages = []
+    for name, values in (("early", [1.0, 3.0, 1.0]), ("late", [2.0, -3.0, 1.0078125])):
+        stages.append(tmp_path / name / "model")
+        stages[-1].mkdir(parents=True)
+        (stages[-1] / "config.json").write_text(f'"{name}"')
+        save_file({"w": torch.tensor(values, dtype=torch.bfloat16)}, stages[-1] / "model.safetensors")
+        write_manifest(stages[-1], {"name": name})
+    made = tiny.mean(stages, tmp_path / "mean")
+    assert load_file(made / "model.safetensors")["w"].tolist() == [1.5, 0.0, 1.0]  # half way goes to the even one
+    assert (made / "config.json").read_text() == '"late"'
+    manifest = read_manifest(made)
+    assert manifest is not None
+    assert (manifest["name"], manifest["mean_of"]) == ("late", ["runs/tiny/early/model", "runs/tiny/late/model"])
+    verify_manifest(made)
+    (made / "config.json").write_text("kept")
+    assert (tiny.mean(stages, made) / "config.json").read_text() == "kept"  # a stage that is finished
