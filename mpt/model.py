@@ -326,10 +326,6 @@ class MPTLanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.transformer.norm_f.weight.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.norm_f.weight.dtype
-
     def hidden_states(
         self,
         input_ids: Tensor,
