@@ -1,6 +1,6 @@
 """MPT behind transformers' interface: `generate`, `from_pretrained`, `save_pretrained`, peft, Auto classes, pipelines.
 
-Apart from the model itself (`mpt/model.py`), because its import takes more time and memory than torch's: a server does
+Apart from the model itself (`mpt/model.py`), because its import takes more time than torch's, and 200 MB: a server does
 without.
 """
 

@@ -128,7 +128,7 @@ def test_a_clusters_routers_do_without_torch() -> None:
 
 
 def test_a_server_does_without_transformers_models_and_torchs_compiler() -> None:
-    """Each takes more time and memory than torch; what a server imports, and the opening of a model in C or torch."""
+    """They take more time than torch; what a server imports, and the opening of a model in C or torch."""
     seen = """
 import sys
 import serving.server
