@@ -119,7 +119,7 @@ def load_for_engine(
     shard: "Shard | None" = None,
     pack: "Pack | None" = None,
 ) -> MPTLanguageModel:
-    """As `load`, without transformers' interface: importing that takes as long as the rest of a server's start, and 200 MB.
+    """As `load`, without transformers' interface, whose import takes half of a server's start, and 200 MB.
 
     shard: a share of a model that several processes hold together, which goes without `pack`.
     """

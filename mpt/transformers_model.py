@@ -1,7 +1,7 @@
 """MPT behind transformers' interface: `generate`, `from_pretrained`, `save_pretrained`, peft, Auto classes, pipelines.
 
-Apart from the model itself (`mpt/model.py`), because its import takes more time than torch's, and 200 MB: a server does
-without.
+Apart from the model itself (`mpt/model.py`), because its import takes more time than torch's, and 200 MB: a
+server does without.
 """
 
 from typing import TYPE_CHECKING, Any
